@@ -1,0 +1,1 @@
+"""Fast implementations of the update, installed as ``slimadam.kernels``."""

@@ -1,0 +1,20 @@
+"""SlimAdam: AdamW that stores second moments only as finely as a measurement says each layer needs."""
+
+from slimadam.calibration import SNRRecorder, calibrate, every, paper_schedule
+from slimadam.errors import PlanError
+from slimadam.plan import CompressionPlan, Rule
+from slimadam.snr import SNRHistory, snr
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressionPlan",
+    "PlanError",
+    "Rule",
+    "SNRHistory",
+    "SNRRecorder",
+    "calibrate",
+    "every",
+    "paper_schedule",
+    "snr",
+]
