@@ -2,6 +2,7 @@
 
 from slimadam.calibration import SNRRecorder, calibrate, every, paper_schedule
 from slimadam.errors import PlanError
+from slimadam.optimizer import SlimAdam
 from slimadam.plan import CompressionPlan, Rule
 from slimadam.snr import SNRHistory, snr
 
@@ -13,6 +14,7 @@ __all__ = [
     "Rule",
     "SNRHistory",
     "SNRRecorder",
+    "SlimAdam",
     "calibrate",
     "every",
     "paper_schedule",

@@ -166,7 +166,7 @@ def calibrate(
             loss = train_step()
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise TypeError(f"train_step must return the loss as a scalar tensor, not {loss!r}")
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             if on_step is not None:
                 on_step(step)

@@ -10,15 +10,25 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from torch import nn
 
 from slimadam.errors import PlanError
-from slimadam.roles import BIAS, NORM, canonical_name, recommended_dims, role_from_name, roles_of
+from slimadam.roles import (
+    BIAS,
+    NORM,
+    ParameterRole,
+    canonical_name,
+    recommended_dims,
+    role_from_name,
+    roles_of,
+)
 from slimadam.snr import FACTORED, MAX_NDIM, Candidate, SNRHistory, normalize_candidate
 
+Dims = tuple[int, ...]
 Form = Literal["full", "mean", "factored"]
 Forms = Literal["mean", "best"]
 
@@ -93,7 +103,10 @@ class CompressionPlan(Mapping[str, Rule]):
         self.cutoff = cutoff
 
     def __getitem__(self, name: str) -> Rule:
-        return self._rules[name]
+        key = self.match(name)
+        if key is None:
+            raise KeyError(name)
+        return self._rules[key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rules)
@@ -137,9 +150,15 @@ class CompressionPlan(Mapping[str, Rule]):
         """
         if name in self._rules:
             return name
-        wanted = canonical_name(name)
-        found = [key for key in self._rules if canonical_name(key) == wanted]
+        found = self._by_canonical_name.get(canonical_name(name), [])
         return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def _by_canonical_name(self) -> dict[str, list[str]]:
+        index: dict[str, list[str]] = {}
+        for name in self._rules:
+            index.setdefault(canonical_name(name), []).append(name)
+        return index
 
     @classmethod
     def from_snr(
@@ -186,19 +205,9 @@ class CompressionPlan(Mapping[str, Rule]):
         Args:
             model: The model whose parameters the plan is for.
         """
-        rules = {}
         roles = roles_of(model)
-        for name, parameter in model.named_parameters():
-            role = roles[name]
-            dims = recommended_dims(role)
-            shape = tuple(parameter.shape)
-            if dims and math.prod(reduced_shape(shape, dims)) < parameter.numel():
-                reason = f"the paper's rule for {role.role}"
-                rules[name] = Rule(dims, "mean", shape, reason=reason, role=role.role)
-            else:
-                reason = f"the paper has no rule for {role.role}"
-                rules[name] = Rule(shape=shape, reason=reason, role=role.role)
-        return cls(rules)
+        named = model.named_parameters()
+        return cls({name: paper_rule(tuple(parameter.shape), roles[name]) for name, parameter in named})
 
     @classmethod
     def factored(cls, model: nn.Module) -> CompressionPlan:
@@ -209,12 +218,8 @@ class CompressionPlan(Mapping[str, Rule]):
                 norm scales are kept in full.
         """
         roles = roles_of(model)
-        return cls(
-            {
-                name: factored_rule(tuple(parameter.shape), roles[name].role)
-                for name, parameter in model.named_parameters()
-            }
-        )
+        named = model.named_parameters()
+        return cls({name: factored_rule(tuple(parameter.shape), roles[name].role) for name, parameter in named})
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (schema: ``slimadam/plan.schema.json``). Replaces the file in one move."""
@@ -285,6 +290,16 @@ class CompressionPlan(Mapping[str, Rule]):
         return cls(rules, cutoff=None if cutoff is None else float(cutoff))
 
 
+def paper_rule(shape: tuple[int, ...], role: ParameterRole) -> Rule:
+    """The paper's recommendation for a role, where it has one and it saves anything."""
+    dims = recommended_dims(role)
+    if not dims:
+        return Rule(shape=shape, role=role.role, reason=f"the paper has no rule for {role.role}")
+    if math.prod(reduced_shape(shape, dims)) >= math.prod(shape):
+        return Rule(shape=shape, role=role.role, reason="too small to save anything")
+    return Rule(dims, "mean", shape, reason=f"the paper's rule for {role.role}", role=role.role)
+
+
 def factored_rule(shape: tuple[int, ...], role: str) -> Rule:
     """The factored form where it saves anything, the full one elsewhere."""
     rule = Rule(form="factored", shape=shape, role=role, reason="every matrix factored, by choice")
@@ -350,9 +365,7 @@ def _check_rule(name: str, rule: Rule) -> None:
     if rule.form not in get_args(Form):
         raise PlanError(f"{name!r}: form={_shown(rule.form)} must be 'full', 'mean' or 'factored'")
     if bool(rule.dims) != (rule.form == "mean"):
-        raise PlanError(
-            f"{name!r}: form={rule.form!r} with dims={rule.dims}; only form='mean' has dims, and needs one"
-        )
+        raise PlanError(f"{name!r}: form={rule.form!r} with dims={rule.dims}; only form='mean' has dims, and needs one")
     if any(not isinstance(dim, int) or isinstance(dim, bool) or not 0 <= dim < MAX_NDIM for dim in rule.dims):
         raise PlanError(f"{name!r}: dims={_shown(rule.dims)} must be dimensions in 0..{MAX_NDIM - 1}")
     if len(set(rule.dims)) != len(rule.dims):
@@ -465,11 +478,9 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obj
 
 
 def _no_constant(constant: str) -> None:
-    raise PlanError(f"{constant} is not JSON; write infinite SNRs as \"infinity\"")
+    raise PlanError(f'{constant} is not JSON; write infinite SNRs as "infinity"')
 
 
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-

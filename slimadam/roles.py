@@ -122,9 +122,7 @@ def role_from_name(name: str, ndim: int) -> str:
     return _linear_role(path)
 
 
-def _role_of(
-    module: nn.Module, path: str, leaf: str, ndim: int, vocabulary: set[int]
-) -> ParameterRole:
+def _role_of(module: nn.Module, path: str, leaf: str, ndim: int, vocabulary: set[int]) -> ParameterRole:
     if leaf.startswith("bias") or leaf.endswith("bias"):
         return ParameterRole(BIAS)
     if _NORM_TYPE.search(type(module).__name__):

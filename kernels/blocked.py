@@ -1,0 +1,231 @@
+"""The update in eager PyTorch on blocks that stay in the CPU's cache.
+
+Each block is read from memory once, however many operations work on it, so that a row-averaged step moves
+20 bytes per float32 parameter and a column-averaged one 24 (AdamW: 28). The plain reference beside it is
+:func:`slimadam.functional.reference_update`; parameters stored in full, where everything has one dtype, go to
+PyTorch's own fused CPU kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from slimadam.kernels.layout import Layout, layout
+from torch import Tensor
+
+from slimadam.functional import (
+    Dims,
+    Entry,
+    Hyperparameters,
+    bias_corrections,
+    relative_rows,
+    running_maximum,
+    stochastic_round,
+    update_first_moment,
+)
+
+BLOCK_ELEMENTS = 1 << 19
+"""Elements worked on at a time; ``python -m benchmarks.throughput --blocks`` measures other sizes."""
+
+LONGEST_NORM = 1 << 16
+"""Longest row summed by ``vector_norm``, whose running sums lose precision where ``mean``'s do not."""
+
+
+def layouts(param: Tensor, averaged_dims: Sequence[Dims]) -> list[Layout] | None:
+    """The layout of each second moment of a parameter, or None if this implementation cannot take it.
+
+    Args:
+        param: A real CPU parameter.
+        averaged_dims: For each second moment, the dimensions it is averaged over.
+    """
+    if len(averaged_dims) == 2 and not param.is_contiguous():
+        return None
+    found = [layout(param, dims) for dims in averaged_dims]
+    known = [one for one in found if one is not None]
+    return known if len(known) == len(found) else None
+
+
+def blocked_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
+    """Update every parameter in place. For each, :func:`layouts` must have found a view."""
+    whole: dict[torch.dtype, list[Entry]] = {}
+    for entry in entries:
+        if _is_plain(entry):
+            whole.setdefault(entry.param.dtype, []).append(entry)
+        else:
+            _update_one(entry, hyper)
+    for same_dtype in whole.values():
+        _torch_fused(same_dtype, hyper)
+
+
+def _is_plain(entry: Entry) -> bool:
+    """Whether PyTorch's fused kernel takes it: nothing averaged, one dtype."""
+    same_dtype = entry.param.dtype == entry.exp_avg.dtype == entry.exp_avg_sq[0].dtype
+    return not any(entry.averaged_dims) and same_dtype and entry.step.dtype == torch.float32
+
+
+def _torch_fused(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
+    steps = [entry.step for entry in entries]
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(
+        [entry.param for entry in entries],
+        [entry.grad for entry in entries],
+        [entry.exp_avg for entry in entries],
+        [entry.exp_avg_sq[0] for entry in entries],
+        [entry.max_exp_avg_sq[0] for entry in entries] if hyper.amsgrad else [],
+        steps,
+        lr=float(hyper.lr),
+        beta1=float(hyper.beta1),
+        beta2=float(hyper.beta2),
+        weight_decay=float(hyper.weight_decay),
+        eps=hyper.eps,
+        amsgrad=hyper.amsgrad,
+        maximize=hyper.maximize,
+    )
+
+
+def _update_one(entry: Entry, hyper: Hyperparameters) -> None:
+    found = layouts(entry.param, entry.averaged_dims)
+    assert found is not None
+    order, pre, red, post = found[0]
+    shapes = [(pre, 1, post)]
+    if len(entry.exp_avg_sq) == 2:
+        pre, red, post = 1, entry.param.shape[0], entry.param[0].numel()
+        shapes = [(pre, red, 1), (pre, 1, post)]
+    entry.step.add_(1)
+    numbers = hyper._replace(lr=float(hyper.lr), beta1=float(hyper.beta1), beta2=float(hyper.beta2))
+    step_size, root = bias_corrections(entry.step, numbers)
+    update = Update(
+        param=entry.param.permute(order).reshape(pre, red, post),
+        grad=entry.grad.permute(order).reshape(pre, red, post),
+        exp_avg=entry.exp_avg.permute(order).reshape(pre, red, post),
+        parts=[part.permute(order).reshape(shape) for part, shape in zip(entry.exp_avg_sq, shapes, strict=True)],
+        maxima=[part.permute(order).reshape(shapes[0]) for part in entry.max_exp_avg_sq],
+        beta1=float(hyper.beta1),
+        beta2=float(hyper.beta2),
+        eps=hyper.eps,
+        decay=1 - float(hyper.lr) * float(hyper.weight_decay),
+        step_size=step_size,
+        root=root,
+        maximize=hyper.maximize,
+        rounds=hyper.stochastic_round and entry.param.dtype == torch.bfloat16,
+        seed=entry.seed,
+    )
+    if len(shapes) == 1 and red * post <= BLOCK_ELEMENTS:
+        _one_pass(update)
+    else:
+        for index in range(pre):
+            _two_passes(update.at(index))
+    stored, views = [*entry.exp_avg_sq, *entry.max_exp_avg_sq], [*update.parts, *update.maxima]
+    for moment, view in zip(stored, views, strict=True):
+        if moment.data_ptr() != view.data_ptr():
+            moment.permute(order).copy_(view.reshape([moment.shape[dim] for dim in order]))
+
+
+class Update(NamedTuple):
+    """One parameter's step: ``[pre, red, post]`` views of its tensors, and numbers."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    parts: list[Tensor]
+    maxima: list[Tensor]
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+    step_size: float
+    root: float
+    maximize: bool
+    rounds: bool
+    seed: int
+
+    def at(self, index: int) -> Update:
+        """The same for one slice of the first dimension, as ``[red, post]``."""
+        return self._replace(
+            param=self.param[index],
+            grad=self.grad[index],
+            exp_avg=self.exp_avg[index],
+            parts=[part[index] for part in self.parts],
+            maxima=[part[index] for part in self.maxima],
+            seed=self.seed + index * self.param[index].numel(),
+        )
+
+    def denominator(self, second_moment: Tensor) -> Tensor:
+        """``sqrt(v_hat) + eps``."""
+        return second_moment.sqrt().div_(self.root).add_(self.eps)
+
+    def update_first_moment(self, block: slice) -> None:
+        """The first moment of one block."""
+        grad = self.grad[block]
+        update_first_moment(self.exp_avg[block], -grad if self.maximize else grad, self.beta1)
+
+    def update_param(self, block: slice, denominator: Tensor) -> None:
+        """Weight decay and step of one block."""
+        target = self.param[block]
+        work = target.float() if self.rounds else target
+        if self.decay != 1:
+            work.mul_(self.decay)
+        work.addcdiv_(self.exp_avg[block], denominator, value=-self.step_size)
+        if self.rounds:
+            target.copy_(stochastic_round(work, self.seed + block.start))
+
+
+def _one_pass(update: Update) -> None:
+    """For each block of whole slices: moments, then the parameter while everything is in cache."""
+    (part,) = update.parts
+    pre, red, post = update.param.shape
+    for block in _blocks(pre, red * post):
+        # first and second moment
+        update.update_first_moment(block)
+        used = part[block]
+        mean_square = _mean_square(update.grad[block], used.dtype)
+        used.mul_(update.beta2).add_(mean_square, alpha=1 - update.beta2)
+        if update.maxima:
+            (used,) = running_maximum([update.maxima[0][block]], [used])
+
+        # weight decay and update
+        update.update_param(block, update.denominator(used))
+
+
+def _two_passes(update: Update) -> None:
+    """Moments of every block of rows first, then the parameter: column averages need all rows."""
+    *rows, columns = update.parts
+    weight = 1 - update.beta2
+    red, post = update.param.shape
+    blocks = list(_blocks(red, post))
+    sums = torch.zeros_like(columns)
+
+    # first and second moment
+    for block in blocks:
+        squares = update.grad[block].to(columns.dtype).square()
+        sums += squares.sum(0, keepdim=True)
+        for row in rows:
+            row[block].mul_(update.beta2).add_(squares.mean(1, keepdim=True), alpha=weight)
+        update.update_first_moment(block)
+    columns.mul_(update.beta2).add_(sums, alpha=weight / red)
+    if update.maxima:
+        (columns,) = running_maximum(update.maxima, [columns])
+
+    # weight decay and update
+    relative = relative_rows(rows[0]) if rows else None
+    denominator = update.denominator(columns)
+    for block in blocks:
+        if relative is not None:
+            denominator = update.denominator(relative[block] * columns)
+        update.update_param(block, denominator)
+
+
+def _blocks(count: int, width: int) -> Iterator[slice]:
+    size = max(1, BLOCK_ELEMENTS // max(1, width))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _mean_square(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean of squares over the middle dimension of ``[pre, red, post]``, without a temporary for rows."""
+    red, post = grad.shape[1:]
+    if post == 1 and 1 < red <= LONGEST_NORM:
+        norm: Tensor = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=dtype)
+        return norm.square_().div_(red)
+    return grad.to(dtype).square().mean(1, keepdim=True)

@@ -1,0 +1,205 @@
+"""``slimadam calibrate``: measure the second moments of an unmodified training script."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from slimadam.calibration import every, paper_schedule
+from slimadam.cli.console import finite, is_main_rank, output_path, percent, status_console
+from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
+from slimadam.cli.observe import Observer
+from slimadam.cli.script import SCRIPT_SETTINGS, SIGTERM_EXIT, Outcome, Script, script_arguments
+from slimadam.plan import CompressionPlan, Forms
+from slimadam.snr import SNRHistory
+
+_REDRAW_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class _Files:
+    plan: Path
+    report: Path | None
+    history: Path | None
+
+    def write(self, plan: CompressionPlan, history: SNRHistory, facts: dict[str, str]) -> dict[str, str]:
+        """Write what was asked for; returns the path of each kind of file."""
+        plan.save(self.plan)
+        written = {"plan": str(self.plan)}
+        if self.history is not None:
+            history.save_csv(self.history)
+            written["history"] = str(self.history)
+        if self.report is not None:
+            from slimadam.report import write_report
+
+            write_report(self.report, plan, history, facts=facts)
+            written["report"] = str(self.report)
+        return written
+
+
+@click.command(context_settings=SCRIPT_SETTINGS)
+@click.option("--steps", type=click.IntRange(min=1), help="End the script after so many optimizer steps.")
+@click.option(
+    "--cutoff", type=click.FloatRange(min=0), default=1.0, show_default=True, callback=finite,
+    help="SNR that averaging must exceed to be chosen.",
+)  # fmt: skip
+@click.option(
+    "--forms", type=click.Choice(["mean", "best"]), default="mean", show_default=True,
+    help="mean: averages only, as in the paper. best: row and column averages compete too.",
+)  # fmt: skip
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Names or roles to keep in full; may be repeated.")
+@click.option(
+    "--every", "interval", type=click.IntRange(min=1),
+    help="Measure at step 1 and every so many steps. Default: every 100, after step 1000 every 1000.",
+)  # fmt: skip
+@click.option(
+    "--lr-scale", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
+    callback=finite,
+    help="Factor on the learning rate of Adam-like optimizers; 0.1 is recommended.",
+)  # fmt: skip
+@click.option("--out", default="plan.json", show_default=True, callback=output_path, help="The plan to write.")
+@click.option("--report", callback=output_path, help="An HTML page with the numbers and plots to write.")
+@click.option("--history", callback=output_path, help="A CSV file with every measurement to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout.")
+@script_arguments
+@click.pass_context
+def calibrate(
+    ctx: click.Context,
+    steps: int | None,
+    cutoff: float,
+    forms: Forms,
+    keep: tuple[str, ...],
+    interval: int | None,
+    lr_scale: float,
+    out: Path,
+    report: Path | None,
+    history: Path | None,
+    as_json: bool,
+    is_module: bool,
+    script: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run a training script unmodified, measure its second moments and write a compression plan.
+
+    The script's optimizer is torch.optim.Adam, AdamW or any that keeps exp_avg_sq. Everything after SCRIPT
+    goes to the script. Exit codes: 0 done, 1 the script failed (what was measured is still written), 2 usage,
+    3 nothing to calibrate.
+    """
+    console, stdout = status_console(), sys.stdout
+    with _progress(console, steps) as on_step:
+        schedule = paper_schedule if interval is None else every(interval)
+        observer = Observer(schedule, steps, lr_scale, on_step)
+        with observer.watching():
+            outcome = Script(script, arguments, is_module).run()
+    outcome.show_error()
+    for problem in observer.problems:
+        console.print(f"slimadam: {problem}")
+    result = _empty_result(observer, outcome)
+    if observer.optimizers:
+        measured = observer.history()
+        plan = CompressionPlan.from_snr(measured, cutoff, forms=forms, keep=keep)
+        result |= _result_of(plan)
+        if is_main_rank():
+            facts = {"script": script, "learning rate": f"the script's, times {lr_scale:g}"}
+            result["files"] = _Files(out, report, history).write(plan, measured, facts)
+        _summarize(console, result, measured, lr_scale)
+        _warn_of_idle_patterns(console, keep, plan)
+    if as_json and is_main_rank():
+        click.echo(json.dumps(result), file=stdout)
+    ctx.exit(_exit_code(console, observer, outcome))
+
+
+@contextmanager
+def _progress(console: Console, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, redrawn from the training loop itself: no thread, and no stream is redirected."""
+    bar = Progress(
+        TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False,
+        disable=console.quiet or not console.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task("calibrating", total=total)
+    drawn = 0.0
+
+    def on_step(step: int) -> None:
+        nonlocal drawn
+        now = time.monotonic()
+        due = now - drawn >= _REDRAW_SECONDS
+        bar.update(task, completed=step, refresh=due)
+        drawn = now if due else drawn
+
+    with bar:
+        yield on_step
+
+
+def _empty_result(observer: Observer, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "steps": observer.steps,
+        "optimizers": observer.optimizers,
+        "parameters": 0,
+        "compressed": 0,
+        "second_moments_saved": 0.0,
+        "files": {},
+        "script_exit": outcome.exit_code,
+    }
+
+
+def _result_of(plan: CompressionPlan) -> dict[str, Any]:
+    return {
+        "parameters": len(plan),
+        "compressed": sum(rule.form != "full" for rule in plan.values()),
+        "second_moments_saved": plan.second_moments_saved,
+    }
+
+
+def _summarize(console: Console, result: dict[str, Any], history: SNRHistory, lr_scale: float) -> None:
+    measured = len(history.steps)
+    console.print(
+        f"slimadam: {result['steps']} steps, measured at {measured}; {result['compressed']} of "
+        f"{result['parameters']} parameters compressed, {percent(result['second_moments_saved'])} of second "
+        "moments saved"
+    )
+    for kind, path in result["files"].items():
+        console.print(f"slimadam: {kind} written to {path}")
+    if measured == 1 and result["steps"] > 1:
+        console.print("slimadam: only one step was measured; train longer or pass a smaller --every")
+    if lr_scale == 1.0:
+        console.print(
+            "slimadam: measured at the script's own learning rate; about a tenth of the training rate is "
+            "recommended: --lr-scale 0.1"
+        )
+
+
+def _warn_of_idle_patterns(console: Console, keep: tuple[str, ...], plan: CompressionPlan) -> None:
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) or rule.role == pattern for name, rule in plan.items()):
+            console.print(f"slimadam: --keep {pattern}: no parameter has such a name or role")
+
+
+def _exit_code(console: Console, observer: Observer, outcome: Outcome) -> int:
+    if outcome.exit_code:
+        how = "was terminated" if outcome.exit_code == SIGTERM_EXIT else f"failed (exit code {outcome.exit_code})"
+        console.print(f"slimadam: the script {how}")
+        return SCRIPT_FAILED
+    if not observer.optimizers:
+        console.print("slimadam: nothing to calibrate: no optimizer that keeps exp_avg_sq (Adam, AdamW) stepped")
+        return NOTHING_DONE
+    return DONE

@@ -1,0 +1,166 @@
+"""``slimadam plan``: show, compare and check plan files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from slimadam.cli.console import percent
+from slimadam.errors import PlanError
+from slimadam.plan import CompressionPlan, Rule, fit_rule
+from slimadam.snr import FACTORED, Candidate
+
+_PLAN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_UNBOUNDED_WIDTH = 100_000
+
+
+@click.group()
+def plan() -> None:
+    """Show, compare and check plan files."""
+
+
+@plan.command()
+@click.argument("file", metavar="PLAN", type=_PLAN_FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: the plan with its totals.")
+def show(file: Path, as_json: bool) -> None:
+    """Print each parameter's rule, the SNR it was chosen by, and the reason."""
+    loaded = CompressionPlan.load(file)
+    kept, full = loaded.second_moments
+    saved = loaded.second_moments_saved
+    if as_json:
+        totals = {"second_moments": full, "second_moments_kept": kept, "second_moments_saved": saved}
+        click.echo(json.dumps(loaded.to_dict() | {"totals": totals}))
+        return
+    console = Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED_WIDTH)
+    console.print(_table(loaded))
+    compressed = sum(rule.form != "full" for rule in loaded.values())
+    click.echo(
+        f"{compressed} of {len(loaded)} parameters compressed; {kept:,} of {full:,} second moments kept, "
+        f"{percent(saved)} saved"
+    )
+
+
+@plan.command()
+@click.argument("a", type=_PLAN_FILE)
+@click.argument("b", type=_PLAN_FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
+    """Compare how two plans store each parameter. Exit codes: 0 the same, 1 different, 2 trouble."""
+    first, second = CompressionPlan.load(a), CompressionPlan.load(b)
+    pairs = {name: second.match(name) for name in first}
+    changed = {
+        name: (first[name], second[other])
+        for name, other in pairs.items()
+        if other is not None and not _same_storage(first[name], second[other])
+    }
+    only_a = [name for name, other in pairs.items() if other is None]
+    only_b = [name for name in second if name not in set(pairs.values())]
+    if as_json:
+        details = {name: {"a": _storage(old), "b": _storage(new)} for name, (old, new) in changed.items()}
+        click.echo(json.dumps({"changed": details, "only_in_a": only_a, "only_in_b": only_b}))
+    else:
+        for name, (old, new) in changed.items():
+            click.echo(f"{name}: {_describe(old, new)} -> {_describe(new, old)}")
+        for path, names in ((a, only_a), (b, only_b)):
+            for name in names:
+                click.echo(f"{name}: only in {path}")
+    ctx.exit(1 if changed or only_a or only_b else 0)
+
+
+@plan.command()
+@click.argument("file", metavar="PLAN", type=_PLAN_FILE)
+@click.option("--model", "builder", metavar="MODULE:CALLABLE", help="Check it against the model that this builds.")
+@click.pass_context
+def check(ctx: click.Context, file: Path, builder: str | None) -> None:
+    """Validate a plan file, by itself or against a model. Exit codes: 0 valid, 1 not, 2 trouble."""
+    model = None if builder is None else _build(builder)
+    try:
+        loaded = CompressionPlan.load(file)
+        covered = len(loaded) if model is None else _check_fit(loaded, model)
+    except PlanError as error:
+        click.echo(f"slimadam: {error}", err=True)
+        ctx.exit(1)
+    click.echo(f"{file}: valid, {len(loaded)} parameters")
+    if model is not None:
+        click.echo(f"{covered} of the model's {len(list(model.parameters()))} parameters have a rule")
+
+
+def _table(shown: CompressionPlan) -> Table:
+    table = Table("parameter", "role", "shape", "SNR", "decision", "reason")
+    for name, rule in shown.items():
+        shape = "" if rule.shape is None else "x".join(map(str, rule.shape)) or "scalar"
+        snrs = "  ".join(f"{_candidate(candidate)}: {value:.3g}" for candidate, value in rule.snr.items())
+        row = (name, rule.role, shape, snrs, _decision(rule), rule.reason)
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    return table
+
+
+def _candidate(candidate: Candidate) -> str:
+    return candidate if candidate == FACTORED else ",".join(map(str, candidate))
+
+
+def _decision(rule: Rule) -> str:
+    return f"mean over {_candidate(rule.dims)}" if rule.form == "mean" else rule.form
+
+
+def _describe(rule: Rule, other: Rule) -> str:
+    if rule.shape is None or rule.shape == other.shape:
+        return _decision(rule)
+    return f"{_decision(rule)} of shape {rule.shape}"
+
+
+def _same_storage(a: Rule, b: Rule) -> bool:
+    shapes_agree = a.shape == b.shape or a.shape is None or b.shape is None
+    return (a.form, a.dims) == (b.form, b.dims) and shapes_agree
+
+
+def _storage(rule: Rule) -> dict[str, Any]:
+    return {
+        "form": rule.form,
+        "dims": list(rule.dims),
+        "shape": None if rule.shape is None else list(rule.shape),
+    }
+
+
+def _build(builder: str) -> nn.Module:
+    module_name, _, attribute = builder.partition(":")
+    if not module_name or not attribute:
+        raise click.BadParameter(f"{builder!r} must read MODULE:CALLABLE", param_hint="--model")
+    sys.path.insert(0, "")
+    try:
+        model = getattr(importlib.import_module(module_name), attribute)()
+    except Exception as error:
+        message = f"{builder!r} failed: {type(error).__name__}: {error}"
+        raise click.BadParameter(message, param_hint="--model") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        raise click.BadParameter(f"{builder!r} returned {type(model).__name__}, not an nn.Module", param_hint="--model")
+    return model
+
+
+def _check_fit(checked: CompressionPlan, model: nn.Module) -> int:
+    """How many of the model's parameters have a rule, after checking that every rule fits one."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        key = checked.match(name)
+        if key is not None:
+            fit_rule(name, checked[key], tuple(parameter.shape))
+            found[key] = name
+    unknown = [name for name in checked if name not in found]
+    if unknown:
+        raise PlanError(
+            f"{unknown[0]!r}: the model has no such parameter ({len(unknown)} of the plan's "
+            f"{len(checked)} names are unknown to it); calibrate this model, or remove the entry"
+        )
+    return len(found)

@@ -1,0 +1,71 @@
+"""``slimadam run``: an unmodified training script with SlimAdam in place of Adam and AdamW."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+
+from slimadam.cli.console import percent, status_console
+from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
+from slimadam.cli.script import SCRIPT_SETTINGS, Script, script_arguments
+from slimadam.cli.substitute import ScriptPlan, Substitution
+from slimadam.errors import PlanError
+from slimadam.plan import CompressionPlan
+
+_SHOWN_NAMES = 5
+
+
+@click.command(context_settings=SCRIPT_SETTINGS)
+@click.option(
+    "--plan", "plan_name", required=True, metavar="PLAN",
+    help="A plan file; 'rules': the paper's table by layer role; 'none': nothing compressed.",
+)  # fmt: skip
+@script_arguments
+@click.pass_context
+def run(ctx: click.Context, plan_name: str, is_module: bool, script: str, arguments: tuple[str, ...]) -> None:
+    """Run a training script unmodified, with SlimAdam in place of torch.optim.Adam and AdamW.
+
+    Everything after SCRIPT goes to the script. Exit codes: 0 done, 1 the script failed, 2 usage, or the plan does
+    not fit, 3 the script built no Adam or AdamW.
+    """
+    console = status_console()
+    substitution = Substitution(_read_plan(plan_name))
+    with substitution.active():
+        outcome = Script(script, arguments, is_module).run()
+    if isinstance(outcome.error, PlanError):
+        raise outcome.error
+    outcome.show_error()
+    _summarize(console, substitution)
+    if outcome.exit_code:
+        console.print(f"slimadam: the script failed (exit code {outcome.exit_code})")
+        ctx.exit(SCRIPT_FAILED)
+    if not substitution.memory:
+        console.print("slimadam: nothing was replaced: the script built no torch.optim.Adam or AdamW")
+        ctx.exit(NOTHING_DONE)
+    substitution.check_matched()
+    ctx.exit(DONE)
+
+
+def _read_plan(name: str) -> ScriptPlan:
+    return name if name == "rules" or name == "none" else CompressionPlan.load(name)
+
+
+def _summarize(console: Console, substitution: Substitution) -> None:
+    reports = substitution.memory.values()
+    if not reports:
+        return
+    kept = sum(report.exp_avg_sq for report in reports)
+    full = sum(report.adamw_exp_avg_sq for report in reports)
+    saved = 1 - kept / full if full else 0.0
+    console.print(
+        f"slimadam: {len(reports)} optimizer{'s'[: len(reports) != 1]}; second moments take {kept:,} bytes "
+        f"instead of {full:,}, {percent(saved)} saved"
+    )
+    _list_names(console, "entries of the plan matched no parameter", substitution.unused)
+    _list_names(console, "parameters are not in the plan and stay in full", substitution.uncovered)
+
+
+def _list_names(console: Console, what: str, names: list[str]) -> None:
+    if names:
+        more = ", ..." if len(names) > _SHOWN_NAMES else ""
+        console.print(f"slimadam: {len(names)} {what}: {', '.join(names[:_SHOWN_NAMES])}{more}")

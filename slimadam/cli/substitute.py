@@ -1,0 +1,176 @@
+"""SlimAdam in the place of ``torch.optim.Adam`` and ``AdamW``, for the time that a script runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from slimadam.cli.script_names import as_groups, as_list, pairs, prefix_of, prefixed
+from slimadam.errors import PlanError
+from slimadam.memory import MemoryReport
+from slimadam.names import NamedParameters, owning_modules
+from slimadam.optimizer import SlimAdam
+from slimadam.plan import CompressionPlan, Rule, paper_rule
+
+ScriptPlan = CompressionPlan | Literal["rules", "none"]
+
+
+class Substitution:
+    """Builds SlimAdam where a script builds Adam or AdamW, and keeps account of what the plan covered.
+
+    Args:
+        plan: A plan for the parameters of all optimizers together, the paper's rules, or nothing compressed.
+
+    Attributes:
+        memory: What each optimizer costs, in the order in which they were built.
+        uncovered: Names of parameters with two or more dimensions that the plan has no entry for.
+    """
+
+    def __init__(self, plan: ScriptPlan) -> None:
+        self.memory: dict[int, MemoryReport] = {}
+        self.uncovered: list[str] = []
+        self._plan = plan
+        self._used: set[str] = set()
+        self._count = itertools.count()
+
+    @property
+    def unused(self) -> list[str]:
+        """Entries of the plan that matched no parameter."""
+        return [] if isinstance(self._plan, str) else [key for key in self._plan if key not in self._used]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Put the substitutes where scripts look for Adam and AdamW."""
+        adam, adamw = _substitutes(self)
+
+        def check_before_first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if isinstance(optimizer, adam):
+                self.check_matched()
+
+        hook = register_optimizer_step_pre_hook(check_before_first_step)
+        try:
+            with (
+                patch.object(torch.optim, "Adam", adam),
+                patch.object(torch.optim, "AdamW", adamw),
+                patch.object(torch.optim.adam, "Adam", adam),
+                patch.object(torch.optim.adamw, "AdamW", adamw),
+            ):
+                yield
+        finally:
+            hook.remove()
+
+    def check_matched(self) -> None:
+        """Refuse a plan that has nothing to do with the script.
+
+        Raises:
+            PlanError: No entry matched any parameter.
+        """
+        unused = self.unused
+        if unused and not self._used:
+            raise PlanError(
+                f"the plan's {len(unused)} entries, {unused[0]!r} among them, match no parameter of the script's "
+                "optimizers; calibrate this script"
+            )
+
+    def new_index(self) -> int:
+        """The number of an optimizer that is being built."""
+        return next(self._count)
+
+    def plan_for(self, named: list[tuple[str, Tensor]], roles: NamedParameters, prefix: str) -> CompressionPlan:
+        """The part of the plan that concerns some parameters of one optimizer, under their own names."""
+        return CompressionPlan({name: self._rule(name, tensor, roles, prefix) for name, tensor in named})
+
+    def _rule(self, name: str, tensor: Tensor, roles: NamedParameters, prefix: str) -> Rule:
+        shape = tuple(tensor.shape)
+        if isinstance(self._plan, str):
+            role = roles.role(tensor) if self._plan == "rules" else None
+            return paper_rule(shape, role) if role else Rule(shape=shape)
+        key = self._key(self._plan, name, shape, prefix)
+        if key is None:
+            if len(shape) > 1:
+                self.uncovered.append(name)
+            return Rule(shape=shape, reason="not in the plan")
+        self._used.add(key)
+        return self._plan[key]
+
+    def _key(self, plan: CompressionPlan, name: str, shape: tuple[int, ...], prefix: str) -> str | None:
+        told_apart = itertools.takewhile(lambda key: key in plan, prefixed(prefix, name))
+        fitting = [key for key in told_apart if plan[key].shape in (None, shape)]
+        return min(fitting, key=lambda key: key in self._used, default=plan.match(name))
+
+
+def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimAdam]]:
+    class Adam(SlimAdam):
+        """SlimAdam with the signature and defaults of ``torch.optim.Adam``."""
+
+        def __init__(
+            self,
+            params: Iterable[Any],
+            lr: float | Tensor = 1e-3,
+            betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 0,
+            amsgrad: bool = False,
+            *,
+            decoupled_weight_decay: bool = False,
+            **options: Any,
+        ) -> None:
+            self._index = substitution.new_index()
+            self._decoupled = decoupled_weight_decay
+            groups: Any = params if isinstance(params, Tensor) else as_groups(params)
+            self._look_up(groups)
+            super().__init__(groups, lr, betas, eps, weight_decay, amsgrad, plan=None, **options)
+            substitution.memory[self._index] = self.memory()
+
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            self._refuse_l2(param_group)
+            group = {**param_group, "params": as_list(param_group["params"])}
+            if any(isinstance(item, Tensor) and self._found.name(item) is None for item in group["params"]):
+                self._look_up([*self.param_groups, group])
+            group["params"] = pairs(group["params"], self._found, len(self.param_groups))
+            group["plan"] = substitution.plan_for(group["params"], self._found, self._prefix)
+            super().add_param_group(group)
+            if self._index in substitution.memory:
+                substitution.memory[self._index] = self.memory()
+
+        def _look_up(self, groups: list[dict[str, Any]]) -> None:
+            items = [item for group in groups for item in group["params"]]
+            tensors = [item if isinstance(item, Tensor) else item[1] for item in items]
+            self._found = NamedParameters(owning_modules(tensors))
+            self._prefix = prefix_of(tensors)
+
+        def _refuse_l2(self, group: dict[str, Any]) -> None:
+            decay = group.get("weight_decay", self.defaults["weight_decay"])
+            if decay != 0 and not group.get("decoupled_weight_decay", self._decoupled):
+                raise PlanError(
+                    f"the script builds Adam with weight_decay={decay}, an L2 penalty, which SlimAdam does not "
+                    "have; use torch.optim.AdamW, or pass decoupled_weight_decay=True"
+                )
+
+    class AdamW(Adam):
+        """SlimAdam with the signature and defaults of ``torch.optim.AdamW``."""
+
+        def __init__(
+            self,
+            params: Iterable[Any],
+            lr: float | Tensor = 1e-3,
+            betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+            eps: float = 1e-8,
+            weight_decay: float = 1e-2,
+            amsgrad: bool = False,
+            **options: Any,
+        ) -> None:
+            super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
+
+    for substitute in (Adam, AdamW):
+        substitute.__qualname__ = substitute.__name__
+        substitute.__module__ = f"torch.optim.{substitute.__name__.lower()}"
+    return Adam, AdamW

@@ -1,0 +1,329 @@
+"""The demo's job: calibrate, then train with AdamW and with SlimAdam, side by side on the same batches."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from slimadam.calibration import SNRRecorder, every
+from slimadam.demo.data import ByteData
+from slimadam.demo.model import ByteGPT
+from slimadam.optimizer import SlimAdam
+from slimadam.plan import CompressionPlan
+from slimadam.snr import SNRHistory
+
+Phase = Literal["calibration", "AdamW", "SlimAdam"]
+Progress = Callable[[Phase, int, float], None]
+"""Called after each step with the phase, the step (from 1) and the loss of its batch."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo trains, and how.
+
+    Attributes:
+        steps: Optimizer steps of each training run.
+        width: Size of the residual stream, a multiple of ``heads``.
+        layers: Transformer blocks.
+        lr: Peak learning rate; calibration runs at ``calibration_lr_factor`` of it.
+        seed: Of the initialisation and of the batches.
+        heads: Attention heads.
+        context: Window length in bytes.
+        batch_size: Windows in a batch.
+        warmup: Share of the steps over which the learning rate rises linearly; then it falls as a cosine, to
+            ``final_lr`` of the peak.
+        final_lr: Where the cosine ends, as a share of the peak.
+        calibration_steps: Optimizer steps of the calibration; None: as many as training has.
+        calibration_lr_factor: The calibration's constant learning rate (after the same warmup), as a share of
+            ``lr``.
+        measurements: How often the SNR is measured while calibrating.
+        evaluations: How often the held-out loss is computed while training.
+        held_out_windows: Windows of held-out text that it is computed on.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    steps: int = 400
+    width: int = 128
+    layers: int = 4
+    lr: float = 1e-3
+    seed: int = 0
+    heads: int = 4
+    context: int = 64
+    batch_size: int = 16
+    warmup: float = 0.1
+    final_lr: float = 0.1
+    calibration_steps: int | None = None
+    calibration_lr_factor: float = 0.1
+    measurements: int = 8
+    evaluations: int = 8
+    held_out_windows: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "width", "layers", "heads", "context", "batch_size", "measurements",
+                     "evaluations", "held_out_windows"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of the {self.heads} attention heads")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr} must be a positive number")
+
+    def new_model(self) -> ByteGPT:
+        """The model at its initialisation: the same numbers each time."""
+        torch.manual_seed(self.seed)
+        return ByteGPT(self.layers, self.width, self.heads, self.context)
+
+
+@dataclass(frozen=True)
+class OptimizerBytes:
+    """What an optimizer's state costs, in bytes.
+
+    Attributes:
+        second_moments: Tensors under ``exp_avg_sq``.
+        total: All state tensors.
+    """
+
+    second_moments: int
+    total: int
+
+
+@dataclass
+class TrainingCurve:
+    """What one training run showed.
+
+    Attributes:
+        train_losses: Loss of each step's batch, in nats per byte.
+        held_out_losses: By step, the loss on the held-out windows.
+        optimizer_ms: Duration of each ``optimizer.step()`` in milliseconds.
+        step_ms: Duration of each whole training step: forward, backward and optimizer.
+    """
+
+    train_losses: list[float] = field(default_factory=list)
+    held_out_losses: dict[int, float] = field(default_factory=dict)
+    optimizer_ms: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+
+    @property
+    def held_out_loss(self) -> float:
+        """The held-out loss after the last step."""
+        return self.held_out_losses[max(self.held_out_losses)]
+
+    @property
+    def median_optimizer_ms(self) -> float:
+        """Median duration of ``optimizer.step()`` in milliseconds."""
+        return statistics.median(self.optimizer_ms)
+
+    @property
+    def median_step_ms(self) -> float:
+        """Median duration of a training step in milliseconds."""
+        return statistics.median(self.step_ms)
+
+
+@dataclass(frozen=True)
+class OptimizerResult:
+    """A finished training run: its curve, and the bytes of its optimizer's state."""
+
+    curve: TrainingCurve
+    state: OptimizerBytes
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        settings: What was asked for.
+        parameters: Elements of the model.
+        history: The calibration's measurements.
+        plan: The plan chosen from them.
+        adamw: The run with ``torch.optim.AdamW``.
+        slimadam: The run with ``slimadam.SlimAdam`` and the plan.
+    """
+
+    settings: DemoSettings
+    parameters: int
+    history: SNRHistory
+    plan: CompressionPlan
+    adamw: OptimizerResult
+    slimadam: OptimizerResult
+
+    @property
+    def loss_gap(self) -> float:
+        """How much higher SlimAdam's held-out loss is, as a share of AdamW's."""
+        return self.slimadam.curve.held_out_loss / self.adamw.curve.held_out_loss - 1
+
+    @property
+    def second_moments_saved(self) -> float:
+        """Share of AdamW's second-moment bytes that SlimAdam does without."""
+        return 1 - self.slimadam.state.second_moments / self.adamw.state.second_moments
+
+    @property
+    def state_saved(self) -> float:
+        """Share of all of AdamW's state bytes that SlimAdam does without."""
+        return 1 - self.slimadam.state.total / self.adamw.state.total
+
+
+class DivergedError(ArithmeticError):
+    """A loss was no longer finite; the message says where and what to try."""
+
+
+class Trainee:
+    """A model with its optimizer and what its training shows.
+
+    Args:
+        phase: Name under which progress is reported.
+        model: The model.
+        optimizer: Its optimizer.
+        progress: Called after each step.
+    """
+
+    def __init__(self, phase: Phase, model: ByteGPT, optimizer: Optimizer, progress: Progress) -> None:
+        self.phase: Phase = phase
+        self.model = model
+        self.optimizer = optimizer
+        self.progress = progress
+        self.curve = TrainingCurve()
+
+    def step(self, batch: tuple[Tensor, Tensor], lr: float) -> None:
+        """One training step, timed.
+
+        Raises:
+            DivergedError: The loss is infinite or NaN.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = self.model.loss(*batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        before_update = time.perf_counter()
+        self.optimizer.step()
+        end = time.perf_counter()
+        self.curve.optimizer_ms.append((end - before_update) * 1e3)
+        self.curve.step_ms.append((end - start) * 1e3)
+        self.curve.train_losses.append(loss.item())
+        if not math.isfinite(self.curve.train_losses[-1]):
+            raise DivergedError(
+                f"the loss became {loss.item()} at step {self.steps} of {self.phase} with lr={lr:g}; "
+                "choose a smaller learning rate"
+            )
+        self.progress(self.phase, self.steps, self.curve.train_losses[-1])
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return len(self.curve.train_losses)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tensor, targets: Tensor, batch_size: int) -> None:
+        """Add the held-out loss at the current step to the curve."""
+        total = sum(
+            self.model.loss(*batch).item() * len(batch[0])
+            for batch in zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+        )
+        self.curve.held_out_losses[self.steps] = total / len(inputs)
+
+
+def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> DemoResult:
+    """Calibrate, then train with both optimizers from the same initialisation on the same batches.
+
+    The two runs alternate step by step, so that whatever else the machine does slows both alike.
+
+    Args:
+        settings: What to train.
+        data: What to train on.
+        progress: Called after each step.
+
+    Raises:
+        DivergedError: A loss was no longer finite.
+    """
+    history = calibrate(settings, data, progress)
+    plan = CompressionPlan.from_snr(history)
+    adamw_model, slim_model = settings.new_model(), settings.new_model()
+    adamw = torch.optim.AdamW(adamw_model.named_parameters(), lr=settings.lr)
+    slimadam = SlimAdam(slim_model.named_parameters(), lr=settings.lr, plan=plan)
+    trainees = (
+        Trainee("AdamW", adamw_model, adamw, progress),
+        Trainee("SlimAdam", slim_model, slimadam, progress),
+    )
+    train(settings, data, trainees)
+    return DemoResult(
+        settings=settings,
+        parameters=sum(parameter.numel() for parameter in adamw_model.parameters()),
+        history=history,
+        plan=plan,
+        adamw=OptimizerResult(trainees[0].curve, optimizer_bytes(adamw)),
+        slimadam=OptimizerResult(trainees[1].curve, optimizer_bytes(slimadam)),
+    )
+
+
+def calibrate(settings: DemoSettings, data: ByteData, progress: Progress) -> SNRHistory:
+    """Train with AdamW at a small learning rate and measure the SNR of its second moments on the way.
+
+    Args:
+        settings: What to train.
+        data: What to train on; the batches are those of the training runs.
+        progress: Called after each step.
+
+    Raises:
+        DivergedError: A loss was no longer finite.
+    """
+    steps = settings.calibration_steps or settings.steps
+    model = settings.new_model()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=settings.lr)
+    recorder = SNRRecorder(optimizer, model, every(max(1, steps // settings.measurements)))
+    trainee = Trainee("calibration", model, optimizer, progress)
+    for batch in data.batches(steps, settings.batch_size, settings.context, settings.seed):
+        warmed_up = min(1.0, (trainee.steps + 1) / max(1, round(settings.warmup * steps)))
+        trainee.step(batch, settings.lr * settings.calibration_lr_factor * warmed_up)
+    recorder.detach()
+    return recorder.history
+
+
+def train(settings: DemoSettings, data: ByteData, trainees: tuple[Trainee, ...]) -> None:
+    """Train all on the same batches, in turn, and evaluate them on the same held-out windows.
+
+    Raises:
+        DivergedError: A loss was no longer finite.
+    """
+    held_out = data.held_out_windows(settings.held_out_windows, settings.context)
+    interval = max(1, settings.steps // settings.evaluations)
+    batches = data.batches(settings.steps, settings.batch_size, settings.context, settings.seed)
+    for step, batch in enumerate(batches, start=1):
+        for trainee in trainees:
+            trainee.step(batch, learning_rate(settings, step))
+            if step % interval == 0 or step == settings.steps:
+                trainee.evaluate(*held_out, settings.batch_size)
+
+
+def learning_rate(settings: DemoSettings, step: int) -> float:
+    """The training rate at a step (from 1): a linear warmup, then a cosine."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step <= warmup:
+        return settings.lr * step / warmup
+    progress = (step - warmup) / (settings.steps - warmup)
+    floor = settings.final_lr
+    return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def optimizer_bytes(optimizer: Optimizer) -> OptimizerBytes:
+    """What an optimizer's state costs, counted tensor by tensor."""
+    states = optimizer.state.values()
+    return OptimizerBytes(
+        second_moments=sum(_bytes(state["exp_avg_sq"]) for state in states),
+        total=sum(_bytes(tensor) for state in states for tensor in state.values()),
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

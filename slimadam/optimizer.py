@@ -1,0 +1,486 @@
+"""The optimizer: arguments, groups, state, ``step()``. Arithmetic lives in functional and the backends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+from slimadam import state as state_format
+from slimadam.backends import UPDATES, Backend, choose_backend, fits_in_memory_order
+from slimadam.functional import (
+    Entry,
+    Hyperparameters,
+    Scalar,
+    initial_second_moment,
+    second_moment_dtype,
+    update_direction,
+)
+from slimadam.memory import MemoryReport
+from slimadam.options import check_group
+from slimadam.plan import CompressionPlan, Rule
+from slimadam.planning import PlanArgument, Resolver
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
+
+
+class SlimAdam(Optimizer):
+    r"""AdamW whose second moments are stored only as finely as a plan says each parameter needs.
+
+    For a parameter whose second moment is averaged over the dimensions :math:`K` (arXiv 2503.01843)::
+
+        m_t = beta1 m_{t-1} + (1 - beta1) g_t
+        v_t = beta2 v_{t-1} + (1 - beta2) mean_K(g_t ** 2)        # kept with size 1 in K; K = () is AdamW
+        p_t = (1 - lr weight_decay) p_{t-1} - lr (m_t / (1 - beta1 ** t)) / (sqrt(v_t / (1 - beta2 ** t)) + eps)
+
+    A factored parameter keeps the averages ``r`` over all dimensions but the first and ``c`` over the first,
+    and uses ``r c / mean(r)`` for ``v`` (arXiv 1804.04235). ``eps`` is added outside the root, as in torch.
+
+    Differences from ``torch.optim.AdamW``: second moments are kept in float32 (float64 for float64
+    parameters) even where parameters have 16 bits, because a 16-bit second moment stops decaying at
+    ``beta2 = 0.999``; sparse gradients and bad options are refused before any parameter has changed.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs, parameter groups, or a module.
+        lr: Learning rate, a number or a 1-element tensor.
+        betas: Decay rates of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        amsgrad: Use the running maximum of the second moment (not with factored parameters).
+        plan: ``"rules"`` (the paper's table by layer role), ``"factored"`` (row and column averages for
+            each matrix), a :class:`~slimadam.CompressionPlan` or the path of one, or None for AdamW.
+        model: Module that owns the parameters, to learn their names and roles from. A plan may then name
+            parameters of the model that this optimizer does not hold.
+        variance_init: ``"zeros"``, or ``"gradient"`` to start second moments at the first squared
+            gradient, bias correction kept (GI-Adam, arXiv 2406.09405).
+        momentum_dtype: Precision of the first moment; None is the parameter's own.
+        bf16_stochastic_round: Round bfloat16 parameters up or down at random when they are written; the
+            randomness depends on nothing but the step and the parameter's position.
+        maximize: Ascend.
+        foreach: True: lists of tensors at once. False: one at a time, by the readable reference.
+        capturable: Keep step counts on the device.
+        differentiable: Let autograd follow the step.
+        fused: False: never a fused or cache-blocked implementation. None: the fastest that applies.
+
+    Everything after ``amsgrad`` but ``model`` may be set per parameter group.
+
+    Raises:
+        ValueError: An option is out of range.
+        TypeError: An option has the wrong type or a misspelt name.
+        PlanError: The plan does not fit the parameters.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Scalar = 1e-3,
+        betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        plan: PlanArgument = "auto",
+        model: nn.Module | None = None,
+        variance_init: str = "zeros",
+        momentum_dtype: torch.dtype | str | None = None,
+        bf16_stochastic_round: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if isinstance(params, nn.Module):
+            model = params if model is None else model
+            params = params.named_parameters()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "variance_init": variance_init,
+            "momentum_dtype": momentum_dtype,
+            "bf16_stochastic_round": bf16_stochastic_round,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        check_group(defaults)
+        self._resolver = Resolver(plan, model)
+        self._names: dict[Tensor, str] = {}
+        self._rules: dict[Tensor, Rule] = {}
+        self._complete = False
+        super().__init__(params, defaults)
+        self._resolver.check_all_used()
+        self._complete = True
+
+    # -- groups and plan ---------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`; it may have its own ``plan``.
+
+        Raises:
+            ValueError, TypeError, PlanError: As the constructor; the optimizer is then as it was.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        group = dict(param_group)
+        own_plan = {"plan": group.pop("plan")} if "plan" in group else {}
+        check_group({**self.defaults, **group})
+        super().add_param_group(group)
+        try:
+            names = self._resolver.names(group, len(self.param_groups) - 1)
+            rules = self._resolver.rules(group, names, **own_plan)
+            if self._complete:
+                self._resolver.check_all_used()
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._names.update(zip(group["params"], names, strict=True))
+        self._rules.update(zip(group["params"], rules, strict=True))
+
+    @property
+    def plan(self) -> CompressionPlan:
+        """The plan in force: one rule for each parameter of this optimizer."""
+        parameters = [param for group in self.param_groups for param in group["params"]]
+        return CompressionPlan({self._names[param]: self._rules[param] for param in parameters})
+
+    def backend(self, param: Tensor | str) -> Backend:
+        """The implementation that updates a parameter.
+
+        Args:
+            param: A parameter of this optimizer, or its name.
+
+        Raises:
+            KeyError: The optimizer does not hold it.
+        """
+        for group in self.param_groups:
+            for held in group["params"]:
+                if held is param or self._names[held] == param:
+                    return self._backend(held, group)
+        raise KeyError(f"{param!r} is not a parameter of this optimizer")
+
+    def memory(self) -> MemoryReport:
+        """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`."""
+        moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                stored = self._rules[param].stored_elements(tuple(param.shape))
+                size = second_moment_dtype(param.dtype).itemsize
+                moments += param.numel() * self._momentum_dtype(param, group).itemsize
+                seconds += stored * size
+                maxima += stored * size if group["amsgrad"] else 0
+                steps += torch.get_default_dtype().itemsize if torch.get_default_dtype() == torch.float64 else 4
+                native = param.numel() * param.dtype.itemsize
+                adamw_seconds += native
+                adamw_total += native * (3 if group["amsgrad"] else 2)
+                elements += param.numel()
+                kept += stored
+        total = moments + seconds + maxima + steps
+        return MemoryReport(
+            exp_avg=moments,
+            exp_avg_sq=seconds,
+            max_exp_avg_sq=maxima,
+            step=steps,
+            total=total,
+            adamw_exp_avg_sq=adamw_seconds,
+            adamw_total=adamw_total + steps,
+            second_moments_saved=1 - kept / elements if elements else 0.0,
+            bytes_per_parameter=total / elements if elements else 0.0,
+        )
+
+    # -- the step ----------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            The closure's loss, if there is one.
+
+        Raises:
+            RuntimeError: A gradient is sparse; no parameter has changed then.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        for group in self.param_groups:
+            for backend, entries in self._entries(group).items():
+                UPDATES[backend](entries, _hyperparameters(group))
+        return loss
+
+    @torch.no_grad()
+    def update_direction(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pending update of each parameter that has a gradient, one at a time; nothing is changed.
+
+        Yields:
+            ``(parameter, D)`` with ``D`` of the parameter's shape, in at least float32, weight decay
+            included: a step with learning rate ``eta`` is ``parameter - eta * D``.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        self._check_gradients()
+        for group in self.param_groups:
+            hyper = _hyperparameters(group)
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state.get(param) or self._initial_state(param, group)
+                yield param, update_direction(self._entry(param, group, state), hyper)
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{self._names[param]!r}: SlimAdam does not support sparse gradients; "
+                        "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"
+                    )
+
+    def _entries(self, group: dict[str, Any]) -> dict[Backend, list[Entry]]:
+        """The group's parameters that have gradients, by the implementation that updates them."""
+        entries: dict[Backend, list[Entry]] = {}
+        for index, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            if not self.state[param]:
+                self.state[param].update(self._initial_state(param, group))
+            entry = self._entry(param, group, self.state[param])
+            if group["bf16_stochastic_round"]:
+                entry = entry._replace(seed=_rounding_seed(entry.step, index))
+            backend = self._backend(param, group)
+            if backend == "blocked" and not fits_in_memory_order(param, param.grad, entry.exp_avg):
+                backend = "reference"
+            entries.setdefault(backend, []).append(entry)
+        return entries
+
+    def _entry(self, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Entry:
+        assert param.grad is not None
+        return Entry(
+            param,
+            param.grad,
+            state["exp_avg"],
+            state_format.parts(state["exp_avg_sq"]),
+            state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (),
+            state["step"],
+            self._rules[param].averaged_dims(param.dim()),
+        )
+
+    def _initial_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        rule = self._rules[param]
+        dtype = second_moment_dtype(param.dtype)
+        dims = rule.averaged_dims(param.dim())
+        if group["variance_init"] == "gradient" and param.grad is not None:
+            parts = [initial_second_moment(param.grad, averaged) for averaged in dims]
+        elif dims == ((),):
+            parts = [torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)]
+        else:
+            shapes = rule.state_shapes(tuple(param.shape))
+            parts = [torch.zeros(shape, dtype=dtype, device=param.device) for shape in shapes]
+        momentum_dtype = self._momentum_dtype(param, group)
+        made = {
+            "step": torch.zeros(
+                (),
+                dtype=state_format.step_dtype(),
+                device=param.device if group["capturable"] else torch.device("cpu"),
+            ),
+            "exp_avg": torch.zeros_like(param, dtype=momentum_dtype, memory_format=torch.preserve_format),
+            "exp_avg_sq": state_format.stored(parts),
+        }
+        if group["amsgrad"]:
+            made["max_exp_avg_sq"] = state_format.stored([torch.zeros_like(part) for part in parts])
+        return made
+
+    def _backend(self, param: Tensor, group: Mapping[str, Any]) -> Backend:
+        dims = self._rules[param].averaged_dims(param.dim())
+        return choose_backend(param, self._momentum_dtype(param, group), dims, group)
+
+    def _momentum_dtype(self, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+        chosen: torch.dtype | None = group["momentum_dtype"]
+        return param.dtype if chosen is None or param.is_complex() else chosen
+
+    # -- state dicts -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`torch.optim.Optimizer.state_dict`, with the plan and a format version under ``"slimadam"``."""
+        saved = super().state_dict()
+        saved[state_format.KEY] = {
+            "format_version": state_format.FORMAT_VERSION,
+            "plan": self.plan.to_dict(),
+        }
+        return saved
+
+    def adamw_state_dict(self) -> dict[str, Any]:
+        """A state dict that ``torch.optim.AdamW`` loads, with every second moment in full.
+
+        Averages are broadcast back, factored ones multiplied out; moments take the parameter's dtype.
+        """
+        packed = super().state_dict()
+        parameters = [param for group in self.param_groups for param in group["params"]]
+        state: dict[int, dict[str, Any]] = {}
+        for index, param in enumerate(parameters):
+            if index in packed["state"]:
+                state[index] = dict(packed["state"][index])
+                state[index]["exp_avg"] = state[index]["exp_avg"].to(param.dtype, copy=True)
+                for key in state_format.SECOND_MOMENTS:
+                    if key in state[index]:
+                        moments = state_format.parts(state[index][key])
+                        state[index][key] = state_format.expand(moments, param)
+        own = ("variance_init", "momentum_dtype", "bf16_stochastic_round")
+        groups = [
+            {**{key: value for key, value in group.items() if key not in own}, "decoupled_weight_decay": True}
+            for group in packed["param_groups"]
+        ]
+        return {"state": state, "param_groups": groups}
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of SlimAdam, ``torch.optim.AdamW`` or ``torch.optim.Adam``.
+
+        Full second moments are averaged by this optimizer's plan; none is cast to the parameter's dtype.
+        Tensors are copied. Options that the saved groups lack keep their present values.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            ValueError: Groups or shapes do not match, or a later release wrote it.
+            PlanError: It was saved under another plan. The optimizer is as it was after any error.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        state_format.check_version(state_dict)
+        groups = _merged_groups(self.param_groups, state_dict["param_groups"])
+        owners = {
+            saved_id: (param, group)
+            for group, saved in zip(groups, state_dict["param_groups"], strict=True)
+            for param, saved_id in zip(group["params"], saved["params"], strict=True)
+        }
+        state: dict[Any, Any] = defaultdict(dict)
+        for saved_id, saved in state_dict["state"].items():
+            if saved_id in owners:
+                param, group = owners[saved_id]
+                state[param] = self._loaded_state(param, group, saved)
+            else:
+                state[saved_id] = deepcopy(saved)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _loaded_state(self, param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+        name, rule = self._names[param], self._rules[param]
+        loaded = deepcopy({key: value for key, value in saved.items() if key not in _STATE_KEYS})
+        if not saved:
+            return loaded
+        missing = [key for key in _STATE_KEYS[:3] if key not in saved]
+        if missing:
+            raise ValueError(f"{name!r}: the state dict lacks {missing}; it is not of Adam, AdamW or SlimAdam")
+        if saved["exp_avg"].shape != param.shape:
+            raise ValueError(
+                f"{name!r}: the state dict's exp_avg has shape {tuple(saved['exp_avg'].shape)}, the parameter "
+                f"{tuple(param.shape)}; load the state of the same model"
+            )
+        device = param.device if group["capturable"] else torch.device("cpu")
+        step = torch.as_tensor(saved["step"], dtype=state_format.step_dtype())
+        loaded["step"] = step.to(device, copy=True)
+        momentum_dtype = self._momentum_dtype(param, group)
+        loaded["exp_avg"] = saved["exp_avg"].to(device=param.device, dtype=momentum_dtype, copy=True)
+        for key in state_format.SECOND_MOMENTS:
+            if key in saved:
+                dtype = second_moment_dtype(param.dtype)
+                loaded[key] = state_format.convert(name, saved[key], param, rule, dtype)
+        if group["amsgrad"] and "max_exp_avg_sq" not in saved:
+            raise ValueError(f"{name!r}: amsgrad=True, but the state dict has no max_exp_avg_sq; set amsgrad=False")
+        return loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_names": self._names,
+            "_rules": self._rules,
+            "_plan": self._resolver.plan,
+            "_complete": self._complete,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "_plan" in state:
+            self._resolver = Resolver(state.pop("_plan"), None)
+        super().__setstate__(state)
+
+
+_STATE_KEYS = ("step", "exp_avg", *state_format.SECOND_MOMENTS)
+
+
+def _merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The saved options over the present ones, with the present parameters."""
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved_groups)}, the optimizer has {len(groups)}"
+        )
+    merged = []
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                f"group {index} has {len(saved['params'])} parameters, the optimizer's {len(group['params'])}"
+            )
+        options = {key: value for key, value in saved.items() if key not in _OF_ADAM}
+        merged.append({**group, **deepcopy(options), "params": group["params"]})
+        check_group(merged[-1])
+    return merged
+
+
+# What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on.
+_OF_ADAM = ("params", "decoupled_weight_decay", "fused")
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
+    beta1, beta2 = group["betas"]
+    return Hyperparameters(
+        lr=_scalar(group["lr"]),
+        beta1=_scalar(beta1),
+        beta2=_scalar(beta2),
+        eps=group["eps"],
+        weight_decay=_scalar(group["weight_decay"]),
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        stochastic_round=group["bf16_stochastic_round"],
+    )
+
+
+def _scalar(value: Scalar) -> Scalar:
+    return value.squeeze() if isinstance(value, Tensor) and value.dim() else value
+
+
+def _rounding_seed(step: Tensor, index: int) -> int:
+    """A seed that only the step and the parameter's position decide, so that a resumed run repeats it."""
+    mixed = (int(step.item()) * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
+    mixed ^= mixed >> 31
+    return mixed * 0x94D049BB133111EB >> 2 & (1 << 62) - 1

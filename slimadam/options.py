@@ -1,0 +1,106 @@
+"""Checking the options of a parameter group before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimadam.functional import Scalar
+
+FLAGS = ("amsgrad", "maximize", "capturable", "differentiable", "bf16_stochastic_round")
+OPTIONAL_FLAGS = ("foreach", "fused")
+MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
+VARIANCE_INITS = ("zeros", "gradient")
+OPTIONS = (
+    "params", "param_names", "lr", "betas", "eps", "weight_decay", "amsgrad", "plan", "variance_init",
+    "momentum_dtype", "bf16_stochastic_round", "maximize", "foreach", "capturable", "differentiable", "fused",
+)  # fmt: skip
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Check every option of a parameter group whose defaults have been filled in.
+
+    Raises:
+        ValueError: An option has a value outside its range.
+        TypeError: An option has the wrong type, or its name looks like a misspelt one.
+        NotImplementedError: The option is known but not built yet.
+    """
+    _check_names(group)
+    _check_numbers(group)
+    for name in FLAGS:
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name}={group[name]!r} must be True or False")
+    for name in OPTIONAL_FLAGS:
+        if group[name] is not None and not isinstance(group[name], bool):
+            raise TypeError(f"{name}={group[name]!r} must be True, False or None")
+    if group["variance_init"] not in VARIANCE_INITS:
+        raise ValueError(f"variance_init={group['variance_init']!r} must be 'zeros' or 'gradient'")
+    _check_momentum_dtype(group["momentum_dtype"])
+    _check_combinations(group)
+
+
+def _check_names(group: Mapping[str, Any]) -> None:
+    # Schedulers and trainers keep entries of their own in a group; only what looks like a slip is refused.
+    for name in group:
+        if name not in OPTIONS:
+            close = difflib.get_close_matches(str(name), OPTIONS, n=1, cutoff=0.85)
+            if close:
+                raise TypeError(f"unknown option {name!r} in a parameter group; did you mean {close[0]!r}?")
+
+
+def _check_numbers(group: Mapping[str, Any]) -> None:
+    _check_scalar("lr", group["lr"], "Tensor lr must be 1-element")
+    if not group["lr"] >= 0:
+        raise ValueError(f"Invalid learning rate: {group['lr']} (lr must be a number >= 0)")
+    if not _is_number(group["eps"]) or not group["eps"] >= 0:
+        raise ValueError(f"Invalid epsilon value: {group['eps']} (eps must be a number >= 0)")
+    _check_scalar("weight_decay", group["weight_decay"], "Tensor weight_decay must be 1-element")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']} (must be a number >= 0)")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r} must be a pair (beta1, beta2)")
+    for index, beta in enumerate(betas):
+        _check_scalar(f"betas[{index}]", beta, f"Tensor betas[{index}] must be 1-element")
+        if not 0 <= beta < 1:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta} (must be in [0, 1))")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"betas must be either both floats or both Tensors, not {betas!r}")
+
+
+def _check_scalar(name: str, value: Scalar, not_single: str) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{not_single}, not of shape {tuple(value.shape)}")
+    elif not _is_number(value):
+        raise TypeError(f"{name}={value!r} must be a number or a 1-element tensor")
+
+
+def _check_momentum_dtype(dtype: object) -> None:
+    if not any(dtype is known or dtype == known for known in MOMENTUM_DTYPES):
+        raise ValueError(f"momentum_dtype={dtype!r} must be None, torch.float32, torch.bfloat16 or 'int8'")
+    if dtype == "int8":
+        raise NotImplementedError("momentum_dtype='int8' comes with release 0.4; use torch.bfloat16 until then")
+
+
+def _check_combinations(group: Mapping[str, Any]) -> None:
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`: set one of them to False")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together: set one of them to None")
+    if group["fused"]:
+        raise NotImplementedError("fused=True comes with release 0.4; fused=None picks the fastest path there is")
+    if group["foreach"] and not group["capturable"]:
+        tensors = {"lr": group["lr"], "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}
+        for name, value in tensors.items():
+            if isinstance(value, Tensor):
+                raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

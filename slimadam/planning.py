@@ -1,0 +1,170 @@
+"""From the ``plan`` argument to one rule for each parameter of an optimizer."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from torch import Tensor, nn
+
+from slimadam.errors import PlanError
+from slimadam.names import NamedParameters
+from slimadam.plan import CompressionPlan, Rule, factored_rule, fit_rule, paper_rule
+from slimadam.roles import UNKNOWN, ParameterRole, canonical_name, role_from_name
+
+PlanArgument = str | Path | CompressionPlan | None
+ResolvedPlan = CompressionPlan | Literal["rules", "factored"] | None
+
+logger = logging.getLogger("slimadam")
+_DEFAULT: Final = object()
+
+
+def read_plan(plan: object) -> ResolvedPlan:
+    """The ``plan`` argument, with files read.
+
+    Raises:
+        PlanError: A file is missing or holds no plan.
+        TypeError: The argument is none of the kinds that are taken.
+        NotImplementedError: ``"auto"``.
+    """
+    if plan is None or isinstance(plan, CompressionPlan) or plan == "rules" or plan == "factored":
+        return plan
+    if plan == "auto":
+        raise NotImplementedError(
+            "plan='auto' comes with release 0.3; until then pass plan=None, 'rules', 'factored', a "
+            "CompressionPlan, or the path of one (slimadam calibrate writes it)"
+        )
+    if not isinstance(plan, (str, Path)):
+        raise TypeError(f"plan={plan!r} must be None, 'rules', 'factored', a CompressionPlan or the path of one")
+    if not Path(plan).is_file():
+        raise PlanError(
+            f"plan={str(plan)!r} is neither a file nor one of 'rules' and 'factored'; "
+            "write one with slimadam calibrate or CompressionPlan.save"
+        )
+    return CompressionPlan.load(plan)
+
+
+class Resolver:
+    """Finds names and rules for the parameters of one optimizer, and remembers which plan entries were used.
+
+    Args:
+        plan: The optimizer's ``plan`` argument.
+        model: Module that owns the parameters, if known.
+    """
+
+    def __init__(self, plan: object, model: nn.Module | None) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r} must be an nn.Module or None")
+        self.plan = read_plan(plan)
+        self._named = NamedParameters([] if model is None else [model])
+        names = [] if model is None else [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        self._model_names = {canonical_name(name) for name in names}
+        self._used: list[tuple[CompressionPlan, set[str]]] = []
+
+    def names(self, group: Mapping[str, Any], group_index: int) -> list[str]:
+        """A name for each parameter of a group: as given, else from the model, else its position."""
+        params: Sequence[Tensor] = group["params"]
+        if "param_names" in group:
+            return [canonical_name(name) for name in group["param_names"]]
+        return [
+            self._named.name(param) or f"param_groups.{group_index}.params.{index}"
+            for index, param in enumerate(params)
+        ]
+
+    def rules(self, group: Mapping[str, Any], names: Sequence[str], plan: object = _DEFAULT) -> list[Rule]:
+        """The rule of each parameter of a group.
+
+        Args:
+            group: The parameter group.
+            names: A name for each of its parameters.
+            plan: The group's own plan, if it has one.
+
+        Raises:
+            PlanError: The plan does not fit.
+        """
+        resolved = self.plan if plan is _DEFAULT else read_plan(plan)
+        has_names = "param_names" in group
+        rules = []
+        for name, param in zip(names, group["params"], strict=True):
+            named = has_names or self._named.name(param) is not None
+            rule = self._rule(resolved, name, param, named)
+            if param.numel() == 0 and rule.form != "full":
+                rule = Rule(shape=tuple(param.shape), role=rule.role, reason="no elements")
+            if group["amsgrad"] and rule.form == "factored":
+                raise PlanError(
+                    f"{name!r}: amsgrad=True has no factored form, since the maximum of a product is not the "
+                    "product of maxima; set amsgrad=False or give the parameter form 'mean' or 'full'"
+                )
+            rules.append(rule)
+        if isinstance(resolved, CompressionPlan):
+            _tell_uncovered(resolved, names, group["params"])
+        return rules
+
+    def check_all_used(self) -> None:
+        """Refuse a plan with an entry that matches no parameter of the optimizer, or of the model if known.
+
+        Raises:
+            PlanError: Names the entry and the closest parameter.
+        """
+        for plan, used in self._used:
+            unused = [key for key in plan if key not in used and canonical_name(key) not in self._model_names]
+            if unused:
+                known = sorted({key for _, keys in self._used for key in keys} | self._model_names)
+                close = difflib.get_close_matches(unused[0], known, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise PlanError(
+                    f"the plan's entry {unused[0]!r} matches no parameter of the optimizer "
+                    f"({len(unused)} of {len(plan)} entries do not). {hint}Calibrate this model, or pass "
+                    "model=model if this optimizer holds only part of it"
+                )
+
+    def _rule(self, plan: ResolvedPlan, name: str, param: Tensor, named: bool) -> Rule:
+        shape = tuple(param.shape)
+        role = self._named.role(param)
+        if plan is None:
+            return Rule(shape=shape, role=role.role if role else "", reason="plan=None: as AdamW")
+        if plan == "factored":
+            return factored_rule(shape, role.role if role else role_from_name(name, len(shape)))
+        if plan == "rules":
+            if not named:
+                raise PlanError(_unnamed("plan='rules' goes by layer role"))
+            return paper_rule(shape, role or _role_by_name(name, len(shape)))
+        key = plan.match(name)
+        if key is None and not named:
+            raise PlanError(_unnamed("the plan goes by parameter names"))
+        self._note_use(plan, key)
+        if key is None:
+            return Rule(shape=shape, role=role.role if role else "", reason="not in the plan")
+        return fit_rule(name, plan[key], shape)
+
+    def _note_use(self, plan: CompressionPlan, key: str | None) -> None:
+        used = next((keys for known, keys in self._used if known is plan), None)
+        if used is None:
+            used = set()
+            self._used.append((plan, used))
+        if key is not None:
+            used.add(key)
+
+
+def _role_by_name(name: str, ndim: int) -> ParameterRole:
+    """A role guessed from a name, with the layout that Linear and Embedding use."""
+    role = role_from_name(name, ndim)
+    return ParameterRole(role, (1,), (0,)) if ndim == 2 else ParameterRole(role if ndim < 2 else UNKNOWN)
+
+
+def _unnamed(why: str) -> str:
+    return f"{why}, but these parameters have none: pass model=model, or params=model.named_parameters()"
+
+
+def _tell_uncovered(plan: CompressionPlan, names: Sequence[str], params: Sequence[Tensor]) -> None:
+    missing = [name for name, param in zip(names, params, strict=True) if param.dim() > 1 and plan.match(name) is None]
+    if missing:
+        logger.warning(
+            "the plan has no entry for %d parameters with two or more dimensions (%s, ...): "
+            "their second moments stay in full",
+            len(missing),
+            missing[0],
+        )

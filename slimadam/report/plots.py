@@ -1,0 +1,208 @@
+"""SNR over training, one row of small plots per role, as SVG that takes its colours from the page."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from slimadam.plan import CompressionPlan
+from slimadam.report import wording
+from slimadam.snr import Candidate, ParameterSNR
+
+Item = TypeVar("Item")
+
+DEPTH_COLOURS = 8
+MAX_LINES = 24
+MAX_POINTS = 48
+PANELS_PER_ROW = 4
+
+_PANEL_WIDTH, _PANEL_HEIGHT = 2.52, 1.45
+_LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.55, 0.12, 0.30, 0.42, 0.16
+_SMALLEST, _LARGEST = 1e-6, 1e9
+_FEW_POINTS = 8
+
+# Colours that stand for variables of style.css, so that one drawing serves light, dark and print.
+_TEXT, _GRID, _CUTOFF, _PLAIN, _CHOSEN = "#00aa01", "#00aa02", "#00aa03", "#00aa04", "#00aa05"
+_DEPTH = [f"#00bb{index:02x}" for index in range(DEPTH_COLOURS)]
+_VARIABLES = {
+    _TEXT: "currentColor",
+    _GRID: "var(--grid)",
+    _CUTOFF: "var(--cutoff)",
+    _PLAIN: "var(--panel)",
+    _CHOSEN: "var(--panel-chosen)",
+    **{colour: f"var(--depth-{index})" for index, colour in enumerate(_DEPTH)},
+}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "slimadam",
+    "font.size": 8.5,
+    "text.color": _TEXT,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _TEXT,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _TEXT,
+    "ytick.labelcolor": _TEXT,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.1,
+    "figure.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class RolePlot:
+    """The plots of one role: ``width`` in CSS pixels, and how many of its parameters are drawn."""
+
+    role: str
+    svg: Markup
+    width: int
+    drawn: int
+    count: int
+
+
+def role_plots(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> list[RolePlot]:
+    """Plot the measurements of every role that has any.
+
+    Args:
+        plan: Roles, decisions and the cutoff.
+        measured: Measurements by the plan's parameter names.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        found = []
+        for role, names in wording.names_by_role(plan).items():
+            plottable = {name: measured[name] for name in names if name in measured and measured[name].average()}
+            if plottable:
+                found.append(_role_plot(role, plan, plottable))
+        return found
+
+
+def inline_svg(svg: str) -> Markup:
+    """SVG markup fit to stand inside an HTML page: only the element, without metadata and namespaces.
+
+    Raises:
+        ValueError: There is no complete ``<svg>`` element.
+    """
+    element = re.search(r"<svg\b.*</svg>", svg, re.DOTALL)
+    if element is None:
+        raise ValueError(f"figures: {svg[:60]!r} is not SVG; pass the text of an <svg> element")
+    inner = re.sub(r"<metadata>.*?</metadata>", "", element[0], flags=re.DOTALL)
+    return Markup(re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", inner).replace("xlink:href=", "href="))
+
+
+def _role_plot(role: str, plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> RolePlot:
+    drawn = {name: measured[name] for name in _evenly(list(measured), MAX_LINES)}
+    chosen = Counter(wording.chosen_candidate(plan[name]) for name in measured)
+    average = wording.average_over_layers(parameter.average() for parameter in measured.values())
+    candidates = wording.shown_candidates(average, average.keys() & chosen.keys())
+    figure, panels = _figure(len(candidates))
+    limits = _limits(list(drawn.values()), candidates, plan.cutoff)
+    for index, (panel, candidate) in enumerate(zip(panels, candidates, strict=True)):
+        _draw_lines(panel, list(drawn.values()), candidate, plan.cutoff)
+        _label_panel(panel, candidate, chosen[candidate], len(measured))
+        panel.set_ylim(limits)
+        if index % PANELS_PER_ROW:
+            panel.tick_params(labelleft=False)
+        else:
+            panel.set_ylabel("SNR")
+    svg = _to_svg(figure, f"SNR over training steps: {role}", list(drawn))
+    return RolePlot(role, svg, round(96 * figure.get_figwidth()), len(drawn), len(measured))
+
+
+def _figure(panel_count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(panel_count, PANELS_PER_ROW)
+    rows = math.ceil(panel_count / PANELS_PER_ROW)
+    pitch = _TOP + _PANEL_HEIGHT + _BOTTOM
+    width = _LEFT + columns * (_PANEL_WIDTH + _GAP) - _GAP + _RIGHT
+    figure = Figure(figsize=(width, rows * pitch))
+    panels = []
+    for index in range(panel_count):
+        row, column = divmod(index, PANELS_PER_ROW)
+        left = _LEFT + column * (_PANEL_WIDTH + _GAP)
+        bottom = (rows - 1 - row) * pitch + _BOTTOM
+        box = (left / width, bottom / (rows * pitch), _PANEL_WIDTH / width, _PANEL_HEIGHT / (rows * pitch))
+        panels.append(figure.add_axes(box))
+    return figure, panels
+
+
+def _draw_lines(
+    panel: Axes, measured: Sequence[ParameterSNR], candidate: Candidate, cutoff: float | None
+) -> None:
+    panel.set_yscale("log")
+    panel.grid(axis="y")
+    if cutoff:
+        panel.axhline(cutoff, color=_CUTOFF, linestyle=(0, (4, 3)), linewidth=1.0)
+    for index, parameter in enumerate(measured):
+        series = _evenly(parameter.series(candidate), MAX_POINTS)
+        depth = round(index * (DEPTH_COLOURS - 1) / max(1, len(measured) - 1))
+        panel.plot(
+            [step for step, _ in series],
+            [_drawable(value) for _, value in series],
+            color=_DEPTH[depth],
+            marker="o" if len(series) <= _FEW_POINTS else "",
+            markersize=2.5,
+            gid=f"line{index}",
+        )
+
+
+def _label_panel(panel: Axes, candidate: Candidate, chosen: int, count: int) -> None:
+    label = wording.candidate_label(candidate)
+    panel.set_title(f"{label} · chosen for {chosen} of {count}" if chosen else label)
+    panel.set_facecolor(_CHOSEN if chosen else _PLAIN)
+    panel.set_xlabel("optimizer step", labelpad=2)
+    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    panel.yaxis.set_major_locator(LogLocator(numticks=6))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _limits(
+    measured: Sequence[ParameterSNR], candidates: Sequence[Candidate], cutoff: float | None
+) -> tuple[float, float]:
+    """Whole decades around everything that is drawn."""
+    drawn = [_drawable(value) for parameter in measured for candidate in candidates
+             for _, value in parameter.series(candidate)]  # fmt: skip
+    known = [value for value in [*drawn, cutoff or math.nan] if not math.isnan(value)] or [1.0]
+    low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
+    return 10.0**low, 10.0 ** max(high, low + 1)
+
+
+def _drawable(value: float) -> float:
+    """NaN, a gap in the line, for what a logarithmic axis cannot show."""
+    return min(max(value, _SMALLEST), _LARGEST) if 0 < value < math.inf else math.nan
+
+
+def _evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """At most ``most`` of the items, evenly spaced, first and last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def _to_svg(figure: Figure, label: str, names: Sequence[str]) -> Markup:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = str(inline_svg(buffer.getvalue()))
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)
+    svg = re.sub("|".join(_VARIABLES), lambda colour: _VARIABLES[colour[0]], svg)
+    svg = re.sub(r'<g id="line(\d+)">', lambda line: f"<g><title>{escape(names[int(line[1])])}</title>", svg)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))

@@ -1,0 +1,94 @@
+"""The state dict: its format, and conversions between stored forms of a second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from slimadam.errors import PlanError
+from slimadam.functional import stand_in
+from slimadam.plan import Dims, Rule
+
+KEY: Final = "slimadam"
+FORMAT_VERSION: Final = 1
+SECOND_MOMENTS: Final = ("exp_avg_sq", "max_exp_avg_sq")
+
+StoredMoment = Tensor | list[Tensor]
+
+
+def step_dtype() -> torch.dtype:
+    """The precision torch counts steps in."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def parts(stored: StoredMoment | tuple[()]) -> Sequence[Tensor]:
+    """A stored second moment as a sequence of tensors."""
+    return [stored] if isinstance(stored, Tensor) else stored
+
+
+def stored(moments: Sequence[Tensor]) -> StoredMoment:
+    """How a second moment is kept in the state: one tensor as itself, several in a list."""
+    return moments[0] if len(moments) == 1 else list(moments)
+
+
+def check_version(state_dict: Mapping[str, Any]) -> None:
+    """Refuse state that a later release wrote.
+
+    Raises:
+        ValueError: Names the version found and the one that is read.
+    """
+    version = state_dict.get(KEY, {}).get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"the state dict has format version {version!r}; this release reads {FORMAT_VERSION}: update slimadam"
+        )
+
+
+def average(full: Tensor, averaged_dims: Sequence[Dims]) -> list[Tensor]:
+    """A full second moment averaged to what a rule stores.
+
+    Args:
+        full: Second moment of the parameter's shape; complex ones average real and imaginary parts apart.
+        averaged_dims: For each stored tensor the dimensions it is averaged over.
+    """
+    return [full.mean(dims, keepdim=True) if dims else full.clone() for dims in averaged_dims]
+
+
+def expand(moments: Sequence[Tensor], param: Tensor) -> Tensor:
+    """The full second moment, in the parameter's precision, that stored tensors stand for."""
+    if param.is_complex():
+        whole = torch.view_as_complex(stand_in([torch.view_as_real(part) for part in moments]).contiguous())
+    else:
+        whole = stand_in(moments)
+    return whole.expand(param.shape).to(param.dtype).clone(memory_format=torch.contiguous_format)
+
+
+def convert(name: str, saved: StoredMoment, param: Tensor, rule: Rule, dtype: torch.dtype) -> StoredMoment:
+    """A saved second moment as this optimizer stores it; full ones are averaged by the rule.
+
+    Args:
+        name: The parameter's name, for errors.
+        saved: What the state dict holds.
+        param: The parameter.
+        rule: Its rule.
+        dtype: Precision to keep it in.
+
+    Raises:
+        PlanError: It was saved under another plan.
+    """
+    given = [part.to(device=param.device, dtype=dtype, copy=True) for part in parts(saved)]
+    shapes = tuple(tuple(part.shape) for part in given)
+    shape = tuple(param.shape)
+    if shapes == rule.state_shapes(shape):
+        return stored(given)
+    if shapes == (shape,):
+        return stored(average(given[0], rule.averaged_dims(param.dim())))
+    raise PlanError(
+        f"{name!r}: the state dict holds a second moment of shape {' and '.join(map(str, shapes))}, this "
+        f"optimizer's plan ({rule.form}, dims={rule.dims}) keeps {' and '.join(map(str, rule.state_shapes(shape)))}; "
+        "build the optimizer with the plan it was saved under: slimadam.CompressionPlan.from_dict("
+        "state_dict['slimadam']['plan'])"
+    )
