@@ -47,7 +47,7 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
 
     # update
     denominators = list(torch._foreach_sqrt([stand_in(part) for part in used]))
-    if hyper.on_device:
+    if hyper.keeps_tensors(steps[0]):
         step_sizes = [hyper.lr / (1 - hyper.beta1**step) * -1 for step in steps]
         roots = [(1 - hyper.beta2**step) ** 0.5 for step in steps]
         torch._foreach_div_(denominators, [root * size for root, size in zip(roots, step_sizes, strict=True)])

@@ -31,10 +31,10 @@ class Hyperparameters(NamedTuple):
     differentiable: bool = False
     stochastic_round: bool = False
 
-    @property
-    def on_device(self) -> bool:
-        """Whether step and bias corrections stay tensors (no host synchronisation)."""
-        return self.capturable or self.differentiable or torch.compiler.is_compiling()
+    def keeps_tensors(self, step: Tensor) -> bool:
+        """Whether bias corrections stay tensors: to be traced, or not to make the host wait for a device."""
+        on_device = self.capturable and step.device.type != "cpu"
+        return on_device or self.differentiable or torch.compiler.is_compiling()
 
 
 class Entry(NamedTuple):
@@ -131,7 +131,7 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         used = running_maximum(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
 
         # update
-        if hyper.on_device:
+        if hyper.keeps_tensors(step):
             negative_step_size = hyper.lr / (1 - hyper.beta1**step) * -1
             scale = (1 - hyper.beta2**step) ** 0.5 * negative_step_size
             denominator = (stand_in(used).sqrt() / scale).add_(hyper.eps / negative_step_size)

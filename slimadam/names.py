@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class NamedParameters:
 
     Args:
         models: Modules that own the parameters. Where one name stands for different parameters of several
-            modules, the later ones get their class name in front.
+            modules, the later ones get their class name in front, and a number where that is taken too.
     """
 
     def __init__(self, models: Iterable[nn.Module] = ()) -> None:
@@ -30,8 +31,7 @@ class NamedParameters:
             for name, parameter in model.named_parameters():
                 if id(parameter) in self._names:
                     continue
-                shown = canonical_name(name)
-                shown = f"{type(model).__name__}.{shown}" if shown in taken else shown
+                shown = _free_name(canonical_name(name), type(model).__name__, taken)
                 taken.add(shown)
                 self._add(parameter, shown, roles[name])
 
@@ -75,6 +75,14 @@ class NamedParameters:
                 if named.name(parameter) is None:
                     named._add(parameter, f"param_groups.{group_index}.params.{index}")
         return named
+
+
+def _free_name(name: str, owner: str, taken: set[str]) -> str:
+    """``name``, or with its owner's class (and a number) in front where another module has that name."""
+    if name not in taken:
+        return name
+    owners = (owner if number == 1 else f"{owner}#{number}" for number in itertools.count(1))
+    return next(shown for shown in (f"{one}.{name}" for one in owners) if shown not in taken)
 
 
 def owning_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:

@@ -47,7 +47,9 @@ def run(ctx: click.Context, plan_name: str, is_module: bool, script: str, argume
 
 
 def _read_plan(name: str) -> ScriptPlan:
-    return name if name == "rules" or name == "none" else CompressionPlan.load(name)
+    if name == "rules":
+        return "rules"
+    return "none" if name == "none" else CompressionPlan.load(name)
 
 
 def _summarize(console: Console, substitution: Substitution) -> None:
@@ -58,8 +60,8 @@ def _summarize(console: Console, substitution: Substitution) -> None:
     full = sum(report.adamw_exp_avg_sq for report in reports)
     saved = 1 - kept / full if full else 0.0
     console.print(
-        f"slimadam: {len(reports)} optimizer{'s'[: len(reports) != 1]}; second moments take {kept:,} bytes "
-        f"instead of {full:,}, {percent(saved)} saved"
+        f"slimadam: second moments of {len(reports)} optimizer(s) take {kept:,} bytes instead of {full:,}, "
+        f"{percent(saved)} saved"
     )
     _list_names(console, "entries of the plan matched no parameter", substitution.unused)
     _list_names(console, "parameters are not in the plan and stay in full", substitution.uncovered)

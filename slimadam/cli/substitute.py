@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -55,17 +55,22 @@ class Substitution:
             if isinstance(optimizer, adam):
                 self.check_matched()
 
+        places = (
+            (torch.optim, "Adam", adam),
+            (torch.optim, "AdamW", adamw),
+            (import_module("torch.optim.adam"), "Adam", adam),
+            (import_module("torch.optim.adamw"), "AdamW", adamw),
+        )
+        originals = [(module, name, getattr(module, name)) for module, name, _ in places]
         hook = register_optimizer_step_pre_hook(check_before_first_step)
         try:
-            with (
-                patch.object(torch.optim, "Adam", adam),
-                patch.object(torch.optim, "AdamW", adamw),
-                patch.object(torch.optim.adam, "Adam", adam),
-                patch.object(torch.optim.adamw, "AdamW", adamw),
-            ):
-                yield
+            for module, name, substitute in places:
+                setattr(module, name, substitute)
+            yield
         finally:
             hook.remove()
+            for module, name, original in originals:
+                setattr(module, name, original)
 
     def check_matched(self) -> None:
         """Refuse a plan that has nothing to do with the script.

@@ -18,7 +18,10 @@ FILE_BYTES = 64_000_000
 _HELD_OUT_SHARE = 0.1
 # Tests, packages that are not the library's own, and folders of generated tables.
 _SKIPPED_FOLDERS = frozenset(
-    ["test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "ensurepip", "turtledemo", "pydoc_data", "encodings", "__pycache__"]
+    (
+        *("test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data", "encodings"),
+        *("site-packages", "dist-packages", "__pycache__"),
+    )
 )
 
 

@@ -93,8 +93,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``[batch, length, width]`` in and out."""
         query, key, value = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))

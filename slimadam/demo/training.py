@@ -227,10 +227,10 @@ class Trainee:
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, batch_size: int) -> None:
         """Add the held-out loss at the current step to the curve."""
-        total = sum(
-            self.model.loss(*batch).item() * len(batch[0])
-            for batch in zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
-        )
+        total = 0.0
+        for start in range(0, len(inputs), batch_size):
+            batch = slice(start, start + batch_size)
+            total += self.model.loss(inputs[batch], targets[batch]).item() * len(inputs[batch])
         self.curve.held_out_losses[self.steps] = total / len(inputs)
 
 

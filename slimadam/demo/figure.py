@@ -1,0 +1,93 @@
+"""The demo's picture: both loss curves, and what the optimizers' state costs."""
+
+from __future__ import annotations
+
+import io
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from slimadam.demo.training import DemoResult, OptimizerResult, TrainingCurve
+
+_COLOURS = {"AdamW": "#d1662a", "SlimAdam": "#2166ac"}
+_PALE = 0.28
+_SMOOTHING = 0.9
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "slimadam-demo",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def draw(result: DemoResult, file_format: Literal["png", "svg"]) -> bytes:
+    """The picture as the bytes of a file.
+
+    Args:
+        result: A finished demo.
+        file_format: ``"png"`` or ``"svg"``.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.6, 4.2), layout="constrained", facecolor="white")
+        losses, memory = figure.subplots(1, 2, width_ratios=(3.2, 1))
+        runs = {"AdamW": result.adamw, "SlimAdam": result.slimadam}
+        for name, run in runs.items():
+            _draw_curve(losses, name, run.curve)
+        _label_losses(losses, result)
+        _draw_memory(memory, runs)
+        content = io.BytesIO()
+        metadata = {"Date": None} if file_format == "svg" else {}
+        figure.savefig(content, format=file_format, dpi=150, metadata=metadata)
+    return content.getvalue()
+
+
+def _draw_curve(axes: Axes, name: str, curve: TrainingCurve) -> None:
+    colour = _COLOURS[name]
+    dashes = "-" if name == "AdamW" else "--"
+    steps = range(1, len(curve.train_losses) + 1)
+    axes.plot(steps, _smoothed(curve.train_losses), dashes, color=colour, alpha=_PALE + 0.2, linewidth=1,
+              label=f"{name}, batches (smoothed)")  # fmt: skip
+    axes.plot(list(curve.held_out_losses), list(curve.held_out_losses.values()), dashes, color=colour,
+              marker="o" if name == "AdamW" else "s", markersize=4.5, markerfacecolor="white", linewidth=1.8,
+              label=f"{name}, held out: {curve.held_out_loss:.3f}")  # fmt: skip
+
+
+def _label_losses(axes: Axes, result: DemoResult) -> None:
+    settings = result.settings
+    axes.set_title(f"Loss at learning rate {settings.lr:g}, seed {settings.seed}: gap {result.loss_gap:+.2%}")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("nats per byte")
+    axes.set_xlim(0, None)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(loc="upper right")
+
+
+def _draw_memory(axes: Axes, runs: dict[str, OptimizerResult]) -> None:
+    """One bar each: the second moments on top of the rest of the state."""
+    parameters = runs["AdamW"].state.second_moments / 4
+    for name, run in runs.items():
+        rest = (run.state.total - run.state.second_moments) / parameters
+        second = run.state.second_moments / parameters
+        axes.bar(name, rest, width=0.62, color=_COLOURS[name], alpha=_PALE)
+        axes.bar(name, second, width=0.62, bottom=rest, color=_COLOURS[name])
+        axes.annotate(f"{rest + second:.2f}", (name, rest + second), (0, 3), textcoords="offset points",
+                      ha="center")  # fmt: skip
+    axes.set_title("State, bytes per parameter")
+    axes.set_xlabel("pale: momentum, solid: second moments", fontsize=7.5)
+    axes.set_ylim(0, 9)
+    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average, started at the first value."""
+    smoothed = values[:1]
+    for value in values[1:]:
+        smoothed.append(_SMOOTHING * smoothed[-1] + (1 - _SMOOTHING) * value)
+    return smoothed
