@@ -5,6 +5,7 @@ from slimadam.errors import PlanError
 from slimadam.optimizer import SlimAdam
 from slimadam.plan import CompressionPlan, Rule
 from slimadam.snr import SNRHistory, snr
+from slimadam.state import convert_state_dict
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "SNRRecorder",
     "SlimAdam",
     "calibrate",
+    "convert_state_dict",
     "every",
     "paper_schedule",
     "snr",

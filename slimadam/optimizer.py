@@ -347,7 +347,7 @@ class SlimAdam(Optimizer):
                 for key in state_format.SECOND_MOMENTS:
                     if key in state[index]:
                         moments = state_format.parts(state[index][key])
-                        state[index][key] = state_format.expand(moments, param)
+                        state[index][key] = state_format.expand(moments, param.shape).to(param.dtype)
         own = ("variance_init", "momentum_dtype", "bf16_stochastic_round")
         groups = [
             {**{key: value for key, value in group.items() if key not in own}, "decoupled_weight_decay": True}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimadam.errors import PlanError
 from slimadam.functional import stand_in
-from slimadam.plan import Dims, Rule
+from slimadam.plan import CompressionPlan, Dims, Rule, fit_rule
 
 KEY: Final = "slimadam"
 FORMAT_VERSION: Final = 1
@@ -57,13 +57,13 @@ def average(full: Tensor, averaged_dims: Sequence[Dims]) -> list[Tensor]:
     return [full.mean(dims, keepdim=True) if dims else full.clone() for dims in averaged_dims]
 
 
-def expand(moments: Sequence[Tensor], param: Tensor) -> Tensor:
-    """The full second moment, in the parameter's precision, that stored tensors stand for."""
-    if param.is_complex():
+def expand(moments: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """The full second moment, of the parameter's shape, that stored tensors stand for."""
+    if moments[0].is_complex():
         whole = torch.view_as_complex(stand_in([torch.view_as_real(part) for part in moments]).contiguous())
     else:
         whole = stand_in(moments)
-    return whole.expand(param.shape).to(param.dtype).clone(memory_format=torch.contiguous_format)
+    return whole.expand(*shape).clone(memory_format=torch.contiguous_format)
 
 
 def convert(name: str, saved: StoredMoment, param: Tensor, rule: Rule, dtype: torch.dtype) -> StoredMoment:
@@ -89,6 +89,53 @@ def convert(name: str, saved: StoredMoment, param: Tensor, rule: Rule, dtype: to
     raise PlanError(
         f"{name!r}: the state dict holds a second moment of shape {' and '.join(map(str, shapes))}, this "
         f"optimizer's plan ({rule.form}, dims={rule.dims}) keeps {' and '.join(map(str, rule.state_shapes(shape)))}; "
-        "build the optimizer with the plan it was saved under: slimadam.CompressionPlan.from_dict("
-        "state_dict['slimadam']['plan'])"
+        "convert it with slimadam.convert_state_dict(state_dict, optimizer.plan), or build the optimizer with the "
+        "plan it was saved under, slimadam.CompressionPlan.from_dict(state_dict['slimadam']['plan'])"
     )
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | None) -> dict[str, Any]:
+    """A state dict of SlimAdam as an optimizer with another plan would have saved it.
+
+    Second moments that the old plan averaged are spread out evenly again where the new plan needs more detail;
+    what was averaged away does not come back, but is learnt anew within about ``1 / (1 - beta2)`` steps.
+
+    Args:
+        state_dict: What :meth:`SlimAdam.state_dict` returned; it is not changed.
+        plan: The plan to convert to; None keeps every second moment in full.
+
+    Raises:
+        ValueError: The state dict does not carry a plan, as that of AdamW (which needs no conversion).
+        PlanError: The plan does not fit the saved parameters.
+    """
+    check_version(state_dict)
+    if KEY not in state_dict:
+        raise ValueError(
+            "the state dict carries no plan: it is not SlimAdam's; one of Adam or AdamW is loaded as it is"
+        )
+    old = CompressionPlan.from_dict(state_dict[KEY]["plan"])
+    new = {name: _rule_under(plan, name, rule) for name, rule in old.items()}
+    saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+    state = dict(state_dict["state"])
+    for saved_id, (name, rule) in zip(saved_ids, new.items(), strict=True):
+        if saved_id in state and rule != old[name]:
+            state[saved_id] = _with_rule(state[saved_id], rule)
+    own = {"format_version": FORMAT_VERSION, "plan": CompressionPlan(new).to_dict()}
+    return {**state_dict, "state": state, KEY: own}
+
+
+def _rule_under(plan: CompressionPlan | None, name: str, old: Rule) -> Rule:
+    shape = old.shape or ()
+    key = None if plan is None else plan.match(name)
+    if plan is None or key is None:
+        return Rule(shape=shape, role=old.role, reason="not in the plan" if plan else "plan=None: as AdamW")
+    return fit_rule(name, plan[key], shape)
+
+
+def _with_rule(state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    shape = rule.shape or ()
+    changed = dict(state)
+    for key in SECOND_MOMENTS:
+        if key in state:
+            changed[key] = stored(average(expand(parts(state[key]), shape), rule.averaged_dims(len(shape))))
+    return changed

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from slimadam import CompressionPlan, PlanError, Rule, SlimAdam
+from slimadam import CompressionPlan, PlanError, Rule, SlimAdam, convert_state_dict
 
 PLANS: dict[str, Any] = {
     "none": None,
@@ -181,3 +184,60 @@ def test_load_hooks_fire_and_may_replace_the_state() -> None:
     optimizer.load_state_dict(saved)
     assert not optimizer.state
     assert seen == ["post"]
+
+
+@pytest.mark.parametrize("new", PLANS)
+@pytest.mark.parametrize("old", PLANS)
+def test_a_state_dict_converts_to_another_plan(old: str, new: str) -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan=PLANS[old])
+    _train(model, optimizer, range(3))
+    target = SlimAdam(model, plan=PLANS[new])
+    converted = convert_state_dict(optimizer.state_dict(), target.plan)
+    target.load_state_dict(converted)
+    for name, parameter in model.named_parameters():
+        stored = optimizer.state[parameter]["exp_avg_sq"]
+        if isinstance(stored, list):
+            stored = stored[0] * stored[1] / stored[0].mean()
+        kept = target.state[parameter]["exp_avg_sq"]
+        kept = kept if isinstance(kept, list) else [kept]
+        for part, dims in zip(kept, target.plan[name].averaged_dims(parameter.dim()), strict=True):
+            whole = stored.expand(parameter.shape)
+            torch.testing.assert_close(part, whole.mean(dims, keepdim=True) if dims else whole)
+    _train(model, target, range(3, 5))
+
+
+def test_conversion_refuses_what_it_cannot_do() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan=PLANS["mean"])
+    _train(model, optimizer, range(1))
+    with pytest.raises(ValueError, match="carries no plan"):
+        convert_state_dict(torch.optim.AdamW(model.parameters()).state_dict(), None)
+    with pytest.raises(PlanError, match=r"'0.weight': dims=\(5,\) is out of range"):
+        convert_state_dict(optimizer.state_dict(), CompressionPlan({"0.weight": Rule((5,), "mean")}))
+    full = convert_state_dict(optimizer.state_dict(), None)
+    assert full["state"][0]["exp_avg_sq"].shape == (7, 5)
+    assert CompressionPlan.from_dict(full["slimadam"]["plan"]).second_moments_saved == 0
+
+
+FIXTURE = Path(__file__).parent / "fixtures" / "state_dict_0_1_0.pt"
+
+
+def test_state_saved_by_release_0_1_0_still_loads() -> None:
+    """Written by tests/fixtures/write.py; later releases must load it and train on to the same weights."""
+    saved = torch.load(FIXTURE, weights_only=True)
+    for plan, case in saved.items():
+        model = _model()
+        model.load_state_dict(case["weights"])
+        optimizer = SlimAdam(model, plan=CompressionPlan.from_dict(case["optimizer"]["slimadam"]["plan"]))
+        optimizer.load_state_dict(case["optimizer"])
+        _train(model, optimizer, range(3, 6))
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(weight, case["weights_3_steps_later"][name], rtol=1e-5, atol=1e-6, msg=plan)
+
+
+def test_killed_at_20_random_steps_training_ends_bitwise_the_same() -> None:
+    script = Path(__file__).parent / "scripts" / "killed_and_resumed.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "20 kills, bitwise equal" in done.stdout

@@ -28,14 +28,18 @@ print("wheel: slimadam", slimadam.__version__, "imports from the installed packa
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", work, ROOT], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "build", "--wheel", "--outdir", work, ROOT], check=True, stdout=subprocess.DEVNULL
+        )
         (wheel,) = work.glob("*.whl")
         venv.create(work / "env", with_pip=True)
         python = work / "env" / "bin" / "python"
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
         purelib = subprocess.run(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            check=True, capture_output=True, text=True,
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout.strip()
         # A plain path entry: the .pth files there, editable installs among them, are not followed.
         Path(purelib, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")

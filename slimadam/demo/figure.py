@@ -35,8 +35,8 @@ def draw(result: DemoResult, file_format: Literal["png", "svg"]) -> bytes:
         file_format: ``"png"`` or ``"svg"``.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8.6, 4.2), layout="constrained", facecolor="white")
-        losses, memory = figure.subplots(1, 2, width_ratios=(3.2, 1))
+        figure = Figure(figsize=(9, 4.2), layout="constrained", facecolor="white")
+        losses, memory = figure.subplots(1, 2, width_ratios=(2.7, 1))
         runs = {"AdamW": result.adamw, "SlimAdam": result.slimadam}
         for name, run in runs.items():
             _draw_curve(losses, name, run.curve)
@@ -79,8 +79,8 @@ def _draw_memory(axes: Axes, runs: dict[str, OptimizerResult]) -> None:
         axes.bar(name, second, width=0.62, bottom=rest, color=_COLOURS[name])
         axes.annotate(f"{rest + second:.2f}", (name, rest + second), (0, 3), textcoords="offset points",
                       ha="center")  # fmt: skip
-    axes.set_title("State, bytes per parameter")
-    axes.set_xlabel("pale: momentum, solid: second moments", fontsize=7.5)
+    axes.set_title("State, bytes per parameter", fontsize=9)
+    axes.set_xlabel("pale: momentum\nsolid: second moments")
     axes.set_ylim(0, 9)
     axes.grid(axis="y", alpha=0.25, linewidth=0.6)
 

@@ -53,7 +53,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(bytes=wording.format_bytes, percent=wording.format_percent)
+    environment.filters.update(breakable=_breakable, bytes=wording.format_bytes, percent=wording.format_percent)
     rows = tables.parameter_rows(plan)
     kinds = {decision.kind for row in rows for decision in row.decisions}
     return environment.get_template("report.html.j2").render(
@@ -73,3 +73,8 @@ def render(
         cutoff=plan.cutoff,
         parameters=rows,
     )
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name that may be broken after each dot."""
+    return Markup(".<wbr>").join(name.split("."))

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -28,7 +28,7 @@ MAX_POINTS = 48
 PANELS_PER_ROW = 4
 
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.52, 1.45
-_LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.55, 0.12, 0.30, 0.42, 0.16
+_LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.62, 0.12, 0.30, 0.42, 0.14
 _SMALLEST, _LARGEST = 1e-6, 1e9
 _FEW_POINTS = 8
 
@@ -43,7 +43,7 @@ _VARIABLES = {
     _CHOSEN: "var(--panel-chosen)",
     **{colour: f"var(--depth-{index})" for index, colour in enumerate(_DEPTH)},
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "slimadam",
     "font.size": 8.5,
@@ -122,6 +122,7 @@ def _role_plot(role: str, plan: CompressionPlan, measured: Mapping[str, Paramete
             panel.tick_params(labelleft=False)
         else:
             panel.set_ylabel("SNR")
+            panel.yaxis.set_label_coords(-0.5 / _PANEL_WIDTH, 0.5)
     svg = _to_svg(figure, f"SNR over training steps: {role}", list(drawn))
     return RolePlot(role, svg, round(96 * figure.get_figwidth()), len(drawn), len(measured))
 
@@ -142,9 +143,7 @@ def _figure(panel_count: int) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _draw_lines(
-    panel: Axes, measured: Sequence[ParameterSNR], candidate: Candidate, cutoff: float | None
-) -> None:
+def _draw_lines(panel: Axes, measured: Sequence[ParameterSNR], candidate: Candidate, cutoff: float | None) -> None:
     panel.set_yscale("log")
     panel.grid(axis="y")
     if cutoff:
@@ -167,7 +166,7 @@ def _label_panel(panel: Axes, candidate: Candidate, chosen: int, count: int) -> 
     panel.set_title(f"{label} · chosen for {chosen} of {count}" if chosen else label)
     panel.set_facecolor(_CHOSEN if chosen else _PLAIN)
     panel.set_xlabel("optimizer step", labelpad=2)
-    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     panel.yaxis.set_major_locator(LogLocator(numticks=6))
     panel.yaxis.set_minor_locator(NullLocator())

@@ -87,9 +87,7 @@ def _side(rule: Rule) -> float:
     return math.sqrt(math.prod(rule.shape)) if rule.shape is not None else 1.0
 
 
-def _cells(
-    plan: CompressionPlan, layer: str, names: Sequence[str], scale: float, minimum: float
-) -> list[Cell]:
+def _cells(plan: CompressionPlan, layer: str, names: Sequence[str], scale: float, minimum: float) -> list[Cell]:
     """Each cell takes ``minimum`` and as much again as a gap, plus its share by size."""
     cells = []
     x = LABEL_WIDTH
@@ -104,12 +102,9 @@ def _cells(
 
 
 def _fitting_label(name: str, width: float) -> str:
-    """The longest end of a dotted name that fits, the ubiquitous ``weight`` left out where there is more."""
-    parts = name.split(".")
-    if len(parts) > 1 and parts[-1] == "weight":
-        parts.pop()
-    ends = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((end for end in ends if _CHARACTER_WIDTH * len(end) + 8 <= width), "")
+    """The last component of a dotted name other than ``weight``, where it fits."""
+    label = name.removesuffix(".weight").rpartition(".")[2]
+    return label if _CHARACTER_WIDTH * len(label) + 8 <= width else ""
 
 
 def _shortened(name: str) -> str:

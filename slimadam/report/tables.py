@@ -96,7 +96,7 @@ def role_rows(plan: CompressionPlan) -> list[Row]:
 def parameter_rows(plan: CompressionPlan) -> list[Row]:
     """One row per parameter, in the plan's order."""
     return [
-        _row(plan, name, wording.role_label(name, rule), wording.format_shape(rule.shape), [rule])
+        _row(plan, name, wording.known_role(name, rule), wording.format_shape(rule.shape), [rule])
         for name, rule in plan.items()
     ]
 
@@ -122,9 +122,7 @@ def _row(plan: CompressionPlan, name: str, role: str, shape: str, rules: Sequenc
     )
 
 
-def _measured(
-    candidate: Candidate, value: float, chosen: Mapping[Candidate, Rule], cutoff: float | None
-) -> Measured:
+def _measured(candidate: Candidate, value: float, chosen: Mapping[Candidate, Rule], cutoff: float | None) -> Measured:
     return Measured(
         candidate=wording.dims_label(candidate),
         text=wording.format_snr(value),

@@ -27,7 +27,7 @@ def decision_kind(rule: Rule) -> str:
     """The key of :data:`LEGEND` under which a rule falls."""
     if rule.form != "mean":
         return rule.form
-    return {(1,): "dim1", (0,): "dim0"}.get(rule.dims, "other")
+    return f"dim{rule.dims[0]}" if rule.dims in ((0,), (1,)) else "other"
 
 
 def decision_label(rule: Rule) -> str:
@@ -95,10 +95,13 @@ def names_by_role(plan: CompressionPlan) -> dict[str, list[str]]:
 
 def role_label(name: str, rule: Rule) -> str:
     """The role of a parameter, or its name without layer numbers where the role is unknown."""
+    return known_role(name, rule) or re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def known_role(name: str, rule: Rule) -> str:
+    """The role of a parameter in words, empty where it is unknown."""
     role = rule.role or _role_from_name(name, rule)
-    if role != UNKNOWN:
-        return role.replace("_", " ")
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+    return "" if role == UNKNOWN else role.replace("_", " ")
 
 
 def format_snr(value: float) -> str:

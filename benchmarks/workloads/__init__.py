@@ -1,0 +1,1 @@
+"""Models to measure on: shapes by name, without weights."""

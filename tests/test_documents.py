@@ -1,0 +1,75 @@
+"""Every snippet in the README and the docs runs, in the order in which it stands there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.readme import filled
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE_NAME = re.compile(r"# (\w+\.py)\n")
+SHELL_ONLY_HERE = ("git clone ", "cd slimadam", "pip install ")
+
+
+def _snippets(document: Path) -> list[tuple[str, str]]:
+    return FENCE.findall(document.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_snippets_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "snippet"}
+    for language, text in _snippets(document):
+        if language == "python" and (named := FILE_NAME.match(text)):
+            Path(named[1]).write_text(text)
+        elif language == "python":
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(text, f"{document.name}: {text[:40]!r}", "exec"), namespace)
+        elif language == "console":
+            for command in (line[2:] for line in text.splitlines() if line.startswith("$ ")):
+                _run(command)
+        else:
+            assert language in {"text", "json"}, f"{document.name}: nobody runs a {language} snippet"
+
+
+def _run(command: str) -> None:
+    """Run one shell line of a document; `make` targets must exist, and run as part of the gate themselves."""
+    if command.startswith(SHELL_ONLY_HERE):
+        return
+    if command.startswith("make "):
+        target = shlex.split(command)[1]
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+        return
+    words = shlex.split(command, comments=True)
+    if words[0] == "slimadam":
+        words = [sys.executable, "-m", *words]
+    elif words[0] == "python":
+        words[0] = sys.executable
+        if words[1:2] == ["-m"] and words[2].startswith("benchmarks."):
+            assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file(), command
+            return
+    else:
+        pytest.fail(f"nobody knows how to run {command!r}")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_documents_link_to_files_that_exist() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_readme_shows_the_committed_figures() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert filled(readme) == readme, "run python -m benchmarks.readme"
