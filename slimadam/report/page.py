@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from slimadam.plan import CompressionPlan
 from slimadam.report import strip, tables, wording
-from slimadam.report.plots import DEPTH_COLOURS, RolePlot
+from slimadam.report.plots import DEPTH_COLOURS, MAX_ROLES, RolePlot
 from slimadam.snr import ParameterSNR
 
 
@@ -69,6 +69,7 @@ def render(
         has_others=any(row.others for row in rows),
         roles=tables.role_rows(plan),
         plots=plots,
+        max_roles=MAX_ROLES,
         depth_colours=DEPTH_COLOURS,
         cutoff=plan.cutoff,
         parameters=rows,

@@ -25,6 +25,7 @@ Item = TypeVar("Item")
 DEPTH_COLOURS = 8
 MAX_LINES = 24
 MAX_POINTS = 48
+MAX_ROLES = 40
 PANELS_PER_ROW = 4
 
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.52, 1.45
@@ -77,7 +78,7 @@ class RolePlot:
 
 
 def role_plots(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> list[RolePlot]:
-    """Plot the measurements of every role that has any.
+    """Plot the measurements of each role that has any, of the :data:`MAX_ROLES` largest at most.
 
     Args:
         plan: Roles, decisions and the cutoff.
@@ -86,12 +87,7 @@ def role_plots(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> l
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
-        found = []
-        for role, names in wording.names_by_role(plan).items():
-            plottable = {name: measured[name] for name in names if name in measured and measured[name].average()}
-            if plottable:
-                found.append(_role_plot(role, plan, plottable))
-        return found
+        return [_role_plot(role, plan, found) for role, found in _largest_roles(plan, measured).items()]
 
 
 def inline_svg(svg: str) -> Markup:
@@ -105,6 +101,17 @@ def inline_svg(svg: str) -> Markup:
         raise ValueError(f"figures: {svg[:60]!r} is not SVG; pass the text of an <svg> element")
     inner = re.sub(r"<metadata>.*?</metadata>", "", element[0], flags=re.DOTALL)
     return Markup(re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", inner).replace("xlink:href=", "href="))
+
+
+def _largest_roles(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> dict[str, dict[str, ParameterSNR]]:
+    """The measurements of each role, roles in the order of the report."""
+    roles = {
+        role: {name: measured[name] for name in names if name in measured and measured[name].average()}
+        for role, names in wording.names_by_role(plan).items()
+    }
+    sizes = {role: sum(math.prod(found.shape) for found in group.values()) for role, group in roles.items() if group}
+    largest = set(sorted(sizes, key=lambda role: -sizes[role])[:MAX_ROLES])
+    return {role: group for role, group in roles.items() if role in largest}
 
 
 def _role_plot(role: str, plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> RolePlot:
@@ -162,7 +169,7 @@ def _draw_lines(panel: Axes, measured: Sequence[ParameterSNR], candidate: Candid
 
 
 def _label_panel(panel: Axes, candidate: Candidate, chosen: int, count: int) -> None:
-    label = wording.candidate_label(candidate)
+    label = wording.dims_label(candidate)
     panel.set_title(f"{label} · chosen for {chosen} of {count}" if chosen else label)
     panel.set_facecolor(_CHOSEN if chosen else _PLAIN)
     panel.set_xlabel("optimizer step", labelpad=2)
@@ -197,10 +204,12 @@ def _evenly(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def _to_svg(figure: Figure, label: str, names: Sequence[str]) -> Markup:
+    """The figure without what the page sets itself: fonts, identifiers, needless digits and white space."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = str(inline_svg(buffer.getvalue()))
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)
+    svg = re.sub(r"<style.*?</style>|font-family: [^;]*; |(?<=>)\s+(?=<)", "", svg, flags=re.DOTALL)
     svg = re.sub("|".join(_VARIABLES), lambda colour: _VARIABLES[colour[0]], svg)
     svg = re.sub(r'<g id="line(\d+)">', lambda line: f"<g><title>{escape(names[int(line[1])])}</title>", svg)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)

@@ -44,14 +44,15 @@ class Strip:
     width: float
     height: float
     row_height: float
-    label_width: float
+    dense: bool
     rows: list[StripRow]
 
 
 def draw(plan: CompressionPlan) -> Strip:
     """Lay out the cells of a plan's parameters, in the plan's order."""
     layers = [(layer, list(names)) for layer, names in itertools.groupby(plan, layer_of)]
-    pitch = 28.0 if len(layers) <= _MANY_ROWS else 15.0
+    dense = len(layers) > _MANY_ROWS
+    pitch = 17.0 if dense else 28.0
     most = max(len(names) for _, names in layers)
     minimum = min(3.0, (WIDTH - LABEL_WIDTH) / (4 * most))
     scale = min(_largest_scale([plan[name] for name in names], minimum) for _, names in layers)
@@ -59,7 +60,7 @@ def draw(plan: CompressionPlan) -> Strip:
         StripRow(layer, _shortened(layer), index * pitch, _cells(plan, layer, names, scale, minimum))
         for index, (layer, names) in enumerate(layers)
     ]
-    return Strip(WIDTH, len(layers) * pitch, pitch - 4, LABEL_WIDTH, rows)
+    return Strip(WIDTH, len(layers) * pitch, pitch - 4, dense, rows)
 
 
 def layer_of(name: str) -> str:

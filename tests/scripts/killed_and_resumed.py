@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch._dynamo  # what torch imports in the first step; here once for all children
 from torch import nn
 
 from slimadam import SlimAdam
