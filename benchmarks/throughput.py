@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from slimadam.kernels import blocked
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,7 +20,6 @@ from benchmarks import machine
 from benchmarks.parity import worst_error
 from benchmarks.workloads.shapes import MODELS, Shapes
 from slimadam import SlimAdam
-from slimadam.kernels import blocked
 
 Named = list[tuple[str, Tensor]]
 BASELINE = "AdamW (default)"

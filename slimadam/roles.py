@@ -43,7 +43,7 @@ _LINEAR_ROLES: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(k|k_proj|key|to_k|wk|key_proj)$", "key"),
     (r"(^|\.)(v|v_proj|value|to_v|wv|value_proj)$", "value"),
     (r"attn\w*\.(c_proj|proj|o|o_proj|out_proj|out|wo|to_out|dense)$", "attention_output"),
-    (r"attention\w*\.(o|o_proj|out_proj|output\.dense|dense|wo|out|proj|projection)$", "attention_output"),
+    (r"attention\w*\.(o|o_proj|out_proj|output|output\.dense|dense|wo|out|proj|projection)$", "attention_output"),
     (r"(^|\.)(o_proj|out_proj|to_out|wo|attn_out|attention_output)$", "attention_output"),
     (r"(^|\.)(gate_up_proj|gate_up)$", "fused_gate_up"),
     (r"(^|\.)(gate_proj|gate|w1|wi_0)$", "mlp_gate"),

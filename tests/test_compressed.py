@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import slimadam.kernels.blocked as blocked
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import slimadam.kernels.blocked as blocked
 from slimadam import CompressionPlan, PlanError, Rule, SlimAdam
 from slimadam.snr import dimension_subsets
 from tests.reference import gradients, slim_adamw_float64, train
