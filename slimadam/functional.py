@@ -132,10 +132,12 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
 
         # update
         if hyper.keeps_tensors(step):
+            if hyper.differentiable:  # what autograd saves must survive the next step's in-place updates
+                step, exp_avg, used = step.clone(), exp_avg.clone(), [part.clone() for part in used]
             negative_step_size = hyper.lr / (1 - hyper.beta1**step) * -1
             scale = (1 - hyper.beta2**step) ** 0.5 * negative_step_size
             denominator = (stand_in(used).sqrt() / scale).add_(hyper.eps / negative_step_size)
-            target.addcdiv_(exp_avg.clone() if hyper.differentiable else exp_avg, denominator)
+            target.addcdiv_(exp_avg, denominator)
         else:
             step_size, root = bias_corrections(step, hyper)
             denominator = (stand_in(used).sqrt() / root).add_(hyper.eps)
@@ -201,8 +203,8 @@ def stand_in(parts: Sequence[Tensor]) -> Tensor:
 
 
 def relative_rows(rows: Tensor) -> Tensor:
-    """``r / mean(r)``, zero where every row is zero."""
-    return rows / rows.mean().clamp_min(torch.finfo(rows.dtype).tiny)
+    """``r / mean(r)`` over the first dimension, zero where every row is zero."""
+    return rows / rows.mean(0, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def stochastic_round(value: Tensor, seed: int) -> Tensor:

@@ -25,23 +25,26 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.testing._internal import common_optimizers as database
+from torch.testing._internal import common_optimizers
 from torch.testing._internal.common_utils import TestCase
 
 from slimadam import SlimAdam
 
-Info = Any  # database.OptimizerInfo, which has no types
+# PyTorch's test machinery has no types, or wrong ones.
+DATABASE: Any = common_optimizers
+CASE: Any = TestCase()  # type: ignore[no-untyped-call]
+Info = Any  # DATABASE.OptimizerInfo
 Options = dict[str, Any]
 Property = Callable[[Info], None]
 
 PROPERTIES: dict[str, Property] = {}
 
-TORCH_INFO: Info = next(info for info in database.optim_db if info.optim_cls is torch.optim.AdamW)
+TORCH_INFO: Info = next(info for info in DATABASE.optim_db if info.optim_cls is torch.optim.AdamW)
 
 
 def variant(plan: str | None, option_inputs: Callable[..., list[Any]]) -> Info:
     """SlimAdam with a plan, as an entry of PyTorch's database: what AdamW's entry says, without ``fused``."""
-    return database.OptimizerInfo(  # type: ignore[no-untyped-call]
+    return DATABASE.OptimizerInfo(
         partial(SlimAdam, plan=plan),
         optim_inputs_func=option_inputs,
         optim_error_inputs_func=TORCH_INFO.optim_error_inputs_func,
@@ -117,7 +120,7 @@ def check(name: str, variant_name: str) -> None:
 
 def equal(actual: object, expected: object, **tolerances: float) -> None:
     """PyTorch's own comparison: nested containers of tensors and anything else, tolerances by dtype."""
-    TestCase().assertEqual(actual, expected, **tolerances)  # type: ignore[no-untyped-call]  # noqa: PT009
+    CASE.assertEqual(actual, expected, **tolerances)  # noqa: PT009
 
 
 def raises(error: type[Exception], message: str, function: Callable[[], object]) -> None:
@@ -133,7 +136,7 @@ def all_inputs(info: Info, *skip: str) -> Iterator[Options]:
         info: The optimizer's entry.
         skip: Implementations left out: ``"differentiable"``, ``"fused"``.
     """
-    every = database._get_optim_inputs_including_global_cliquey_kwargs  # type: ignore[no-untyped-call]
+    every = DATABASE._get_optim_inputs_including_global_cliquey_kwargs
     for given in [*every("cpu", torch.float32, info, skip), *info.optim_inputs_func("cpu")]:
         yield dict(given.kwargs)
 
@@ -430,19 +433,19 @@ def _compare_with_forloop(info: Info, flags: Options, dtype: torch.dtype) -> Non
         models = [model, copy.deepcopy(model)]
         both = [info.optim_cls(models[0].parameters(), **{**given.kwargs, "foreach": False})]
         both.append(info.optim_cls(models[1].parameters(), **{**given.kwargs, **flags}))
-        tracker = database.TensorTracker(allowed)  # type: ignore[no-untyped-call]
+        tracker = DATABASE.TensorTracker(allowed)
         for step in range(7):
             for one, optimizer in zip(models, both, strict=True):
                 optimizer.zero_grad()
                 one[2].requires_grad_(step not in (3, 4))
                 if step != 2:
-                    (one(x).sum() + one.scalar.square() + one.empty.sum()).backward()  # type: ignore[operator, union-attr]
+                    (one(x).sum() + one.scalar.square() + one.empty.sum()).backward()  # type: ignore[operator]
                 optimizer.step()
             for theirs, ours in zip(models[0].parameters(), models[1].parameters(), strict=True):
                 states = [tensors(both[0].state[theirs]), tensors(both[1].state[ours])]
                 for expected, actual in [(theirs, ours), *zip(*states, strict=True)]:
                     tracker.add(expected)
-                    tracker.pop_check_set(actual, TestCase())  # type: ignore[no-untyped-call]
+                    tracker.pop_check_set(actual, CASE)
         assert tracker.all_popped()
 
 
@@ -614,7 +617,8 @@ def zero_grad(info: Info) -> None:
 def closure_is_called_once_with_gradients_enabled(info: Info) -> None:
     """``step(closure)`` evaluates under autograd even inside ``no_grad``, once, and returns its value."""
     for options in all_inputs(info, "differentiable"):
-        problem, calls = Problem(), []
+        problem = Problem()
+        calls: list[float] = []
 
         def closure(problem: Problem = problem, calls: list[float] = calls) -> Tensor:
             loss = problem.backward()
@@ -831,7 +835,7 @@ def _trains_on(problem: Problem, optimizer: Optimizer, problem_copy: Problem, op
 
 
 def _mark_state(optimizer: Optimizer) -> None:
-    optimizer.state["test"] = 1  # type: ignore[index, assignment]
+    optimizer.state["test"] = 1  # type: ignore[index]
 
 
 def _take_mark(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -922,7 +926,8 @@ def load_state_dict_pre_post_hook(info: Info) -> None:
 def step_hooks(info: Info) -> None:
     """Hooks around a step fire once each and get the step's arguments; a removed one is silent."""
     for options in all_inputs(info):
-        optimizer, seen = info.optim_cls([torch.ones(2)], **options), []
+        optimizer = info.optim_cls([torch.ones(2)], **options)
+        seen: list[Any] = []
         handles = [
             optimizer.register_step_pre_hook(lambda held, args, kwargs, s=seen: s.append(("pre", held, args, kwargs))),
             optimizer.register_step_post_hook(
@@ -955,7 +960,8 @@ def step_pre_hook_may_replace_arguments(info: Info) -> None:
 def step_all_hooks(info: Info) -> None:
     """Global hooks enclose the optimizer's own, for each optimizer of the process."""
     for options in all_inputs(info):
-        params, seen = [torch.ones(2, 3)], []
+        params = [torch.ones(2, 3)]
+        seen: list[str] = []
         optimizers = [info.optim_cls(params, **options), SGD(params)]
         handles = [
             register_optimizer_step_pre_hook(lambda *_, s=seen: s.append("global pre")),
@@ -1067,12 +1073,12 @@ def state_in_shared_memory_stays_there(info: Info) -> None:
         problem = Problem()
         optimizer = info.optim_cls(problem.params, **options)
         problem.train(optimizer, 1)
-        held = [*problem.params, *(one for state in optimizer.state.values() for one in tensors(state))]
+        held: list[Any] = [*problem.params, *(one for state in optimizer.state.values() for one in tensors(state))]
         for tensor in held:
             tensor.detach().share_memory_()
         before = [(tensor.data_ptr(), tensor.detach().clone()) for tensor in held]
         problem.train(optimizer, 1)
-        after = [*problem.params, *(one for state in optimizer.state.values() for one in tensors(state))]
+        after: list[Any] = [*problem.params, *(one for state in optimizer.state.values() for one in tensors(state))]
         for tensor, (address, value) in zip(after, before, strict=True):
             assert tensor.data_ptr() == address
             assert tensor.is_shared()
