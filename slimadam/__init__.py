@@ -1,5 +1,6 @@
 """SlimAdam: AdamW that stores second moments only as finely as a measurement says each layer needs."""
 
+from slimadam.automatic import AutoPlan
 from slimadam.calibration import SNRRecorder, calibrate, every, paper_schedule
 from slimadam.errors import PlanError
 from slimadam.optimizer import SlimAdam
@@ -10,6 +11,7 @@ from slimadam.state import convert_state_dict
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoPlan",
     "CompressionPlan",
     "PlanError",
     "Rule",

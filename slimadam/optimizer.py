@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from slimadam import state as state_format
+from slimadam.automatic import AutoPlan, Measuring
 from slimadam.backends import UPDATES, Backend, choose_backend, fits_in_memory_order
 from slimadam.functional import (
     Entry,
@@ -24,8 +26,8 @@ from slimadam.functional import (
 )
 from slimadam.memory import MemoryReport
 from slimadam.options import check_group
-from slimadam.plan import CompressionPlan, Rule
-from slimadam.planning import PlanArgument, Resolver
+from slimadam.plan import CompressionPlan, Rule, fit_rule
+from slimadam.planning import MEASURING, PlanArgument, Resolver, logger
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
 
@@ -53,8 +55,9 @@ class SlimAdam(Optimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
         amsgrad: Use the running maximum of the second moment (not with factored parameters).
-        plan: ``"rules"`` (the paper's table by layer role), ``"factored"`` (row and column averages for
-            each matrix), a :class:`~slimadam.CompressionPlan` or the path of one, or None for AdamW.
+        plan: ``"auto"`` or an :class:`~slimadam.AutoPlan`: run as AdamW while measuring, then decide and free
+            the memory. ``"rules"``: the paper's table by layer role. ``"factored"``: row and column averages for
+            each matrix. A :class:`~slimadam.CompressionPlan` or the path of one: that. None: AdamW.
         model: Module that owns the parameters, to learn their names and roles from. A plan may then name
             parameters of the model that this optimizer does not hold.
         variance_init: ``"zeros"``, or ``"gradient"`` to start second moments at the first squared
@@ -118,6 +121,7 @@ class SlimAdam(Optimizer):
         self._resolver = Resolver(plan, model)
         self._names: dict[Tensor, str] = {}
         self._rules: dict[Tensor, Rule] = {}
+        self._measuring = Measuring(self._resolver.plan) if isinstance(self._resolver.plan, AutoPlan) else None
         self._complete = False
         super().__init__(params, defaults)
         self._resolver.check_all_used()
@@ -228,6 +232,8 @@ class SlimAdam(Optimizer):
         for group in self.param_groups:
             for backend, entries in self._entries(group).items():
                 UPDATES[backend](entries, _hyperparameters(group))
+        if self._measuring is not None:
+            self._measure()
         return loss
 
     @torch.no_grad()
@@ -249,6 +255,40 @@ class SlimAdam(Optimizer):
                     continue
                 state = self.state.get(param) or self._initial_state(param, group)
                 yield param, update_direction(self._entry(param, group, state), hyper)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """One step of ``plan="auto"`` before its decision, and the decision."""
+        assert self._measuring is not None
+        measured = [param for param, rule in self._rules.items() if rule.reason == MEASURING and self.state.get(param)]
+        moments = ((self._names[param], self._rules[param].role, self.state[param]["exp_avg_sq"]) for param in measured)
+        factorable = not any(group["amsgrad"] for group in self.param_groups)
+        plan = self._measuring.after_step(moments, self._measuring.settings.forms if factorable else "mean")
+        if plan is not None:
+            self._compress(plan)
+
+    def _compress(self, plan: CompressionPlan) -> None:
+        """Put a decided plan in force: second moments shrink in place, the rest of their memory is freed."""
+        before = self.memory()
+        for param, rule in self._rules.items():
+            if rule.reason != MEASURING:
+                continue
+            unmeasured = replace(rule, reason="no gradient while plan='auto' measured")
+            self._rules[param] = plan.get(self._names[param], unmeasured)
+            dims = self._rules[param].averaged_dims(param.dim())
+            for key in state_format.SECOND_MOMENTS:
+                if key in self.state.get(param, {}):
+                    averaged = state_format.average(self.state[param][key], dims)
+                    self.state[param][key] = state_format.stored(averaged)
+        self._measuring = None
+        after = self.memory()
+        logger.info(
+            "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %.1f -> %.1f MB",
+            100 * after.second_moments_saved,
+            before.total / 1e6,
+            after.total / 1e6,
+        )
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -330,6 +370,8 @@ class SlimAdam(Optimizer):
             "format_version": state_format.FORMAT_VERSION,
             "plan": self.plan.to_dict(),
         }
+        if self._measuring is not None:
+            saved[state_format.KEY]["measuring"] = self._measuring.to_dict()
         return saved
 
     def adamw_state_dict(self) -> dict[str, Any]:
@@ -379,19 +421,36 @@ class SlimAdam(Optimizer):
             for group, saved in zip(groups, state_dict["param_groups"], strict=True)
             for param, saved_id in zip(group["params"], saved["params"], strict=True)
         }
+        rules, measuring = self._phase_of(state_dict.get(state_format.KEY, {}))
         state: dict[Any, Any] = defaultdict(dict)
         for saved_id, saved in state_dict["state"].items():
             if saved_id in owners:
                 param, group = owners[saved_id]
-                state[param] = self._loaded_state(param, group, saved)
+                state[param] = self._loaded_state(param, group, rules[param], saved)
             else:
                 state[saved_id] = deepcopy(saved)
+        self._rules, self._measuring = rules, measuring
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _loaded_state(self, param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-        name, rule = self._names[param], self._rules[param]
+    def _phase_of(self, own: Mapping[str, Any]) -> tuple[dict[Tensor, Rule], Measuring | None]:
+        """Rules and phase under which to load: with ``plan="auto"`` those of the checkpoint, else the present ones."""
+        settings = self._resolver.plan
+        if not isinstance(settings, AutoPlan) or not own:
+            return self._rules, self._measuring
+        saved = CompressionPlan.from_dict(own["plan"])
+        matched = {param: saved.match(name) for param, name in self._names.items()}
+        rules = {
+            param: self._rules[param] if key is None else fit_rule(key, saved[key], tuple(param.shape))
+            for param, key in matched.items()
+        }
+        return rules, Measuring.from_dict(settings, own["measuring"]) if "measuring" in own else None
+
+    def _loaded_state(
+        self, param: Tensor, group: Mapping[str, Any], rule: Rule, saved: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        name = self._names[param]
         loaded = deepcopy({key: value for key, value in saved.items() if key not in _STATE_KEYS})
         if not saved:
             return loaded
@@ -422,6 +481,7 @@ class SlimAdam(Optimizer):
             "_names": self._names,
             "_rules": self._rules,
             "_plan": self._resolver.plan,
+            "_measuring": self._measuring,
             "_complete": self._complete,
         }
 

@@ -183,10 +183,7 @@ class CompressionPlan(Mapping[str, Rule]):
         Raises:
             ValueError: An option is out of range, or the history is empty.
         """
-        if not isinstance(cutoff, (int, float)) or isinstance(cutoff, bool) or not cutoff >= 0:
-            raise ValueError(f"cutoff={cutoff!r} must be a number >= 0")
-        if forms not in get_args(Forms):
-            raise ValueError(f"forms={forms!r} must be 'mean' or 'best'")
+        check_choice(cutoff, forms)
         if not history:
             raise ValueError("the SNR history is empty: no Adam-like optimizer was measured")
         keep = tuple(keep)
@@ -306,6 +303,18 @@ def factored_rule(shape: tuple[int, ...], role: str) -> Rule:
     if len(shape) < 2 or role in (NORM, BIAS) or rule.stored_elements(shape) >= math.prod(shape):
         return Rule(shape=shape, role=role, reason="not a matrix that factoring makes smaller")
     return rule
+
+
+def check_choice(cutoff: float, forms: str) -> None:
+    """Check what a plan is chosen by.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+    if not isinstance(cutoff, (int, float)) or isinstance(cutoff, bool) or not cutoff >= 0:
+        raise ValueError(f"cutoff={cutoff!r} must be a number >= 0")
+    if forms not in get_args(Forms):
+        raise ValueError(f"forms={forms!r} must be 'mean' or 'best'")
 
 
 def fit_rule(name: str, rule: Rule, shape: tuple[int, ...]) -> Rule:

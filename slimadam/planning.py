@@ -10,14 +10,16 @@ from typing import Any, Final, Literal
 
 from torch import Tensor, nn
 
+from slimadam.automatic import AutoPlan
 from slimadam.errors import PlanError
 from slimadam.names import NamedParameters
 from slimadam.plan import CompressionPlan, Rule, factored_rule, fit_rule, paper_rule
 from slimadam.roles import UNKNOWN, ParameterRole, canonical_name, role_from_name
 
-PlanArgument = str | Path | CompressionPlan | None
-ResolvedPlan = CompressionPlan | Literal["rules", "factored"] | None
+PlanArgument = str | Path | CompressionPlan | AutoPlan | None
+ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
 
+MEASURING: Final = "plan='auto' is still measuring: as AdamW until it has decided"
 logger = logging.getLogger("slimadam")
 _DEFAULT: Final = object()
 
@@ -28,20 +30,21 @@ def read_plan(plan: object) -> ResolvedPlan:
     Raises:
         PlanError: A file is missing or holds no plan.
         TypeError: The argument is none of the kinds that are taken.
-        NotImplementedError: ``"auto"``.
     """
     if plan is None or isinstance(plan, CompressionPlan) or plan == "rules" or plan == "factored":
         return plan
+    if isinstance(plan, AutoPlan):
+        return plan
     if plan == "auto":
-        raise NotImplementedError(
-            "plan='auto' comes with release 0.3; until then pass plan=None, 'rules', 'factored', a "
-            "CompressionPlan, or the path of one (slimadam calibrate writes it)"
-        )
+        return AutoPlan()
     if not isinstance(plan, (str, Path)):
-        raise TypeError(f"plan={plan!r} must be None, 'rules', 'factored', a CompressionPlan or the path of one")
+        raise TypeError(
+            f"plan={plan!r} must be None, 'auto', 'rules', 'factored', an AutoPlan, a CompressionPlan or "
+            "the path of one"
+        )
     if not Path(plan).is_file():
         raise PlanError(
-            f"plan={str(plan)!r} is neither a file nor one of 'rules' and 'factored'; "
+            f"plan={str(plan)!r} is neither a file nor one of 'auto', 'rules' and 'factored'; "
             "write one with slimadam calibrate or CompressionPlan.save"
         )
     return CompressionPlan.load(plan)
@@ -86,6 +89,11 @@ class Resolver:
             PlanError: The plan does not fit.
         """
         resolved = self.plan if plan is _DEFAULT else read_plan(plan)
+        if isinstance(resolved, AutoPlan) and plan is not _DEFAULT:
+            raise PlanError(
+                f"plan={plan!r} in a parameter group: 'auto' is for a whole optimizer; pass it to SlimAdam, and give "
+                "the groups that it should leave alone a plan of their own, such as None"
+            )
         has_names = "param_names" in group
         rules = []
         for name, param in zip(names, group["params"], strict=True):
@@ -126,6 +134,8 @@ class Resolver:
         role = self._named.role(param)
         if plan is None:
             return Rule(shape=shape, role=role.role if role else "", reason="plan=None: as AdamW")
+        if isinstance(plan, AutoPlan):
+            return Rule(shape=shape, role=role.role if role else "", reason=MEASURING)
         if plan == "factored":
             return factored_rule(shape, role.role if role else role_from_name(name, len(shape)))
         if plan == "rules":

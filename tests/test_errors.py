@@ -69,9 +69,9 @@ WRONG_USES = [
     _with(RuntimeError, r"`fused` does not support `differentiable`: set one", fused=True, differentiable=True),
     _with(ValueError, r"lr as a Tensor is not supported for capturable=False and foreach=True", lr=TWO[:1], foreach=True),
     # plans
-    _with(PlanError, r"plan='ruels' is neither a file nor one of 'rules' and 'factored'", plan="ruels"),
+    _with(PlanError, r"plan='ruels' is neither a file nor one of 'auto', 'rules' and 'factored'", plan="ruels"),
     _with(PlanError, r"plan='missing/plan.json' is neither a file", plan=Path("missing/plan.json")),
-    _with(TypeError, r"plan=5 must be None, 'rules', 'factored', a CompressionPlan or the path of one", plan=5),
+    _with(TypeError, r"plan=5 must be None, 'auto', 'rules', 'factored', an AutoPlan, a CompressionPlan or the path", plan=5),
     _with(PlanError, r"'0.wieght' matches no parameter.*did you mean '0.weight'\?", plan=_plan({"0.weight": (1,), "0.wieght": (1,)})),
     _with(PlanError, r"'0.weight': dims=\(2,\) is out of range for shape \(7, 5\); use 0..1", plan=_plan({"0.weight": (2,)})),
     _with(
@@ -86,6 +86,11 @@ WRONG_USES = [
          lambda model: SlimAdam(model.parameters(), plan=_plan({"0.weight": (1,)}))),
     _use(PlanError, "plan='rules' goes by layer role, but these parameters have none",
          lambda model: SlimAdam(model.parameters(), plan="rules")),
+    _use(PlanError, "plan='auto' in a parameter group: 'auto' is for a whole optimizer",
+         lambda model: SlimAdam([{"params": model.parameters(), "plan": "auto"}], plan=None)),
+    _use(ValueError, "calibration_steps=0 must be an integer >= 1", lambda model: slimadam.AutoPlan(calibration_steps=0)),
+    _use(ValueError, "measurements='5' must be an integer", lambda model: slimadam.AutoPlan(measurements="5")),  # type: ignore[arg-type]
+    _use(ValueError, "keep='bias' must be a tuple of patterns", lambda model: slimadam.AutoPlan(keep="bias")),  # type: ignore[arg-type]
     # groups
     _use(TypeError, "unknown option 'weight_deacy' in a parameter group; did you mean 'weight_decay'",
          lambda model: SlimAdam([{"params": model.parameters(), "weight_deacy": 0.0}], plan=None)),
@@ -131,7 +136,6 @@ def test_wrong_use_is_refused_and_changes_nothing(use: Use, error: type[Exceptio
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plan": "auto"}, "plan='auto' comes with release .*; until then pass plan=None"),
         ({"plan": None, "fused": True}, "fused=True comes with release .*; fused=None picks"),
         ({"plan": None, "momentum_dtype": "int8"}, "momentum_dtype='int8' comes with release .*; use torch.bfloat16"),
     ],

@@ -1,0 +1,335 @@
+"""SlimAdam inside other people's training loops: ``python -m benchmarks.interop``.
+
+Each integration trains the same small random Llama and GPT-2 on the same tokens as a loop written by hand. Bars:
+every second moment has the shape that the plan says, and no loss or weight differs from the loop's by more than 1e-6.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported; nothing here is downloaded
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from benchmarks import machine
+from slimadam import CompressionPlan, SlimAdam
+from slimadam.integrations.transformers import optimizer_cls_and_kwargs
+from slimadam.planning import PlanArgument
+
+Batch = dict[str, Tensor]
+
+VOCABULARY, LENGTH, BATCH_SIZE, BATCHES = 61, 12, 4, 6
+LR, BETAS, EPS, WEIGHT_DECAY = 1e-2, (0.8, 0.95), 1e-6, 0.1
+BAR = 1e-6
+
+
+def llama() -> nn.Module:
+    """A Llama of 2 layers and width 16, the same at each call."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes))
+
+
+def gpt2() -> nn.Module:
+    """A GPT-2 of 2 layers and width 16, without dropout: transposed Conv1D weights, fused QKV, tied embeddings."""
+    torch.manual_seed(0)
+    sizes = {"n_positions": LENGTH, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=VOCABULARY, loss_type="ForCausalLMLoss", **sizes, **no_dropout)
+    return GPT2LMHeadModel(config)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"Llama": llama, "GPT-2": gpt2}
+
+
+class Tokens(Dataset[Batch]):
+    """Random token sequences for a causal language model, the same ones always."""
+
+    def __init__(self, count: int = BATCH_SIZE * BATCHES) -> None:
+        self._tokens = torch.randint(VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {"input_ids": self._tokens[index], "labels": self._tokens[index]}
+
+
+def batches() -> DataLoader[Batch]:
+    """All sequences in order."""
+    return DataLoader(Tokens(), batch_size=BATCH_SIZE)
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss, summed and divided in the order in which the Trainer does it."""
+    loss: Tensor = model(**batch, num_items_in_batch=batch["labels"][:, 1:].numel()).loss
+    return loss
+
+
+def new_optimizer(model: nn.Module, plan: PlanArgument) -> SlimAdam:
+    """SlimAdam over named parameters, with the usual two groups: weight decay for matrices alone."""
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [(name, param) for name, param in named if param.dim() > 1]},
+        {"params": [(name, param) for name, param in named if param.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return SlimAdam(groups, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, plan=plan)
+
+
+@dataclass
+class Run:
+    """A finished run: the loss of each batch, the weights, the optimizer."""
+
+    model: nn.Module
+    optimizer: SlimAdam
+    losses: list[float]
+
+
+Integration = Callable[[nn.Module, PlanArgument], Run]
+
+
+def by_hand(model: nn.Module, plan: PlanArgument, *, bf16: bool = False, accumulate: int = 1) -> Run:
+    """The loop that every integration is compared with."""
+    optimizer = new_optimizer(model, plan)
+    losses = []
+    for number, batch in enumerate(batches(), start=1):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(model, batch)
+        losses.append(loss.item())
+        (loss / accumulate).backward()
+        if number % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return Run(model, optimizer, losses)
+
+
+def trainer_arguments(folder: str, **options: Any) -> TrainingArguments:
+    """Arguments of a silent Trainer on the CPU with this module's hyperparameters."""
+    defaults: dict[str, Any] = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "max_steps": BATCHES,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": LR,
+        "adam_beta1": BETAS[0],
+        "adam_beta2": BETAS[1],
+        "adam_epsilon": EPS,
+        "weight_decay": WEIGHT_DECAY,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+def new_trainer(model: nn.Module, args: TrainingArguments, **options: Any) -> Trainer:
+    """A Trainer on the tokens that prints nothing."""
+    trainer = Trainer(model, args, train_dataset=Tokens(), **options)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def trainer_with_helper(model: nn.Module, plan: PlanArgument, **options: Any) -> Run:
+    """Trainer(optimizer_cls_and_kwargs=...)."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = trainer_arguments(folder, **options)
+        chosen = optimizer_cls_and_kwargs(model, args, plan=plan)
+        return _trained(new_trainer(model, args, optimizer_cls_and_kwargs=chosen))
+
+
+def trainer_with_optimizer(model: nn.Module, plan: PlanArgument) -> Run:
+    """Trainer(optimizers=(SlimAdam(...), None))."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _trained(new_trainer(model, trainer_arguments(folder), optimizers=(new_optimizer(model, plan), None)))
+
+
+def trainer_compiled(model: nn.Module, plan: PlanArgument) -> Run:
+    """Trainer with torch.compile."""
+    return trainer_with_helper(model, plan, torch_compile=True, torch_compile_backend="eager")
+
+
+def _trained(trainer: Trainer) -> Run:
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Run(trainer.model, trainer.optimizer.optimizer, losses)
+
+
+def accelerate(model: nn.Module, plan: PlanArgument, *, bf16: bool = False, accumulate: int = 1) -> Run:
+    """The loop that Accelerate's documentation recommends."""
+    accelerator = Accelerator(
+        cpu=True, mixed_precision="bf16" if bf16 else "no", gradient_accumulation_steps=accumulate
+    )
+    optimizer = new_optimizer(model, plan)
+    prepared, wrapped, loader = accelerator.prepare(model, optimizer, batches())
+    losses = []
+    for batch in loader:
+        with accelerator.accumulate(prepared):
+            loss = loss_of(prepared, batch)
+            losses.append(loss.item())
+            accelerator.backward(loss)
+            wrapped.step()
+            wrapped.zero_grad()
+    return Run(model, optimizer, losses)
+
+
+class TokenModule(lightning.LightningModule):
+    """A language model with SlimAdam from ``configure_optimizers``, as anyone would write it."""
+
+    def __init__(self, model: nn.Module, plan: PlanArgument) -> None:
+        super().__init__()
+        self.model = model
+        self.losses: list[float] = []
+        self._plan = plan
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """The loss of a batch."""
+        loss = loss_of(self.model, batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> SlimAdam:
+        """Names without the prefix of this module, as in a plan made for the inner model."""
+        return new_optimizer(self.model, self._plan)
+
+
+def lightning_trainer(**options: Any) -> lightning.Trainer:
+    """A silent Lightning Trainer on the CPU."""
+    silent: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return lightning.Trainer(accelerator="cpu", devices=1, max_steps=BATCHES, **{**silent, **options})
+
+
+def with_lightning(model: nn.Module, plan: PlanArgument) -> Run:
+    """Lightning, nothing but ``configure_optimizers``."""
+    module = TokenModule(model, plan)
+    trainer = lightning_trainer()
+    trainer.fit(module, batches())
+    optimizer = trainer.optimizers[0]
+    assert isinstance(optimizer, SlimAdam)
+    return Run(model, optimizer, module.losses)
+
+
+def compiled(model: nn.Module, plan: PlanArgument) -> Run:
+    """torch.compile around the model; its names begin with ``_orig_mod.``."""
+    wrapped: Any = torch.compile(model, backend="eager")
+    return Run(model, (run := by_hand(wrapped, plan)).optimizer, run.losses)
+
+
+def distributed_data_parallel(model: nn.Module, plan: PlanArgument) -> Run:
+    """DistributedDataParallel in a group of one process; names begin with ``module.``."""
+    with one_process_group():
+        run = by_hand(DistributedDataParallel(model), plan)
+    return Run(model, run.optimizer, run.losses)
+
+
+@contextlib.contextmanager
+def one_process_group() -> Iterator[None]:
+    """A gloo group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+INTEGRATIONS: dict[str, tuple[Integration, dict[str, Any]]] = {
+    "Trainer, helper": (trainer_with_helper, {}),
+    "Trainer, optimizers=": (trainer_with_optimizer, {}),
+    "Trainer, torch.compile": (trainer_compiled, {}),
+    "Accelerate": (accelerate, {}),
+    "Accelerate, bf16, accumulation": (accelerate, {"bf16": True, "accumulate": 2}),
+    "Lightning": (with_lightning, {}),
+    "torch.compile": (compiled, {}),
+    "DistributedDataParallel": (distributed_data_parallel, {}),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run with an integration came to.
+
+    Attributes:
+        matched: Parameters whose second moment has the shape that the plan says.
+        parameters: All parameters.
+        saved: Share of second moments saved, by the sizes of the state.
+        difference: Largest difference of a loss or a weight to the loop by hand.
+    """
+
+    matched: int
+    parameters: int
+    saved: float
+    difference: float
+
+
+def second_moments(run: Run) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of the second moments in the state, by the model's own parameter names."""
+    stored = {name: run.optimizer.state[param]["exp_avg_sq"] for name, param in run.model.named_parameters()}
+    return {
+        name: [tuple(part.shape) for part in ([moment] if isinstance(moment, Tensor) else moment)]
+        for name, moment in stored.items()
+    }
+
+
+def largest_difference(run: Run, reference: Run) -> float:
+    """The largest difference between two runs' losses and weights."""
+    losses = [abs(ours - theirs) for ours, theirs in zip(run.losses, reference.losses, strict=True)]
+    pairs = zip(run.model.parameters(), reference.model.parameters(), strict=True)
+    return max(*losses, *((ours - theirs).abs().max().item() for ours, theirs in pairs))
+
+
+def check(label: str, new_model: Callable[[], nn.Module]) -> Outcome:
+    """Train with an integration under the paper's rules and compare with the loop by hand."""
+    integration, options = INTEGRATIONS[label]
+    plan = CompressionPlan.from_rules(new_model())
+    run = integration(new_model(), plan, **options)
+    shapes = second_moments(run)
+    full = sum(param.numel() for param in run.model.parameters())
+    kept = sum(torch.Size(part).numel() for parts in shapes.values() for part in parts)
+    return Outcome(
+        matched=sum(tuple(shapes[name]) == rule.state_shapes(rule.shape or ()) for name, rule in plan.items()),
+        parameters=len(shapes),
+        saved=1 - kept / full,
+        difference=largest_difference(run, by_hand(new_model(), plan, **options)),
+    )
+
+
+def main() -> None:
+    """Run every integration on every model, print a table, write ``results/interop.json``; exit 1 below a bar."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    outcomes = {(label, model): check(label, make) for model, make in MODELS.items() for label in INTEGRATIONS}
+    print(f"{'integration':32s} {'model':6s} {'names matched':>13s} {'saved':>7s} {'largest difference':>19s}")
+    for (label, model), outcome in outcomes.items():
+        matched = f"{outcome.matched} of {outcome.parameters}"
+        print(f"{label:32s} {model:6s} {matched:>13s} {outcome.saved:7.1%} {outcome.difference:19.1e}")
+    figures = [{"integration": label, "model": model, **asdict(outcome)} for (label, model), outcome in outcomes.items()]
+    print("written:", machine.write("interop", {"bar": BAR, "runs": figures}))
+    if any(outcome.difference > BAR or outcome.matched < outcome.parameters for outcome in outcomes.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

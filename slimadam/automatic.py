@@ -1,0 +1,128 @@
+"""``plan="auto"``: measure on the optimizer's own second moments while it runs as AdamW, then decide.
+
+Source of the measurement and the rule: arXiv 2503.01843.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from slimadam.plan import CompressionPlan, Forms, check_choice
+from slimadam.snr import FACTORED, SNRHistory, measure, normalize_candidate
+
+
+@dataclass(frozen=True)
+class AutoPlan:
+    """How ``plan="auto"`` measures and decides.
+
+    Attributes:
+        calibration_steps: Optimizer steps as AdamW, after which the second moments shrink.
+        measurements: How many times the SNR is measured in these steps, at equal distances, the last at their
+            end; the first step is measured besides, as the authors do.
+        cutoff: SNR that a candidate must exceed.
+        forms: ``"best"``: averages and the factored form compete. ``"mean"``: averages only, as in the paper.
+        keep: Patterns of names or roles that stay in full.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    calibration_steps: int = 500
+    measurements: int = 5
+    cutoff: float = 1.0
+    forms: Forms = "best"
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_steps", "measurements"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+        check_choice(self.cutoff, self.forms)
+        if not isinstance(self.keep, tuple):
+            raise ValueError(f"keep={self.keep!r} must be a tuple of patterns, such as ('*norm*',)")
+
+    def measures(self, step: int) -> bool:
+        """Whether to measure after optimizer step ``step`` (from 1)."""
+        if step > self.calibration_steps:
+            return False
+        interval = max(1, self.calibration_steps // self.measurements)
+        return step == 1 or step == self.calibration_steps or step % interval == 0
+
+
+class Measuring:
+    """The phase before the decision: what was measured so far, and after how many steps.
+
+    Args:
+        settings: How to measure and decide.
+
+    Attributes:
+        settings: As given.
+        history: The measurements.
+        steps: Optimizer steps done.
+    """
+
+    def __init__(self, settings: AutoPlan) -> None:
+        self.settings = settings
+        self.history = SNRHistory()
+        self.steps = 0
+
+    def after_step(self, moments: Iterable[tuple[str, str, Tensor]], forms: Forms) -> CompressionPlan | None:
+        """Count a step, measure if it is time, and decide after the last.
+
+        Args:
+            moments: Name, role and full second moment of each parameter that has one.
+            forms: The forms to choose among, as in :class:`AutoPlan`.
+
+        Returns:
+            The plan, once the steps are done and anything was measured.
+        """
+        self.steps += 1
+        if self.settings.measures(self.steps):
+            for name, role, second_moment in moments:
+                self.history.record(self.steps, name, second_moment.shape, measure(second_moment), role)
+        if self.steps < self.settings.calibration_steps or not self.history:
+            return None
+        choice = self.settings
+        return CompressionPlan.from_snr(self.history, choice.cutoff, forms=forms, keep=choice.keep)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this phase, in plain numbers and text."""
+        measured = [
+            {
+                "name": name,
+                "role": parameter.role,
+                "shape": list(parameter.shape),
+                "values": [
+                    [step, [[candidate if candidate == FACTORED else list(candidate), value]
+                            for candidate, value in values.items()]]
+                    for step, values in parameter.values.items()
+                ],
+            }
+            for name, parameter in self.history.items()
+        ]  # fmt: skip
+        return {"steps": self.steps, "measured": measured}
+
+    @classmethod
+    def from_dict(cls, settings: AutoPlan, data: Mapping[str, Any]) -> Measuring:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: The data is not what :meth:`to_dict` returned.
+        """
+        measuring = cls(settings)
+        try:
+            measuring.steps = int(data["steps"])
+            for parameter in data["measured"]:
+                shape = tuple(parameter["shape"])
+                measuring.history.record(0, parameter["name"], shape, {}, parameter["role"])
+                for step, values in parameter["values"]:
+                    found = {normalize_candidate(candidate, len(shape)): float(value) for candidate, value in values}
+                    measuring.history.record(step, parameter["name"], shape, found)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the state dict's record of plan='auto' is damaged ({error!r})") from error
+        return measuring

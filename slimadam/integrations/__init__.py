@@ -1,0 +1,1 @@
+"""Thin bridges to training libraries, each imported by its own name and only needed with that library."""

@@ -1,0 +1,182 @@
+"""``plan="auto"``: AdamW while it measures, then compressed in place, in both phases resumable."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from slimadam import AutoPlan, CompressionPlan, SlimAdam
+from slimadam.snr import measure
+
+AUTO = AutoPlan(calibration_steps=6, measurements=3)
+
+
+def _model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.Linear(16, 5)).to(dtype)
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 12, generator=generator).to(next(model.parameters()).dtype)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_exactly_adamw_until_the_switch_then_as_if_loaded_with_the_plan(named: bool) -> None:
+    ours, theirs = _model(), _model()
+    optimizer = SlimAdam(ours.named_parameters() if named else ours.parameters(), lr=1e-2, plan=AUTO, fused=False)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-2)
+    _train(ours, optimizer, range(5))
+    _train(theirs, adamw, range(5))
+    assert optimizer.plan.second_moments_saved == 0
+    before = [state["exp_avg_sq"].clone() for state in optimizer.state.values()]
+    _train(ours, optimizer, range(5, 6))
+    _train(theirs, adamw, range(5, 6))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [second.shape for second in before] == [parameter.shape for parameter in ours.parameters()]
+    assert optimizer.plan.second_moments_saved > 0.5
+    assert optimizer.memory().second_moments_saved == optimizer.plan.second_moments_saved
+    continued = SlimAdam(theirs.parameters(), lr=1e-2, plan=optimizer.plan if not named else None, fused=False)
+    if named:
+        continued = SlimAdam(theirs.named_parameters(), lr=1e-2, plan=optimizer.plan, fused=False)
+    continued.load_state_dict(adamw.state_dict())
+    _train(ours, optimizer, range(6, 10))
+    _train(theirs, continued, range(6, 10))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_plan_follows_from_what_was_measured() -> None:
+    model, reference = _model(), _model()
+    optimizer = SlimAdam(model, lr=1e-2, plan=AUTO)
+    adamw = torch.optim.AdamW(reference.parameters(), lr=1e-2)
+    measured: list[dict[Any, float]] = []
+    for step in range(1, 7):
+        _train(reference, adamw, range(step - 1, step))
+        if step in (1, 2, 4, 6):
+            measured.append(measure(adamw.state[reference[0].weight]["exp_avg_sq"]))
+    _train(model, optimizer, range(6))
+    averages = {candidate: math.fsum(m[candidate] for m in measured) / 4 for candidate in measured[0]}
+    rule = optimizer.plan["0.weight"]
+    assert rule.snr == pytest.approx(averages, rel=1e-4)
+    best = max(averages, key=averages.__getitem__)
+    assert rule.form == "factored" if best == "factored" else rule.dims == best
+    assert optimizer.plan["1.weight"].form == "full"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stopped_at", [0, 1, 3, 5, 6, 8])
+def test_resumes_in_the_phase_it_was_saved_in(stopped_at: int, dtype: torch.dtype) -> None:
+    model = _model(dtype)
+    optimizer = SlimAdam(model, lr=1e-2, plan=AUTO)
+    _train(model, optimizer, range(stopped_at))
+    weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    assert ("measuring" in saved["slimadam"]) == (stopped_at < 6)
+    _train(model, optimizer, range(stopped_at, 10))
+    resumed = _model(dtype)
+    resumed.load_state_dict(weights)
+    resumed_optimizer = SlimAdam(resumed, lr=1e-2, plan=AUTO)
+    resumed_optimizer.load_state_dict(saved)
+    _train(resumed, resumed_optimizer, range(stopped_at, 10))
+    assert resumed_optimizer.plan == optimizer.plan
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_going_back_to_a_checkpoint_from_before_the_switch() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, lr=1e-2, plan=AUTO)
+    _train(model, optimizer, range(3))
+    weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    _train(model, optimizer, range(3, 9))
+    end = copy.deepcopy(model.state_dict())
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(saved)
+    assert optimizer.plan.second_moments_saved == 0
+    _train(model, optimizer, range(3, 9))
+    assert all(torch.equal(end[name], value) for name, value in model.state_dict().items())
+
+
+def test_damaged_record_is_refused() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan=AUTO)
+    _train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    for damage in ({}, {"steps": 2}, {"steps": "x", "measured": []}, {"steps": 2, "measured": [1]}):
+        wrong = {**saved, "slimadam": {**saved["slimadam"], "measuring": damage}}
+        with pytest.raises(ValueError, match="record of plan='auto' is damaged"):
+            optimizer.load_state_dict(wrong)
+
+
+def test_deepcopy_goes_on_measuring() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, lr=1e-2, plan=AUTO)
+    _train(model, optimizer, range(2))
+    model_2, optimizer_2 = copy.deepcopy((model, optimizer))
+    _train(model, optimizer, range(2, 9))
+    _train(model_2, optimizer_2, range(2, 9))
+    assert optimizer.plan == optimizer_2.plan
+    for a, b in zip(model.parameters(), model_2.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="slimadam"):
+        model = _model()
+        _train(model, SlimAdam(model, plan=AUTO), range(8))
+    (record,) = caplog.records
+    assert "of second moments saved" in record.message
+
+
+def test_non_finite_gradients_do_not_poison_the_plan() -> None:
+    model = _model()
+    optimizer = SlimAdam([*model.named_parameters()], lr=1e-2, plan=AUTO)
+    _train(model, optimizer, range(4))
+    model[0].weight.grad = torch.full((16, 12), math.nan)
+    optimizer.step()
+    model[2].weight.grad = torch.full((5, 16), math.inf)
+    optimizer.step()
+    snr = optimizer.plan["0.weight"].snr
+    assert snr
+    assert all(math.isfinite(value) for value in snr.values())
+
+
+def test_amsgrad_chooses_among_averages_only() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, lr=1e-2, plan=AUTO, amsgrad=True)
+    _train(model, optimizer, range(8))
+    assert {rule.form for rule in optimizer.plan.values()} <= {"full", "mean"}
+    for name, parameter in model.named_parameters():
+        assert optimizer.state[parameter]["max_exp_avg_sq"].shape == optimizer.state[parameter]["exp_avg_sq"].shape, (
+            name
+        )
+
+
+def test_default_is_auto_with_500_steps() -> None:
+    model = _model()
+    optimizer = SlimAdam(model)
+    assert optimizer._measuring is not None
+    assert optimizer._measuring.settings == AutoPlan()
+    assert [step for step in range(1, 1001) if AutoPlan().measures(step)] == [1, 100, 200, 300, 400, 500]
+    assert "measuring" in optimizer.plan["0.weight"].reason
+
+
+def test_explicit_plan_loads_a_measuring_checkpoint_and_averages() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan=AUTO)
+    _train(model, optimizer, range(3))
+    target = SlimAdam(model, plan="factored")
+    target.load_state_dict(optimizer.state_dict())
+    assert target.plan == CompressionPlan(dict(target.plan))
+    assert [tuple(part.shape) for part in target.state[model[0].weight]["exp_avg_sq"]] == [(16, 1), (1, 12)]
