@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported; nothing here is downloaded
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ import lightning
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -50,8 +52,9 @@ def gpt2() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"n_positions": LENGTH, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=VOCABULARY, loss_type="ForCausalLMLoss", **sizes, **no_dropout)
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_dropout))
+    model.loss_type = "ForCausalLM"  # not told by this class's name, and without it the Trainer miscounts the tokens
+    return model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"Llama": llama, "GPT-2": gpt2}
@@ -246,6 +249,19 @@ def distributed_data_parallel(model: nn.Module, plan: PlanArgument) -> Run:
 
 
 @contextlib.contextmanager
+def accelerate_settings_restored() -> Iterator[None]:
+    """Accelerate, and the Trainer through it, keep precision and compilation in globals and in the environment."""
+    before = dict(os.environ)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextlib.contextmanager
 def one_process_group() -> Iterator[None]:
     """A gloo group of this process alone."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
@@ -304,7 +320,8 @@ def check(label: str, new_model: Callable[[], nn.Module]) -> Outcome:
     """Train with an integration under the paper's rules and compare with the loop by hand."""
     integration, options = INTEGRATIONS[label]
     plan = CompressionPlan.from_rules(new_model())
-    run = integration(new_model(), plan, **options)
+    with accelerate_settings_restored():
+        run = integration(new_model(), plan, **options)
     shapes = second_moments(run)
     full = sum(param.numel() for param in run.model.parameters())
     kept = sum(torch.Size(part).numel() for parts in shapes.values() for part in parts)
@@ -320,6 +337,7 @@ def main() -> None:
     """Run every integration on every model, print a table, write ``results/interop.json``; exit 1 below a bar."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     outcomes = {(label, model): check(label, make) for model, make in MODELS.items() for label in INTEGRATIONS}
     print(f"{'integration':32s} {'model':6s} {'names matched':>13s} {'saved':>7s} {'largest difference':>19s}")
     for (label, model), outcome in outcomes.items():

@@ -69,6 +69,9 @@ class SNRRecorder:
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        # Accelerate's wrapper is an Optimizer without hooks of its own; the one inside is what steps.
+        inner = getattr(optimizer, "optimizer", None)
+        optimizer = inner if isinstance(inner, Optimizer) else optimizer
         if not callable(schedule):
             raise TypeError(f"schedule={schedule!r} must be callable: step -> bool; see slimadam.every(interval)")
         self.history = SNRHistory()

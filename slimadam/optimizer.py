@@ -119,8 +119,9 @@ class SlimAdam(Optimizer):
         }
         check_group(defaults)
         self._resolver = Resolver(plan, model)
-        self._names: dict[Tensor, str] = {}
-        self._rules: dict[Tensor, Rule] = {}
+        # Names go by position, not by tensor: sharding replaces the tensors of a group in place.
+        self._names: list[list[str]] = []
+        self._rules: dict[str, Rule] = {}
         self._measuring = Measuring(self._resolver.plan) if isinstance(self._resolver.plan, AutoPlan) else None
         self._complete = False
         super().__init__(params, defaults)
@@ -149,14 +150,13 @@ class SlimAdam(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._names.update(zip(group["params"], names, strict=True))
-        self._rules.update(zip(group["params"], rules, strict=True))
+        self._names.append(names)
+        self._rules.update(zip(names, rules, strict=True))
 
     @property
     def plan(self) -> CompressionPlan:
         """The plan in force: one rule for each parameter of this optimizer."""
-        parameters = [param for group in self.param_groups for param in group["params"]]
-        return CompressionPlan({self._names[param]: self._rules[param] for param in parameters})
+        return CompressionPlan(self._rules)
 
     def backend(self, param: Tensor | str) -> Backend:
         """The implementation that updates a parameter.
@@ -167,28 +167,26 @@ class SlimAdam(Optimizer):
         Raises:
             KeyError: The optimizer does not hold it.
         """
-        for group in self.param_groups:
-            for held in group["params"]:
-                if held is param or self._names[held] == param:
-                    return self._backend(held, group)
+        for name, held, group in self._parameters():
+            if held is param or name == param:
+                return self._backend(self._rules[name], held, group)
         raise KeyError(f"{param!r} is not a parameter of this optimizer")
 
     def memory(self) -> MemoryReport:
         """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`."""
         moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                stored = self._rules[param].stored_elements(tuple(param.shape))
-                size = second_moment_dtype(param.dtype).itemsize
-                moments += param.numel() * self._momentum_dtype(param, group).itemsize
-                seconds += stored * size
-                maxima += stored * size if group["amsgrad"] else 0
-                steps += torch.get_default_dtype().itemsize if torch.get_default_dtype() == torch.float64 else 4
-                native = param.numel() * param.dtype.itemsize
-                adamw_seconds += native
-                adamw_total += native * (3 if group["amsgrad"] else 2)
-                elements += param.numel()
-                kept += stored
+        for name, param, group in self._parameters():
+            stored = self._rules[name].stored_elements(tuple(param.shape))
+            size = second_moment_dtype(param.dtype).itemsize
+            moments += param.numel() * self._momentum_dtype(param, group).itemsize
+            seconds += stored * size
+            maxima += stored * size if group["amsgrad"] else 0
+            steps += state_format.step_dtype().itemsize
+            native = param.numel() * param.dtype.itemsize
+            adamw_seconds += native
+            adamw_total += native * (3 if group["amsgrad"] else 2)
+            elements += param.numel()
+            kept += stored
         total = moments + seconds + maxima + steps
         return MemoryReport(
             exp_avg=moments,
@@ -229,8 +227,8 @@ class SlimAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        for group in self.param_groups:
-            for backend, entries in self._entries(group).items():
+        for names, group in zip(self._names, self.param_groups, strict=True):
+            for backend, entries in self._entries(names, group).items():
                 UPDATES[backend](entries, _hyperparameters(group))
         if self._measuring is not None:
             self._measure()
@@ -248,21 +246,28 @@ class SlimAdam(Optimizer):
             RuntimeError: A gradient is sparse.
         """
         self._check_gradients()
-        for group in self.param_groups:
-            hyper = _hyperparameters(group)
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state.get(param) or self._initial_state(param, group)
-                yield param, update_direction(self._entry(param, group, state), hyper)
+        for name, param, group in self._parameters():
+            if param.grad is not None:
+                rule = self._rules[name]
+                state = self.state.get(param) or self._initial_state(rule, param, group)
+                yield param, update_direction(_entry(rule, param, group, state), _hyperparameters(group))
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Name, tensor and group of each parameter."""
+        for names, group in zip(self._names, self.param_groups, strict=True):
+            for name, param in zip(names, group["params"], strict=True):
+                yield name, param, group
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
     @torch.no_grad()
     def _measure(self) -> None:
         """One step of ``plan="auto"`` before its decision, and the decision."""
         assert self._measuring is not None
-        measured = [param for param, rule in self._rules.items() if rule.reason == MEASURING and self.state.get(param)]
-        moments = ((self._names[param], self._rules[param].role, self.state[param]["exp_avg_sq"]) for param in measured)
+        moments = (
+            (name, self._rules[name].role, self.state[param]["exp_avg_sq"])
+            for name, param, _ in self._parameters()
+            if self._rules[name].reason == MEASURING and self.state.get(param)
+        )
         factorable = not any(group["amsgrad"] for group in self.param_groups)
         plan = self._measuring.after_step(moments, self._measuring.settings.forms if factorable else "mean")
         if plan is not None:
@@ -271,12 +276,12 @@ class SlimAdam(Optimizer):
     def _compress(self, plan: CompressionPlan) -> None:
         """Put a decided plan in force: second moments shrink in place, the rest of their memory is freed."""
         before = self.memory()
-        for param, rule in self._rules.items():
-            if rule.reason != MEASURING:
+        for name, param, _ in self._parameters():
+            if self._rules[name].reason != MEASURING:
                 continue
-            unmeasured = replace(rule, reason="no gradient while plan='auto' measured")
-            self._rules[param] = plan.get(self._names[param], unmeasured)
-            dims = self._rules[param].averaged_dims(param.dim())
+            unmeasured = replace(self._rules[name], reason="no gradient while plan='auto' measured")
+            self._rules[name] = plan.get(name, unmeasured)
+            dims = self._rules[name].averaged_dims(param.dim())
             for key in state_format.SECOND_MOMENTS:
                 if key in self.state.get(param, {}):
                     averaged = state_format.average(self.state[param][key], dims)
@@ -291,45 +296,32 @@ class SlimAdam(Optimizer):
         )
 
     def _check_gradients(self) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{self._names[param]!r}: SlimAdam does not support sparse gradients; "
-                        "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"
-                    )
+        for name, param, _ in self._parameters():
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{name!r}: SlimAdam does not support sparse gradients; "
+                    "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"
+                )
 
-    def _entries(self, group: dict[str, Any]) -> dict[Backend, list[Entry]]:
+    def _entries(self, names: Sequence[str], group: dict[str, Any]) -> dict[Backend, list[Entry]]:
         """The group's parameters that have gradients, by the implementation that updates them."""
         entries: dict[Backend, list[Entry]] = {}
-        for index, param in enumerate(group["params"]):
+        for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
             if param.grad is None:
                 continue
+            rule = self._rules[name]
             if not self.state[param]:
-                self.state[param].update(self._initial_state(param, group))
-            entry = self._entry(param, group, self.state[param])
+                self.state[param].update(self._initial_state(rule, param, group))
+            entry = _entry(rule, param, group, self.state[param])
             if group["bf16_stochastic_round"]:
                 entry = entry._replace(seed=_rounding_seed(entry.step, index))
-            backend = self._backend(param, group)
+            backend = self._backend(rule, param, group)
             if backend == "blocked" and not fits_in_memory_order(param, param.grad, entry.exp_avg):
                 backend = "reference"
             entries.setdefault(backend, []).append(entry)
         return entries
 
-    def _entry(self, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Entry:
-        assert param.grad is not None
-        return Entry(
-            param,
-            param.grad,
-            state["exp_avg"],
-            state_format.parts(state["exp_avg_sq"]),
-            state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (),
-            state["step"],
-            self._rules[param].averaged_dims(param.dim()),
-        )
-
-    def _initial_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        rule = self._rules[param]
+    def _initial_state(self, rule: Rule, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         dtype = second_moment_dtype(param.dtype)
         dims = rule.averaged_dims(param.dim())
         if group["variance_init"] == "gradient" and param.grad is not None:
@@ -353,8 +345,8 @@ class SlimAdam(Optimizer):
             made["max_exp_avg_sq"] = state_format.stored([torch.zeros_like(part) for part in parts])
         return made
 
-    def _backend(self, param: Tensor, group: Mapping[str, Any]) -> Backend:
-        dims = self._rules[param].averaged_dims(param.dim())
+    def _backend(self, rule: Rule, param: Tensor, group: Mapping[str, Any]) -> Backend:
+        dims = rule.averaged_dims(param.dim())
         return choose_backend(param, self._momentum_dtype(param, group), dims, group)
 
     def _momentum_dtype(self, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
@@ -417,16 +409,16 @@ class SlimAdam(Optimizer):
         state_format.check_version(state_dict)
         groups = _merged_groups(self.param_groups, state_dict["param_groups"])
         owners = {
-            saved_id: (param, group)
-            for group, saved in zip(groups, state_dict["param_groups"], strict=True)
-            for param, saved_id in zip(group["params"], saved["params"], strict=True)
+            saved_id: (name, param, group)
+            for names, group, saved in zip(self._names, groups, state_dict["param_groups"], strict=True)
+            for name, param, saved_id in zip(names, group["params"], saved["params"], strict=True)
         }
         rules, measuring = self._phase_of(state_dict.get(state_format.KEY, {}))
         state: dict[Any, Any] = defaultdict(dict)
         for saved_id, saved in state_dict["state"].items():
             if saved_id in owners:
-                param, group = owners[saved_id]
-                state[param] = self._loaded_state(param, group, rules[param], saved)
+                name, param, group = owners[saved_id]
+                state[param] = self._loaded_state(name, rules[name], param, group, saved)
             else:
                 state[saved_id] = deepcopy(saved)
         self._rules, self._measuring = rules, measuring
@@ -434,23 +426,21 @@ class SlimAdam(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _phase_of(self, own: Mapping[str, Any]) -> tuple[dict[Tensor, Rule], Measuring | None]:
+    def _phase_of(self, own: Mapping[str, Any]) -> tuple[dict[str, Rule], Measuring | None]:
         """Rules and phase under which to load: with ``plan="auto"`` those of the checkpoint, else the present ones."""
         settings = self._resolver.plan
         if not isinstance(settings, AutoPlan) or not own:
             return self._rules, self._measuring
         saved = CompressionPlan.from_dict(own["plan"])
-        matched = {param: saved.match(name) for param, name in self._names.items()}
         rules = {
-            param: self._rules[param] if key is None else fit_rule(key, saved[key], tuple(param.shape))
-            for param, key in matched.items()
+            name: fit_rule(name, saved[name], tuple(param.shape)) if name in saved else self._rules[name]
+            for name, param, _ in self._parameters()
         }
         return rules, Measuring.from_dict(settings, own["measuring"]) if "measuring" in own else None
 
     def _loaded_state(
-        self, param: Tensor, group: Mapping[str, Any], rule: Rule, saved: Mapping[str, Any]
+        self, name: str, rule: Rule, param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
     ) -> dict[str, Any]:
-        name = self._names[param]
         loaded = deepcopy({key: value for key, value in saved.items() if key not in _STATE_KEYS})
         if not saved:
             return loaded
@@ -490,6 +480,19 @@ class SlimAdam(Optimizer):
         if "_plan" in state:
             self._resolver = Resolver(state.pop("_plan"), None)
         super().__setstate__(state)
+
+
+def _entry(rule: Rule, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Entry:
+    assert param.grad is not None
+    return Entry(
+        param,
+        param.grad,
+        state["exp_avg"],
+        state_format.parts(state["exp_avg_sq"]),
+        state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (),
+        state["step"],
+        rule.averaged_dims(param.dim()),
+    )
 
 
 _STATE_KEYS = ("step", "exp_avg", *state_format.SECOND_MOMENTS)

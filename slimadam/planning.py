@@ -66,16 +66,22 @@ class Resolver:
         names = [] if model is None else [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self._model_names = {canonical_name(name) for name in names}
         self._used: list[tuple[CompressionPlan, set[str]]] = []
+        self._owner: dict[str, Tensor] = {}
 
     def names(self, group: Mapping[str, Any], group_index: int) -> list[str]:
-        """A name for each parameter of a group: as given, else from the model, else its position."""
+        """A name for each parameter of a group: as given, else from the model, else its position.
+
+        A name that another parameter has already gets the position in front.
+        """
         params: Sequence[Tensor] = group["params"]
-        if "param_names" in group:
-            return [canonical_name(name) for name in group["param_names"]]
-        return [
-            self._named.name(param) or f"param_groups.{group_index}.params.{index}"
-            for index, param in enumerate(params)
-        ]
+        names = []
+        for index, param in enumerate(params):
+            given = self._given_name(group, index)
+            name = given or f"param_groups.{group_index}.params.{index}"
+            if self._owner.setdefault(name, param) is not param:
+                name = f"param_groups.{group_index}.params.{index}.{given}"
+            names.append(name)
+        return names
 
     def rules(self, group: Mapping[str, Any], names: Sequence[str], plan: object = _DEFAULT) -> list[Rule]:
         """The rule of each parameter of a group.
@@ -94,11 +100,9 @@ class Resolver:
                 f"plan={plan!r} in a parameter group: 'auto' is for a whole optimizer; pass it to SlimAdam, and give "
                 "the groups that it should leave alone a plan of their own, such as None"
             )
-        has_names = "param_names" in group
         rules = []
-        for name, param in zip(names, group["params"], strict=True):
-            named = has_names or self._named.name(param) is not None
-            rule = self._rule(resolved, name, param, named)
+        for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
+            rule = self._rule(resolved, name, param, self._given_name(group, index))
             if param.numel() == 0 and rule.form != "full":
                 rule = Rule(shape=tuple(param.shape), role=rule.role, reason="no elements")
             if group["amsgrad"] and rule.form == "factored":
@@ -129,7 +133,12 @@ class Resolver:
                     "model=model if this optimizer holds only part of it"
                 )
 
-    def _rule(self, plan: ResolvedPlan, name: str, param: Tensor, named: bool) -> Rule:
+    def _given_name(self, group: Mapping[str, Any], index: int) -> str | None:
+        if "param_names" in group:
+            return canonical_name(group["param_names"][index])
+        return self._named.name(group["params"][index])
+
+    def _rule(self, plan: ResolvedPlan, name: str, param: Tensor, given: str | None) -> Rule:
         shape = tuple(param.shape)
         role = self._named.role(param)
         if plan is None:
@@ -139,11 +148,11 @@ class Resolver:
         if plan == "factored":
             return factored_rule(shape, role.role if role else role_from_name(name, len(shape)))
         if plan == "rules":
-            if not named:
+            if given is None:
                 raise PlanError(_unnamed("plan='rules' goes by layer role"))
-            return paper_rule(shape, role or _role_by_name(name, len(shape)))
-        key = plan.match(name)
-        if key is None and not named:
+            return paper_rule(shape, role or _role_by_name(given, len(shape)))
+        key = plan.match(name) or (plan.match(given) if given else None)
+        if key is None and given is None:
             raise PlanError(_unnamed("the plan goes by parameter names"))
         self._note_use(plan, key)
         if key is None:
