@@ -343,7 +343,9 @@ def main() -> None:
     for (label, model), outcome in outcomes.items():
         matched = f"{outcome.matched} of {outcome.parameters}"
         print(f"{label:32s} {model:6s} {matched:>13s} {outcome.saved:7.1%} {outcome.difference:19.1e}")
-    figures = [{"integration": label, "model": model, **asdict(outcome)} for (label, model), outcome in outcomes.items()]
+    figures = [
+        {"integration": label, "model": model, **asdict(outcome)} for (label, model), outcome in outcomes.items()
+    ]
     print("written:", machine.write("interop", {"bar": BAR, "runs": figures}))
     if any(outcome.difference > BAR or outcome.matched < outcome.parameters for outcome in outcomes.values()):
         raise SystemExit(1)

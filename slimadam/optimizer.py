@@ -228,6 +228,7 @@ class SlimAdam(Optimizer):
                 loss = closure()
         self._check_gradients()
         for names, group in zip(self._names, self.param_groups, strict=True):
+            self._init_group(group)
             for backend, entries in self._entries(names, group).items():
                 UPDATES[backend](entries, _hyperparameters(group))
         if self._measuring is not None:
@@ -303,6 +304,14 @@ class SlimAdam(Optimizer):
                     "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"
                 )
 
+    def _init_group(self, group: dict[str, Any]) -> None:
+        """Make missing state. ``torch.compile`` runs a method of this name and signature untraced, once."""
+        missing = {param for param in group["params"] if param.grad is not None and not self.state[param]}
+        if missing:
+            for name, param, owner in self._parameters():
+                if owner is group and param in missing:
+                    self.state[param].update(self._initial_state(self._rules[name], param, group))
+
     def _entries(self, names: Sequence[str], group: dict[str, Any]) -> dict[Backend, list[Entry]]:
         """The group's parameters that have gradients, by the implementation that updates them."""
         entries: dict[Backend, list[Entry]] = {}
@@ -310,8 +319,6 @@ class SlimAdam(Optimizer):
             if param.grad is None:
                 continue
             rule = self._rules[name]
-            if not self.state[param]:
-                self.state[param].update(self._initial_state(rule, param, group))
             entry = _entry(rule, param, group, self.state[param])
             if group["bf16_stochastic_round"]:
                 entry = entry._replace(seed=_rounding_seed(entry.step, index))

@@ -20,6 +20,7 @@ PlanArgument = str | Path | CompressionPlan | AutoPlan | None
 ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
 
 MEASURING: Final = "plan='auto' is still measuring: as AdamW until it has decided"
+NOT_IN_THE_PLAN: Final = "not in the plan"
 logger = logging.getLogger("slimadam")
 _DEFAULT: Final = object()
 
@@ -63,8 +64,10 @@ class Resolver:
             raise TypeError(f"model={model!r} must be an nn.Module or None")
         self.plan = read_plan(plan)
         self._named = NamedParameters([] if model is None else [model])
-        names = [] if model is None else [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        self._model_names = {canonical_name(name) for name in names}
+        self._aliases: dict[Tensor, list[str]] = {}
+        for name, param in [] if model is None else model.named_parameters(remove_duplicate=False):
+            self._aliases.setdefault(param, []).append(canonical_name(name))
+        self._model_names = {name for names in self._aliases.values() for name in names}
         self._used: list[tuple[CompressionPlan, set[str]]] = []
         self._owner: dict[str, Tensor] = {}
 
@@ -112,7 +115,7 @@ class Resolver:
                 )
             rules.append(rule)
         if isinstance(resolved, CompressionPlan):
-            _tell_uncovered(resolved, names, group["params"])
+            _tell_uncovered(names, rules)
         return rules
 
     def check_all_used(self) -> None:
@@ -151,12 +154,13 @@ class Resolver:
             if given is None:
                 raise PlanError(_unnamed("plan='rules' goes by layer role"))
             return paper_rule(shape, role or _role_by_name(given, len(shape)))
-        key = plan.match(name) or (plan.match(given) if given else None)
+        known_as = [name, *([given] if given else []), *self._aliases.get(param, [])]
+        key = next((found for found in map(plan.match, known_as) if found), None)
         if key is None and given is None:
             raise PlanError(_unnamed("the plan goes by parameter names"))
         self._note_use(plan, key)
         if key is None:
-            return Rule(shape=shape, role=role.role if role else "", reason="not in the plan")
+            return Rule(shape=shape, role=role.role if role else "", reason=NOT_IN_THE_PLAN)
         return fit_rule(name, plan[key], shape)
 
     def _note_use(self, plan: CompressionPlan, key: str | None) -> None:
@@ -178,8 +182,12 @@ def _unnamed(why: str) -> str:
     return f"{why}, but these parameters have none: pass model=model, or params=model.named_parameters()"
 
 
-def _tell_uncovered(plan: CompressionPlan, names: Sequence[str], params: Sequence[Tensor]) -> None:
-    missing = [name for name, param in zip(names, params, strict=True) if param.dim() > 1 and plan.match(name) is None]
+def _tell_uncovered(names: Sequence[str], rules: Sequence[Rule]) -> None:
+    missing = [
+        name
+        for name, rule in zip(names, rules, strict=True)
+        if rule.reason == NOT_IN_THE_PLAN and rule.shape is not None and len(rule.shape) > 1
+    ]
     if missing:
         logger.warning(
             "the plan has no entry for %d parameters with two or more dimensions (%s, ...): "

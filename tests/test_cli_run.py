@@ -173,3 +173,19 @@ def test_exit_codes(arguments: list[str], exit_code: int, message: str) -> None:
     assert result.exit_code == exit_code
     assert message in result.stderr
     assert str(Path(sys.modules["slimadam.cli"].__file__ or "").parent) not in result.stderr
+
+
+def test_a_script_that_asks_for_the_fused_adamw_runs(tmp_path: Path) -> None:
+    script = tmp_path / "fused.py"
+    script.write_text(
+        "import torch\n"
+        "model = torch.nn.Linear(6, 4)\n"
+        "groups = [{'params': model.parameters(), 'fused': True}]\n"
+        "optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)\n"
+        "model(torch.ones(2, 6)).sum().backward()\n"
+        "optimizer.step()\n"
+    )
+    CompressionPlan({"weight": Rule((1,), "mean")}).save("plan.json")
+    result = run("--plan", "plan.json", str(script))
+    assert result.exit_code == 0, result.output
+    assert "of second moments saved" in result.output

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.nn.utils import parametrizations
 from torch.optim import AdamW, Optimizer, lr_scheduler, swa_utils
 
@@ -483,3 +484,27 @@ def test_compiled_step_is_the_eager_one_and_compiles_no_more_often_than_adamws(
     assert_same_parameters(compiled, eager)
     assert 1 <= graphs <= allowed[0]
     assert breaks <= allowed[1]
+
+
+# -- distributed checkpoints -----------------------------------------------------------------------------
+
+LISTS = pytest.mark.xfail(strict=True, raises=NotImplementedError, reason="torch flattens no lists of state tensors")
+
+
+@pytest.mark.parametrize(
+    ("plan", "flat"),
+    [(None, False), (None, True), (MEAN, False), (MEAN, True), ("factored", False)]
+    + [pytest.param("factored", True, marks=LISTS)],
+)
+def test_distributed_checkpoint_state_dicts_resume(plan: Any, flat: bool) -> None:
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = network()
+    optimizer = slim(plan)(model.named_parameters())
+    train(model, optimizer, range(3))
+    resumed = copy.deepcopy(model)
+    saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer, options=options))
+    train(model, optimizer, range(3, 6))
+    resumed_optimizer = slim(plan)(resumed.named_parameters())
+    dcp.set_optimizer_state_dict(resumed, resumed_optimizer, saved, options=options)
+    train(resumed, resumed_optimizer, range(3, 6))
+    assert_same_parameters(resumed, model, exact=True)

@@ -114,7 +114,7 @@ class Substitution:
 
 def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimAdam]]:
     class Adam(SlimAdam):
-        """SlimAdam with the signature and defaults of ``torch.optim.Adam``."""
+        """SlimAdam with the signature and defaults of ``torch.optim.Adam``; ``fused`` is left to SlimAdam."""
 
         def __init__(
             self,
@@ -132,12 +132,15 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
             self._decoupled = decoupled_weight_decay
             groups: Any = params if isinstance(params, Tensor) else as_groups(params)
             self._look_up(groups)
+            options.pop("fused", None)
             super().__init__(groups, lr, betas, eps, weight_decay, amsgrad, plan=None, **options)
             substitution.memory[self._index] = self.memory()
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
             self._refuse_l2(param_group)
-            group = {**param_group, "params": as_list(param_group["params"])}
+            # How AdamW was to be run; SlimAdam chooses the fastest implementation that it has.
+            options = {key: value for key, value in param_group.items() if key != "fused"}
+            group = {**options, "params": as_list(param_group["params"])}
             if any(isinstance(item, Tensor) and self._found.name(item) is None for item in group["params"]):
                 self._look_up([*self.param_groups, group])
             group["params"] = pairs(group["params"], self._found, len(self.param_groups))
