@@ -44,7 +44,8 @@ def llama() -> nn.Module:
     """A Llama of 2 layers and width 16, the same at each call."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes))
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes))
+    return model
 
 
 def gpt2() -> nn.Module:
@@ -52,7 +53,7 @@ def gpt2() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"n_positions": LENGTH, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_dropout))
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_dropout))
     model.loss_type = "ForCausalLM"  # not told by this class's name, and without it the Trainer miscounts the tokens
     return model
 
@@ -87,7 +88,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 def new_optimizer(model: nn.Module, plan: PlanArgument) -> SlimAdam:
     """SlimAdam over named parameters, with the usual two groups: weight decay for matrices alone."""
     named = list(model.named_parameters())
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [(name, param) for name, param in named if param.dim() > 1]},
         {"params": [(name, param) for name, param in named if param.dim() <= 1], "weight_decay": 0.0},
     ]
@@ -114,7 +115,7 @@ def by_hand(model: nn.Module, plan: PlanArgument, *, bf16: bool = False, accumul
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = loss_of(model, batch)
         losses.append(loss.item())
-        (loss / accumulate).backward()
+        torch.autograd.backward(loss / accumulate)
         if number % accumulate == 0:
             optimizer.step()
             optimizer.zero_grad()

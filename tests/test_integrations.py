@@ -19,6 +19,7 @@ pytest.importorskip("lightning")
 from accelerate import Accelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from benchmarks import interop
 from slimadam import CompressionPlan, PlanError, Rule, SlimAdam, calibrate
@@ -268,14 +269,15 @@ def test_accelerate_resumes_where_it_was(tmp_path: Path, plan: CompressionPlan, 
 def test_lightning_resumes_where_it_was(tmp_path: Path, plan: CompressionPlan) -> None:
     def fit(model: nn.Module, **options: Any) -> interop.TokenModule:
         module = interop.TokenModule(model, plan)
-        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
         trainer = interop.lightning_trainer(enable_checkpointing=True, callbacks=[saving])
-        trainer.fit(module, interop.batches(), **options)
+        half = DataLoader(interop.Tokens(interop.BATCHES // 2 * interop.BATCH_SIZE), batch_size=interop.BATCH_SIZE)
+        trainer.fit(module, half, **options)
         return module
 
     whole = fit(interop.llama())
-    resumed = fit(_moved(interop.llama()), ckpt_path=tmp_path / "step=3.ckpt")
-    assert resumed.losses == whole.losses[3:]
+    resumed = fit(_moved(interop.llama()), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert resumed.losses == whole.losses[interop.BATCHES // 2 :]
     _assert_same(_weights(resumed), _weights(whole))
 
 
