@@ -15,6 +15,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
 import lightning
@@ -53,9 +54,9 @@ def gpt2() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"n_positions": LENGTH, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model: nn.Module = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_dropout))
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **no_dropout))
     model.loss_type = "ForCausalLM"  # not told by this class's name, and without it the Trainer miscounts the tokens
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"Llama": llama, "GPT-2": gpt2}
@@ -217,13 +218,16 @@ class TokenModule(lightning.LightningModule):
 
 def lightning_trainer(**options: Any) -> lightning.Trainer:
     """A silent Lightning Trainer on the CPU."""
-    silent: dict[str, Any] = {
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return lightning.Trainer(accelerator="cpu", devices=1, max_steps=BATCHES, **{**silent, **options})
+    return lightning.Trainer(**{**defaults, **options})
 
 
 def with_lightning(model: nn.Module, plan: PlanArgument) -> Run:
@@ -265,7 +269,8 @@ def accelerate_settings_restored() -> Iterator[None]:
 @contextlib.contextmanager
 def one_process_group() -> Iterator[None]:
     """A gloo group of this process alone."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    store = distributed.HashStore()  # type: ignore[attr-defined]  # torch does not list it as exported
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:
@@ -347,7 +352,8 @@ def main() -> None:
     figures = [
         {"integration": label, "model": model, **asdict(outcome)} for (label, model), outcome in outcomes.items()
     ]
-    print("written:", machine.write("interop", {"bar": BAR, "runs": figures}))
+    versions = {name: metadata.version(name) for name in ("transformers", "accelerate", "lightning")}
+    print("written:", machine.write("interop", {"bar": BAR, "libraries": versions, "runs": figures}))
     if any(outcome.difference > BAR or outcome.matched < outcome.parameters for outcome in outcomes.values()):
         raise SystemExit(1)
 

@@ -17,15 +17,31 @@ pytest.importorskip("accelerate")
 pytest.importorskip("lightning")
 
 from accelerate import Accelerator
+from click.testing import CliRunner
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from benchmarks import interop
-from slimadam import CompressionPlan, PlanError, Rule, SlimAdam, calibrate
+from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam, calibrate
+from slimadam.cli import cli
 from slimadam.integrations.transformers import optimizer_cls_and_kwargs
+from slimadam.planning import PlanArgument
 
-PLANS = {"rules": CompressionPlan.from_rules, "factored": CompressionPlan.factored}
+# The runs that are resumed were saved after 3 of 6 steps: before and after the decision of an automatic plan.
+PLANS: dict[str, PlanArgument] = {
+    "rules": "rules",
+    "factored": "factored",
+    "auto, measuring": AutoPlan(calibration_steps=5, cutoff=0.5),
+    "auto, decided": AutoPlan(calibration_steps=2, cutoff=0.5),
+}
+
+UNMODIFIED_SCRIPT = """
+import sys
+from benchmarks import interop
+
+interop.new_trainer(interop.llama(), interop.trainer_arguments(sys.argv[1])).train()
+"""
 
 pytestmark = [
     # Lightning 2.6 asks torch's pytree in a way that torch 2.13 deprecates.
@@ -41,12 +57,13 @@ def _restored_settings() -> Iterator[None]:
     torch.set_num_threads(1)  # these models are too small to share out
     with interop.accelerate_settings_restored():
         yield
+    torch._dynamo.reset()
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=PLANS)
-def plan(request: pytest.FixtureRequest) -> CompressionPlan:
-    return PLANS[request.param](interop.llama())
+def plan(request: pytest.FixtureRequest) -> PlanArgument:
+    return PLANS[request.param]
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
@@ -157,7 +174,7 @@ def test_trainer_takes_a_calibrated_plan_file(tmp_path: Path) -> None:
     assert interop.largest_difference(run, interop.by_hand(interop.llama(), calibrated)) <= interop.BAR
 
 
-def test_trainer_resumes_where_it_was(tmp_path: Path, plan: CompressionPlan) -> None:
+def test_trainer_resumes_where_it_was(tmp_path: Path, plan: PlanArgument) -> None:
     def trainer(model: nn.Module, folder: str) -> Any:
         options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
         args = interop.trainer_arguments(str(tmp_path / folder), train_sampling_strategy="random", **options)
@@ -168,6 +185,7 @@ def test_trainer_resumes_where_it_was(tmp_path: Path, plan: CompressionPlan) -> 
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert resumed.state.global_step == whole.state.global_step == interop.BATCHES
+    assert resumed.optimizer.optimizer.memory().second_moments_saved > 0.7
     _assert_same(_weights(resumed.model), _weights(whole.model))
 
 
@@ -182,6 +200,21 @@ def test_trainer_goes_on_from_adamw_checkpoint(tmp_path: Path) -> None:
     weight = model.get_parameter("model.layers.0.mlp.down_proj.weight")
     state = trainer.optimizer.optimizer.state[weight]
     assert (state["step"].item(), tuple(state["exp_avg_sq"].shape)) == (interop.BATCHES, (1, 32))
+
+
+def test_unmodified_trainer_script_on_the_command_line(tmp_path: Path) -> None:
+    script, plan = tmp_path / "script.py", tmp_path / "plan.json"
+    script.write_text(UNMODIFIED_SCRIPT)
+    command = CliRunner()
+    calibrated = command.invoke(
+        cli, ["calibrate", "--every", "2", "--cutoff", "0.6", "--out", str(plan), str(script), str(tmp_path)]
+    )
+    assert calibrated.exit_code == 0, calibrated.output
+    saved = CompressionPlan.load(plan).second_moments_saved
+    assert saved > 0.7
+    ran = command.invoke(cli, ["run", "--plan", str(plan), str(script), str(tmp_path)])
+    assert ran.exit_code == 0, ran.output
+    assert f"{saved:.1%} saved" in ran.output
 
 
 def test_helper_takes_what_the_arguments_say_and_keeps_the_groups(tmp_path: Path) -> None:
@@ -237,7 +270,7 @@ def test_without_transformers_the_message_names_the_extra(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate_resumes_where_it_was(tmp_path: Path, plan: CompressionPlan, precision: str) -> None:
+def test_accelerate_resumes_where_it_was(tmp_path: Path, plan: PlanArgument, precision: str) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     data = list(interop.batches())
 
@@ -258,6 +291,7 @@ def test_accelerate_resumes_where_it_was(tmp_path: Path, plan: CompressionPlan, 
     resumed, optimizer = prepared(_moved(interop.llama()))
     accelerator.load_state(str(tmp_path))
     train(resumed, optimizer, data[3:])
+    assert optimizer.optimizer.memory().second_moments_saved > 0.7
     _assert_same(_weights(resumed), _weights(whole))
 
 
@@ -266,17 +300,18 @@ def test_accelerate_resumes_where_it_was(tmp_path: Path, plan: CompressionPlan, 
 
 # The resumed run goes on in the folder of the first.
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty:UserWarning")
-def test_lightning_resumes_where_it_was(tmp_path: Path, plan: CompressionPlan) -> None:
+def test_lightning_resumes_where_it_was(tmp_path: Path, plan: PlanArgument) -> None:
     def fit(model: nn.Module, **options: Any) -> interop.TokenModule:
         module = interop.TokenModule(model, plan)
         saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-        trainer = interop.lightning_trainer(enable_checkpointing=True, callbacks=[saving])
+        trainer = interop.lightning_trainer(max_epochs=2, enable_checkpointing=True, callbacks=[saving])
         half = DataLoader(interop.Tokens(interop.BATCHES // 2 * interop.BATCH_SIZE), batch_size=interop.BATCH_SIZE)
         trainer.fit(module, half, **options)
         return module
 
     whole = fit(interop.llama())
     resumed = fit(_moved(interop.llama()), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert resumed.optimizers().memory().second_moments_saved > 0.7
     assert resumed.losses == whole.losses[interop.BATCHES // 2 :]
     _assert_same(_weights(resumed), _weights(whole))
 

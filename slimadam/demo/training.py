@@ -38,6 +38,7 @@ class DemoSettings:
         heads: Attention heads.
         context: Window length in bytes.
         batch_size: Windows in a batch.
+        betas: Decay rates of both moments, as usual in pre-training GPTs.
         warmup: Share of the steps over which the learning rate rises linearly; then it falls as a cosine, to
             ``final_lr`` of the peak.
         final_lr: Where the cosine ends, as a share of the peak.
@@ -59,9 +60,10 @@ class DemoSettings:
     seed: int = 0
     heads: int = 4
     context: int = 64
-    batch_size: int = 16
-    warmup: float = 0.1
-    final_lr: float = 0.1
+    batch_size: int = 8
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: float = 0.25
+    final_lr: float = 0.0
     calibration_steps: int | None = None
     calibration_lr_factor: float = 0.1
     measurements: int = 8
@@ -250,8 +252,8 @@ def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> Demo
     history = calibrate(settings, data, progress)
     plan = CompressionPlan.from_snr(history)
     adamw_model, slim_model = settings.new_model(), settings.new_model()
-    adamw = torch.optim.AdamW(adamw_model.named_parameters(), lr=settings.lr)
-    slimadam = SlimAdam(slim_model.named_parameters(), lr=settings.lr, plan=plan)
+    adamw = torch.optim.AdamW(adamw_model.named_parameters(), lr=settings.lr, betas=settings.betas)
+    slimadam = SlimAdam(slim_model.named_parameters(), lr=settings.lr, betas=settings.betas, plan=plan)
     trainees = (
         Trainee("AdamW", adamw_model, adamw, progress),
         Trainee("SlimAdam", slim_model, slimadam, progress),
@@ -280,7 +282,7 @@ def calibrate(settings: DemoSettings, data: ByteData, progress: Progress) -> SNR
     """
     steps = settings.calibration_steps or settings.steps
     model = settings.new_model()
-    optimizer = torch.optim.AdamW(model.named_parameters(), lr=settings.lr)
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=settings.lr, betas=settings.betas)
     recorder = SNRRecorder(optimizer, model, every(max(1, steps // settings.measurements)))
     trainee = Trainee("calibration", model, optimizer, progress)
     for batch in data.batches(steps, settings.batch_size, settings.context, settings.seed):
