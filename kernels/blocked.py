@@ -89,6 +89,8 @@ def _update_one(entry: Entry, hyper: Hyperparameters) -> None:
     found = layouts(entry.param, entry.averaged_dims)
     assert found is not None
     order, pre, red, post = found[0]
+    if entry.param.is_contiguous():
+        order = ()
     shapes = [(pre, 1, post)]
     if len(entry.exp_avg_sq) == 2:
         pre, red, post = 1, entry.param.shape[0], entry.param[0].numel()
@@ -97,11 +99,11 @@ def _update_one(entry: Entry, hyper: Hyperparameters) -> None:
     numbers = hyper._replace(lr=float(hyper.lr), beta1=float(hyper.beta1), beta2=float(hyper.beta2))
     step_size, root = bias_corrections(entry.step, numbers)
     update = Update(
-        param=entry.param.permute(order).reshape(pre, red, post),
-        grad=entry.grad.permute(order).reshape(pre, red, post),
-        exp_avg=entry.exp_avg.permute(order).reshape(pre, red, post),
-        parts=[part.permute(order).reshape(shape) for part, shape in zip(entry.exp_avg_sq, shapes, strict=True)],
-        maxima=[part.permute(order).reshape(shapes[0]) for part in entry.max_exp_avg_sq],
+        param=_view(entry.param, order, (pre, red, post)),
+        grad=_view(entry.grad, order, (pre, red, post)),
+        exp_avg=_view(entry.exp_avg, order, (pre, red, post)),
+        parts=[_view(part, order, shape) for part, shape in zip(entry.exp_avg_sq, shapes, strict=True)],
+        maxima=[_view(part, order, shapes[0]) for part in entry.max_exp_avg_sq],
         beta1=float(hyper.beta1),
         beta2=float(hyper.beta2),
         eps=hyper.eps,
@@ -120,7 +122,13 @@ def _update_one(entry: Entry, hyper: Hyperparameters) -> None:
     stored, views = [*entry.exp_avg_sq, *entry.max_exp_avg_sq], [*update.parts, *update.maxima]
     for moment, view in zip(stored, views, strict=True):
         if moment.data_ptr() != view.data_ptr():
-            moment.permute(order).copy_(view.reshape([moment.shape[dim] for dim in order]))
+            target = moment.permute(order) if order else moment
+            target.copy_(view.reshape(target.shape))
+
+
+def _view(tensor: Tensor, order: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """The tensor in memory order (empty: as it is) and in a new shape; a copy only where strides demand one."""
+    return tensor.permute(order).reshape(shape) if order else tensor.reshape(shape)
 
 
 class Update(NamedTuple):

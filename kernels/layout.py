@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,12 +25,6 @@ class Layout(NamedTuple):
     post: int
 
 
-def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """Dimensions from the largest to the smallest stride; the order of the shape where strides tie."""
-    strides = tensor.stride()
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: -strides[dim]))
-
-
 def layout(tensor: Tensor, dims: tuple[int, ...]) -> Layout | None:
     """The ``[pre, red, post]`` view of a tensor for averaging over ``dims``.
 
@@ -40,18 +35,25 @@ def layout(tensor: Tensor, dims: tuple[int, ...]) -> Layout | None:
     Returns:
         The layout, or None if the tensor has holes or ``dims`` are not adjacent in memory.
     """
-    if tensor.is_contiguous():
-        order = tuple(range(tensor.dim()))
-    else:
-        order = memory_order(tensor)
-        if not tensor.permute(order).is_contiguous():
-            return None
-    wide = [dim for dim in order if tensor.shape[dim] > 1]
+    return _layout(tuple(tensor.shape), tensor.stride(), tensor.is_contiguous(), dims)
+
+
+@lru_cache(maxsize=4096)
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...], contiguous: bool, dims: tuple[int, ...]) -> Layout | None:
+    order = tuple(range(len(shape)))
+    if not contiguous:
+        order = tuple(sorted(order, key=lambda dim: -strides[dim]))
+        dense = 1
+        for dim in reversed(order):
+            if shape[dim] > 1 and strides[dim] != dense:
+                return None
+            dense *= shape[dim]
+    wide = [dim for dim in order if shape[dim] > 1]
     averaged = [index for index, dim in enumerate(wide) if dim in dims]
     if not averaged:
-        return Layout(order, tensor.numel(), 1, 1)
+        return Layout(order, math.prod(shape), 1, 1)
     first, last = averaged[0], averaged[-1]
     if last - first + 1 != len(averaged):
         return None
-    sizes = [tensor.shape[dim] for dim in wide]
+    sizes = [shape[dim] for dim in wide]
     return Layout(order, math.prod(sizes[:first]), math.prod(sizes[first : last + 1]), math.prod(sizes[last + 1 :]))

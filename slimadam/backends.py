@@ -52,8 +52,12 @@ def choose_backend(
     return "blocked" if layouts(param, averaged_dims) is not None else "reference"
 
 
-def fits_in_memory_order(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
-    """Whether gradient and first moment lie in memory as the parameter does, so that one view serves all."""
+def fits_in_memory_order(entry: Entry) -> bool:
+    """Whether what has the parameter's shape lies in memory as it does, so that one view serves all."""
+    param = entry.param
+    same_shape = [entry.grad, entry.exp_avg]
+    if not any(entry.averaged_dims):
+        same_shape += [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
     if param.is_contiguous():
-        return grad.is_contiguous() and exp_avg.is_contiguous()
-    return param.stride() == grad.stride() == exp_avg.stride()
+        return all(tensor.is_contiguous() for tensor in same_shape)
+    return all(tensor.stride() == param.stride() for tensor in same_shape)

@@ -323,7 +323,7 @@ class SlimAdam(Optimizer):
             if group["bf16_stochastic_round"]:
                 entry = entry._replace(seed=_rounding_seed(entry.step, index))
             backend = self._backend(rule, param, group)
-            if backend == "blocked" and not fits_in_memory_order(param, param.grad, entry.exp_avg):
+            if backend == "blocked" and not fits_in_memory_order(entry):
                 backend = "reference"
             entries.setdefault(backend, []).append(entry)
         return entries

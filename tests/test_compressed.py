@@ -158,3 +158,26 @@ def test_gradient_initialised_variance_warms_up_by_itself() -> None:
             SlimAdam([("w", param)], plan=CompressionPlan({"w": rule}), **options).step()
             updates.append(param.detach())
         torch.testing.assert_close(updates[1], updates[0] * (1 - beta2) ** 0.5, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dims", [(), (0,), (1, 2, 3), "factored"], ids=str)
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_state_laid_out_differently_is_still_updated(dims: Any, amsgrad: bool) -> None:
+    """A checkpoint may hold moments with other strides than the parameter has."""
+    amsgrad = amsgrad and dims != "factored"
+    start, grads = torch.randn(4, 3, 5, 2), gradients((4, 3, 5, 2), 3)
+    plan = CompressionPlan({"w": _rule(dims) if dims else Rule()})
+    results = []
+    for strange in (False, True):
+        param = start.clone().requires_grad_()
+        optimizer = SlimAdam([("w", param)], plan=plan, amsgrad=amsgrad, **OPTIONS)
+        for step, grad in enumerate(grads):
+            param.grad = grad.float()
+            optimizer.step()
+            if strange and step == 0:
+                state = optimizer.state[param]
+                for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                    if isinstance(state.get(key), torch.Tensor):
+                        state[key] = state[key].transpose(0, 3).contiguous().transpose(0, 3)
+        results.append(param.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
