@@ -56,7 +56,8 @@ def stepped_state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     sizes = [
         (key, tensor.numel() * tensor.element_size())
         for state in optimizer.state.values()
-        for key, tensor in state.items()
+        for key, stored in state.items()
+        for tensor in (stored if isinstance(stored, list) else [stored])
     ]
     return sum(size for key, size in sizes if key == "exp_avg_sq"), sum(size for _, size in sizes)
 
@@ -168,7 +169,7 @@ def test_both_runs_start_from_the_same_model_and_batch(tiny: DemoResult) -> None
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tiny: DemoResult) -> None:
     again, other = run_tiny(), run_tiny(DemoSettings(**{**vars(TINY), "seed": 1}))
-    for run in ("adamw", "slimadam"):
+    for run in ("adamw", "slimadam", "best"):
         assert getattr(again, run).curve.train_losses == getattr(tiny, run).curve.train_losses
         assert getattr(again, run).curve.held_out_losses == getattr(tiny, run).curve.held_out_losses
         assert getattr(other, run).curve.train_losses != getattr(tiny, run).curve.train_losses
@@ -184,6 +185,8 @@ def test_bytes_are_those_of_the_state_tensors(tiny: DemoResult) -> None:
     counted = stepped_state_bytes(torch.optim.AdamW(model.parameters()))
     assert (tiny.adamw.state.second_moments, tiny.adamw.state.total) == counted
     assert tiny.second_moments_saved == pytest.approx(tiny.plan.second_moments_saved)
+    best = slimadam.SlimAdam(model.named_parameters(), plan=tiny.best_plan)
+    assert (tiny.best.state.second_moments, tiny.best.state.total) == stepped_state_bytes(best)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -229,7 +232,13 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_command_writes_what_it_found(small_run: tuple[Path, str]) -> None:
     out, printed = small_run
-    assert {file.name for file in out.iterdir()} == {"plan.json", "report.html", "loss.png", "result.json"}
+    assert {file.name for file in out.iterdir()} == {
+        "plan.json",
+        "plan-best.json",
+        "report.html",
+        "loss.png",
+        "result.json",
+    }
     result = json.loads((out / "result.json").read_text())
     plan = slimadam.CompressionPlan.load(out / "plan.json")
     adamw, slim = result["adamw"], result["slimadam"]

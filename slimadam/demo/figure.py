@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 
 from slimadam.demo.training import DemoResult, OptimizerResult, TrainingCurve
 
-_COLOURS = {"AdamW": "#d1662a", "SlimAdam": "#2166ac"}
+_COLOURS = {"AdamW": "#d1662a", "averages": "#2166ac", "best form": "#1b7837"}
+_LINES = {"AdamW": "-", "averages": "--", "best form": ":"}
+_MARKERS = {"AdamW": "o", "averages": "s", "best form": "^"}
 _PALE = 0.28
 _SMOOTHING = 0.9
 _STYLE: dict[Any, Any] = {
@@ -37,7 +39,7 @@ def draw(result: DemoResult, file_format: Literal["png", "svg"]) -> bytes:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 4.2), layout="constrained", facecolor="white")
         losses, memory = figure.subplots(1, 2, width_ratios=(2.7, 1))
-        runs = {"AdamW": result.adamw, "SlimAdam": result.slimadam}
+        runs = {"AdamW": result.adamw, "averages": result.slimadam, "best form": result.best}
         for name, run in runs.items():
             _draw_curve(losses, name, run.curve)
         _label_losses(losses, result)
@@ -49,19 +51,18 @@ def draw(result: DemoResult, file_format: Literal["png", "svg"]) -> bytes:
 
 
 def _draw_curve(axes: Axes, name: str, curve: TrainingCurve) -> None:
-    colour = _COLOURS[name]
-    dashes = "-" if name == "AdamW" else "--"
+    colour, line = _COLOURS[name], _LINES[name]
+    label = name if name == "AdamW" else f"SlimAdam, {name}"
     steps = range(1, len(curve.train_losses) + 1)
-    axes.plot(steps, _smoothed(curve.train_losses), dashes, color=colour, alpha=_PALE + 0.2, linewidth=1,
-              label=f"{name}, batches (smoothed)")  # fmt: skip
-    axes.plot(list(curve.held_out_losses), list(curve.held_out_losses.values()), dashes, color=colour,
-              marker="o" if name == "AdamW" else "s", markersize=4.5, markerfacecolor="white", linewidth=1.8,
-              label=f"{name}, held out: {curve.held_out_loss:.3f}")  # fmt: skip
+    axes.plot(steps, _smoothed(curve.train_losses), line, color=colour, alpha=_PALE + 0.2, linewidth=1)
+    axes.plot(list(curve.held_out_losses), list(curve.held_out_losses.values()), line, color=colour,
+              marker=_MARKERS[name], markersize=4.5, markerfacecolor="white", linewidth=1.8,
+              label=f"{label}: {curve.held_out_loss:.3f}")  # fmt: skip
 
 
 def _label_losses(axes: Axes, result: DemoResult) -> None:
     settings = result.settings
-    axes.set_title(f"Loss at learning rate {settings.lr:g}, seed {settings.seed}: gap {result.loss_gap:+.2%}")
+    axes.set_title(f"Held-out loss (pale: batches, smoothed) at learning rate {settings.lr:g}, seed {settings.seed}")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("nats per byte")
     axes.set_xlim(0, None)

@@ -62,6 +62,7 @@ def to_dict(result: DemoResult, data: ByteData) -> dict[str, Any]:
         "state_saved": result.state_saved,
         "adamw": _run_to_dict(result.adamw),
         "slimadam": _run_to_dict(result.slimadam),
+        "best": {**_run_to_dict(result.best), "loss_gap": result.gap_of(result.best)},
         "layers": [_row_to_dict(row) for row in layer_rows(result.plan)],
     }
 
@@ -99,7 +100,7 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
         "Text": summary["data"]["source"],
         "Training": f"{settings['steps']} steps at learning rate {settings['lr']:g}, seed {settings['seed']}",
         "Held-out loss": f"{adamw['held_out_loss']:.4f} AdamW, {slim['held_out_loss']:.4f} SlimAdam "
-        f"({summary['loss_gap']:+.2%})",
+        f"({summary['loss_gap']:+.2%}), with row and column averages {summary['best']['loss_gap']:+.2%}",
         "Optimizer state": f"{adamw['state_bytes']:,} bytes AdamW, {slim['state_bytes']:,} bytes SlimAdam",
         "Machine": f"{summary['machine']['cpu']}, {summary['machine']['cores']} cores; "
         f"Python {summary['versions']['python']}, torch {summary['versions']['torch']}",

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from slimadam.optimizer import SlimAdam
 from slimadam.plan import CompressionPlan
 from slimadam.snr import SNRHistory
 
-Phase = Literal["calibration", "AdamW", "SlimAdam"]
+Phase = Literal["calibration", "AdamW", "SlimAdam", "SlimAdam, best form"]
 Progress = Callable[[Phase, int, float], None]
 """Called after each step with the phase, the step (from 1) and the loss of its batch."""
 
@@ -150,6 +150,8 @@ class DemoResult:
         plan: The plan chosen from them.
         adamw: The run with ``torch.optim.AdamW``.
         slimadam: The run with ``slimadam.SlimAdam`` and the plan.
+        best_plan: The plan where row and column averages compete with plain averages (``forms="best"``).
+        best: The run with it.
     """
 
     settings: DemoSettings
@@ -158,11 +160,17 @@ class DemoResult:
     plan: CompressionPlan
     adamw: OptimizerResult
     slimadam: OptimizerResult
+    best_plan: CompressionPlan
+    best: OptimizerResult
 
     @property
     def loss_gap(self) -> float:
         """How much higher SlimAdam's held-out loss is, as a share of AdamW's."""
-        return self.slimadam.curve.held_out_loss / self.adamw.curve.held_out_loss - 1
+        return self.gap_of(self.slimadam)
+
+    def gap_of(self, run: OptimizerResult) -> float:
+        """How much higher a run's held-out loss is, as a share of AdamW's."""
+        return run.curve.held_out_loss / self.adamw.curve.held_out_loss - 1
 
     @property
     def second_moments_saved(self) -> float:
@@ -221,6 +229,10 @@ class Trainee:
             )
         self.progress(self.phase, self.steps, self.curve.train_losses[-1])
 
+    def result(self) -> OptimizerResult:
+        """The curve so far and what the optimizer's state costs."""
+        return OptimizerResult(self.curve, optimizer_bytes(self.optimizer))
+
     @property
     def steps(self) -> int:
         """Steps taken so far."""
@@ -237,9 +249,9 @@ class Trainee:
 
 
 def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> DemoResult:
-    """Calibrate, then train with both optimizers from the same initialisation on the same batches.
+    """Calibrate, then train with AdamW and two plans from the same initialisation on the same batches.
 
-    The two runs alternate step by step, so that whatever else the machine does slows both alike.
+    The runs alternate step by step, so that whatever else the machine does slows all alike.
 
     Args:
         settings: What to train.
@@ -250,22 +262,26 @@ def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> Demo
         DivergedError: A loss was no longer finite.
     """
     history = calibrate(settings, data, progress)
-    plan = CompressionPlan.from_snr(history)
-    adamw_model, slim_model = settings.new_model(), settings.new_model()
-    adamw = torch.optim.AdamW(adamw_model.named_parameters(), lr=settings.lr, betas=settings.betas)
-    slimadam = SlimAdam(slim_model.named_parameters(), lr=settings.lr, betas=settings.betas, plan=plan)
-    trainees = (
-        Trainee("AdamW", adamw_model, adamw, progress),
-        Trainee("SlimAdam", slim_model, slimadam, progress),
-    )
-    train(settings, data, trainees)
+    plan, best_plan = CompressionPlan.from_snr(history), CompressionPlan.from_snr(history, forms="best")
+
+    def trainee(phase: Phase, make: Callable[[ByteGPT], Optimizer]) -> Trainee:
+        model = settings.new_model()
+        return Trainee(phase, model, make(model), progress)
+
+    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
+    adamw = trainee("AdamW", lambda model: torch.optim.AdamW(model.named_parameters(), **options))
+    slim = trainee("SlimAdam", lambda model: SlimAdam(model, plan=plan, **options))
+    best = trainee("SlimAdam, best form", lambda model: SlimAdam(model, plan=best_plan, **options))
+    train(settings, data, (adamw, slim, best))
     return DemoResult(
         settings=settings,
-        parameters=sum(parameter.numel() for parameter in adamw_model.parameters()),
+        parameters=sum(parameter.numel() for parameter in adamw.model.parameters()),
         history=history,
         plan=plan,
-        adamw=OptimizerResult(trainees[0].curve, optimizer_bytes(adamw)),
-        slimadam=OptimizerResult(trainees[1].curve, optimizer_bytes(slimadam)),
+        adamw=adamw.result(),
+        slimadam=slim.result(),
+        best_plan=best_plan,
+        best=best.result(),
     )
 
 
@@ -323,9 +339,9 @@ def optimizer_bytes(optimizer: Optimizer) -> OptimizerBytes:
     states = optimizer.state.values()
     return OptimizerBytes(
         second_moments=sum(_bytes(state["exp_avg_sq"]) for state in states),
-        total=sum(_bytes(tensor) for state in states for tensor in state.values()),
+        total=sum(_bytes(value) for state in states for value in state.values()),
     )
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(stored: Tensor | list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (stored if isinstance(stored, list) else [stored]))
