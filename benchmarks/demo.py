@@ -80,7 +80,8 @@ def print_run(measured: dict[str, Any]) -> None:
     adamw, slim = result["adamw"], result["slimadam"]
     print(
         f"seed {measured['seed']}: held-out {adamw['held_out_loss']:.4f} -> {slim['held_out_loss']:.4f} "
-        f"({result['loss_gap']:+.2%}; best form {result['best']['loss_gap']:+.2%}), second moments saved {result['second_moments_saved']:.1%}, "
+        f"({result['loss_gap']:+.2%}; best form {result['best']['loss_gap']:+.2%}), "
+        f"second moments saved {result['second_moments_saved']:.1%}, "
         f"state saved {result['state_saved']:.1%}, optimizer step {adamw['median_optimizer_ms']:.2f} -> "
         f"{slim['median_optimizer_ms']:.2f} ms, training step {adamw['median_step_ms']:.1f} -> "
         f"{slim['median_step_ms']:.1f} ms, {measured['seconds']:.0f} s"

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
@@ -69,7 +70,8 @@ class SlimAdam(Optimizer):
         foreach: True: lists of tensors at once. False: one at a time, by the readable reference.
         capturable: Keep step counts on the device.
         differentiable: Let autograd follow the step.
-        fused: False: never a fused or cache-blocked implementation. None: the fastest that applies.
+        fused: False: never a fused or cache-blocked implementation. None: the fastest that applies. True: the
+            same until release 0.4 brings compiled and Triton kernels; that is said once.
 
     Everything after ``amsgrad`` but ``model`` may be set per parameter group.
 
@@ -127,6 +129,11 @@ class SlimAdam(Optimizer):
         super().__init__(params, defaults)
         self._resolver.check_all_used()
         self._complete = True
+        if any(group["fused"] for group in self.param_groups):
+            logger.warning(
+                "fused=True: compiled and Triton kernels come with release 0.4; until then it runs what fused=None "
+                "picks, see SlimAdam.backend"
+            )
 
     # -- groups and plan ---------------------------------------------------------------------------------
 
@@ -143,6 +150,7 @@ class SlimAdam(Optimizer):
         check_group({**self.defaults, **group})
         super().add_param_group(group)
         try:
+            _refuse_lazy(group["params"])
             names = self._resolver.names(group, len(self.param_groups) - 1)
             rules = self._resolver.rules(group, names, **own_plan)
             if self._complete:
@@ -255,7 +263,12 @@ class SlimAdam(Optimizer):
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Name, tensor and group of each parameter."""
-        for names, group in zip(self._names, self.param_groups, strict=True):
+        for index, (names, group) in enumerate(zip(self._names, self.param_groups, strict=True)):
+            if len(names) != len(group["params"]):
+                raise RuntimeError(
+                    f"param_groups[{index}]['params'] has {len(group['params'])} parameters, but had {len(names)} when "
+                    "the group was added; add parameters with add_param_group"
+                )
             for name, param in zip(names, group["params"], strict=True):
                 yield name, param, group
 
@@ -297,8 +310,15 @@ class SlimAdam(Optimizer):
         )
 
     def _check_gradients(self) -> None:
-        for name, param, _ in self._parameters():
-            if param.grad is not None and param.grad.layout != torch.strided:
+        for name, param, group in self._parameters():
+            if param.grad is None:
+                continue
+            if group["fused"] and not (param.is_floating_point() and param.device.type != "meta"):
+                raise RuntimeError(
+                    f"{name!r}: `fused=True` requires all the params to be floating point and on a real device, "
+                    f"not {param.dtype} on {param.device.type}; set fused=None"
+                )
+            if param.grad.layout != torch.strided:
                 raise RuntimeError(
                     f"{name!r}: SlimAdam does not support sparse gradients; "
                     "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"
@@ -503,6 +523,15 @@ def _entry(rule: Rule, param: Tensor, group: Mapping[str, Any], state: Mapping[s
 
 
 _STATE_KEYS = ("step", "exp_avg", *state_format.SECOND_MOMENTS)
+
+
+def _refuse_lazy(params: Sequence[Tensor]) -> None:
+    for index, param in enumerate(params):
+        if is_lazy(param):
+            raise ValueError(
+                f"parameter {index} of the group has no shape yet (a lazy module's); run a forward pass before "
+                "building the optimizer"
+            )
 
 
 def _merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -33,10 +33,10 @@ def check_group(group: Mapping[str, Any]) -> None:
     _check_names(group)
     _check_numbers(group)
     for name in FLAGS:
-        if not isinstance(group[name], bool):
+        if not _is_flag(group[name]):
             raise TypeError(f"{name}={group[name]!r} must be True or False")
     for name in OPTIONAL_FLAGS:
-        if group[name] is not None and not isinstance(group[name], bool):
+        if group[name] is not None and not _is_flag(group[name]):
             raise TypeError(f"{name}={group[name]!r} must be True, False or None")
     if group["variance_init"] not in VARIANCE_INITS:
         raise ValueError(f"variance_init={group['variance_init']!r} must be 'zeros' or 'gradient'")
@@ -93,13 +93,15 @@ def _check_combinations(group: Mapping[str, Any]) -> None:
         raise RuntimeError("`fused` does not support `differentiable`: set one of them to False")
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together: set one of them to None")
-    if group["fused"]:
-        raise NotImplementedError("fused=True comes with release 0.4; fused=None picks the fastest path there is")
     if group["foreach"] and not group["capturable"]:
         tensors = {"lr": group["lr"], "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}
         for name, value in tensors.items():
             if isinstance(value, Tensor):
                 raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, int) and value in (0, 1)
 
 
 def _is_number(value: object) -> bool:

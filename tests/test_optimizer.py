@@ -269,3 +269,28 @@ def test_stochastic_rounding_is_unbiased_and_repeats() -> None:
     assert set(runs[0].unique().tolist()) == {1.0, 1 + 2**-7}
     standard_error = 2**-7 * (0.125 * 0.875 / n) ** 0.5
     assert abs(runs[0].mean().item() - (1 + 2**-10)) < 3 * standard_error
+
+
+def test_parameters_smuggled_into_a_group_are_refused() -> None:
+    model = _model()
+    optimizer = SlimAdam(model[0].named_parameters(), plan=None)
+    optimizer.param_groups[0]["params"].append(model[2].weight)
+    with pytest.raises(RuntimeError, match=r"has 3 parameters, but had 2 .*add_param_group"):
+        optimizer.step()
+
+
+def test_fused_true_runs_and_says_what_it_runs(caplog: pytest.LogCaptureFixture) -> None:
+    fused, default = _model(), _model()
+    default.load_state_dict(fused.state_dict())
+    with caplog.at_level(logging.WARNING, logger="slimadam"):
+        optimizer = SlimAdam(fused, plan=ROWS, fused=True)
+    assert "until then it runs what fused=None picks" in caplog.text
+    assert optimizer.backend("0.weight") == "blocked"
+    plain = SlimAdam(default, plan=ROWS)
+    for seed in range(3):
+        assert _step(fused, optimizer, seed) == _step(default, plain, seed)
+    param = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    param.grad = torch.ones_like(param)
+    complex_fused = SlimAdam([("0", param)], plan=None, fused=True)
+    with pytest.raises(RuntimeError, match="'0': `fused=True` requires all the params to be floating point"):
+        complex_fused.step()

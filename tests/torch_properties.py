@@ -75,11 +75,7 @@ CANNOT_APPLY: Mapping[tuple[str, str], str] = {
 }
 """Pairs of a property and a variant that contradict each other, and why."""
 
-NOT_YET: Mapping[tuple[str, str], str] = {
-    (name, variant): "fused=True comes with release 0.4; default_matches_forloop compares the default path"
-    for name in ("fused_matches_forloop", "fused_error_on_params_on_meta")
-    for variant in ("SlimAdam, plan=None", "SlimAdam, plan='factored'")
-}
+NOT_YET: Mapping[tuple[str, str], str] = {}
 """Pairs that fail because something is not built, and what."""
 
 NOT_ON_A_CPU: Mapping[str, str] = {
