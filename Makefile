@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test lint types unit wheel-check clean
+.PHONY: demo test lint types unit wheel-check docs clean
 
 demo: $(STAMP)
 	$(BIN)/slimadam demo --out slimadam-demo
@@ -27,6 +27,10 @@ unit: $(STAMP)
 
 wheel-check: $(STAMP)
 	$(BIN)/python tests/wheel_check.py
+
+# The API reference, from the docstrings, into docs/api.
+docs: $(STAMP)
+	$(BIN)/pdoc --docformat google --output-directory docs/api slimadam
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

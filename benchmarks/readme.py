@@ -1,4 +1,4 @@
-"""Put the committed figures into the README: ``python -m benchmarks.readme``."""
+"""Put the committed figures into the README and the docs: ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks.machine import RESULTS
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -66,7 +67,66 @@ def _step_ratio(run: dict[str, Any]) -> float:
     return ratio
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "throughput": throughput, "parity": parity}
+def interop(result: dict[str, Any]) -> str:
+    """What each library's run matched, saved and computed."""
+    rows = [
+        f"| {run['integration']} | {run['model']} | {run['matched']} of {run['parameters']} | {run['saved']:.1%} | "
+        f"{run['difference']:.1g} |"
+        for run in result["runs"]
+    ]
+    libraries = ", ".join(f"{name} {version}" for name, version in result["libraries"].items())
+    header = ["| | model | second moments as the plan says | saved | largest difference |", "|---|---|---|---|---|"]
+    return "\n".join([*header, *rows, "", f"With {libraries} {origin(result['machine'])}."])
+
+
+def mixed_precision(result: dict[str, Any]) -> str:
+    """Held-out losses of float32 and of both ways of rounding bfloat16."""
+    labels = list(result["runs"][0]["held_out_loss"])
+    rows = [
+        f"| {run['seed']} | "
+        + " | ".join(f"{run['held_out_loss'][x]:.4f} ({run['gap'][x]:+.2%})" for x in labels)
+        + " |"
+        for run in result["runs"]
+    ]
+    header = ["| seed | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
+    return "\n".join(
+        [
+            f"Held-out loss of the demo's model after {result['steps']} steps, gap to float32 "
+            f"{origin(result['machine'])}, `python -m benchmarks.mixed_precision`:",
+            "",
+            *header,
+            *rows,
+        ]
+    )
+
+
+def torch_properties(result: dict[str, Any]) -> str:
+    """The share of PyTorch's checks that hold, and those that cannot apply."""
+    rows = [f"| {variant} | {x['passed']} of {x['applicable']} |" for variant, x in result["shares"].items()]
+    left_out = [f"- `{name}`: {reason}." for name, reason in result["not_on_a_cpu"].items()]
+    return "\n".join(
+        [
+            f"Properties of PyTorch's suite that hold {origin(result['machine'])}:",
+            "",
+            "| | hold |",
+            "|---|---|",
+            *rows,
+            "",
+            "What cannot be checked on a CPU or for AdamW at all:",
+            "",
+            *left_out,
+        ]
+    )
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo,
+    "throughput": throughput,
+    "parity": parity,
+    "interop": interop,
+    "mixed_precision": mixed_precision,
+    "torch_properties": torch_properties,
+}
 
 
 def filled(text: str) -> str:
@@ -80,4 +140,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from typing import Any, overload
 
 import torch
@@ -130,10 +131,7 @@ class SlimAdam(Optimizer):
         self._resolver.check_all_used()
         self._complete = True
         if any(group["fused"] for group in self.param_groups):
-            logger.warning(
-                "fused=True: compiled and Triton kernels come with release 0.4; until then it runs what fused=None "
-                "picks, see SlimAdam.backend"
-            )
+            _say_what_fused_runs()
 
     # -- groups and plan ---------------------------------------------------------------------------------
 
@@ -523,6 +521,14 @@ def _entry(rule: Rule, param: Tensor, group: Mapping[str, Any], state: Mapping[s
 
 
 _STATE_KEYS = ("step", "exp_avg", *state_format.SECOND_MOMENTS)
+
+
+@cache
+def _say_what_fused_runs() -> None:
+    logger.warning(
+        "fused=True: compiled and Triton kernels come with release 0.4; until then it runs what fused=None picks, "
+        "see SlimAdam.backend"
+    )
 
 
 def _refuse_lazy(params: Sequence[Tensor]) -> None:

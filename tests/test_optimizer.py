@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimadam import CompressionPlan, PlanError, Rule, SlimAdam
+from slimadam.optimizer import _say_what_fused_runs
 from tests.reference import gradients, train
 
 ROWS = CompressionPlan({"0.weight": Rule((1,), "mean"), "2.weight": Rule((0,), "mean")})
@@ -280,6 +281,7 @@ def test_parameters_smuggled_into_a_group_are_refused() -> None:
 
 
 def test_fused_true_runs_and_says_what_it_runs(caplog: pytest.LogCaptureFixture) -> None:
+    _say_what_fused_runs.cache_clear()
     fused, default = _model(), _model()
     default.load_state_dict(fused.state_dict())
     with caplog.at_level(logging.WARNING, logger="slimadam"):
