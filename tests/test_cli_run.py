@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -189,3 +190,38 @@ def test_a_script_that_asks_for_the_fused_adamw_runs(tmp_path: Path) -> None:
     result = run("--plan", "plan.json", str(script))
     assert result.exit_code == 0, result.output
     assert "71.4% saved" in result.output
+
+
+def test_auto_measures_and_then_saves(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch\n"
+        "torch.manual_seed(0)\n"
+        "model = torch.nn.Linear(20, 30)\n"
+        "optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)\n"
+        "for step in range(502):\n"
+        "    optimizer.zero_grad()\n"
+        "    model(torch.randn(4, 20)).square().mean().backward()\n"
+        "    optimizer.step()\n"
+        "print(len(optimizer.state[model.weight]['exp_avg_sq']))\n"
+    )
+    result = run("--plan", "auto", str(script))
+    assert result.exit_code == 0, result.output
+    (kept,) = re.findall(r"take ([\d,]+) bytes instead of 2,520", result.output)
+    assert int(kept.replace(",", "")) < 400
+
+
+def test_factored_stores_rows_and_columns(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch\n"
+        "model = torch.nn.Linear(20, 30)\n"
+        "optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)\n"
+        "model(torch.ones(4, 20)).square().mean().backward()\n"
+        "optimizer.step()\n"
+        "print([tuple(part.shape) for part in optimizer.state[model.weight]['exp_avg_sq']])\n"
+    )
+    result = run("--plan", "factored", str(script))
+    assert result.exit_code == 0, result.output
+    assert "[(30, 1), (1, 20)]" in result.output
+    assert "take 320 bytes instead of 2,520" in result.output

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import click
 from rich.console import Console
 
 from slimadam.cli.console import percent, status_console
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
 from slimadam.cli.script import SCRIPT_SETTINGS, Script, script_arguments
-from slimadam.cli.substitute import ScriptPlan, Substitution
+from slimadam.cli.substitute import NamedPlan, ScriptPlan, Substitution
 from slimadam.errors import PlanError
 from slimadam.plan import CompressionPlan
 
@@ -18,7 +20,8 @@ _SHOWN_NAMES = 5
 @click.command(context_settings=SCRIPT_SETTINGS)
 @click.option(
     "--plan", "plan_name", required=True, metavar="PLAN",
-    help="A plan file; 'rules': the paper's table by layer role; 'none': nothing compressed.",
+    help="A plan file; 'auto': measure for 500 steps, then decide; 'rules': the paper's table by layer role; "
+    "'factored': row and column averages of each matrix; 'none': nothing compressed.",
 )  # fmt: skip
 @script_arguments
 @click.pass_context
@@ -47,9 +50,7 @@ def run(ctx: click.Context, plan_name: str, is_module: bool, script: str, argume
 
 
 def _read_plan(name: str) -> ScriptPlan:
-    if name == "rules":
-        return "rules"
-    return "none" if name == "none" else CompressionPlan.load(name)
+    return name if name in get_args(NamedPlan) else CompressionPlan.load(name)  # type: ignore[return-value]
 
 
 def _summarize(console: Console, substitution: Substitution) -> None:

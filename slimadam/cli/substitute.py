@@ -18,16 +18,17 @@ from slimadam.errors import PlanError
 from slimadam.memory import MemoryReport
 from slimadam.names import NamedParameters, owning_modules
 from slimadam.optimizer import SlimAdam
-from slimadam.plan import CompressionPlan, Rule, paper_rule
+from slimadam.plan import CompressionPlan, Rule, factored_rule, paper_rule
 
-ScriptPlan = CompressionPlan | Literal["rules", "none"]
+NamedPlan = Literal["auto", "rules", "factored", "none"]
+ScriptPlan = CompressionPlan | NamedPlan
 
 
 class Substitution:
     """Builds SlimAdam where a script builds Adam or AdamW, and keeps account of what the plan covered.
 
     Args:
-        plan: A plan for the parameters of all optimizers together, the paper's rules, or nothing compressed.
+        plan: A plan for the parameters of all optimizers together, or one by name; ``"none"`` compresses nothing.
 
     Attributes:
         memory: What each optimizer costs, in the order in which they were built.
@@ -85,6 +86,11 @@ class Substitution:
                 "optimizers; calibrate this script"
             )
 
+    @property
+    def automatic(self) -> bool:
+        """Whether each optimizer measures for itself and decides."""
+        return self._plan == "auto"
+
     def new_index(self) -> int:
         """The number of an optimizer that is being built."""
         return next(self._count)
@@ -95,9 +101,11 @@ class Substitution:
 
     def _rule(self, name: str, tensor: Tensor, roles: NamedParameters, prefix: str) -> Rule:
         shape = tuple(tensor.shape)
+        role = roles.role(tensor)
+        if self._plan == "factored":
+            return factored_rule(shape, role.role if role else "")
         if isinstance(self._plan, str):
-            role = roles.role(tensor) if self._plan == "rules" else None
-            return paper_rule(shape, role) if role else Rule(shape=shape)
+            return paper_rule(shape, role) if role and self._plan == "rules" else Rule(shape=shape)
         key = self._key(self._plan, name, shape, prefix)
         if key is None:
             if len(shape) > 1:
@@ -133,7 +141,13 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
             groups: Any = params if isinstance(params, Tensor) else as_groups(params)
             self._look_up(groups)
             options.pop("fused", None)
-            super().__init__(groups, lr, betas, eps, weight_decay, amsgrad, plan=None, **options)
+            plan = "auto" if substitution.automatic else None
+            super().__init__(groups, lr, betas, eps, weight_decay, amsgrad, plan=plan, **options)
+            self._account()
+            if substitution.automatic:
+                self.register_step_post_hook(lambda *_: self._account())
+
+        def _account(self) -> None:
             substitution.memory[self._index] = self.memory()
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -144,10 +158,11 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
             if any(isinstance(item, Tensor) and self._found.name(item) is None for item in group["params"]):
                 self._look_up([*self.param_groups, group])
             group["params"] = pairs(group["params"], self._found, len(self.param_groups))
-            group["plan"] = substitution.plan_for(group["params"], self._found, self._prefix)
+            if not substitution.automatic:
+                group["plan"] = substitution.plan_for(group["params"], self._found, self._prefix)
             super().add_param_group(group)
             if self._index in substitution.memory:
-                substitution.memory[self._index] = self.memory()
+                self._account()
 
         def _look_up(self, groups: list[dict[str, Any]]) -> None:
             items = [item for group in groups for item in group["params"]]

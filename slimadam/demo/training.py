@@ -67,7 +67,7 @@ class DemoSettings:
     calibration_steps: int | None = None
     calibration_lr_factor: float = 0.1
     measurements: int = 8
-    evaluations: int = 8
+    evaluations: int = 5
     held_out_windows: int = 512
 
     def __post_init__(self) -> None:
