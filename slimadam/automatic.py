@@ -5,6 +5,7 @@ Source of the measurement and the rule: arXiv 2503.01843.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,20 +73,24 @@ class Measuring:
         self.steps = 0
 
     def after_step(self, moments: Iterable[tuple[str, str, Tensor]], forms: Forms) -> CompressionPlan | None:
-        """Count a step, measure if it is time, and decide after the last.
+        """Count a step, measure if it is time, and decide after the last. Without any moments it does not count.
 
         Args:
             moments: Name, role and full second moment of each parameter that has one.
             forms: The forms to choose among, as in :class:`AutoPlan`.
 
         Returns:
-            The plan, once the steps are done and anything was measured.
+            The plan, once the steps are done.
         """
+        moments = iter(moments)
+        first = next(moments, None)
+        if first is None:
+            return None
         self.steps += 1
         if self.settings.measures(self.steps):
-            for name, role, second_moment in moments:
+            for name, role, second_moment in itertools.chain([first], moments):
                 self.history.record(self.steps, name, second_moment.shape, measure(second_moment), role)
-        if self.steps < self.settings.calibration_steps or not self.history:
+        if self.steps < self.settings.calibration_steps:
             return None
         choice = self.settings
         return CompressionPlan.from_snr(self.history, choice.cutoff, forms=forms, keep=choice.keep)

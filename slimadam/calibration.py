@@ -135,7 +135,7 @@ def calibrate(
     """Train for a while with AdamW, measure, and choose a plan. The model comes back as it was.
 
     Args:
-        model: The model to calibrate. Parameters and buffers are restored at the end.
+        model: The model to calibrate. Parameters, buffers, gradients and modes are restored at the end.
         train_step: Computes the loss of the next batch; called once a step, takes no arguments and returns a
             scalar tensor to call ``backward()`` on.
         steps: Optimizer steps to run.
@@ -155,7 +155,6 @@ def calibrate(
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps={steps!r} must be an integer >= 1")
-    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(
         (parameter for parameter in model.parameters() if parameter.requires_grad),
         lr=lr,
@@ -163,6 +162,7 @@ def calibrate(
         weight_decay=weight_decay,
     )
     recorder = SNRRecorder(optimizer, model, schedule)
+    restore = _snapshot(model)
     try:
         for step in range(1, steps + 1):
             optimizer.zero_grad()
@@ -175,6 +175,24 @@ def calibrate(
                 on_step(step)
     finally:
         recorder.detach()
-        optimizer.zero_grad()
-        model.load_state_dict(before)
+        restore()
     return CompressionPlan.from_snr(recorder.history, cutoff, forms=forms, keep=keep)
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that puts parameters, buffers, gradients and modes back as they are now."""
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+        for parameter, grad in grads:
+            parameter.grad = grad
+        for module, training in modes:
+            module.training = training
+
+    return restore

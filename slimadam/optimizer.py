@@ -29,7 +29,14 @@ from slimadam.functional import (
 from slimadam.memory import MemoryReport
 from slimadam.options import check_group
 from slimadam.plan import CompressionPlan, Rule, fit_rule
-from slimadam.planning import MEASURING, PlanArgument, Resolver, logger
+from slimadam.planning import (
+    DECIDED_BEFORE,
+    MEASURING,
+    PlanArgument,
+    Resolver,
+    logger,
+    refuse_factored_amsgrad,
+)
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
 
@@ -146,6 +153,7 @@ class SlimAdam(Optimizer):
         group = dict(param_group)
         own_plan = {"plan": group.pop("plan")} if "plan" in group else {}
         check_group({**self.defaults, **group})
+        before = self._resolver.snapshot()
         super().add_param_group(group)
         try:
             _refuse_lazy(group["params"])
@@ -155,7 +163,10 @@ class SlimAdam(Optimizer):
                 self._resolver.check_all_used()
         except Exception:
             self.param_groups.pop()
+            self._resolver.restore(before)
             raise
+        if self._measuring is None:
+            rules = [replace(rule, reason=DECIDED_BEFORE) if rule.reason == MEASURING else rule for rule in rules]
         self._names.append(names)
         self._rules.update(zip(names, rules, strict=True))
 
@@ -431,15 +442,17 @@ class SlimAdam(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        state_format.check_version(state_dict)
+        state_format.check_layout(state_dict)
         groups = _merged_groups(self.param_groups, state_dict["param_groups"])
         owners = {
             saved_id: (name, param, group)
             for names, group, saved in zip(self._names, groups, state_dict["param_groups"], strict=True)
             for name, param, saved_id in zip(names, group["params"], saved["params"], strict=True)
         }
-        rules, measuring = self._phase_of(state_dict.get(state_format.KEY, {}))
+        rules, measuring = self._phase_of(state_dict.get(state_format.KEY) or {})
         state: dict[Any, Any] = defaultdict(dict)
+        for name, _, group in owners.values():
+            refuse_factored_amsgrad(name, rules[name], group)
         for saved_id, saved in state_dict["state"].items():
             if saved_id in owners:
                 name, param, group = owners[saved_id]
@@ -472,6 +485,7 @@ class SlimAdam(Optimizer):
         missing = [key for key in _STATE_KEYS[:3] if key not in saved]
         if missing:
             raise ValueError(f"{name!r}: the state dict lacks {missing}; it is not of Adam, AdamW or SlimAdam")
+        state_format.check_tensors(name, saved, param)
         if saved["exp_avg"].shape != param.shape:
             raise ValueError(
                 f"{name!r}: the state dict's exp_avg has shape {tuple(saved['exp_avg'].shape)}, the parameter "
@@ -504,7 +518,10 @@ class SlimAdam(Optimizer):
         state = dict(state)
         if "_plan" in state:
             self._resolver = Resolver(state.pop("_plan"), None)
+        resumed = "_resolver" not in self.__dict__ or "_names" in state
         super().__setstate__(state)
+        if resumed:
+            self._resolver.resume((name, param) for name, param, _ in self._parameters())
 
 
 def _entry(rule: Rule, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Entry:

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, get_args
 from torch import nn
 
 from slimadam.errors import PlanError
+from slimadam.files import write_whole
 from slimadam.roles import (
     BIAS,
     NORM,
@@ -37,6 +38,7 @@ FORMAT_VERSION: Final = 1
 SCHEMA_PATH = Path(__file__).with_name("plan.schema.json")
 _MAX_FILE_BYTES = 64 << 20
 _MAX_SIZE = 1 << 62
+_MAX_SHAPE_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -220,10 +222,7 @@ class CompressionPlan(Mapping[str, Rule]):
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (schema: ``slimadam/plan.schema.json``). Replaces the file in one move."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CompressionPlan:
@@ -281,7 +280,7 @@ class CompressionPlan(Mapping[str, Rule]):
         if not isinstance(parameters, dict):
             raise PlanError(f"parameters={_shown(parameters)}: expected an object of rules by parameter name")
         cutoff = data.get("cutoff")
-        if cutoff is not None and not _is_nonnegative_number(cutoff):
+        if cutoff is not None and not (_is_nonnegative_number(cutoff) and cutoff < math.inf):
             raise PlanError(f"cutoff={_shown(cutoff)}: expected a number >= 0")
         rules = {name: _rule_from_dict(name, value) for name, value in parameters.items()}
         return cls(rules, cutoff=None if cutoff is None else float(cutoff))
@@ -311,7 +310,7 @@ def check_choice(cutoff: float, forms: str) -> None:
     Raises:
         ValueError: An option is out of range.
     """
-    if not isinstance(cutoff, (int, float)) or isinstance(cutoff, bool) or not cutoff >= 0:
+    if not isinstance(cutoff, (int, float)) or isinstance(cutoff, bool) or not 0 <= cutoff < math.inf:
         raise ValueError(f"cutoff={cutoff!r} must be a number >= 0")
     if forms not in get_args(Forms):
         raise ValueError(f"forms={forms!r} must be 'mean' or 'best'")
@@ -414,7 +413,7 @@ def _rule_from_dict(name: str, data: object) -> Rule:
     if not isinstance(data, dict):
         raise PlanError(f"{name!r}: {_shown(data)} is not a rule; expected an object with 'form'")
     _no_unknown_keys(repr(name), data, {"form", "dims", "shape", "role", "reason", "snr"})
-    shape = None if data.get("shape") is None else _integers(name, "shape", data["shape"], _MAX_SIZE)
+    shape = None if data.get("shape") is None else _integers(name, "shape", data["shape"], _MAX_SIZE, _MAX_SHAPE_LENGTH)
     for key in ("role", "reason"):
         if not isinstance(data.get(key, ""), str):
             raise PlanError(f"{name!r}: {key}={_shown(data[key])} must be text")
@@ -456,9 +455,9 @@ def _rule_of_authors(name: str, value: object) -> Rule:
     return Rule(dims, "mean" if dims else "full", reason="taken from a rules file")
 
 
-def _integers(name: str, key: str, value: object, largest: int) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > MAX_NDIM:
-        raise PlanError(f"{name!r}: {key}={_shown(value)} must be a list of at most {MAX_NDIM} integers")
+def _integers(name: str, key: str, value: object, largest: int, longest: int = MAX_NDIM) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > longest:
+        raise PlanError(f"{name!r}: {key}={_shown(value)} must be a list of at most {longest} integers")
     for number in value:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= largest:
             raise PlanError(f"{name!r}: {key}={_shown(value)} must hold integers in 0..{largest}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,6 +19,7 @@ from slimadam.roles import UNKNOWN, ParameterRole, canonical_name, role_from_nam
 PlanArgument = str | Path | CompressionPlan | AutoPlan | None
 ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
 
+DECIDED_BEFORE: Final = "added after plan='auto' had decided"
 MEASURING: Final = "plan='auto' is still measuring: as AdamW until it has decided"
 NOT_IN_THE_PLAN: Final = "not in the plan"
 logger = logging.getLogger("slimadam")
@@ -108,15 +109,25 @@ class Resolver:
             rule = self._rule(resolved, name, param, self._given_name(group, index))
             if param.numel() == 0 and rule.form != "full":
                 rule = Rule(shape=tuple(param.shape), role=rule.role, reason="no elements")
-            if group["amsgrad"] and rule.form == "factored":
-                raise PlanError(
-                    f"{name!r}: amsgrad=True has no factored form, since the maximum of a product is not the "
-                    "product of maxima; set amsgrad=False or give the parameter form 'mean' or 'full'"
-                )
+            refuse_factored_amsgrad(name, rule, group)
             rules.append(rule)
         if isinstance(resolved, CompressionPlan):
             _tell_uncovered(names, rules)
         return rules
+
+    def snapshot(self) -> tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]:
+        """What :meth:`names` and :meth:`rules` have taken note of, for :meth:`restore`."""
+        return dict(self._owner), [(plan, set(keys)) for plan, keys in self._used]
+
+    def restore(self, snapshot: tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]) -> None:
+        """Forget what was noted since the snapshot."""
+        self._owner, self._used = snapshot
+
+    def resume(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over parameters that an earlier resolver has named and found rules for."""
+        self._owner = dict(named)
+        if isinstance(self.plan, CompressionPlan):
+            self._used = [(self.plan, set(self.plan))]
 
     def check_all_used(self) -> None:
         """Refuse a plan with an entry that matches no parameter of the optimizer, or of the model if known.
@@ -170,6 +181,19 @@ class Resolver:
             self._used.append((plan, used))
         if key is not None:
             used.add(key)
+
+
+def refuse_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
+    """Refuse amsgrad where a second moment is factored.
+
+    Raises:
+        PlanError: The two are combined.
+    """
+    if group["amsgrad"] and rule.form == "factored":
+        raise PlanError(
+            f"{name!r}: amsgrad=True has no factored form, since the maximum of a product is not the "
+            "product of maxima; set amsgrad=False or give the parameter form 'mean' or 'full'"
+        )
 
 
 def _role_by_name(name: str, ndim: int) -> ParameterRole:

@@ -72,13 +72,14 @@ def measure(v: Tensor) -> dict[Candidate, float]:
     """SNR of every candidate of one second moment, in the order of :func:`dimension_subsets`.
 
     Args:
-        v: Second moment of any shape, at most 8 dimensions.
+        v: Second moment of any shape.
 
     Returns:
-        Each candidate's SNR; ``"factored"`` is among them from two dimensions on. Empty for scalars.
+        Each candidate's SNR; ``"factored"`` is among them from two dimensions on. Empty for scalars, and for
+        more than 8 dimensions, which have too many subsets.
     """
     if v.dim() > MAX_NDIM:
-        raise ValueError(f"v has {v.dim()} dimensions; SNR is measured for at most {MAX_NDIM}")
+        return {}
     scaled = _scaled(v)
     wanted: list[Candidate] = [*dimension_subsets(v.dim())]
     if v.dim() >= 2:
@@ -291,7 +292,7 @@ def _read_row(history: SNRHistory, row: Mapping[str, str | None], where: str) ->
 
 def _integers(text: str | None, column: str, where: str) -> tuple[int, ...]:
     well_formed = text is not None and len(text) <= 200 and _INTEGER_TUPLE.fullmatch(text.strip())
-    numbers = tuple(int(number) for number in re.findall(r"\d+", text or ""))
+    numbers = tuple(int(number) for number in re.findall(r"\d+", text or "")) if well_formed else ()
     if not well_formed or len(numbers) > MAX_NDIM:
         raise PlanError(f"{where}: {column}={text!r} must be a tuple of at most {MAX_NDIM} integers")
     return numbers

@@ -34,6 +34,41 @@ def stored(moments: Sequence[Tensor]) -> StoredMoment:
     return moments[0] if len(moments) == 1 else list(moments)
 
 
+def check_layout(state_dict: Mapping[str, Any]) -> None:
+    """Refuse what is no optimizer state dict, or one that a later release wrote.
+
+    Raises:
+        ValueError: Names what is missing or wrong.
+    """
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"the state dict's {key!r} is {type(state_dict.get(key)).__name__}; pass an optimizer's")
+    if not isinstance(state_dict.get(KEY, {}), Mapping):
+        raise ValueError(f"the state dict's {KEY!r} is {state_dict[KEY]!r}; pass what SlimAdam.state_dict() returned")
+    for saved_id, saved in state_dict["state"].items():
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"the state dict's state of parameter {saved_id!r} is {type(saved).__name__}, not a dict")
+    check_version(state_dict)
+
+
+def check_tensors(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
+    """Refuse saved state that would fail only in the next step.
+
+    Raises:
+        ValueError: Names the parameter and the entry.
+    """
+    step = saved["step"]
+    if not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)) or not step >= 0:
+        raise ValueError(f"{name!r}: the state dict's step is {step!r}; it must be one number >= 0")
+    for key in ("exp_avg", *SECOND_MOMENTS):
+        value = saved.get(key, ())
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                raise ValueError(f"{name!r}: the state dict's {key} holds {type(tensor).__name__}, not a dense tensor")
+            if tensor.is_complex() != param.is_complex():
+                raise ValueError(f"{name!r}: the state dict's {key} is {tensor.dtype}, the parameter {param.dtype}")
+
+
 def check_version(state_dict: Mapping[str, Any]) -> None:
     """Refuse state that a later release wrote.
 
@@ -63,7 +98,7 @@ def expand(moments: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         whole = torch.view_as_complex(stand_in([torch.view_as_real(part) for part in moments]).contiguous())
     else:
         whole = stand_in(moments)
-    return whole.expand(*shape).clone(memory_format=torch.contiguous_format)
+    return whole.expand(tuple(shape)).clone(memory_format=torch.contiguous_format)
 
 
 def convert(name: str, saved: StoredMoment, param: Tensor, rule: Rule, dtype: torch.dtype) -> StoredMoment:

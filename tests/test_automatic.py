@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import AutoPlan, CompressionPlan, SlimAdam
+from slimadam import AutoPlan, CompressionPlan, PlanError, SlimAdam
 from slimadam.snr import measure
 
 AUTO = AutoPlan(calibration_steps=6, measurements=3)
@@ -180,3 +180,42 @@ def test_explicit_plan_loads_a_measuring_checkpoint_and_averages() -> None:
     target.load_state_dict(optimizer.state_dict())
     assert target.plan == CompressionPlan(dict(target.plan))
     assert [tuple(part.shape) for part in target.state[model[0].weight]["exp_avg_sq"]] == [(16, 1), (1, 12)]
+
+
+def test_nine_dimensions_are_left_in_full() -> None:
+    param = nn.Parameter(torch.randn(1, 1, 1, 1, 1, 1, 2, 2, 2))
+    optimizer = SlimAdam([param], plan=AUTO)
+    for _ in range(7):
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    assert optimizer.state[param]["exp_avg_sq"].shape == param.shape
+    assert CompressionPlan.from_dict(optimizer.plan.to_dict()) == optimizer.plan
+
+
+def test_steps_without_gradients_do_not_count() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, lr=1e-2, plan=AUTO)
+    for _ in range(10):
+        optimizer.step()
+    assert optimizer.plan.second_moments_saved == 0
+    _train(model, optimizer, range(6))
+    assert optimizer.plan.second_moments_saved > 0.5
+
+
+def test_a_group_added_after_the_decision_says_so() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan=AUTO)
+    _train(model, optimizer, range(6))
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.randn(3, 3)))]})
+    assert optimizer.plan["late"].reason == "added after plan='auto' had decided"
+
+
+def test_amsgrad_checkpoint_is_refused_where_second_moments_are_factored() -> None:
+    model = _model()
+    adamw = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    _train(model, adamw, range(1))
+    optimizer = SlimAdam(model, plan="factored")
+    with pytest.raises(PlanError, match="amsgrad=True has no factored form"):
+        optimizer.load_state_dict(adamw.state_dict())
+    assert not optimizer.state
+    assert not optimizer.param_groups[0]["amsgrad"]

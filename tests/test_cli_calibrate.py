@@ -283,3 +283,24 @@ def test_exit_codes_of_scripts(source: str, exit_code: int, capsys: pytest.Captu
     outcome.show_error()
     assert outcome.exit_code == exit_code
     assert capsys.readouterr().err == ("bad news\n" if "bad news" in source else "")
+
+
+def test_a_forked_child_that_ends_normally_writes_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "forks.py"
+    script.write_text(
+        "import os, torch\n"
+        "model = torch.nn.Linear(3, 2)\n"
+        "optimizer = torch.optim.AdamW(model.parameters())\n"
+        "model(torch.ones(1, 3)).sum().backward()\n"
+        "optimizer.step()\n"
+        "if os.fork():\n"
+        "    os.wait()\n"
+        "    optimizer.step()\n"
+        "    print('parent')\n"
+    )
+    command = [sys.executable, "-m", "slimadam", "calibrate", "--out", str(tmp_path / "plan.json"), str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "parent\n"
+    assert done.stderr.count("plan written") == 1
+    assert "2 steps" in done.stderr

@@ -296,3 +296,34 @@ def test_fused_true_runs_and_says_what_it_runs(caplog: pytest.LogCaptureFixture)
     complex_fused = SlimAdam([("0", param)], plan=None, fused=True)
     with pytest.raises(RuntimeError, match="'0': `fused=True` requires all the params to be floating point"):
         complex_fused.step()
+
+
+def test_failed_group_can_be_added_again_under_its_name() -> None:
+    optimizer = SlimAdam([("a", nn.Parameter(torch.randn(4, 4)))], plan=None)
+    weight = nn.Parameter(torch.randn(4, 4))
+    with pytest.raises(PlanError, match="'zzz' matches no parameter"):
+        optimizer.add_param_group({"params": [("b", weight)], "plan": CompressionPlan({"zzz": Rule((0,), "mean")})})
+    optimizer.add_param_group({"params": [("b", weight)], "plan": CompressionPlan({"b": Rule((0,), "mean")})})
+    assert optimizer.plan["b"].dims == (0,)
+
+
+def test_groups_can_be_added_to_a_copy() -> None:
+    original = SlimAdam([("a", nn.Parameter(torch.randn(4, 4)))], plan=CompressionPlan({"a": Rule((0,), "mean")}))
+    copied = copy.deepcopy(original)
+    copied.add_param_group({"params": [("c", nn.Parameter(torch.randn(3, 2)))]})
+    copied.add_param_group({"params": [("a", nn.Parameter(torch.randn(5, 2)))], "plan": None})
+    assert [rule.shape for rule in copied.plan.values()] == [(4, 4), (3, 2), (5, 2)]
+    assert len(original.param_groups) == 1
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3)])
+@pytest.mark.parametrize("plan", [None, "factored"])
+def test_any_shape_goes_to_adamw_and_back(shape: tuple[int, ...], plan: Any) -> None:
+    param = nn.Parameter(torch.ones(shape))
+    optimizer = SlimAdam([param], plan=plan)
+    param.grad = torch.ones(shape)
+    optimizer.step()
+    adamw = torch.optim.AdamW([param])
+    adamw.load_state_dict(optimizer.adamw_state_dict())
+    assert adamw.state[param]["exp_avg_sq"].shape == torch.Size(shape)
+    optimizer.load_state_dict(adamw.state_dict())

@@ -236,6 +236,7 @@ def test_arbitrary_json_is_a_plan_or_a_plan_error(data: Any) -> None:
     [
         ({"cutoff": -1}, "cutoff=-1"),
         ({"cutoff": math.nan}, "cutoff=nan"),
+        ({"cutoff": math.inf}, "cutoff=inf"),
         ({"cutoff": "1"}, "cutoff='1'"),
         ({"forms": "all"}, "forms='all'"),
     ],
@@ -288,3 +289,17 @@ def test_rules_are_checked_on_construction() -> None:
         with pytest.raises(PlanError, match="'w'"):
             CompressionPlan({"w": rule})
     assert torch.Size((2, 1)) == torch.zeros(Rule((1,), "mean").state_shapes((2, 3))[0]).shape
+
+
+def test_saving_follows_links_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    plan = CompressionPlan({"w": Rule((1,), "mean")})
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "plan.json").symlink_to(tmp_path / "shared" / "plan.json")
+    plan.save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").is_symlink()
+    assert CompressionPlan.load(tmp_path / "shared" / "plan.json") == plan
+    plan.save("/dev/null")
+    assert not Path("/dev/null").is_file()
+    with pytest.raises(OSError, match="missing"):
+        plan.save(tmp_path / "missing" / "plan.json")
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"plan.json"}

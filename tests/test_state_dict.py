@@ -158,6 +158,16 @@ WRONG_STATES = [
         r"of shape \(7, 1\) and \(1, 5\)",
         PlanError,
     ),
+    _complain(lambda s: _first(s).update(step=torch.ones(2)), r"'0.weight': the state dict's step is tensor"),
+    _complain(lambda s: _first(s).update(step=-1), r"step is -1; it must be one number >= 0"),
+    _complain(lambda s: _first(s).update(exp_avg=[1.0]), r"exp_avg holds float, not a dense tensor"),
+    _complain(lambda s: _first(s).update(exp_avg_sq=None), r"exp_avg_sq holds NoneType, not a dense tensor"),
+    _complain(lambda s: _first(s).update(exp_avg=torch.ones(7, 5).to_sparse()), r"exp_avg holds Tensor, not a dense"),
+    _complain(lambda s: _first(s).update(exp_avg=torch.ones(7, 5) * 1j), r"exp_avg is torch.complex64, the parameter"),
+    _complain(lambda s: s.update(slimadam=None), r"'slimadam' is None; pass what SlimAdam.state_dict"),
+    _complain(lambda s: s.update(state=[]), r"'state' is list; pass an optimizer's"),
+    _complain(lambda s: s.pop("param_groups"), r"'param_groups' is NoneType"),
+    _complain(lambda s: s["state"].update({0: 1}), r"state of parameter 0 is int, not a dict"),
     _complain(lambda s: s["param_groups"][0].update(amsgrad=True), "has no max_exp_avg_sq; set amsgrad=False"),
 ]
 

@@ -42,6 +42,9 @@ class _Files:
 
     def write(self, plan: CompressionPlan, history: SNRHistory, facts: dict[str, str]) -> dict[str, str]:
         """Write what was asked for; returns the path of each kind of file."""
+        for path in (self.plan, self.report, self.history):
+            if path is not None:  # the script may have removed the folder
+                path.parent.mkdir(parents=True, exist_ok=True)
         plan.save(self.plan)
         written = {"plan": str(self.plan)}
         if self.history is not None:

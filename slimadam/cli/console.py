@@ -32,7 +32,9 @@ def output_path(ctx: click.Context, parameter: click.Parameter, value: str | Non
         raise click.BadParameter(f"{value!r} is a folder; name a file", ctx, parameter)
     if not path.parent.is_dir():
         raise click.BadParameter(f"the folder {str(path.parent)!r} does not exist; create it", ctx, parameter)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    # A file is replaced in one move, for which its folder must be writable; a device is written to.
+    needed = [path.resolve().parent] if path.is_file() or not path.exists() else []
+    if not all(os.access(place, os.W_OK) for place in [*needed, *([path] if path.exists() else [])]):
         raise click.BadParameter(f"{value!r} is not writable", ctx, parameter)
     return path
 

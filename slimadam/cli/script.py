@@ -143,6 +143,8 @@ def _execute(module: ModuleType, load: Callable[[], CodeType]) -> Outcome:
     try:
         code = load()
         exec(code, module.__dict__)
+        if os.getpid() != process:
+            raise SystemExit(0)
     except BaseException as error:
         if os.getpid() != process:  # a child that the script forked ends on its own
             raise

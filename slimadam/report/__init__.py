@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from slimadam.errors import PlanError
+from slimadam.files import write_whole
 from slimadam.plan import CompressionPlan
 from slimadam.snr import ParameterSNR, SNRHistory
 
@@ -55,10 +56,7 @@ def write_report(
         figures=[(caption, plots.inline_svg(svg)) for caption, svg in figures],
         plots=plots.role_plots(completed, measured),
     )
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
-    temporary.replace(path)
+    write_whole(path, html)
 
 
 def _by_plan_name(plan: CompressionPlan, history: SNRHistory) -> dict[str, ParameterSNR]:
