@@ -4,7 +4,8 @@ from slimadam.automatic import AutoPlan
 from slimadam.calibration import SNRRecorder, calibrate, every, paper_schedule
 from slimadam.errors import PlanError
 from slimadam.optimizer import SlimAdam
-from slimadam.plan import CompressionPlan, Rule
+from slimadam.plan import CompressionPlan
+from slimadam.rules import Rule
 from slimadam.snr import SNRHistory, snr
 from slimadam.state import convert_state_dict
 

@@ -6,14 +6,18 @@ Source of the measurement and the rule: arXiv 2503.01843.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from slimadam.plan import CompressionPlan, Forms, check_choice
+from slimadam.choosing import Forms, check_choice
+from slimadam.plan import CompressionPlan
 from slimadam.snr import FACTORED, SNRHistory, measure, normalize_candidate
+
+logger = logging.getLogger("slimadam")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class AutoPlan:
         measurements: How many times the SNR is measured in these steps, at equal distances, the last at their
             end; the first step is measured besides, as the authors do.
         cutoff: SNR that a candidate must exceed.
+        budget: Share of the measured second moments to save instead, losing the least SNR.
         forms: ``"best"``: averages and the factored form compete. ``"mean"``: averages only, as in the paper.
         keep: Patterns of names or roles that stay in full.
 
@@ -35,6 +40,7 @@ class AutoPlan:
     calibration_steps: int = 500
     measurements: int = 5
     cutoff: float = 1.0
+    budget: float | None = None
     forms: Forms = "best"
     keep: tuple[str, ...] = ()
 
@@ -43,7 +49,7 @@ class AutoPlan:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer >= 1")
-        check_choice(self.cutoff, self.forms)
+        check_choice(self.cutoff, self.forms, self.budget)
         if not isinstance(self.keep, tuple):
             raise ValueError(f"keep={self.keep!r} must be a tuple of patterns, such as ('*norm*',)")
 
@@ -93,7 +99,13 @@ class Measuring:
         if self.steps < self.settings.calibration_steps:
             return None
         choice = self.settings
-        return CompressionPlan.from_snr(self.history, choice.cutoff, forms=forms, keep=choice.keep)
+        try:
+            return CompressionPlan.from_snr(
+                self.history, choice.cutoff, budget=choice.budget, forms=forms, keep=choice.keep
+            )
+        except ValueError as error:
+            logger.warning("plan='auto': %s; deciding by the cutoff %g instead", error, choice.cutoff)
+            return CompressionPlan.from_snr(self.history, choice.cutoff, forms=forms, keep=choice.keep)
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this phase, in plain numbers and text."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from slimadam.choosing import Forms
 from slimadam.names import NamedParameters
-from slimadam.plan import CompressionPlan, Forms
+from slimadam.plan import CompressionPlan
 from slimadam.snr import SNRHistory, measure
 
 Schedule = Callable[[int], bool]
@@ -127,6 +128,7 @@ def calibrate(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 1e-2,
     cutoff: float = 1.0,
+    budget: float | None = None,
     forms: Forms = "mean",
     keep: Iterable[str] = (),
     schedule: Schedule = paper_schedule,
@@ -144,6 +146,7 @@ def calibrate(
         betas: As in AdamW.
         weight_decay: As in AdamW.
         cutoff: As in :meth:`CompressionPlan.from_snr`.
+        budget: As in :meth:`CompressionPlan.from_snr`.
         forms: As in :meth:`CompressionPlan.from_snr`.
         keep: As in :meth:`CompressionPlan.from_snr`.
         schedule: As in :class:`SNRRecorder`.
@@ -176,7 +179,7 @@ def calibrate(
     finally:
         recorder.detach()
         restore()
-    return CompressionPlan.from_snr(recorder.history, cutoff, forms=forms, keep=keep)
+    return CompressionPlan.from_snr(recorder.history, cutoff, budget=budget, forms=forms, keep=keep)
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The exceptions that slimadam raises for wrong input."""
+"""The exceptions that slimadam raises for wrong input, and how they show it."""
 
 from __future__ import annotations
 
@@ -8,3 +8,9 @@ class PlanError(ValueError):
 
     The message names the parameter or file, the value found, and what to do about it.
     """
+
+
+def shown(value: object) -> str:
+    """``repr`` for an error message, at most 80 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -28,7 +28,7 @@ from slimadam.functional import (
 )
 from slimadam.memory import MemoryReport
 from slimadam.options import check_group
-from slimadam.plan import CompressionPlan, Rule, fit_rule
+from slimadam.plan import CompressionPlan
 from slimadam.planning import (
     DECIDED_BEFORE,
     MEASURING,
@@ -37,6 +37,7 @@ from slimadam.planning import (
     logger,
     refuse_factored_amsgrad,
 )
+from slimadam.rules import Rule, fit_rule
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
 

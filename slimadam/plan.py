@@ -1,90 +1,37 @@
-"""Compression plans: for each parameter, how finely its second moment is stored, and why.
-
-Source of the rule: arXiv 2503.01843 (the candidate with the highest averaged SNR, if strictly above a cutoff).
-"""
+"""Compression plans: for each parameter, how finely its second moment is stored, and why."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 from torch import nn
 
-from slimadam.errors import PlanError
+from slimadam.choosing import Forms, check_choice, choose_by_budget, choose_by_cutoff, keep_full
+from slimadam.errors import PlanError, shown
 from slimadam.files import write_whole
-from slimadam.roles import (
-    BIAS,
-    NORM,
-    ParameterRole,
-    canonical_name,
-    recommended_dims,
-    role_from_name,
-    roles_of,
+from slimadam.plan_json import (
+    is_nonnegative_number,
+    no_constant,
+    no_unknown_keys,
+    object_without_duplicates,
+    rule_from_dict,
+    rule_of_authors,
+    rule_to_dict,
 )
-from slimadam.snr import FACTORED, MAX_NDIM, Candidate, SNRHistory, normalize_candidate
-
-Dims = tuple[int, ...]
-Form = Literal["full", "mean", "factored"]
-Forms = Literal["mean", "best"]
+from slimadam.roles import canonical_name, role_from_name, roles_of
+from slimadam.rules import Rule, check_rule, factored_rule, paper_rule
+from slimadam.snr import SNRHistory
 
 FORMAT: Final = "slimadam.plan"
 FORMAT_VERSION: Final = 1
 SCHEMA_PATH = Path(__file__).with_name("plan.schema.json")
 _MAX_FILE_BYTES = 64 << 20
-_MAX_SIZE = 1 << 62
-_MAX_SHAPE_LENGTH = 64
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one parameter's second moment is stored.
-
-    Attributes:
-        dims: Dimensions that share one value (``()`` unless ``form`` is ``"mean"``).
-        form: ``"full"`` (as AdamW), ``"mean"`` (averaged over ``dims``) or ``"factored"`` (row and column
-            averages, whose product stands in for the matrix).
-        shape: Shape of the parameter, or None in rules that fit any shape.
-        snr: The averaged SNR of each candidate that was measured.
-        reason: Why, in words.
-        role: What the parameter is.
-    """
-
-    dims: tuple[int, ...] = ()
-    form: Form = "full"
-    shape: tuple[int, ...] | None = None
-    snr: Mapping[Candidate, float] = field(default_factory=dict)
-    reason: str = ""
-    role: str = ""
-
-    def state_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the second-moment tensors for a parameter of the given shape.
-
-        One tensor for ``"full"`` and ``"mean"`` (size 1 in ``dims``), two for ``"factored"``: the averages
-        over all dimensions but the first, and over the first.
-        """
-        return tuple(reduced_shape(shape, dims) for dims in self.averaged_dims(len(shape)))
-
-    def averaged_dims(self, ndim: int) -> tuple[tuple[int, ...], ...]:
-        """For each second-moment tensor, the dimensions it is averaged over."""
-        if self.form == FACTORED:
-            return tuple(range(1, ndim)), (0,)
-        return (self.dims,)
-
-    def stored_elements(self, shape: tuple[int, ...]) -> int:
-        """Second-moment elements kept for a parameter of the given shape."""
-        return sum(math.prod(kept) for kept in self.state_shapes(shape))
-
-
-def reduced_shape(shape: tuple[int, ...], dims: Iterable[int]) -> tuple[int, ...]:
-    """``shape`` with size 1 in ``dims``."""
-    dims = set(dims)
-    return tuple(1 if dim in dims else size for dim, size in enumerate(shape))
 
 
 class CompressionPlan(Mapping[str, Rule]):
@@ -100,7 +47,7 @@ class CompressionPlan(Mapping[str, Rule]):
 
     def __init__(self, rules: Mapping[str, Rule], *, cutoff: float | None = None) -> None:
         for name, rule in rules.items():
-            _check_rule(name, rule)
+            check_rule(name, rule)
         self._rules = dict(rules)
         self.cutoff = cutoff
 
@@ -168,10 +115,14 @@ class CompressionPlan(Mapping[str, Rule]):
         history: SNRHistory,
         cutoff: float = 1.0,
         *,
+        budget: float | None = None,
         forms: Forms = "mean",
         keep: Iterable[str] = (),
     ) -> CompressionPlan:
         """Choose for each parameter the candidate with the highest averaged SNR strictly above the cutoff.
+
+        With a budget instead: save at least that share of all second moments and lose the least SNR, by
+        :func:`slimadam.choosing.choose_by_budget`.
 
         Vectors and norm scales are kept in full. Candidates that would save nothing are not considered;
         among equal SNRs the one that saves more wins.
@@ -179,23 +130,34 @@ class CompressionPlan(Mapping[str, Rule]):
         Args:
             history: The measurements.
             cutoff: SNR that a candidate must exceed.
+            budget: Share of all second moments to save, in 0..1; the cutoff is not used then.
             forms: ``"mean"``: only averages, as in the paper. ``"best"``: the factored form competes too.
             keep: Patterns (``fnmatch``) of names or roles that stay in full.
 
         Raises:
-            ValueError: An option is out of range, or the history is empty.
+            ValueError: An option is out of range, the budget cannot be met, or the history is empty.
         """
-        check_choice(cutoff, forms)
+        check_choice(cutoff, forms, budget)
         if not history:
             raise ValueError("the SNR history is empty: no Adam-like optimizer was measured")
         keep = tuple(keep)
-        rules = {}
+        undecided, kept = {}, {}
         for name, measured in history.items():
             role = measured.role or role_from_name(name, len(measured.shape))
-            undecided = Rule(shape=measured.shape, snr=measured.average(), role=role)
-            kept = next((pattern for pattern in keep if fnmatchcase(name, pattern) or role == pattern), None)
-            rules[name] = _choose(undecided, float(cutoff), forms, kept)
-        return cls(rules, cutoff=float(cutoff))
+            rule = Rule(shape=measured.shape, snr=measured.average(), role=role)
+            pattern = next((pattern for pattern in keep if fnmatchcase(name, pattern) or role == pattern), None)
+            full = keep_full(rule, pattern)
+            if full is None:
+                undecided[name] = rule
+            else:
+                kept[name] = full
+        if budget is None:
+            chosen = choose_by_cutoff(undecided, cutoff, forms)
+        else:
+            elements = sum(math.prod(measured.shape) for measured in history.values())
+            chosen = choose_by_budget(undecided, elements, budget, forms)
+        rules = {**kept, **chosen}
+        return cls({name: rules[name] for name in history}, cutoff=float(cutoff) if budget is None else None)
 
     @classmethod
     def from_rules(cls, model: nn.Module) -> CompressionPlan:
@@ -237,8 +199,8 @@ class CompressionPlan(Mapping[str, Rule]):
                 raise PlanError(f"{path}: larger than 64 MiB, so it is no plan; pass a file that plan.save() wrote")
             data = json.loads(
                 path.read_text(encoding="utf-8"),
-                object_pairs_hook=_object_without_duplicates,
-                parse_constant=_no_constant,
+                object_pairs_hook=object_without_duplicates,
+                parse_constant=no_constant,
             )
         except (OSError, ValueError, RecursionError) as error:
             if isinstance(error, PlanError):
@@ -254,7 +216,7 @@ class CompressionPlan(Mapping[str, Rule]):
         data: dict[str, Any] = {"format": FORMAT, "version": FORMAT_VERSION}
         if self.cutoff is not None:
             data["cutoff"] = self.cutoff
-        data["parameters"] = {name: _rule_to_dict(rule) for name, rule in self.items()}
+        data["parameters"] = {name: rule_to_dict(rule) for name, rule in self.items()}
         return data
 
     @classmethod
@@ -265,230 +227,22 @@ class CompressionPlan(Mapping[str, Rule]):
             PlanError: The data is not a plan.
         """
         if not isinstance(data, dict):
-            raise PlanError(f"a plan is a JSON object, not {_shown(data)}")
+            raise PlanError(f"a plan is a JSON object, not {shown(data)}")
         if "format" not in data or not isinstance(data["format"], str):
-            return cls({name: _rule_of_authors(name, value) for name, value in data.items()})
+            return cls({name: rule_of_authors(name, value) for name, value in data.items()})
         if data["format"] != FORMAT:
-            raise PlanError(f"format={_shown(data['format'])}: expected {FORMAT!r}")
+            raise PlanError(f"format={shown(data['format'])}: expected {FORMAT!r}")
         if data.get("version") != FORMAT_VERSION or isinstance(data["version"], bool):
             raise PlanError(
-                f"version={_shown(data.get('version'))}: this release reads version {FORMAT_VERSION}; "
+                f"version={shown(data.get('version'))}: this release reads version {FORMAT_VERSION}; "
                 "update slimadam or calibrate again"
             )
-        _no_unknown_keys("the plan", data, {"format", "version", "cutoff", "parameters"})
+        no_unknown_keys("the plan", data, {"format", "version", "cutoff", "parameters"})
         parameters = data.get("parameters")
         if not isinstance(parameters, dict):
-            raise PlanError(f"parameters={_shown(parameters)}: expected an object of rules by parameter name")
+            raise PlanError(f"parameters={shown(parameters)}: expected an object of rules by parameter name")
         cutoff = data.get("cutoff")
-        if cutoff is not None and not (_is_nonnegative_number(cutoff) and cutoff < math.inf):
-            raise PlanError(f"cutoff={_shown(cutoff)}: expected a number >= 0")
-        rules = {name: _rule_from_dict(name, value) for name, value in parameters.items()}
+        if cutoff is not None and not (is_nonnegative_number(cutoff) and cutoff < math.inf):
+            raise PlanError(f"cutoff={shown(cutoff)}: expected a number >= 0")
+        rules = {name: rule_from_dict(name, value) for name, value in parameters.items()}
         return cls(rules, cutoff=None if cutoff is None else float(cutoff))
-
-
-def paper_rule(shape: tuple[int, ...], role: ParameterRole) -> Rule:
-    """The paper's recommendation for a role, where it has one and it saves anything."""
-    dims = recommended_dims(role)
-    if not dims:
-        return Rule(shape=shape, role=role.role, reason=f"the paper has no rule for {role.role}")
-    if math.prod(reduced_shape(shape, dims)) >= math.prod(shape):
-        return Rule(shape=shape, role=role.role, reason="too small to save anything")
-    return Rule(dims, "mean", shape, reason=f"the paper's rule for {role.role}", role=role.role)
-
-
-def factored_rule(shape: tuple[int, ...], role: str) -> Rule:
-    """The factored form where it saves anything, the full one elsewhere."""
-    rule = Rule(form="factored", shape=shape, role=role, reason="every matrix factored, by choice")
-    if len(shape) < 2 or role in (NORM, BIAS) or rule.stored_elements(shape) >= math.prod(shape):
-        return Rule(shape=shape, role=role, reason="not a matrix that factoring makes smaller")
-    return rule
-
-
-def check_choice(cutoff: float, forms: str) -> None:
-    """Check what a plan is chosen by.
-
-    Raises:
-        ValueError: An option is out of range.
-    """
-    if not isinstance(cutoff, (int, float)) or isinstance(cutoff, bool) or not 0 <= cutoff < math.inf:
-        raise ValueError(f"cutoff={cutoff!r} must be a number >= 0")
-    if forms not in get_args(Forms):
-        raise ValueError(f"forms={forms!r} must be 'mean' or 'best'")
-
-
-def fit_rule(name: str, rule: Rule, shape: tuple[int, ...]) -> Rule:
-    """``rule`` checked against a parameter's actual shape.
-
-    Raises:
-        PlanError: The rule was made for another shape, or names a dimension the parameter lacks.
-    """
-    if rule.shape is not None and rule.shape != shape:
-        raise PlanError(
-            f"{name!r}: the plan is for shape {rule.shape}, the parameter has {shape}; "
-            "calibrate this model, or carry the plan over with plan.for_model(model)"
-        )
-    fitted = replace(rule, shape=shape)
-    _check_rule(name, fitted)
-    return fitted
-
-
-def _choose(rule: Rule, cutoff: float, forms: Forms, kept: str | None) -> Rule:
-    shape = rule.shape or ()
-    if kept is not None:
-        return replace(rule, reason=f"kept in full as asked (keep={kept!r})")
-    if len(shape) < 2:
-        return replace(rule, reason="fewer than two dimensions: nothing worth saving")
-    if rule.role in (NORM, BIAS):
-        return replace(rule, reason=f"{rule.role}: never compressed by default")
-    options = [
-        (value, option)
-        for candidate, value in rule.snr.items()
-        if forms == "best" or candidate != FACTORED
-        for option in (_rule_for_candidate(rule, candidate),)
-        if option.stored_elements(shape) < math.prod(shape)
-    ]
-    if not options:
-        return replace(rule, reason="no candidate was measured that would save anything")
-    value, best = max(options, key=lambda option: (option[0], -option[1].stored_elements(shape)))
-    label = describe_candidate(FACTORED if best.form == FACTORED else best.dims)
-    if value > cutoff:
-        return replace(best, reason=f"{label} has the highest SNR, {value:.3g}, above the cutoff {cutoff:g}")
-    return replace(rule, reason=f"the highest SNR, {value:.3g} ({label}), is not above the cutoff {cutoff:g}")
-
-
-def describe_candidate(candidate: Candidate) -> str:
-    """A candidate in words, for reports and reasons."""
-    if candidate == FACTORED:
-        return "row and column averages"
-    return "averaging over dimension" + ("s " if len(candidate) > 1 else " ") + ", ".join(map(str, candidate))
-
-
-def _rule_for_candidate(rule: Rule, candidate: Candidate) -> Rule:
-    if candidate == FACTORED:
-        return replace(rule, form="factored", dims=())
-    return replace(rule, form="mean", dims=candidate)
-
-
-def _check_rule(name: str, rule: Rule) -> None:
-    if rule.form not in get_args(Form):
-        raise PlanError(f"{name!r}: form={_shown(rule.form)} must be 'full', 'mean' or 'factored'")
-    if bool(rule.dims) != (rule.form == "mean"):
-        raise PlanError(f"{name!r}: form={rule.form!r} with dims={rule.dims}; only form='mean' has dims, and needs one")
-    if any(not isinstance(dim, int) or isinstance(dim, bool) or not 0 <= dim < MAX_NDIM for dim in rule.dims):
-        raise PlanError(f"{name!r}: dims={_shown(rule.dims)} must be dimensions in 0..{MAX_NDIM - 1}")
-    if len(set(rule.dims)) != len(rule.dims):
-        raise PlanError(f"{name!r}: dims={rule.dims} names a dimension twice")
-    if rule.shape is None:
-        return
-    ndim = len(rule.shape)
-    if any(dim >= ndim for dim in rule.dims):
-        raise PlanError(f"{name!r}: dims={rule.dims} is out of range for shape {rule.shape}; use 0..{ndim - 1}")
-    if rule.form == FACTORED and ndim < 2:
-        raise PlanError(f"{name!r}: form='factored' needs two dimensions, the shape is {rule.shape}; use 'full'")
-
-
-def _rule_to_dict(rule: Rule) -> dict[str, Any]:
-    data: dict[str, Any] = {"form": rule.form}
-    if rule.dims:
-        data["dims"] = list(rule.dims)
-    if rule.shape is not None:
-        data["shape"] = list(rule.shape)
-    if rule.role:
-        data["role"] = rule.role
-    if rule.reason:
-        data["reason"] = rule.reason
-    if rule.snr:
-        data["snr"] = [
-            {
-                "candidate": candidate if candidate == FACTORED else list(candidate),
-                "value": value if math.isfinite(value) else "infinity",
-            }
-            for candidate, value in rule.snr.items()
-            if not math.isnan(value)
-        ]
-    return data
-
-
-def _rule_from_dict(name: str, data: object) -> Rule:
-    if not isinstance(data, dict):
-        raise PlanError(f"{name!r}: {_shown(data)} is not a rule; expected an object with 'form'")
-    _no_unknown_keys(repr(name), data, {"form", "dims", "shape", "role", "reason", "snr"})
-    shape = None if data.get("shape") is None else _integers(name, "shape", data["shape"], _MAX_SIZE, _MAX_SHAPE_LENGTH)
-    for key in ("role", "reason"):
-        if not isinstance(data.get(key, ""), str):
-            raise PlanError(f"{name!r}: {key}={_shown(data[key])} must be text")
-    form = data.get("form")
-    if not isinstance(form, str):
-        raise PlanError(f"{name!r}: form={_shown(form)} must be 'full', 'mean' or 'factored'")
-    return Rule(
-        dims=tuple(sorted(_integers(name, "dims", data.get("dims", []), MAX_NDIM - 1))),
-        form=form,  # type: ignore[arg-type]  # checked by the plan's constructor
-        shape=shape,
-        snr=_snr_from_list(name, data.get("snr", []), MAX_NDIM if shape is None else len(shape)),
-        reason=data.get("reason", ""),
-        role=data.get("role", ""),
-    )
-
-
-def _snr_from_list(name: str, data: object, ndim: int) -> dict[Candidate, float]:
-    if not isinstance(data, list) or len(data) > 2**MAX_NDIM:
-        raise PlanError(f"{name!r}: snr={_shown(data)} must be a list of candidates with their values")
-    found: dict[Candidate, float] = {}
-    for item in data:
-        if not isinstance(item, dict) or set(item) != {"candidate", "value"}:
-            raise PlanError(f"{name!r}: snr entry {_shown(item)} must have 'candidate' and 'value'")
-        value = math.inf if item["value"] == "infinity" else item["value"]
-        if not _is_nonnegative_number(value):
-            raise PlanError(f"{name!r}: SNR {_shown(value)} must be a number >= 0 or 'infinity'")
-        try:
-            found[normalize_candidate(item["candidate"], ndim)] = float(value)
-        except ValueError as error:
-            raise PlanError(f"{name!r}: {error}") from error
-    return found
-
-
-def _rule_of_authors(name: str, value: object) -> Rule:
-    if value is None:
-        return Rule(reason="taken from a rules file")
-    numbers = [value] if isinstance(value, int) and not isinstance(value, bool) else value
-    dims = tuple(sorted(_integers(name, "dims", numbers, MAX_NDIM - 1)))
-    return Rule(dims, "mean" if dims else "full", reason="taken from a rules file")
-
-
-def _integers(name: str, key: str, value: object, largest: int, longest: int = MAX_NDIM) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > longest:
-        raise PlanError(f"{name!r}: {key}={_shown(value)} must be a list of at most {longest} integers")
-    for number in value:
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= largest:
-            raise PlanError(f"{name!r}: {key}={_shown(value)} must hold integers in 0..{largest}")
-    return tuple(value)
-
-
-def _is_nonnegative_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return 0 <= value <= math.inf and not (isinstance(value, int) and value > 1 << 1000)
-
-
-def _no_unknown_keys(where: str, data: Mapping[str, object], known: set[str]) -> None:
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise PlanError(f"{where}: unknown key {_shown(unknown[0])}; known are {sorted(known)}")
-
-
-def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise PlanError(f"{_shown(twice)} appears twice in one object; keep one of them")
-    return found
-
-
-def _no_constant(constant: str) -> None:
-    raise PlanError(f'{constant} is not JSON; write infinite SNRs as "infinity"')
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from slimadam.automatic import AutoPlan
 from slimadam.errors import PlanError
 from slimadam.names import NamedParameters
-from slimadam.plan import CompressionPlan, Rule, factored_rule, fit_rule, paper_rule
+from slimadam.plan import CompressionPlan
 from slimadam.roles import UNKNOWN, ParameterRole, canonical_name, role_from_name
+from slimadam.rules import Rule, factored_rule, fit_rule, paper_rule
 
 PlanArgument = str | Path | CompressionPlan | AutoPlan | None
 ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None

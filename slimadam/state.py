@@ -10,7 +10,8 @@ from torch import Tensor
 
 from slimadam.errors import PlanError
 from slimadam.functional import stand_in
-from slimadam.plan import CompressionPlan, Dims, Rule, fit_rule
+from slimadam.plan import CompressionPlan
+from slimadam.rules import Dims, Rule, fit_rule
 
 KEY: Final = "slimadam"
 FORMAT_VERSION: Final = 1

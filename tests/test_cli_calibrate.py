@@ -304,3 +304,26 @@ def test_a_forked_child_that_ends_normally_writes_nothing(tmp_path: Path) -> Non
     assert done.stdout == "parent\n"
     assert done.stderr.count("plan written") == 1
     assert "2 steps" in done.stderr
+
+
+def test_budget_goes_from_the_command_line_to_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(30, 20))\n"
+        "optimizer = torch.optim.AdamW(model.parameters())\n"
+        "for _ in range(2):\n"
+        "    optimizer.zero_grad()\n"
+        "    model(torch.randn(4, 20)).square().sum().backward()\n"
+        "    optimizer.step()\n"
+    )
+    result = CliRunner().invoke(cli, ["calibrate", "--budget", "0.3", str(script)])
+    assert result.exit_code == 0, result.output
+    assert 0.3 <= CompressionPlan.load("plan.json").second_moments_saved < 0.96
+    result = CliRunner().invoke(cli, ["calibrate", "--budget", "1.0", str(script)])
+    assert result.exit_code == 0
+    assert "can be saved; ask for less; the plan is by the cutoff 1 instead" in result.output
+    result = CliRunner().invoke(cli, ["calibrate", "--budget", "0.3", "--cutoff", "1", str(script)])
+    assert result.exit_code == 2
+    assert "exclude each other" in result.output

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -303,3 +304,70 @@ def test_saving_follows_links_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="missing"):
         plan.save(tmp_path / "missing" / "plan.json")
     assert {path.name for path in (tmp_path / "shared").iterdir()} == {"plan.json"}
+
+
+def _noise(plan: CompressionPlan) -> float:
+    """What the chosen forms average away: elements over SNR."""
+    total = 0.0
+    for rule in plan.values():
+        if rule.form != "full":
+            total += math.prod(rule.shape or ()) / rule.snr["factored" if rule.form == "factored" else rule.dims]
+    return total
+
+
+SMALL_SNR = st.dictionaries(
+    st.sampled_from([(0,), (1,), (0, 1), "factored"]), st.floats(0.01, 100), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    snrs=st.lists(SMALL_SNR, min_size=1, max_size=4),
+    budget=st.floats(0, 0.9),
+    sizes=st.lists(st.tuples(st.integers(2, 9), st.integers(2, 9)), min_size=4, max_size=4),
+)
+def test_budget_is_met_and_nearly_nothing_cheaper_meets_it(
+    snrs: list[dict[Any, float]], budget: float, sizes: list[tuple[int, int]]
+) -> None:
+    history = SNRHistory()
+    for index, snr in enumerate(snrs):
+        history.record(1, f"w{index}", sizes[index], snr)
+    options = []
+    for index, snr in enumerate(snrs):
+        shape = sizes[index]
+        rules = [Rule(shape=shape)]
+        rules += [
+            Rule((), "factored", shape, snr=snr) if key == "factored" else Rule(key, "mean", shape, snr=snr)
+            for key in snr
+        ]
+        options.append(
+            [rule for rule in rules if rule.form == "full" or rule.stored_elements(shape) < math.prod(shape)]
+        )
+    possible = [
+        CompressionPlan({f"w{index}": rule for index, rule in enumerate(combination)})
+        for combination in itertools.product(*options)
+    ]
+    meeting = [plan for plan in possible if plan.second_moments_saved >= budget - 1e-9]
+    if not meeting:
+        with pytest.raises(ValueError, match=r"budget=.*: at most .* can be saved; ask for less"):
+            CompressionPlan.from_snr(history, budget=budget, forms="best")
+        return
+    chosen = CompressionPlan.from_snr(history, budget=budget, forms="best")
+    assert chosen.second_moments_saved >= budget - 1e-9
+    # The greedy solution of a knapsack is off by at most one parameter's choice.
+    most_of_one = max(math.prod(sizes[index]) / min(snr.values()) for index, snr in enumerate(snrs))
+    assert _noise(chosen) <= min(map(_noise, meeting)) + most_of_one + 1e-9
+
+
+def test_budget_spends_where_it_costs_least() -> None:
+    history = SNRHistory()
+    for name, row_snr in (("a", 0.5), ("b", 4.0), ("c", 2.0)):
+        history.record(1, name, (10, 10), {(1,): row_snr})
+    plan = CompressionPlan.from_snr(history, budget=0.6)
+    assert {name: rule.dims for name, rule in plan.items()} == {"a": (), "b": (1,), "c": (1,)}
+    assert "stays in full: the budget of 60.0% is met" in plan["a"].reason
+    assert "SNR 4: part of the cheapest way to save 60.0%" in plan["b"].reason
+    assert CompressionPlan.from_snr(history, budget=0.0).second_moments_saved == 0
+    assert CompressionPlan.from_snr(history, budget=0.9).second_moments_saved == pytest.approx(0.9)
+    with pytest.raises(ValueError, match="budget=2 must be a share"):
+        CompressionPlan.from_snr(history, budget=2)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,11 +25,12 @@ from rich.progress import (
 )
 
 from slimadam.calibration import every, paper_schedule
-from slimadam.cli.console import finite, is_main_rank, output_path, percent, status_console
+from slimadam.choosing import Forms
+from slimadam.cli.console import finite, finite_or_none, is_main_rank, output_path, percent, status_console
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
 from slimadam.cli.observe import Observer
 from slimadam.cli.script import SCRIPT_SETTINGS, SIGTERM_EXIT, Outcome, Script, script_arguments
-from slimadam.plan import CompressionPlan, Forms
+from slimadam.plan import CompressionPlan
 from slimadam.snr import SNRHistory
 
 _REDRAW_SECONDS = 0.1
@@ -65,6 +67,10 @@ class _Files:
     help="SNR that averaging must exceed to be chosen.",
 )  # fmt: skip
 @click.option(
+    "--budget", type=click.FloatRange(0, 1), callback=finite_or_none,
+    help="Instead of a cutoff: save at least this share of second moments and lose the least SNR.",
+)  # fmt: skip
+@click.option(
     "--forms", type=click.Choice(["mean", "best"]), default="mean", show_default=True,
     help="mean: averages only, as in the paper. best: row and column averages compete too.",
 )  # fmt: skip
@@ -88,6 +94,7 @@ def calibrate(
     ctx: click.Context,
     steps: int | None,
     cutoff: float,
+    budget: float | None,
     forms: Forms,
     keep: tuple[str, ...],
     interval: int | None,
@@ -106,6 +113,8 @@ def calibrate(
     goes to the script. Exit codes: 0 done, 1 the script failed (what was measured is still written), 2 usage,
     3 nothing to calibrate.
     """
+    if budget is not None and ctx.get_parameter_source("cutoff") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--cutoff and --budget exclude each other; choose one")
     console, stdout = status_console(), sys.stdout
     with _progress(console, steps) as on_step:
         schedule = paper_schedule if interval is None else every(interval)
@@ -118,7 +127,7 @@ def calibrate(
     result = _empty_result(observer, outcome)
     if observer.optimizers:
         measured = observer.history()
-        plan = CompressionPlan.from_snr(measured, cutoff, forms=forms, keep=keep)
+        plan = _plan(console, measured, cutoff, budget, forms, keep)
         result |= _result_of(plan)
         if is_main_rank():
             facts = {"script": script, "learning rate": f"the script's, times {lr_scale:g}"}
@@ -128,6 +137,22 @@ def calibrate(
     if as_json and is_main_rank():
         click.echo(json.dumps(result), file=stdout)
     ctx.exit(_exit_code(console, observer, outcome))
+
+
+def _plan(
+    console: Console,
+    measured: SNRHistory,
+    cutoff: float,
+    budget: float | None,
+    forms: Forms,
+    keep: tuple[str, ...],
+) -> CompressionPlan:
+    """The plan; where the budget is out of reach, the one by cutoff, so that no measurement is lost."""
+    try:
+        return CompressionPlan.from_snr(measured, cutoff, budget=budget, forms=forms, keep=keep)
+    except ValueError as error:
+        console.print(f"slimadam: {error}; the plan is by the cutoff {cutoff:g} instead")
+        return CompressionPlan.from_snr(measured, cutoff, forms=forms, keep=keep)
 
 
 @contextmanager

@@ -46,6 +46,11 @@ def finite(ctx: click.Context, parameter: click.Parameter, value: float) -> floa
     return value
 
 
+def finite_or_none(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """As :func:`finite`, for options that may be left out."""
+    return None if value is None else finite(ctx, parameter, value)
+
+
 def percent(share: float) -> str:
     """``0.9943`` as ``99.4%``."""
     return f"{100 * share:.1f}%"

@@ -16,7 +16,8 @@ from torch import nn
 
 from slimadam.cli.console import percent
 from slimadam.errors import PlanError
-from slimadam.plan import CompressionPlan, Rule, fit_rule
+from slimadam.plan import CompressionPlan
+from slimadam.rules import Rule, fit_rule
 from slimadam.snr import FACTORED, Candidate
 
 _PLAN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

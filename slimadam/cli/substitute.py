@@ -18,7 +18,8 @@ from slimadam.errors import PlanError
 from slimadam.memory import MemoryReport
 from slimadam.names import NamedParameters, owning_modules
 from slimadam.optimizer import SlimAdam
-from slimadam.plan import CompressionPlan, Rule, factored_rule, paper_rule
+from slimadam.plan import CompressionPlan
+from slimadam.rules import Rule, factored_rule, paper_rule
 
 NamedPlan = Literal["auto", "rules", "factored", "none"]
 ScriptPlan = CompressionPlan | NamedPlan

@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slimadam.plan import CompressionPlan, Rule
+from slimadam.plan import CompressionPlan
 from slimadam.report import wording
+from slimadam.rules import Rule
 
 WIDTH = 1120.0
 LABEL_WIDTH = 168.0

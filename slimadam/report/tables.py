@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from slimadam.plan import CompressionPlan, Rule
+from slimadam.plan import CompressionPlan
 from slimadam.report import wording
+from slimadam.rules import Rule
 from slimadam.snr import FACTORED, Candidate
 
 BYTES_PER_ELEMENT = 4

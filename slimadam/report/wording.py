@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from slimadam.plan import CompressionPlan, Rule
+from slimadam.plan import CompressionPlan
 from slimadam.roles import BIAS, NORM, UNKNOWN, role_from_name
+from slimadam.rules import Rule
 from slimadam.snr import FACTORED, Candidate
 
 LEGEND: Mapping[str, str] = {
