@@ -95,6 +95,7 @@ class Measuring:
         self.steps += 1
         if self.settings.measures(self.steps):
             for name, role, second_moment in itertools.chain([first], moments):
+                self.history.forget_if_reshaped(name, second_moment.shape)
                 self.history.record(self.steps, name, second_moment.shape, measure(second_moment), role)
         if self.steps < self.settings.calibration_steps:
             return None

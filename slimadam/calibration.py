@@ -100,6 +100,12 @@ class SNRRecorder:
             if isinstance(second_moment, Tensor) and second_moment.shape == parameter.shape:
                 self._record(parameter, measure(second_moment))
 
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters measured so far, by the names they are recorded under."""
+        named = ((self._names.name(parameter), parameter) for parameter in self._parameters())
+        return {name: parameter for name, parameter in named if name is not None}
+
     def detach(self) -> None:
         """Remove the hook; the history stays."""
         if self._handle is not None:
@@ -116,6 +122,7 @@ class SNRRecorder:
             name = self._names.name(parameter)
             assert name is not None
         role = self._names.role(parameter)
+        self.history.forget_if_reshaped(name, parameter.shape)
         self.history.record(self.steps, name, parameter.shape, values, role.role if role else "")
 
 

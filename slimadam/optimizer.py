@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -74,7 +75,7 @@ class SlimAdam(Optimizer):
             gradient, bias correction kept (GI-Adam, arXiv 2406.09405).
         momentum_dtype: Precision of the first moment; None is the parameter's own.
         bf16_stochastic_round: Round bfloat16 parameters up or down at random when they are written; the
-            randomness depends on nothing but the step and the parameter's position.
+            randomness depends on nothing but the step and the parameter's name.
         maximize: Ascend.
         foreach: True: lists of tensors at once. False: one at a time, by the readable reference.
         capturable: Keep step counts on the device.
@@ -273,6 +274,11 @@ class SlimAdam(Optimizer):
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Name, tensor and group of each parameter."""
+        if len(self._names) != len(self.param_groups):
+            raise RuntimeError(
+                f"param_groups has {len(self.param_groups)} groups, but {len(self._names)} were added; add groups with "
+                "add_param_group, and build a new optimizer to leave one out"
+            )
         for index, (names, group) in enumerate(zip(self._names, self.param_groups, strict=True)):
             if len(names) != len(group["params"]):
                 raise RuntimeError(
@@ -345,13 +351,14 @@ class SlimAdam(Optimizer):
     def _entries(self, names: Sequence[str], group: dict[str, Any]) -> dict[Backend, list[Entry]]:
         """The group's parameters that have gradients, by the implementation that updates them."""
         entries: dict[Backend, list[Entry]] = {}
-        for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
+        for name, param in zip(names, group["params"], strict=True):
             if param.grad is None:
                 continue
             rule = self._rules[name]
             entry = _entry(rule, param, group, self.state[param])
+            _check_shapes(name, rule, entry)
             if group["bf16_stochastic_round"]:
-                entry = entry._replace(seed=_rounding_seed(entry.step, index))
+                entry = entry._replace(seed=_rounding_seed(entry.step, name))
             backend = self._backend(rule, param, group)
             if backend == "blocked" and not fits_in_memory_order(entry):
                 backend = "reference"
@@ -525,6 +532,16 @@ class SlimAdam(Optimizer):
             self._resolver.resume((name, param) for name, param, _ in self._parameters())
 
 
+def _check_shapes(name: str, rule: Rule, entry: Entry) -> None:
+    kept = tuple(tuple(part.shape) for part in entry.exp_avg_sq)
+    if kept != rule.state_shapes(tuple(entry.param.shape)):
+        raise RuntimeError(
+            f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
+            f"{tuple(entry.param.shape)} keeps {rule.state_shapes(tuple(entry.param.shape))}; param_groups must stay "
+            "in the order in which they were added, and a parameter keep its shape"
+        )
+
+
 def _entry(rule: Rule, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Entry:
     assert param.grad is not None
     return Entry(
@@ -602,8 +619,8 @@ def _scalar(value: Scalar) -> Scalar:
     return value.squeeze() if isinstance(value, Tensor) and value.dim() else value
 
 
-def _rounding_seed(step: Tensor, index: int) -> int:
-    """A seed that only the step and the parameter's position decide, so that a resumed run repeats it."""
-    mixed = (int(step.item()) * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
+def _rounding_seed(step: Tensor, name: str) -> int:
+    """A seed that only the step and the parameter's name decide, so that a resumed run repeats it."""
+    mixed = (int(step.item()) * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode()) * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
     mixed ^= mixed >> 31
     return mixed * 0x94D049BB133111EB >> 2 & (1 << 62) - 1

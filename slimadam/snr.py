@@ -28,6 +28,7 @@ CONSTANT_RELATIVE_VARIANCE = 1e-28
 MAX_NDIM = 8
 CSV_COLUMNS = ("step", "key", "shape", "compress_dims", "snr")
 _MAX_CSV_BYTES = 1 << 30
+_MAX_STEP = 1 << 53
 _INTEGER_TUPLE = re.compile(r"(?:torch\.Size)?[\d\s,()\[\]]*")
 
 
@@ -236,10 +237,15 @@ class SNRHistory(Mapping[str, ParameterSNR]):
         if values:
             parameter.values.setdefault(int(step), {}).update(values)
 
+    def forget_if_reshaped(self, name: str, shape: Sequence[int]) -> None:
+        """Drop what was recorded under a name if the parameter has another shape now: it is another parameter."""
+        if name in self._parameters and self._parameters[name].shape != tuple(shape):
+            del self._parameters[name]
+
     def save_csv(self, path: str | Path) -> None:
         """Write one row per measurement: ``step,key,shape,compress_dims,snr``."""
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
+        with Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.writer(file)
             writer.writerow(CSV_COLUMNS)
             for name, parameter in self.items():
                 for step, measured in sorted(parameter.values.items()):
@@ -283,8 +289,8 @@ def _read_row(history: SNRHistory, row: Mapping[str, str | None], where: str) ->
             dims if dims == FACTORED else _integers(dims, "compress_dims", where), len(shape)
         )
         step, value = int(row["step"] or ""), float(row["snr"] or "")
-        if step < 0 or value < 0:
-            raise ValueError(f"step={step}, snr={value} must not be negative")
+        if not 0 <= step < _MAX_STEP or value < 0:
+            raise ValueError(f"step={step}, snr={value} must be >= 0, and the step below 2**53")
         history.record(step, row["key"], shape, {candidate: value})
     except ValueError as error:
         raise PlanError(f"{where}: {row['key']!r}: {error}") from error

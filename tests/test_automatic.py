@@ -219,3 +219,16 @@ def test_amsgrad_checkpoint_is_refused_where_second_moments_are_factored() -> No
         optimizer.load_state_dict(adamw.state_dict())
     assert not optimizer.state
     assert not optimizer.param_groups[0]["amsgrad"]
+
+
+def test_a_parameter_exchanged_for_one_of_another_shape_is_measured_anew() -> None:
+    param = nn.Parameter(torch.randn(6, 4))
+    optimizer = SlimAdam([param], plan=AUTO)
+    for step in range(7):
+        if step == 3:
+            param = nn.Parameter(torch.randn(9, 4))
+            optimizer.param_groups[0]["params"][0] = param
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    assert optimizer.plan["param_groups.0.params.0"].shape == (9, 4)
+    assert optimizer.plan.second_moments_saved > 0.5

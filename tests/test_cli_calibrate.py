@@ -327,3 +327,25 @@ def test_budget_goes_from_the_command_line_to_the_plan(tmp_path: Path, monkeypat
     result = CliRunner().invoke(cli, ["calibrate", "--budget", "0.3", "--cutoff", "1", str(script)])
     assert result.exit_code == 2
     assert "exclude each other" in result.output
+
+
+def test_groups_added_later_to_two_optimizers_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "later.py"
+    script.write_text(
+        "import torch\n"
+        "optimizers = [torch.optim.AdamW([torch.ones(2, 2, requires_grad=True)]) for _ in range(2)]\n"
+        "def step():\n"
+        "    for optimizer in optimizers:\n"
+        "        for group in optimizer.param_groups:\n"
+        "            for param in group['params']:\n"
+        "                param.grad = torch.randn_like(param)\n"
+        "        optimizer.step()\n"
+        "step()\n"
+        "for size, optimizer in zip((3, 5), optimizers):\n"
+        "    optimizer.add_param_group({'params': [torch.ones(size, size, requires_grad=True)]})\n"
+        "step()\n"
+    )
+    result = CliRunner().invoke(cli, ["calibrate", "--every", "1", str(script)])
+    assert result.exit_code == 0, result.output
+    assert sorted(rule.shape for rule in CompressionPlan.load("plan.json").values()) == [(2, 2), (2, 2), (3, 3), (5, 5)]

@@ -327,3 +327,29 @@ def test_any_shape_goes_to_adamw_and_back(shape: tuple[int, ...], plan: Any) -> 
     adamw.load_state_dict(optimizer.adamw_state_dict())
     assert adamw.state[param]["exp_avg_sq"].shape == torch.Size(shape)
     optimizer.load_state_dict(adamw.state_dict())
+
+
+def test_reordered_and_removed_groups_are_refused() -> None:
+    p, q = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5, 5))
+    plan = CompressionPlan({"a": Rule((0,), "mean"), "b": Rule((1,), "mean")})
+    optimizer = SlimAdam([{"params": [("a", p)]}, {"params": [("b", q)]}], plan=plan)
+    for param in (p, q):
+        param.grad = torch.randn(5, 5)
+    optimizer.step()
+    optimizer.param_groups.reverse()
+    with pytest.raises(RuntimeError, match=r"'a': its second moment has shape \(5, 1\).*stay in the order"):
+        optimizer.step()
+    optimizer.param_groups.pop()
+    with pytest.raises(RuntimeError, match="has 1 groups, but 2 were added"):
+        optimizer.step()
+
+
+def test_stochastic_rounding_differs_between_groups() -> None:
+    params = [nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = SlimAdam(
+        [{"params": [param]} for param in params], lr=2**-10, weight_decay=0.0, bf16_stochastic_round=True, plan=None
+    )
+    for param in params:
+        param.grad = torch.full_like(param, -1.0)
+    optimizer.step()
+    assert not torch.equal(*params)

@@ -119,13 +119,14 @@ def test_reads_the_authors_columns(tmp_path: Path) -> None:
     [
         ("step,key,snr\n1,a,2\n", "columns .*shape.* are missing"),
         ('step,key,shape,compress_dims,snr\n1,a,"(2, 3)","(2,)",1\n', "line 2.*not a dimension"),
-        ('step,key,shape,compress_dims,snr\n1,a,"(2, 3)","(0,)",-1\n', "must not be negative"),
+        ('step,key,shape,compress_dims,snr\n1,a,"(2, 3)","(0,)",-1\n', "must be >= 0, and the step below"),
         ('step,key,shape,compress_dims,snr\n1,a,"(2, 3)","__import__",1\n', "tuple of at most"),
         ('step,key,shape,compress_dims,snr\n1,a,"(2, 3)"\n', "compress_dims=None"),
         ('step,key,shape,compress_dims,snr\n1,,"(2, 3)","(0,)",1\n', "key is empty"),
         ('step,key,shape,compress_dims,snr\n1,a,"(2, 3)","(0,)",x\n', "could not convert"),
         ('step,key,shape,compress_dims,snr\n1,a,"(2, 3)","(0,)",1\n1,a,"(3, 2)","(0,)",1\n', "line 3.*shape"),
         ('step,key,shape,compress_dims,snr\n1,a,"' + "1" * 300 + '","(0,)",1\n', "shape="),
+        ("step,key,shape,compress_dims,snr\n" + "9" * 400 + ',a,"(2, 3)","(0,)",1\n', "below 2"),
         ("\x00\x01", "snr.csv"),
         ("", "missing"),
     ],
@@ -137,3 +138,14 @@ def test_hostile_csv_is_a_plan_error(tmp_path: Path, text: str, message: str) ->
         SNRHistory.load_csv(path)
     with pytest.raises(PlanError, match="cannot be read"):
         SNRHistory.load_csv(tmp_path / "missing.csv")
+
+
+def test_odd_names_survive_csv(tmp_path: Path) -> None:
+    history = SNRHistory()
+    for name in ("a\rb", "a\r\nb", " c ", "d;e", "f'g"):
+        history.record(1, name, (2,), {(0,): 1.0})
+    history.save_csv(tmp_path / "snr.csv")
+    assert list(SNRHistory.load_csv(tmp_path / "snr.csv")) == list(history)
+    history.record(1, "lone \ud800 surrogate", (2,), {(0,): 1.0})
+    history.save_csv(tmp_path / "snr.csv")
+    assert len(SNRHistory.load_csv(tmp_path / "snr.csv")) == len(history)

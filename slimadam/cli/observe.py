@@ -11,14 +11,13 @@ from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from slimadam.calibration import Schedule, SNRRecorder
 from slimadam.cli.learning_rate import LearningRateScale
 from slimadam.cli.script import StopScript, Terminated
-from slimadam.cli.script_names import names_of_optimizer, prefix_of, prefixed
+from slimadam.cli.script_names import prefix_of, prefixed
 from slimadam.snr import SNRHistory
 
 
@@ -30,7 +29,6 @@ def is_adam_like(optimizer: Optimizer) -> bool:
 @dataclass(frozen=True)
 class _Watched:
     recorder: SNRRecorder
-    parameters: dict[str, Tensor]
     prefix: str
 
 
@@ -97,7 +95,7 @@ class Observer:
     def _ambiguous_names(self) -> set[str]:
         owners: dict[str, set[int]] = {}
         for watched in self._watched.values():
-            for name, parameter in watched.parameters.items():
+            for name, parameter in watched.recorder.parameters.items():
                 owners.setdefault(name, set()).add(id(parameter))
         return {name for name, parameters in owners.items() if len(parameters) > 1}
 
@@ -144,8 +142,7 @@ class Observer:
 
     def _watch(self, optimizer: Optimizer) -> None:
         recorder = SNRRecorder(optimizer, schedule=self._schedule, attach=False)
-        parameters = names_of_optimizer(optimizer)
-        self._watched[optimizer] = _Watched(recorder, parameters, prefix_of(parameters.values()))
+        self._watched[optimizer] = _Watched(recorder, prefix_of(recorder.parameters.values()))
 
     @contextmanager
     def _sigterm_raises(self) -> Iterator[None]:

@@ -7,16 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from slimadam.names import NamedParameters, owning_modules
-
-
-def names_of_optimizer(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The parameters of an optimizer by the names that :class:`slimadam.SNRRecorder` gives them."""
-    named = NamedParameters.of_optimizer(optimizer)
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return {str(named.name(parameter)): parameter for parameter in parameters}
 
 
 def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

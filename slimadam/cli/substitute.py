@@ -140,7 +140,8 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
             self._index = substitution.new_index()
             self._decoupled = decoupled_weight_decay
             groups: Any = params if isinstance(params, Tensor) else as_groups(params)
-            self._look_up(groups)
+            if not isinstance(groups, Tensor):
+                self._look_up(groups)
             options.pop("fused", None)
             plan = "auto" if substitution.automatic else None
             super().__init__(groups, lr, betas, eps, weight_decay, amsgrad, plan=plan, **options)
