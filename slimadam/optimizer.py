@@ -27,6 +27,7 @@ from slimadam.functional import (
     second_moment_dtype,
     update_direction,
 )
+from slimadam.loading import loaded_state, merged_groups
 from slimadam.memory import MemoryReport
 from slimadam.options import check_group
 from slimadam.plan import CompressionPlan
@@ -451,7 +452,7 @@ class SlimAdam(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         state_format.check_layout(state_dict)
-        groups = _merged_groups(self.param_groups, state_dict["param_groups"])
+        groups = merged_groups(self.param_groups, state_dict["param_groups"])
         owners = {
             saved_id: (name, param, group)
             for names, group, saved in zip(self._names, groups, state_dict["param_groups"], strict=True)
@@ -464,7 +465,8 @@ class SlimAdam(Optimizer):
         for saved_id, saved in state_dict["state"].items():
             if saved_id in owners:
                 name, param, group = owners[saved_id]
-                state[param] = self._loaded_state(name, rules[name], param, group, saved)
+                momentum_dtype = self._momentum_dtype(param, group)
+                state[param] = loaded_state(name, rules[name], param, group, momentum_dtype, saved)
             else:
                 state[saved_id] = deepcopy(saved)
         self._rules, self._measuring = rules, measuring
@@ -483,34 +485,6 @@ class SlimAdam(Optimizer):
             for name, param, _ in self._parameters()
         }
         return rules, Measuring.from_dict(settings, own["measuring"]) if "measuring" in own else None
-
-    def _loaded_state(
-        self, name: str, rule: Rule, param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        loaded = deepcopy({key: value for key, value in saved.items() if key not in _STATE_KEYS})
-        if not saved:
-            return loaded
-        missing = [key for key in _STATE_KEYS[:3] if key not in saved]
-        if missing:
-            raise ValueError(f"{name!r}: the state dict lacks {missing}; it is not of Adam, AdamW or SlimAdam")
-        state_format.check_tensors(name, saved, param)
-        if saved["exp_avg"].shape != param.shape:
-            raise ValueError(
-                f"{name!r}: the state dict's exp_avg has shape {tuple(saved['exp_avg'].shape)}, the parameter "
-                f"{tuple(param.shape)}; load the state of the same model"
-            )
-        device = param.device if group["capturable"] else torch.device("cpu")
-        step = torch.as_tensor(saved["step"], dtype=state_format.step_dtype())
-        loaded["step"] = step.to(device, copy=True)
-        momentum_dtype = self._momentum_dtype(param, group)
-        loaded["exp_avg"] = saved["exp_avg"].to(device=param.device, dtype=momentum_dtype, copy=True)
-        for key in state_format.SECOND_MOMENTS:
-            if key in saved:
-                dtype = second_moment_dtype(param.dtype)
-                loaded[key] = state_format.convert(name, saved[key], param, rule, dtype)
-        if group["amsgrad"] and "max_exp_avg_sq" not in saved:
-            raise ValueError(f"{name!r}: amsgrad=True, but the state dict has no max_exp_avg_sq; set amsgrad=False")
-        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -555,9 +529,6 @@ def _entry(rule: Rule, param: Tensor, group: Mapping[str, Any], state: Mapping[s
     )
 
 
-_STATE_KEYS = ("step", "exp_avg", *state_format.SECOND_MOMENTS)
-
-
 @cache
 def _say_what_fused_runs() -> None:
     logger.warning(
@@ -573,30 +544,6 @@ def _refuse_lazy(params: Sequence[Tensor]) -> None:
                 f"parameter {index} of the group has no shape yet (a lazy module's); run a forward pass before "
                 "building the optimizer"
             )
-
-
-def _merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The saved options over the present ones, with the present parameters."""
-    if len(groups) != len(saved_groups):
-        raise ValueError(
-            "loaded state dict has a different number of parameter groups: "
-            f"{len(saved_groups)}, the optimizer has {len(groups)}"
-        )
-    merged = []
-    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        if len(group["params"]) != len(saved["params"]):
-            raise ValueError(
-                f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                f"group {index} has {len(saved['params'])} parameters, the optimizer's {len(group['params'])}"
-            )
-        options = {key: value for key, value in saved.items() if key not in _OF_ADAM}
-        merged.append({**group, **deepcopy(options), "params": group["params"]})
-        check_group(merged[-1])
-    return merged
-
-
-# What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on.
-_OF_ADAM = ("params", "decoupled_weight_decay", "fused")
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
