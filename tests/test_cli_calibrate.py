@@ -327,6 +327,9 @@ def test_budget_goes_from_the_command_line_to_the_plan(tmp_path: Path, monkeypat
     result = CliRunner().invoke(cli, ["calibrate", "--budget", "0.3", "--cutoff", "1", str(script)])
     assert result.exit_code == 2
     assert "exclude each other" in result.output
+    result = CliRunner().invoke(cli, ["calibrate", "--out", "same", "--history", "same", str(script)])
+    assert result.exit_code == 2
+    assert "name the same file" in result.output
 
 
 def test_groups_added_later_to_two_optimizers_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

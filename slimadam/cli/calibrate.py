@@ -115,6 +115,9 @@ def calibrate(
     """
     if budget is not None and ctx.get_parameter_source("cutoff") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--cutoff and --budget exclude each other; choose one")
+    outputs = [path for path in (out, report, history) if path is not None]
+    if len(set(outputs)) != len(outputs):
+        raise click.UsageError("--out, --report and --history name the same file; give each its own")
     console, stdout = status_console(), sys.stdout
     with _progress(console, steps) as on_step:
         schedule = paper_schedule if interval is None else every(interval)
