@@ -27,7 +27,7 @@ def throughput(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             "Time of one step over the shapes of GPT-2 124M in float32 on a CPU, as a ratio to `torch.optim.AdamW`, "
-            f"medians of one run {origin(result['machine'])}:",
+            f"{result['machine']['threads']} threads, medians of one run {origin(result['machine'])}:",
             "",
             "| | time |",
             "|---|---|",
@@ -54,13 +54,21 @@ def demo(result: dict[str, Any]) -> str:
         ("SlimAdam, best form", lambda run: f"{run['best']['held_out_loss']:.4f} ({run['best']['loss_gap']:+.2%})"),
         ("second moments saved, averages", lambda run: f"{_saved(run, 'slimadam', 'second_moment_bytes'):.1%}"),
         ("second moments saved, best form", lambda run: f"{_saved(run, 'best', 'second_moment_bytes'):.1%}"),
-        ("all optimizer state saved", lambda run: f"{_saved(run, 'best', 'state_bytes'):.1%}"),
+        ("whole optimizer state saved, best form", lambda run: f"{_saved(run, 'best', 'state_bytes'):.1%}"),
+        (
+            "time of an optimizer step, averages, best form",
+            lambda run: f"{_slower(run, 'slimadam')}, {_slower(run, 'best')}",
+        ),
     ]
     machine = {"processor": result["machine"]["cpu"], "cores": result["machine"]["cores"], "date": result["date"][:10]}
     versions = {"python": result["versions"]["python"], "versions": result["versions"]}
     header = ["| | " + " | ".join(f"seed {run['seed']}" for run in runs) + " |", "|---" * (len(runs) + 1) + "|"]
     lines = [f"| {label} | " + " | ".join(show(run) for run in runs) + " |" for label, show in rows]
     return "\n".join([f"What it prints, for three seeds {origin({**machine, **versions})}:", "", *header, *lines])
+
+
+def _times(run: dict[str, Any], plan: str) -> str:
+    return f"{run[plan]['median_optimizer_ms'] / run['adamw']['median_optimizer_ms']:.1f} x"
 
 
 def _saved(run: dict[str, Any], plan: str, what: str) -> float:

@@ -8,6 +8,8 @@ PyTorch's own fused CPU kernel.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -207,7 +209,7 @@ def _two_passes(update: Update) -> None:
 
     # first and second moment
     for block in blocks:
-        squares = update.grad[block].to(columns.dtype).square()
+        squares = _squares(update.grad[block], columns.dtype)
         sums += squares.sum(0, keepdim=True)
         for row in rows:
             row[block].mul_(update.beta2).add_(squares.mean(1, keepdim=True), alpha=weight)
@@ -217,12 +219,16 @@ def _two_passes(update: Update) -> None:
         (columns,) = running_maximum(update.maxima, [columns])
 
     # weight decay and update
-    relative = relative_rows(rows[0]) if rows else None
-    denominator = update.denominator(columns)
+    if not rows:
+        denominator = update.denominator(columns)
+        for block in blocks:
+            update.update_param(block, denominator)
+        return
+    row_roots, column_roots = relative_rows(rows[0]).sqrt_(), columns.sqrt().div_(update.root)
     for block in blocks:
-        if relative is not None:
-            denominator = update.denominator(relative[block] * columns)
-        update.update_param(block, denominator)
+        scratch = _scratch(columns.dtype, update.param[block].shape)
+        torch.mul(row_roots[block], column_roots, out=scratch)
+        update.update_param(block, scratch.add_(update.eps))
 
 
 def _blocks(count: int, width: int) -> Iterator[slice]:
@@ -234,6 +240,28 @@ def _mean_square(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean of squares over the middle dimension of ``[pre, red, post]``, without a temporary for rows."""
     red, post = grad.shape[1:]
     if post == 1 and 1 < red <= LONGEST_NORM:
-        norm: Tensor = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=dtype)
-        return norm.square_().div_(red)
-    return grad.to(dtype).square().mean(1, keepdim=True)
+        # Two dimensions: only a reduction over the last one is fast.
+        norm: Tensor = torch.linalg.vector_norm(grad[:, :, 0], dim=1, keepdim=True, dtype=dtype)
+        return norm.square_().div_(red).unsqueeze(2)
+    return _squares(grad, dtype).mean(1, keepdim=True)
+
+
+def _squares(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad**2`` in memory that the next block uses again."""
+    scratch = _scratch(dtype, grad.shape)
+    if grad.dtype == dtype:
+        return torch.mul(grad, grad, out=scratch)
+    return scratch.copy_(grad).square_()
+
+
+_scratches = threading.local()
+
+
+def _scratch(dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Uninitialised memory of this thread; valid until the next call for the same precision."""
+    wanted = math.prod(shape)
+    held: Tensor | None = getattr(_scratches, str(dtype), None)
+    if held is None or held.numel() < wanted:
+        held = torch.empty(wanted, dtype=dtype)
+        setattr(_scratches, str(dtype), held)
+    return held[:wanted].view(shape)

@@ -228,6 +228,8 @@ class CompressionPlan(Mapping[str, Rule]):
         """
         if not isinstance(data, dict):
             raise PlanError(f"a plan is a JSON object, not {shown(data)}")
+        if not data:
+            raise PlanError("the plan is empty; calibrate a model to get one")
         if "format" not in data or not isinstance(data["format"], str):
             return cls({name: rule_of_authors(name, value) for name, value in data.items()})
         if data["format"] != FORMAT:

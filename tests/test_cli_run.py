@@ -225,3 +225,15 @@ def test_factored_stores_rows_and_columns(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "[(30, 1), (1, 20)]" in result.output
     assert "take 320 bytes instead of 2,520" in result.output
+
+
+def test_auto_that_had_no_time_to_decide_says_so() -> None:
+    result = run("--plan", "auto", MIXED)
+    assert result.exit_code == 0, result.output
+    assert "1 optimizer(s) had not decided yet: plan 'auto' runs as AdamW for its first 500 steps" in result.output
+
+
+def test_a_misspelt_plan_names_what_there_is() -> None:
+    result = run("--plan", "factord", MIXED)
+    assert result.exit_code == 2
+    assert "neither a file nor one of auto, rules, factored, none; did you mean 'factored'?" in result.output

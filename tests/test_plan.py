@@ -140,6 +140,7 @@ def test_exact_names_win_and_ambiguity_matches_nothing() -> None:
 
 WRONG_PLANS = {
     "[]": "a plan is a JSON object",
+    "{}": "the plan is empty; calibrate a model to get one",
     "{": "cannot be read as a JSON plan",
     '{"a": [0], "a": [1]}': "'a' appears twice",
     '{"a": [0, 0]}': "names a dimension twice",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
 from typing import get_args
 
 import click
 from rich.console import Console
 
+from slimadam.automatic import AutoPlan
 from slimadam.cli.console import percent, status_console
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
 from slimadam.cli.script import SCRIPT_SETTINGS, Script, script_arguments
@@ -50,7 +53,14 @@ def run(ctx: click.Context, plan_name: str, is_module: bool, script: str, argume
 
 
 def _read_plan(name: str) -> ScriptPlan:
-    return name if name in get_args(NamedPlan) else CompressionPlan.load(name)  # type: ignore[return-value]
+    known = get_args(NamedPlan)
+    if name in known:
+        return name  # type: ignore[return-value]
+    if not Path(name).exists():
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise PlanError(f"--plan {name!r} is neither a file nor one of {', '.join(known)}{hint}")
+    return CompressionPlan.load(name)
 
 
 def _summarize(console: Console, substitution: Substitution) -> None:
@@ -64,6 +74,11 @@ def _summarize(console: Console, substitution: Substitution) -> None:
         f"slimadam: second moments of {len(reports)} optimizer(s) take {kept:,} bytes instead of {full:,}, "
         f"{percent(saved)} saved"
     )
+    if substitution.undecided:
+        console.print(
+            f"slimadam: {len(substitution.undecided)} optimizer(s) had not decided yet: plan 'auto' runs as AdamW for "
+            f"its first {AutoPlan().calibration_steps} steps; train longer, or calibrate first"
+        )
     _list_names(console, "entries of the plan matched no parameter", substitution.unused)
     _list_names(console, "parameters are not in the plan and stay in full", substitution.uncovered)
 

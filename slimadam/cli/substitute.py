@@ -33,11 +33,13 @@ class Substitution:
 
     Attributes:
         memory: What each optimizer costs, in the order in which they were built.
+        undecided: Which of them are still measuring, with ``"auto"``.
         uncovered: Names of parameters with two or more dimensions that the plan has no entry for.
     """
 
     def __init__(self, plan: ScriptPlan) -> None:
         self.memory: dict[int, MemoryReport] = {}
+        self.undecided: set[int] = set()
         self.uncovered: list[str] = []
         self._plan = plan
         self._used: set[str] = set()
@@ -151,6 +153,10 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
 
         def _account(self) -> None:
             substitution.memory[self._index] = self.memory()
+            if self._measuring is None:
+                substitution.undecided.discard(self._index)
+            else:
+                substitution.undecided.add(self._index)
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
             self._refuse_l2(param_group)
