@@ -164,7 +164,11 @@ def test_options_groups_and_isinstance_are_those_of_torch() -> None:
         (["--plan", "none", str(SCRIPTS / "sgd.py")], 3, "built no torch.optim.Adam or AdamW"),
         (["--plan", "none", MIXED, "--exit-code", "5"], 1, "the script failed (exit code 5)"),
         (["--plan", "none", MIXED, "--end", "raise"], 1, "RuntimeError: no more data"),
-        (["--plan", "missing.json", MIXED], 2, "slimadam: missing.json: cannot be read as a JSON plan"),
+        (
+            ["--plan", "missing.json", MIXED],
+            2,
+            "slimadam: --plan 'missing.json' is neither a file nor one of auto, rules, factored, none",
+        ),
         (["--plan", "none", "missing.py"], 2, "cannot run 'missing.py': no such file"),
         ([MIXED], 2, "Missing option '--plan'"),
     ],
