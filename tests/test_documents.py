@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (\w+\.py)\n")
-SHELL_ONLY_HERE = ("git clone ", "cd slimadam", "pip install ", "source .venv/bin/activate")
+SHELL_ONLY_HERE = ("source .venv/bin/activate",)
 
 
 def _snippets(document: Path) -> list[tuple[str, str]]:
