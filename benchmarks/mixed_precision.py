@@ -39,7 +39,7 @@ def main() -> None:
     """Train, print a table, write ``results/mixed_precision.json``; exit 1 if the bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=700)
     arguments = parser.parse_args()
     runs = []
     for seed in arguments.seeds:
