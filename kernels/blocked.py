@@ -29,7 +29,7 @@ from slimadam.functional import (
 )
 
 BLOCK_ELEMENTS = 1 << 19
-"""Elements worked on at a time; ``python -m benchmarks.throughput --blocks`` measures other sizes."""
+"""Elements worked on at a time; ``python -m benchmarks.throughput --block N`` measures another size."""
 
 LONGEST_NORM = 1 << 16
 """Longest row summed by ``vector_norm``, whose running sums lose precision where ``mean``'s do not."""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimadam import CompressionPlan, PlanError, Rule, SlimAdam
+from slimadam.functional import slim_adamw
 from slimadam.snr import dimension_subsets
 from tests.reference import gradients, slim_adamw_float64, train
 
@@ -181,3 +182,24 @@ def test_state_laid_out_differently_is_still_updated(dims: Any, amsgrad: bool) -
                         state[key] = state[key].transpose(0, 3).contiguous().transpose(0, 3)
         results.append(param.detach())
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("dims", [(), (0,), (1,), "factored"], ids=str)
+def test_functional_form_agrees_with_float64(dims: Any, amsgrad: bool) -> None:
+    amsgrad = amsgrad and dims != "factored"
+    rule = _rule(dims) if dims else Rule()
+    start, grads = torch.randn(7, 5, dtype=torch.float64), gradients((7, 5), 4)
+    param, moment, step = start.clone(), torch.zeros(7, 5, dtype=torch.float64), torch.zeros(())
+    second = [torch.zeros(shape, dtype=torch.float64) for shape in rule.state_shapes((7, 5))]
+    largest = [torch.zeros_like(part) for part in second]
+    for grad in grads:
+        slim_adamw(
+            [param], [grad], [moment], [second], [step], averaged_dims=[rule.averaged_dims(2)],
+            max_exp_avg_sqs=[largest] if amsgrad else None, lr=3e-3, beta1=0.8, beta2=0.95, eps=1e-6,
+            weight_decay=0.1, maximize=True,
+        )  # fmt: skip
+    options = {**OPTIONS, "amsgrad": amsgrad, "maximize": True}
+    expected = slim_adamw_float64(start.numpy(), [grad.numpy() for grad in grads], dims, **options)
+    np.testing.assert_allclose(param.numpy(), expected, rtol=1e-13, atol=1e-13)
+    assert step == 4
