@@ -69,7 +69,6 @@ def _is_plain(entry: Entry) -> bool:
 
 def _torch_fused(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     steps = [entry.step for entry in entries]
-    torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
         [entry.param for entry in entries],
         [entry.grad for entry in entries],
@@ -95,9 +94,9 @@ def _update_one(entry: Entry, hyper: Hyperparameters) -> None:
         order = ()
     shapes = [(pre, 1, post)]
     if len(entry.exp_avg_sq) == 2:
-        pre, red, post = 1, entry.param.shape[0], entry.param[0].numel()
+        ((row_dim,), shape) = entry.averaged_dims[1], entry.param.shape
+        pre, red, post = math.prod(shape[:row_dim]), shape[row_dim], math.prod(shape[row_dim + 1 :])
         shapes = [(pre, red, 1), (pre, 1, post)]
-    entry.step.add_(1)
     numbers = hyper._replace(lr=float(hyper.lr), beta1=float(hyper.beta1), beta2=float(hyper.beta2))
     step_size, root = bias_corrections(entry.step, numbers)
     update = Update(
@@ -224,7 +223,7 @@ def _two_passes(update: Update) -> None:
         for block in blocks:
             update.update_param(block, denominator)
         return
-    row_roots, column_roots = relative_rows(rows[0]).sqrt_(), columns.sqrt().div_(update.root)
+    row_roots, column_roots = relative_rows(rows[0], (0,)).sqrt_(), columns.sqrt().div_(update.root)
     for block in blocks:
         scratch = _scratch(columns.dtype, update.param[block].shape)
         torch.mul(row_roots[block], column_roots, out=scratch)

@@ -4,6 +4,7 @@ from slimadam.automatic import AutoPlan
 from slimadam.calibration import SNRRecorder, calibrate, every, paper_schedule
 from slimadam.errors import PlanError
 from slimadam.optimizer import SlimAdam
+from slimadam.parts import Parts
 from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule
 from slimadam.snr import SNRHistory, snr
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoPlan",
     "CompressionPlan",
+    "Parts",
     "PlanError",
     "Rule",
     "SNRHistory",

@@ -8,14 +8,17 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from slimadam.choosing import Forms, check_choice
+from slimadam.parts import Parts
 from slimadam.plan import CompressionPlan
-from slimadam.snr import FACTORED, SNRHistory, measure, normalize_candidate
+from slimadam.recording import record
+from slimadam.rules import Rule
+from slimadam.snr import FACTORED, SNRHistory, normalize_candidate
 
 logger = logging.getLogger("slimadam")
 
@@ -32,6 +35,8 @@ class AutoPlan:
         budget: Share of the measured second moments to save instead, losing the least SNR.
         forms: ``"best"``: averages and the factored form compete. ``"mean"``: averages only, as in the paper.
         keep: Patterns of names or roles that stay in full.
+        parts: What parameters are made of, by pattern of their names, where their modules do not say, such as
+            ``{"*.qkv.weight": Parts({"query": 768, "key": 768, "value": 768})}``.
 
     Raises:
         ValueError: A setting is out of range.
@@ -43,6 +48,7 @@ class AutoPlan:
     budget: float | None = None
     forms: Forms = "best"
     keep: tuple[str, ...] = ()
+    parts: Mapping[str, Parts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("calibration_steps", "measurements"):
@@ -78,11 +84,12 @@ class Measuring:
         self.history = SNRHistory()
         self.steps = 0
 
-    def after_step(self, moments: Iterable[tuple[str, str, Tensor]], forms: Forms) -> CompressionPlan | None:
+    def after_step(self, moments: Iterable[tuple[str, Rule, Tensor]], forms: Forms) -> CompressionPlan | None:
         """Count a step, measure if it is time, and decide after the last. Without any moments it does not count.
 
         Args:
-            moments: Name, role and full second moment of each parameter that has one.
+            moments: For each piece of a parameter that has a second moment: its key and rule, and the parameter's
+                full second moment.
             forms: The forms to choose among, as in :class:`AutoPlan`.
 
         Returns:
@@ -94,9 +101,8 @@ class Measuring:
             return None
         self.steps += 1
         if self.settings.measures(self.steps):
-            for name, role, second_moment in itertools.chain([first], moments):
-                self.history.forget_if_reshaped(name, second_moment.shape)
-                self.history.record(self.steps, name, second_moment.shape, measure(second_moment), role)
+            for key, rule, second_moment in itertools.chain([first], moments):
+                record(self.history, self.steps, key, rule, second_moment)
         if self.steps < self.settings.calibration_steps:
             return None
         choice = self.settings
@@ -126,8 +132,13 @@ class Measuring:
         return {"steps": self.steps, "measured": measured}
 
     @classmethod
-    def from_dict(cls, settings: AutoPlan, data: Mapping[str, Any]) -> Measuring:
+    def from_dict(cls, settings: AutoPlan, data: Mapping[str, Any], plan: CompressionPlan) -> Measuring:
         """The inverse of :meth:`to_dict`.
+
+        Args:
+            settings: How to measure and decide.
+            data: What :meth:`to_dict` returned.
+            plan: Says what each parameter, or part of one, is.
 
         Raises:
             ValueError: The data is not what :meth:`to_dict` returned.
@@ -136,11 +147,12 @@ class Measuring:
         try:
             measuring.steps = int(data["steps"])
             for parameter in data["measured"]:
-                shape = tuple(parameter["shape"])
-                measuring.history.record(0, parameter["name"], shape, {}, parameter["role"])
+                name, shape = parameter["name"], tuple(parameter["shape"])
+                rule = plan.get(name, Rule())
+                measuring.history.record(0, name, shape, {}, parameter["role"], rule.part, rule.batch_dims)
                 for step, values in parameter["values"]:
                     found = {normalize_candidate(candidate, len(shape)): float(value) for candidate, value in values}
-                    measuring.history.record(step, parameter["name"], shape, found)
+                    measuring.history.record(step, name, shape, found)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the state dict's record of plan='auto' is damaged ({error!r})") from error
         return measuring

@@ -6,8 +6,7 @@ the first 1,000.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from slimadam.choosing import Forms
 from slimadam.names import NamedParameters
+from slimadam.parts import Parts, key_of
 from slimadam.plan import CompressionPlan
-from slimadam.snr import SNRHistory, measure
+from slimadam.recording import record
+from slimadam.rules import full_rule
+from slimadam.snr import SNRHistory
 
 Schedule = Callable[[int], bool]
 
@@ -51,6 +53,7 @@ class SNRRecorder:
             modules alive in the process.
         schedule: Given the step (from 1), whether to measure. Default: :func:`paper_schedule`.
         attach: Register the hook. With False, call :meth:`after_step` yourself.
+        parts: What parameters are made of, by pattern of their names, where their modules do not say.
 
     Attributes:
         history: What was measured so far.
@@ -67,6 +70,7 @@ class SNRRecorder:
         schedule: Schedule = paper_schedule,
         *,
         attach: bool = True,
+        parts: Mapping[str, Parts] | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
@@ -79,10 +83,11 @@ class SNRRecorder:
         self.steps = 0
         self._optimizer = optimizer
         self._schedule = schedule
-        self._names = NamedParameters.of_optimizer(optimizer, model)
+        self._parts = parts
+        self._names = NamedParameters.of_optimizer(optimizer, model, parts)
         self._handle: RemovableHandle | None = None
         for parameter in self._parameters():
-            self._record(parameter, {})
+            self._record(parameter, None)
         if attach:
             self._handle = optimizer.register_step_post_hook(lambda *_: self.after_step())
 
@@ -98,13 +103,17 @@ class SNRRecorder:
         for parameter in self._parameters():
             second_moment = self._optimizer.state.get(parameter, {}).get("exp_avg_sq")
             if isinstance(second_moment, Tensor) and second_moment.shape == parameter.shape:
-                self._record(parameter, measure(second_moment))
+                self._record(parameter, second_moment)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters measured so far, by the names they are recorded under."""
-        named = ((self._names.name(parameter), parameter) for parameter in self._parameters())
-        return {name: parameter for name, parameter in named if name is not None}
+        """The parameters measured so far, by the names they, or their parts, are recorded under."""
+        return {
+            key_of(name, piece.part): parameter
+            for parameter in self._parameters()
+            if (name := self._names.name(parameter)) is not None
+            for piece in self._names.pieces(parameter)
+        }
 
     def detach(self) -> None:
         """Remove the hook; the history stays."""
@@ -115,15 +124,14 @@ class SNRRecorder:
     def _parameters(self) -> Iterable[Tensor]:
         return (parameter for group in self._optimizer.param_groups for parameter in group["params"])
 
-    def _record(self, parameter: Tensor, values: dict[Any, float]) -> None:
+    def _record(self, parameter: Tensor, second_moment: Tensor | None) -> None:
         name = self._names.name(parameter)
         if name is None:
-            self._names = NamedParameters.of_optimizer(self._optimizer)
+            self._names = NamedParameters.of_optimizer(self._optimizer, parts=self._parts)
             name = self._names.name(parameter)
             assert name is not None
-        role = self._names.role(parameter)
-        self.history.forget_if_reshaped(name, parameter.shape)
-        self.history.record(self.steps, name, parameter.shape, values, role.role if role else "")
+        for piece in self._names.pieces(parameter):
+            record(self.history, self.steps, key_of(name, piece.part), full_rule(piece, ""), second_moment)
 
 
 def calibrate(
@@ -138,6 +146,7 @@ def calibrate(
     budget: float | None = None,
     forms: Forms = "mean",
     keep: Iterable[str] = (),
+    parts: Mapping[str, Parts] | None = None,
     schedule: Schedule = paper_schedule,
     on_step: Callable[[int], None] | None = None,
 ) -> CompressionPlan:
@@ -156,6 +165,7 @@ def calibrate(
         budget: As in :meth:`CompressionPlan.from_snr`.
         forms: As in :meth:`CompressionPlan.from_snr`.
         keep: As in :meth:`CompressionPlan.from_snr`.
+        parts: As in :class:`SNRRecorder`.
         schedule: As in :class:`SNRRecorder`.
         on_step: Called after each step with its number, for progress bars.
 
@@ -171,7 +181,7 @@ def calibrate(
         betas=betas,
         weight_decay=weight_decay,
     )
-    recorder = SNRRecorder(optimizer, model, schedule)
+    recorder = SNRRecorder(optimizer, model, schedule, parts=parts)
     restore = _snapshot(model)
     try:
         for step in range(1, steps + 1):

@@ -30,7 +30,6 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     steps = [entry.step for entry in entries]
     grads = [entry.grad for entry in entries]
     grads = list(torch._foreach_neg(grads)) if hyper.maximize else grads
-    torch._foreach_add_(steps, 1)
 
     # weight decay
     if isinstance(hyper.weight_decay, torch.Tensor) or hyper.weight_decay != 0:
@@ -46,7 +45,8 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     ]
 
     # update
-    denominators = list(torch._foreach_sqrt([stand_in(part) for part in used]))
+    stored = [stand_in(part, entry.averaged_dims) for part, entry in zip(used, entries, strict=True)]
+    denominators = list(torch._foreach_sqrt(stored))
     if hyper.keeps_tensors(steps[0]):
         step_sizes = [hyper.lr / (1 - hyper.beta1**step) * -1 for step in steps]
         roots = [(1 - hyper.beta2**step) ** 0.5 for step in steps]

@@ -46,7 +46,7 @@ class Entry(NamedTuple):
         exp_avg: First moment, of the same shape.
         exp_avg_sq: Second moment: one tensor (full, or size 1 in the averaged dimensions) or two (factored).
         max_exp_avg_sq: With amsgrad the running maxima, shaped as ``exp_avg_sq``; else empty.
-        step: Steps taken, 0-dimensional.
+        step: Steps taken, this one included, 0-dimensional.
         averaged_dims: For each tensor in ``exp_avg_sq`` the dimensions it is averaged over.
         seed: Seed of this step's stochastic rounding.
     """
@@ -104,16 +104,16 @@ def slim_adamw(
         differentiable: Let autograd follow the step.
     """
     maxima = max_exp_avg_sqs or [()] * len(params)
+    torch._foreach_add_(state_steps, 1)
     entries = map(Entry, params, grads, exp_avgs, exp_avg_sqs, maxima, state_steps, averaged_dims)
     flags = (bool(max_exp_avg_sqs), maximize, capturable, differentiable)
     reference_update(list(entries), Hyperparameters(lr, beta1, beta2, eps, weight_decay, *flags))
 
 
 def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
-    """Update each parameter in place, one after the other."""
+    """Update each parameter in place, one after the other. Step counts have been advanced before."""
     for entry in entries:
         param, grad, exp_avg, parts, maxima, step, dims, seed = entry
-        step += 1
         grad = -grad if hyper.maximize else grad
         if param.is_complex():
             param, grad, exp_avg = map(torch.view_as_real, (param, grad, exp_avg))
@@ -136,11 +136,11 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
                 step, exp_avg, used = step.clone(), exp_avg.clone(), [part.clone() for part in used]
             negative_step_size = hyper.lr / (1 - hyper.beta1**step) * -1
             scale = (1 - hyper.beta2**step) ** 0.5 * negative_step_size
-            denominator = (stand_in(used).sqrt() / scale).add_(hyper.eps / negative_step_size)
+            denominator = (stand_in(used, dims).sqrt() / scale).add_(hyper.eps / negative_step_size)
             target.addcdiv_(exp_avg, denominator)
         else:
             step_size, root = bias_corrections(step, hyper)
-            denominator = (stand_in(used).sqrt() / root).add_(hyper.eps)
+            denominator = (stand_in(used, dims).sqrt() / root).add_(hyper.eps)
             target.addcdiv_(exp_avg, denominator, value=-step_size)
         if rounds:
             param.copy_(stochastic_round(target, seed))
@@ -191,20 +191,24 @@ def running_maximum(
     return maxima
 
 
-def stand_in(parts: Sequence[Tensor]) -> Tensor:
+def stand_in(parts: Sequence[Tensor], averaged_dims: Sequence[Dims]) -> Tensor:
     """The second moment that the stored tensors stand for, broadcastable to the parameter.
 
     For row and column averages that is ``r c / mean(r)`` (arXiv 1804.04235, equation 4).
+
+    Args:
+        parts: The stored tensors.
+        averaged_dims: For each the dimensions it is averaged over; the column averages' are those of the rows.
     """
     if len(parts) == 1:
         return parts[0]
     rows, columns = parts
-    return relative_rows(rows) * columns
+    return relative_rows(rows, averaged_dims[1]) * columns
 
 
-def relative_rows(rows: Tensor) -> Tensor:
-    """``r / mean(r)`` over the first dimension, zero where every row is zero."""
-    return rows / rows.mean(0, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+def relative_rows(rows: Tensor, dims: Dims) -> Tensor:
+    """``r / mean(r)`` over the dimensions of the rows, zero where every row is zero."""
+    return rows / rows.mean(dims, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def stochastic_round(value: Tensor, seed: int) -> Tensor:
@@ -225,7 +229,7 @@ def update_direction(entry: Entry, hyper: Hyperparameters) -> Tensor:
     """The direction ``D`` of the pending update: a step is ``param - lr * D``. Nothing is changed.
 
     Args:
-        entry: The parameter's tensors before the step.
+        entry: The parameter's tensors before the step; only the count of steps includes it.
         hyper: Hyperparameters; ``lr`` does not matter.
 
     Returns:
@@ -238,8 +242,8 @@ def update_direction(entry: Entry, hyper: Hyperparameters) -> Tensor:
     update_first_moment(exp_avg, grad, hyper.beta1)
     update_second_moment(parts, grad, entry.averaged_dims, hyper.beta2)
     used = running_maximum(maxima, parts) if hyper.amsgrad else parts
-    correction, root = bias_corrections(entry.step + 1, hyper._replace(lr=1.0))
-    denominator = (stand_in(used).sqrt() / root).add_(hyper.eps)
+    correction, root = bias_corrections(entry.step, hyper._replace(lr=1.0))
+    denominator = (stand_in(used, entry.averaged_dims).sqrt() / root).add_(hyper.eps)
     direction = exp_avg.to(denominator.dtype) * correction / denominator
     if not _is_zero(hyper.weight_decay):
         direction.add_(param.to(denominator.dtype) * hyper.weight_decay)

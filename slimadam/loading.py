@@ -45,7 +45,7 @@ def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mappi
 
 def loaded_state(
     name: str,
-    rule: Rule,
+    rules: Sequence[Rule],
     param: Tensor,
     group: Mapping[str, Any],
     momentum_dtype: torch.dtype,
@@ -55,7 +55,7 @@ def loaded_state(
 
     Args:
         name: The parameter's name, for errors.
-        rule: Its rule; full second moments are averaged by it.
+        rules: Its rule, or one for each of its parts; full second moments are averaged by them.
         param: The parameter.
         group: Its group.
         momentum_dtype: Precision of its first moment.
@@ -84,5 +84,5 @@ def loaded_state(
     loaded["exp_avg"] = saved["exp_avg"].to(device=param.device, dtype=momentum_dtype, copy=True)
     for key in state_format.SECOND_MOMENTS:
         if key in saved:
-            loaded[key] = state_format.convert(name, saved[key], param, rule, second_moment_dtype(param.dtype))
+            loaded[key] = state_format.convert(name, saved[key], param, rules, second_moment_dtype(param.dtype))
     return loaded

@@ -4,53 +4,72 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from slimadam.roles import ParameterRole, canonical_name, roles_of
+from slimadam.fused import pieces_of, refuse_unmatched
+from slimadam.parts import Parts, Piece, pieces
+from slimadam.roles import ParameterRole, canonical_name
 
 
 class NamedParameters:
-    """Names and roles of parameters, looked up by the tensor itself.
+    """Names of parameters and the logical matrices in them, looked up by the tensor itself.
 
     Args:
         models: Modules that own the parameters. Where one name stands for different parameters of several
             modules, the later ones get their class name in front, and a number where that is taken too.
+        parts: What parameters are made of, by pattern, where their modules do not say.
+
+    Raises:
+        PlanError: Declared parts do not fit a parameter, or a pattern matches none.
     """
 
-    def __init__(self, models: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, models: Iterable[nn.Module] = (), parts: Mapping[str, Parts] | None = None) -> None:
         self._names: dict[int, str] = {}
-        self._roles: dict[int, ParameterRole] = {}
+        self._pieces: dict[int, list[Piece]] = {}
         # An id is only a key while its tensor lives.
         self._tensors: list[Tensor] = []
         taken: set[str] = set()
         for model in models:
-            roles = roles_of(model)
+            found = pieces_of(model, parts or {})
             for name, parameter in model.named_parameters():
                 if id(parameter) in self._names:
                     continue
                 shown = _free_name(canonical_name(name), type(model).__name__, taken)
                 taken.add(shown)
-                self._add(parameter, shown, roles[name])
+                self._add(parameter, shown, found[name])
 
-    def _add(self, parameter: Tensor, name: str, role: ParameterRole | None = None) -> None:
+        if taken:
+            refuse_unmatched(parts or {}, taken)
+
+    def _add(self, parameter: Tensor, name: str, found: list[Piece] | None = None) -> None:
         self._names[id(parameter)] = name
         self._tensors.append(parameter)
-        if role is not None:
-            self._roles[id(parameter)] = role
+        if found is not None:
+            self._pieces[id(parameter)] = found
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def name(self, parameter: Tensor) -> str | None:
         """The parameter's qualified name without wrapper prefixes, or None if no module owns it."""
         return self._names.get(id(parameter))
 
-    def role(self, parameter: Tensor) -> ParameterRole | None:
-        """The parameter's role, or None if no module owns it."""
-        return self._roles.get(id(parameter))
+    def pieces(self, parameter: Tensor) -> list[Piece]:
+        """The parameter's logical matrices; without a role if no module owns it."""
+        found = self._pieces.get(id(parameter))
+        return pieces("", tuple(parameter.shape), ParameterRole(""), None) if found is None else found
+
+    def owned(self, parameter: Tensor) -> bool:
+        """Whether a module owns it."""
+        return id(parameter) in self._pieces
 
     @classmethod
-    def of_optimizer(cls, optimizer: Optimizer, model: nn.Module | None = None) -> NamedParameters:
+    def of_optimizer(
+        cls, optimizer: Optimizer, model: nn.Module | None = None, parts: Mapping[str, Parts] | None = None
+    ) -> NamedParameters:
         """Names of everything an optimizer updates.
 
         Taken from ``model``; without one, from the names the optimizer was given; without those, from the
@@ -59,17 +78,18 @@ class NamedParameters:
         Args:
             optimizer: Any torch optimizer.
             model: The module that owns its parameters, where at hand.
+            parts: What parameters are made of, by pattern, where their modules do not say.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
         if model is not None:
-            named = cls([model])
+            named = cls([model], parts)
         elif len(given) == len(parameters):
-            named = cls(owning_modules(parameters))
+            named = cls(owning_modules(parameters), parts)
             for parameter, name in zip(parameters, given, strict=True):
                 named._add(parameter, canonical_name(name))
         else:
-            named = cls(owning_modules(parameters))
+            named = cls(owning_modules(parameters), parts)
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
                 if named.name(parameter) is None:

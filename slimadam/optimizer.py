@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from slimadam.functional import (
 from slimadam.loading import loaded_state, merged_groups
 from slimadam.memory import MemoryReport
 from slimadam.options import check_group
+from slimadam.parts import key_of
 from slimadam.plan import CompressionPlan
 from slimadam.planning import (
     DECIDED_BEFORE,
@@ -39,7 +41,7 @@ from slimadam.planning import (
     logger,
     refuse_factored_amsgrad,
 )
-from slimadam.rules import Rule, fit_rule
+from slimadam.rules import Rule, fit_rules
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
 
@@ -134,7 +136,9 @@ class SlimAdam(Optimizer):
         self._resolver = Resolver(plan, model)
         # Names go by position, not by tensor: sharding replaces the tensors of a group in place.
         self._names: list[list[str]] = []
-        self._rules: dict[str, Rule] = {}
+        self._rules: dict[str, list[Rule]] = {}
+        # With plan="auto": what each parameter is measured as. Until it has decided, each is stored as a whole.
+        self._measured: dict[str, list[Rule]] = {}
         self._measuring = Measuring(self._resolver.plan) if isinstance(self._resolver.plan, AutoPlan) else None
         self._complete = False
         super().__init__(params, defaults)
@@ -168,15 +172,17 @@ class SlimAdam(Optimizer):
             self.param_groups.pop()
             self._resolver.restore(before)
             raise
-        if self._measuring is None:
-            rules = [replace(rule, reason=DECIDED_BEFORE) if rule.reason == MEASURING else rule for rule in rules]
+        reason = DECIDED_BEFORE if self._measuring is None else MEASURING
+        for name, found in zip(names, rules, strict=True):
+            if found[0].reason == MEASURING:
+                self._measured[name], found = found, [_whole(found, reason)]
+            self._rules[name] = found
         self._names.append(names)
-        self._rules.update(zip(names, rules, strict=True))
 
     @property
     def plan(self) -> CompressionPlan:
-        """The plan in force: one rule for each parameter of this optimizer."""
-        return CompressionPlan(self._rules)
+        """The plan in force: one rule for each parameter of this optimizer, or for each of its parts."""
+        return CompressionPlan.of_parameters(self._rules)
 
     def backend(self, param: Tensor | str) -> Backend:
         """The implementation that updates a parameter.
@@ -189,14 +195,15 @@ class SlimAdam(Optimizer):
         """
         for name, held, group in self._parameters():
             if held is param or name == param:
-                return self._backend(self._rules[name], held, group)
+                return self._backend(self._rules[name][0], held, group)
         raise KeyError(f"{param!r} is not a parameter of this optimizer")
 
     def memory(self) -> MemoryReport:
         """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`."""
         moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
         for name, param, group in self._parameters():
-            stored = self._rules[name].stored_elements(tuple(param.shape))
+            kept_shapes = state_format.state_shapes(self._rules[name], tuple(param.shape))
+            stored = sum(map(math.prod, kept_shapes))
             size = second_moment_dtype(param.dtype).itemsize
             moments += param.numel() * self._momentum_dtype(param, group).itemsize
             seconds += stored * size
@@ -249,6 +256,7 @@ class SlimAdam(Optimizer):
         self._check_gradients()
         for names, group in zip(self._names, self.param_groups, strict=True):
             self._init_group(group)
+            self._advance_steps(group)
             for backend, entries in self._entries(names, group).items():
                 UPDATES[backend](entries, _hyperparameters(group))
         if self._measuring is not None:
@@ -269,9 +277,14 @@ class SlimAdam(Optimizer):
         self._check_gradients()
         for name, param, group in self._parameters():
             if param.grad is not None:
-                rule = self._rules[name]
-                state = self.state.get(param) or self._initial_state(rule, param, group)
-                yield param, update_direction(_entry(rule, param, group, state), _hyperparameters(group))
+                rules = self._rules[name]
+                state = self.state.get(param) or self._initial_state(rules, param, group)
+                state = {**state, "step": state["step"] + 1}
+                directions = [
+                    update_direction(entry, _hyperparameters(group))
+                    for entry in _entries_of(rules, param, group, state)
+                ]
+                yield param, _assembled(param, rules, directions)
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Name, tensor and group of each parameter."""
@@ -294,10 +307,15 @@ class SlimAdam(Optimizer):
     def _measure(self) -> None:
         """One step of ``plan="auto"`` before its decision, and the decision."""
         assert self._measuring is not None
+        for name, param, _ in self._parameters():
+            rule = self._rules[name][0]
+            if rule.reason == MEASURING and rule.shape != param.shape:  # exchanged for another parameter
+                self._rules[name] = self._measured[name] = [replace(rule, shape=tuple(param.shape), batch_dims=0)]
         moments = (
-            (name, self._rules[name].role, self.state[param]["exp_avg_sq"])
+            (key_of(name, rule.part), rule, self.state[param]["exp_avg_sq"])
             for name, param, _ in self._parameters()
-            if self._rules[name].reason == MEASURING and self.state.get(param)
+            if self._rules[name][0].reason == MEASURING and self.state.get(param)
+            for rule in self._measured[name]
         )
         factorable = not any(group["amsgrad"] for group in self.param_groups)
         plan = self._measuring.after_step(moments, self._measuring.settings.forms if factorable else "mean")
@@ -308,14 +326,15 @@ class SlimAdam(Optimizer):
         """Put a decided plan in force: second moments shrink in place, the rest of their memory is freed."""
         before = self.memory()
         for name, param, _ in self._parameters():
-            if self._rules[name].reason != MEASURING:
+            if self._rules[name][0].reason != MEASURING:
                 continue
-            unmeasured = replace(self._rules[name], reason="no gradient while plan='auto' measured")
-            self._rules[name] = plan.get(name, unmeasured)
-            dims = self._rules[name].averaged_dims(param.dim())
+            unmeasured = "no gradient while plan='auto' measured"
+            self._rules[name] = [
+                plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured)) for rule in self._measured[name]
+            ]
             for key in state_format.SECOND_MOMENTS:
                 if key in self.state.get(param, {}):
-                    averaged = state_format.average(self.state[param][key], dims)
+                    averaged = state_format.average(self.state[param][key], self._rules[name])
                     self.state[param][key] = state_format.stored(averaged)
         self._measuring = None
         after = self.memory()
@@ -349,32 +368,39 @@ class SlimAdam(Optimizer):
                 if owner is group and param in missing:
                     self.state[param].update(self._initial_state(self._rules[name], param, group))
 
+    def _advance_steps(self, group: dict[str, Any]) -> None:
+        steps = [self.state[param]["step"] for param in group["params"] if param.grad is not None]
+        if steps:
+            torch._foreach_add_(steps, 1)
+
     def _entries(self, names: Sequence[str], group: dict[str, Any]) -> dict[Backend, list[Entry]]:
-        """The group's parameters that have gradients, by the implementation that updates them."""
+        """The group's parameters, or parts of them, that have gradients, by the implementation that updates them."""
         entries: dict[Backend, list[Entry]] = {}
         for name, param in zip(names, group["params"], strict=True):
             if param.grad is None:
                 continue
-            rule = self._rules[name]
-            entry = _entry(rule, param, group, self.state[param])
-            _check_shapes(name, rule, entry)
-            if group["bf16_stochastic_round"]:
-                entry = entry._replace(seed=_rounding_seed(entry.step, name))
-            backend = self._backend(rule, param, group)
-            if backend == "blocked" and not fits_in_memory_order(entry):
-                backend = "reference"
-            entries.setdefault(backend, []).append(entry)
+            rules, state = self._rules[name], self.state[param]
+            _check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
+            for rule, entry in zip(rules, _entries_of(rules, param, group, state), strict=True):
+                if group["bf16_stochastic_round"]:
+                    entry = entry._replace(seed=_rounding_seed(entry.step, key_of(name, rule.part)))
+                backend = self._backend(rule, param, group)
+                if backend == "blocked" and not fits_in_memory_order(entry):
+                    backend = "reference"
+                entries.setdefault(backend, []).append(entry)
         return entries
 
-    def _initial_state(self, rule: Rule, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    def _initial_state(self, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         dtype = second_moment_dtype(param.dtype)
-        dims = rule.averaged_dims(param.dim())
         if group["variance_init"] == "gradient" and param.grad is not None:
-            parts = [initial_second_moment(param.grad, averaged) for averaged in dims]
-        elif dims == ((),):
+            grads = ((rule, rule.take(_readable(param.grad, rule))) for rule in rules)
+            parts = [
+                initial_second_moment(grad, dims) for rule, grad in grads for dims in rule.averaged_dims(grad.dim())
+            ]
+        elif rules[0].part is None and rules[0].form == "full":
             parts = [torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)]
         else:
-            shapes = rule.state_shapes(tuple(param.shape))
+            shapes = state_format.state_shapes(rules, tuple(param.shape))
             parts = [torch.zeros(shape, dtype=dtype, device=param.device) for shape in shapes]
         momentum_dtype = self._momentum_dtype(param, group)
         made = {
@@ -391,8 +417,9 @@ class SlimAdam(Optimizer):
         return made
 
     def _backend(self, rule: Rule, param: Tensor, group: Mapping[str, Any]) -> Backend:
-        dims = rule.averaged_dims(param.dim())
-        return choose_backend(param, self._momentum_dtype(param, group), dims, group)
+        piece = rule.take(param)
+        dims = rule.averaged_dims(piece.dim())
+        return choose_backend(piece, self._momentum_dtype(param, group), dims, group)
 
     def _momentum_dtype(self, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
         chosen: torch.dtype | None = group["momentum_dtype"]
@@ -417,16 +444,16 @@ class SlimAdam(Optimizer):
         Averages are broadcast back, factored ones multiplied out; moments take the parameter's dtype.
         """
         packed = super().state_dict()
-        parameters = [param for group in self.param_groups for param in group["params"]]
         state: dict[int, dict[str, Any]] = {}
-        for index, param in enumerate(parameters):
+        for index, (name, param, _) in enumerate(self._parameters()):
             if index in packed["state"]:
                 state[index] = dict(packed["state"][index])
                 state[index]["exp_avg"] = state[index]["exp_avg"].to(param.dtype, copy=True)
                 for key in state_format.SECOND_MOMENTS:
                     if key in state[index]:
                         moments = state_format.parts(state[index][key])
-                        state[index][key] = state_format.expand(moments, param.shape).to(param.dtype)
+                        full = state_format.expand(moments, self._rules[name], tuple(param.shape))
+                        state[index][key] = full.to(param.dtype)
         own = ("variance_init", "momentum_dtype", "bf16_stochastic_round")
         groups = [
             {**{key: value for key, value in group.items() if key not in own}, "decoupled_weight_decay": True}
@@ -461,7 +488,8 @@ class SlimAdam(Optimizer):
         rules, measuring = self._phase_of(state_dict.get(state_format.KEY) or {})
         state: dict[Any, Any] = defaultdict(dict)
         for name, _, group in owners.values():
-            refuse_factored_amsgrad(name, rules[name], group)
+            for rule in rules[name]:
+                refuse_factored_amsgrad(name, rule, group)
         for saved_id, saved in state_dict["state"].items():
             if saved_id in owners:
                 name, param, group = owners[saved_id]
@@ -474,23 +502,28 @@ class SlimAdam(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _phase_of(self, own: Mapping[str, Any]) -> tuple[dict[str, Rule], Measuring | None]:
+    def _phase_of(self, own: Mapping[str, Any]) -> tuple[dict[str, list[Rule]], Measuring | None]:
         """Rules and phase under which to load: with ``plan="auto"`` those of the checkpoint, else the present ones."""
         settings = self._resolver.plan
         if not isinstance(settings, AutoPlan) or not own:
             return self._rules, self._measuring
         saved = CompressionPlan.from_dict(own["plan"])
-        rules = {
-            name: fit_rule(name, saved[name], tuple(param.shape)) if name in saved else self._rules[name]
-            for name, param, _ in self._parameters()
-        }
-        return rules, Measuring.from_dict(settings, own["measuring"]) if "measuring" in own else None
+        rules = dict(self._rules)
+        for name, param, _ in self._parameters():
+            keys = saved.keys_of(name)
+            if keys:
+                rules[name] = fit_rules(name, [saved[key] for key in keys], tuple(param.shape))
+        if "measuring" not in own:
+            return rules, None
+        measured = CompressionPlan.of_parameters(self._measured)
+        return rules, Measuring.from_dict(settings, own["measuring"], measured)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
             "_names": self._names,
             "_rules": self._rules,
+            "_measured": self._measured,
             "_plan": self._resolver.plan,
             "_measuring": self._measuring,
             "_complete": self._complete,
@@ -506,27 +539,49 @@ class SlimAdam(Optimizer):
             self._resolver.resume((name, param) for name, param, _ in self._parameters())
 
 
-def _check_shapes(name: str, rule: Rule, entry: Entry) -> None:
-    kept = tuple(tuple(part.shape) for part in entry.exp_avg_sq)
-    if kept != rule.state_shapes(tuple(entry.param.shape)):
+def _whole(rules: Sequence[Rule], reason: str) -> Rule:
+    """One rule that keeps a parameter as AdamW does, in the place of those of its parts."""
+    if rules[0].part is None:
+        return replace(rules[0], reason=reason)
+    return Rule(shape=rules[0].owner_shape, reason=reason)
+
+
+def _check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Sequence[Tensor]) -> None:
+    kept = tuple(tuple(part.shape) for part in moments)
+    wanted = state_format.state_shapes(rules, tuple(param.shape))
+    if kept != wanted:
         raise RuntimeError(
             f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
-            f"{tuple(entry.param.shape)} keeps {rule.state_shapes(tuple(entry.param.shape))}; param_groups must stay "
-            "in the order in which they were added, and a parameter keep its shape"
+            f"{tuple(param.shape)} keeps {wanted}; param_groups must stay in the order in which they were added, and a "
+            "parameter keep its shape"
         )
 
 
-def _entry(rule: Rule, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Entry:
+def _entries_of(
+    rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> Iterator[Entry]:
     assert param.grad is not None
-    return Entry(
-        param,
-        param.grad,
-        state["exp_avg"],
-        state_format.parts(state["exp_avg_sq"]),
-        state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (),
-        state["step"],
-        rule.averaged_dims(param.dim()),
-    )
+    ndim = param.dim()
+    moments = state_format.by_rule(rules, state_format.parts(state["exp_avg_sq"]), ndim)
+    maxima = state_format.by_rule(rules, state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (), ndim)
+    for (rule, second), (_, largest) in zip(moments, maxima, strict=True):
+        piece = rule.take(param)
+        grad, exp_avg = rule.take(_readable(param.grad, rule)), rule.take(state["exp_avg"])
+        yield Entry(piece, grad, exp_avg, second, largest, state["step"], rule.averaged_dims(piece.dim()))
+
+
+def _readable(grad: Tensor, rule: Rule) -> Tensor:
+    """The gradient, copied only where its strides would not let it be read as the rule's view."""
+    return grad if rule.part is None or rule.part.view == rule.part.of else grad.contiguous()
+
+
+def _assembled(param: Tensor, rules: Sequence[Rule], pieces: Sequence[Tensor]) -> Tensor:
+    if rules[0].part is None:
+        return pieces[0]
+    whole = torch.empty(param.shape, dtype=pieces[0].dtype, device=param.device)
+    for rule, piece in zip(rules, pieces, strict=True):
+        rule.take(whole).copy_(piece)
+    return whole
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,8 @@ from torch import nn
 from slimadam.choosing import Forms, check_choice, choose_by_budget, choose_by_cutoff, keep_full
 from slimadam.errors import PlanError, shown
 from slimadam.files import write_whole
+from slimadam.fused import pieces_of, refuse_unmatched
+from slimadam.parts import Parts, Piece, key_of, owner_of
 from slimadam.plan_json import (
     is_nonnegative_number,
     no_constant,
@@ -24,7 +26,7 @@ from slimadam.plan_json import (
     rule_of_authors,
     rule_to_dict,
 )
-from slimadam.roles import canonical_name, role_from_name, roles_of
+from slimadam.roles import canonical_name, role_from_name
 from slimadam.rules import Rule, check_rule, factored_rule, paper_rule
 from slimadam.snr import SNRHistory
 
@@ -36,6 +38,9 @@ _MAX_FILE_BYTES = 64 << 20
 
 class CompressionPlan(Mapping[str, Rule]):
     """A mapping from parameter names to :class:`Rule`.
+
+    A parameter that falls into logical parts has one rule for each, under its name with the part's label in brackets:
+    ``plan["h.0.attn.c_attn.weight[query]"]``.
 
     Args:
         rules: The rule of each parameter.
@@ -54,7 +59,8 @@ class CompressionPlan(Mapping[str, Rule]):
     def __getitem__(self, name: str) -> Rule:
         key = self.match(name)
         if key is None:
-            raise KeyError(name)
+            parts = self.keys_of(name)
+            raise KeyError(f"{name}: the plan has its parts, {', '.join(parts)}" if parts else name)
         return self._rules[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -102,6 +108,39 @@ class CompressionPlan(Mapping[str, Rule]):
         found = self._by_canonical_name.get(canonical_name(name), [])
         return found[0] if len(found) == 1 else None
 
+    def keys_of(self, name: str) -> list[str]:
+        """The plan's keys for a parameter: its own name, or those of its parts; empty if it has none.
+
+        Args:
+            name: A parameter name, with or without wrapper prefixes.
+        """
+        key = self.match(name)
+        if key is not None and self._rules[key].part is None:
+            return [key]
+        return self._parts_by_owner.get(name) or self._parts_by_owner.get(canonical_name(name), [])
+
+    def by_parameter(self) -> dict[str, list[Rule]]:
+        """The rules by parameter, in their order: one each, or one for each of a parameter's parts."""
+        found: dict[str, list[Rule]] = {}
+        for key, rule in self._rules.items():
+            found.setdefault(owner_of(key, rule.part), []).append(rule)
+        return found
+
+    @classmethod
+    def of_parameters(cls, rules: Mapping[str, Iterable[Rule]]) -> CompressionPlan:
+        """The inverse of :meth:`by_parameter`."""
+        return cls({key_of(name, rule.part): rule for name, found in rules.items() for rule in found})
+
+    @cached_property
+    def _parts_by_owner(self) -> dict[str, list[str]]:
+        index: dict[str, list[str]] = {}
+        for key, rule in self._rules.items():
+            if rule.part is not None:
+                owner = owner_of(key, rule.part)
+                for name in {owner, canonical_name(owner)}:
+                    index.setdefault(name, []).append(key)
+        return index
+
     @cached_property
     def _by_canonical_name(self) -> dict[str, list[str]]:
         index: dict[str, list[str]] = {}
@@ -144,7 +183,10 @@ class CompressionPlan(Mapping[str, Rule]):
         undecided, kept = {}, {}
         for name, measured in history.items():
             role = measured.role or role_from_name(name, len(measured.shape))
-            rule = Rule(shape=measured.shape, snr=measured.average(), role=role)
+            rule = Rule(
+                shape=measured.shape, snr=measured.average(), role=role, part=measured.part,
+                batch_dims=measured.batch_dims,
+            )  # fmt: skip
             pattern = next((pattern for pattern in keep if fnmatchcase(name, pattern) or role == pattern), None)
             full = keep_full(rule, pattern)
             if full is None:
@@ -166,9 +208,7 @@ class CompressionPlan(Mapping[str, Rule]):
         Args:
             model: The model whose parameters the plan is for.
         """
-        roles = roles_of(model)
-        named = model.named_parameters()
-        return cls({name: paper_rule(tuple(parameter.shape), roles[name]) for name, parameter in named})
+        return cls.by_piece(model, paper_rule)
 
     @classmethod
     def factored(cls, model: nn.Module) -> CompressionPlan:
@@ -178,9 +218,22 @@ class CompressionPlan(Mapping[str, Rule]):
             model: The model whose parameters the plan is for. Parameters with fewer than two dimensions and
                 norm scales are kept in full.
         """
-        roles = roles_of(model)
-        named = model.named_parameters()
-        return cls({name: factored_rule(tuple(parameter.shape), roles[name].role) for name, parameter in named})
+        return cls.by_piece(model, factored_rule)
+
+    @classmethod
+    def by_piece(
+        cls, model: nn.Module, rule: Callable[[Piece], Rule], parts: Mapping[str, Parts] | None = None
+    ) -> CompressionPlan:
+        """A plan with a rule for each logical matrix of a model.
+
+        Args:
+            model: The model whose parameters the plan is for.
+            rule: Called with each :class:`~slimadam.parts.Piece`.
+            parts: How parameters fall into parts, by pattern, where the model does not say; as in :class:`AutoPlan`.
+        """
+        found = pieces_of(model, parts or {})
+        refuse_unmatched(parts or {}, found)
+        return cls({key_of(name, piece.part): rule(piece) for name, pieces in found.items() for piece in pieces})
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (schema: ``slimadam/plan.schema.json``). Replaces the file in one move."""

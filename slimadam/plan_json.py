@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimadam.errors import PlanError, shown
+from slimadam.parts import Part
 from slimadam.rules import Rule
 from slimadam.snr import FACTORED, MAX_NDIM, Candidate, normalize_candidate
 
@@ -21,6 +22,11 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
         data["dims"] = list(rule.dims)
     if rule.shape is not None:
         data["shape"] = list(rule.shape)
+    if rule.part is not None:
+        part = rule.part
+        data["part"] = {"of": list(part.of), "view": list(part.view), "dim": part.dim, "start": part.start}
+    if rule.batch_dims:
+        data["batch_dims"] = rule.batch_dims
     if rule.role:
         data["role"] = rule.role
     if rule.reason:
@@ -41,7 +47,7 @@ def rule_from_dict(name: str, data: object) -> Rule:
     """The inverse of :func:`rule_to_dict`; raises :class:`PlanError` for anything else."""
     if not isinstance(data, dict):
         raise PlanError(f"{name!r}: {shown(data)} is not a rule; expected an object with 'form'")
-    no_unknown_keys(repr(name), data, {"form", "dims", "shape", "role", "reason", "snr"})
+    no_unknown_keys(repr(name), data, {"form", "dims", "shape", "role", "reason", "snr", "part", "batch_dims"})
     shape = None if data.get("shape") is None else _integers(name, "shape", data["shape"], _MAX_SIZE, _MAX_SHAPE_LENGTH)
     for key in ("role", "reason"):
         if not isinstance(data.get(key, ""), str):
@@ -56,7 +62,20 @@ def rule_from_dict(name: str, data: object) -> Rule:
         snr=_snr_from_list(name, data.get("snr", []), MAX_NDIM if shape is None else len(shape)),
         reason=data.get("reason", ""),
         role=data.get("role", ""),
+        part=None if data.get("part") is None else _part_from_dict(name, data["part"], shape),
+        batch_dims=_integer(name, "batch_dims", data.get("batch_dims", 0), MAX_NDIM - 2),
     )
+
+
+def _part_from_dict(name: str, data: object, shape: tuple[int, ...] | None) -> Part:
+    label = name.rpartition("[")[2].removesuffix("]")
+    if not isinstance(data, dict) or set(data) != {"of", "view", "dim", "start"}:
+        raise PlanError(f"{name!r}: part={shown(data)} must have 'of', 'view', 'dim' and 'start'")
+    of, view = (_integers(name, key, data[key], _MAX_SIZE) for key in ("of", "view"))
+    dim = _integer(name, "dim", data["dim"], MAX_NDIM - 1)
+    if shape is None or dim >= len(shape):
+        raise PlanError(f"{name!r}: a part needs its 'shape', with the dimension {dim} along which the parts lie")
+    return Part(label, of, view, dim, _integer(name, "start", data["start"], _MAX_SIZE), shape[dim])
 
 
 def _snr_from_list(name: str, data: object, ndim: int) -> dict[Candidate, float]:
@@ -92,6 +111,12 @@ def _integers(name: str, key: str, value: object, largest: int, longest: int = M
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= largest:
             raise PlanError(f"{name!r}: {key}={shown(value)} must hold integers in 0..{largest}")
     return tuple(value)
+
+
+def _integer(name: str, key: str, value: object, largest: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
+        raise PlanError(f"{name!r}: {key}={shown(value)} must be an integer in 0..{largest}")
+    return value
 
 
 def is_nonnegative_number(value: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from slimadam.automatic import AutoPlan
 from slimadam.errors import PlanError
-from slimadam.names import NamedParameters
+from slimadam.fused import refuse_unmatched
+from slimadam.names import NamedParameters, owning_modules
+from slimadam.parts import Piece, pieces
 from slimadam.plan import CompressionPlan
 from slimadam.roles import UNKNOWN, ParameterRole, canonical_name, role_from_name
-from slimadam.rules import Rule, factored_rule, fit_rule, paper_rule
+from slimadam.rules import Rule, factored_rule, fit_rules, full_rule, paper_rule
 
 PlanArgument = str | Path | CompressionPlan | AutoPlan | None
 ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
@@ -56,6 +59,9 @@ def read_plan(plan: object) -> ResolvedPlan:
 class Resolver:
     """Finds names and rules for the parameters of one optimizer, and remembers which plan entries were used.
 
+    Without a model, names are those that the optimizer was given; what the parameters are is then read off the
+    modules alive in the process that own these very tensors.
+
     Args:
         plan: The optimizer's ``plan`` argument.
         model: Module that owns the parameters, if known.
@@ -65,7 +71,9 @@ class Resolver:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} must be an nn.Module or None")
         self.plan = read_plan(plan)
-        self._named = NamedParameters([] if model is None else [model])
+        self._declared = self.plan.parts if isinstance(self.plan, AutoPlan) else {}
+        self._named = NamedParameters([] if model is None else [model], self._declared)
+        self._known = self._named
         self._aliases: dict[Tensor, list[str]] = {}
         for name, param in [] if model is None else model.named_parameters(remove_duplicate=False):
             self._aliases.setdefault(param, []).append(canonical_name(name))
@@ -88,8 +96,8 @@ class Resolver:
             names.append(name)
         return names
 
-    def rules(self, group: Mapping[str, Any], names: Sequence[str], plan: object = _DEFAULT) -> list[Rule]:
-        """The rule of each parameter of a group.
+    def rules(self, group: Mapping[str, Any], names: Sequence[str], plan: object = _DEFAULT) -> list[list[Rule]]:
+        """The rules of each parameter of a group: one, or one for each of its parts.
 
         Args:
             group: The parameter group.
@@ -105,16 +113,25 @@ class Resolver:
                 f"plan={plan!r} in a parameter group: 'auto' is for a whole optimizer; pass it to SlimAdam, and give "
                 "the groups that it should leave alone a plan of their own, such as None"
             )
-        rules = []
+        if resolved is not None and not isinstance(resolved, CompressionPlan):
+            self._look_for_owners(group["params"])
+        found = []
         for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
-            rule = self._rule(resolved, name, param, self._given_name(group, index))
-            if param.numel() == 0 and rule.form != "full":
-                rule = Rule(shape=tuple(param.shape), role=rule.role, reason="no elements")
-            refuse_factored_amsgrad(name, rule, group)
-            rules.append(rule)
+            rules = self._rules_of(resolved, name, param, self._given_name(group, index))
+            if param.numel() == 0 and any(rule.form != "full" for rule in rules):
+                rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason="no elements")]
+            _refuse_unreadable(name, param, rules)
+            for rule in rules:
+                refuse_factored_amsgrad(name, rule, group)
+            found.append(rules)
         if isinstance(resolved, CompressionPlan):
-            _tell_uncovered(names, rules)
-        return rules
+            _tell_uncovered(names, found)
+        return found
+
+    def _look_for_owners(self, params: Sequence[Tensor]) -> None:
+        if not all(self._known.owned(param) for param in params):
+            modules = owning_modules(params)
+            self._known = NamedParameters(modules, self._declared) if modules else self._named
 
     def snapshot(self) -> tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]:
         """What :meth:`names` and :meth:`rules` have taken note of, for :meth:`restore`."""
@@ -136,6 +153,8 @@ class Resolver:
         Raises:
             PlanError: Names the entry and the closest parameter.
         """
+        if not self._known:
+            refuse_unmatched(self._declared, self._owner)
         for plan, used in self._used:
             unused = [key for key in plan if key not in used and canonical_name(key) not in self._model_names]
             if unused:
@@ -153,35 +172,41 @@ class Resolver:
             return canonical_name(group["param_names"][index])
         return self._named.name(group["params"][index])
 
-    def _rule(self, plan: ResolvedPlan, name: str, param: Tensor, given: str | None) -> Rule:
+    def _rules_of(self, plan: ResolvedPlan, name: str, param: Tensor, given: str | None) -> list[Rule]:
         shape = tuple(param.shape)
-        role = self._named.role(param)
+        found = self._pieces(param, given)
         if plan is None:
-            return Rule(shape=shape, role=role.role if role else "", reason="plan=None: as AdamW")
+            return [Rule(shape=shape, role=_whole_role(found), reason="plan=None: as AdamW")]
         if isinstance(plan, AutoPlan):
-            return Rule(shape=shape, role=role.role if role else "", reason=MEASURING)
+            return [full_rule(piece, MEASURING) for piece in found]
         if plan == "factored":
-            return factored_rule(shape, role.role if role else role_from_name(name, len(shape)))
+            return [factored_rule(piece) for piece in found]
         if plan == "rules":
-            if given is None:
+            if given is None and not self._known.owned(param):
                 raise PlanError(_unnamed("plan='rules' goes by layer role"))
-            return paper_rule(shape, role or _role_by_name(given, len(shape)))
+            return [paper_rule(piece) for piece in found]
         known_as = [name, *([given] if given else []), *self._aliases.get(param, [])]
-        key = next((found for found in map(plan.match, known_as) if found), None)
-        if key is None and given is None:
+        keys = next((found for found in map(plan.keys_of, known_as) if found), [])
+        if not keys and given is None:
             raise PlanError(_unnamed("the plan goes by parameter names"))
-        self._note_use(plan, key)
-        if key is None:
-            return Rule(shape=shape, role=role.role if role else "", reason=NOT_IN_THE_PLAN)
-        return fit_rule(name, plan[key], shape)
+        self._note_use(plan, keys)
+        if not keys:
+            return [Rule(shape=shape, role=_whole_role(found), reason=NOT_IN_THE_PLAN)]
+        return fit_rules(name, [plan[key] for key in keys], shape)
 
-    def _note_use(self, plan: CompressionPlan, key: str | None) -> None:
+    def _pieces(self, param: Tensor, given: str | None) -> list[Piece]:
+        if self._known.owned(param) or given is None:
+            return self._known.pieces(param)
+        shape = tuple(param.shape)
+        declared = next((parts for pattern, parts in self._declared.items() if fnmatchcase(given, pattern)), None)
+        return pieces(given, shape, _role_by_name(given, len(shape)), declared)
+
+    def _note_use(self, plan: CompressionPlan, keys: Sequence[str]) -> None:
         used = next((keys for known, keys in self._used if known is plan), None)
         if used is None:
             used = set()
             self._used.append((plan, used))
-        if key is not None:
-            used.add(key)
+        used.update(keys)
 
 
 def refuse_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
@@ -203,14 +228,29 @@ def _role_by_name(name: str, ndim: int) -> ParameterRole:
     return ParameterRole(role, (1,), (0,)) if ndim == 2 else ParameterRole(role if ndim < 2 else UNKNOWN)
 
 
+def _whole_role(pieces: Sequence[Piece]) -> str:
+    return pieces[0].role.role if len(pieces) == 1 else ""
+
+
+def _refuse_unreadable(name: str, param: Tensor, rules: Sequence[Rule]) -> None:
+    if rules[0].part is None:
+        return
+    if param.is_complex() or (rules[0].part.view != rules[0].part.of and not param.is_contiguous()):
+        kind = str(param.dtype) if param.is_complex() else f"strides {param.stride()}"
+        raise PlanError(
+            f"{name!r}: only a real, contiguous parameter falls into parts, this one has {kind}; make it so, or "
+            "give it one rule in the plan"
+        )
+
+
 def _unnamed(why: str) -> str:
     return f"{why}, but these parameters have none: pass model=model, or params=model.named_parameters()"
 
 
-def _tell_uncovered(names: Sequence[str], rules: Sequence[Rule]) -> None:
+def _tell_uncovered(names: Sequence[str], found: Sequence[Sequence[Rule]]) -> None:
     missing = [
         name
-        for name, rule in zip(names, rules, strict=True)
+        for name, (rule, *_) in zip(names, found, strict=True)
         if rule.reason == NOT_IN_THE_PLAN and rule.shape is not None and len(rule.shape) > 1
     ]
     if missing:

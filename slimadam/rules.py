@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from slimadam.errors import PlanError, shown
-from slimadam.roles import BIAS, NORM, ParameterRole, recommended_dims
+from slimadam.parts import Part, Piece, check_parts, owner_of
+from slimadam.roles import BIAS, NORM, recommended_dims
 from slimadam.snr import FACTORED, MAX_NDIM, Candidate
 
 Dims = tuple[int, ...]
@@ -23,10 +26,13 @@ class Rule:
         dims: Dimensions that share one value (``()`` unless ``form`` is ``"mean"``).
         form: ``"full"`` (as AdamW), ``"mean"`` (averaged over ``dims``) or ``"factored"`` (row and column
             averages, whose product stands in for the matrix).
-        shape: Shape of the parameter, or None in rules that fit any shape.
+        shape: Shape of the parameter, or of the part; None in rules that fit any shape.
         snr: The averaged SNR of each candidate that was measured.
         reason: Why, in words.
         role: What the parameter is.
+        part: Which part of a parameter the rule is for; None for all of it.
+        batch_dims: Number of leading dimensions that count separate matrices (experts, heads): the factored form
+            keeps row and column averages of each.
     """
 
     dims: tuple[int, ...] = ()
@@ -35,24 +41,35 @@ class Rule:
     snr: Mapping[Candidate, float] = field(default_factory=dict)
     reason: str = ""
     role: str = ""
+    part: Part | None = None
+    batch_dims: int = 0
 
     def state_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Shapes of the second-moment tensors for a parameter of the given shape.
 
-        One tensor for ``"full"`` and ``"mean"`` (size 1 in ``dims``), two for ``"factored"``: the averages
-        over all dimensions but the first, and over the first.
+        One tensor for ``"full"`` and ``"mean"`` (size 1 in ``dims``), two for ``"factored"``: the averages of the
+        rows, over all dimensions after the first that is no batch dimension, and of the columns, over that one.
         """
         return tuple(reduced_shape(shape, dims) for dims in self.averaged_dims(len(shape)))
 
     def averaged_dims(self, ndim: int) -> tuple[tuple[int, ...], ...]:
         """For each second-moment tensor, the dimensions it is averaged over."""
         if self.form == FACTORED:
-            return tuple(range(1, ndim)), (0,)
+            return tuple(range(self.batch_dims + 1, ndim)), (self.batch_dims,)
         return (self.dims,)
 
     def stored_elements(self, shape: tuple[int, ...]) -> int:
         """Second-moment elements kept for a parameter of the given shape."""
         return sum(math.prod(kept) for kept in self.state_shapes(shape))
+
+    @property
+    def owner_shape(self) -> tuple[int, ...] | None:
+        """Shape of the whole parameter."""
+        return self.shape if self.part is None else self.part.of
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """What the rule is for, of a tensor of the parameter's shape: all of it, or a view of the part."""
+        return tensor if self.part is None else self.part.take(tensor)
 
 
 def reduced_shape(shape: tuple[int, ...], dims: Iterable[int]) -> tuple[int, ...]:
@@ -61,30 +78,49 @@ def reduced_shape(shape: tuple[int, ...], dims: Iterable[int]) -> tuple[int, ...
     return tuple(1 if dim in dims else size for dim, size in enumerate(shape))
 
 
-def paper_rule(shape: tuple[int, ...], role: ParameterRole) -> Rule:
+def full_rule(piece: Piece, reason: str) -> Rule:
+    """The second moment as AdamW keeps it."""
+    return Rule(
+        shape=piece.shape, reason=reason, role=piece.role.role, part=piece.part, batch_dims=piece.batch_dims
+    )  # fmt: skip
+
+
+def paper_rule(piece: Piece) -> Rule:
     """The paper's recommendation for a role, where it has one and it saves anything."""
-    dims = recommended_dims(role)
+    dims = recommended_dims(piece.role)
     if not dims:
-        return Rule(shape=shape, role=role.role, reason=f"the paper has no rule for {role.role}")
-    if math.prod(reduced_shape(shape, dims)) >= math.prod(shape):
-        return Rule(shape=shape, role=role.role, reason="too small to save anything")
-    return Rule(dims, "mean", shape, reason=f"the paper's rule for {role.role}", role=role.role)
+        return full_rule(piece, f"the paper has no rule for {piece.role.role}")
+    if math.prod(reduced_shape(piece.shape, dims)) >= math.prod(piece.shape):
+        return full_rule(piece, "too small to save anything")
+    return replace(full_rule(piece, f"the paper's rule for {piece.role.role}"), dims=dims, form="mean")
 
 
-def factored_rule(shape: tuple[int, ...], role: str) -> Rule:
+def factored_rule(piece: Piece) -> Rule:
     """The factored form where it saves anything, the full one elsewhere."""
-    rule = Rule(form="factored", shape=shape, role=role, reason="every matrix factored, by choice")
-    if len(shape) < 2 or role in (NORM, BIAS) or rule.stored_elements(shape) >= math.prod(shape):
-        return Rule(shape=shape, role=role, reason="not a matrix that factoring makes smaller")
+    shape = piece.shape
+    rule = replace(full_rule(piece, "every matrix factored, by choice"), form="factored")
+    if (
+        len(shape) < piece.batch_dims + 2
+        or piece.role.role in (NORM, BIAS)
+        or rule.stored_elements(shape) >= math.prod(shape)
+    ):
+        return full_rule(piece, "not a matrix that factoring makes smaller")
     return rule
 
 
-def fit_rule(name: str, rule: Rule, shape: tuple[int, ...]) -> Rule:
-    """``rule`` checked against a parameter's actual shape.
+def fit_rules(name: str, rules: Sequence[Rule], shape: tuple[int, ...]) -> list[Rule]:
+    """The rules of one parameter (several if it falls into parts) checked against its actual shape.
 
     Raises:
-        PlanError: The rule was made for another shape, or names a dimension the parameter lacks.
+        PlanError: The rules were made for another shape, or name a dimension the parameter lacks.
     """
+    if rules[0].part is None:
+        return [_fit_rule(name, rules[0], shape)]
+    check_parts(name, [rule.part for rule in rules if rule.part is not None], shape)
+    return list(rules)
+
+
+def _fit_rule(name: str, rule: Rule, shape: tuple[int, ...]) -> Rule:
     if rule.shape is not None and rule.shape != shape:
         raise PlanError(
             f"{name!r}: the plan is for shape {rule.shape}, the parameter has {shape}; "
@@ -109,10 +145,19 @@ def check_rule(name: str, rule: Rule) -> None:
         raise PlanError(f"{name!r}: dims={shown(rule.dims)} must be dimensions in 0..{MAX_NDIM - 1}")
     if len(set(rule.dims)) != len(rule.dims):
         raise PlanError(f"{name!r}: dims={rule.dims} names a dimension twice")
+    if rule.batch_dims < 0:
+        raise PlanError(f"{name!r}: batch_dims={rule.batch_dims} must be >= 0")
+    if rule.part is not None and (rule.shape != rule.part.shape or owner_of(name, rule.part) == name):
+        raise PlanError(
+            f"{name!r}: a part {rule.part.label!r} of shape {rule.part.shape} needs that shape, not {rule.shape}, and "
+            f"a name that ends in '[{rule.part.label}]'"
+        )
     if rule.shape is None:
         return
     ndim = len(rule.shape)
     if any(dim >= ndim for dim in rule.dims):
         raise PlanError(f"{name!r}: dims={rule.dims} is out of range for shape {rule.shape}; use 0..{ndim - 1}")
+    if rule.batch_dims > max(0, ndim - 2):
+        raise PlanError(f"{name!r}: batch_dims={rule.batch_dims} leaves less than a matrix of shape {rule.shape}")
     if rule.form == FACTORED and ndim < 2:
         raise PlanError(f"{name!r}: form='factored' needs two dimensions, the shape is {rule.shape}; use 'full'")

@@ -11,7 +11,7 @@ from torch import Tensor
 from slimadam.errors import PlanError
 from slimadam.functional import stand_in
 from slimadam.plan import CompressionPlan
-from slimadam.rules import Dims, Rule, fit_rule
+from slimadam.rules import Rule, fit_rules
 
 KEY: Final = "slimadam"
 FORMAT_VERSION: Final = 1
@@ -83,33 +83,59 @@ def check_version(state_dict: Mapping[str, Any]) -> None:
         )
 
 
-def average(full: Tensor, averaged_dims: Sequence[Dims]) -> list[Tensor]:
-    """A full second moment averaged to what a rule stores.
+def by_rule(rules: Sequence[Rule], moments: Sequence[Tensor], ndim: int) -> list[tuple[Rule, Sequence[Tensor]]]:
+    """The stored tensors of a parameter, rule by rule."""
+    found, start = [], 0
+    for rule in rules:
+        end = start + len(rule.averaged_dims(ndim))
+        found.append((rule, moments[start:end]))
+        start = end
+    return found
+
+
+def state_shapes(rules: Sequence[Rule], shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Shapes of all tensors that a second moment is stored in, for a parameter of the given shape."""
+    return tuple(kept for rule in rules for kept in rule.state_shapes(shape if rule.part is None else rule.part.shape))
+
+
+def average(full: Tensor, rules: Sequence[Rule]) -> list[Tensor]:
+    """A full second moment averaged to what the rules of a parameter store.
 
     Args:
         full: Second moment of the parameter's shape; complex ones average real and imaginary parts apart.
-        averaged_dims: For each stored tensor the dimensions it is averaged over.
+        rules: The parameter's rule, or one for each of its parts.
     """
-    return [full.mean(dims, keepdim=True) if dims else full.clone() for dims in averaged_dims]
+    stored = []
+    for rule in rules:
+        piece = rule.take(full)
+        stored += [
+            piece.mean(dims, keepdim=True) if dims else piece.clone() for dims in rule.averaged_dims(piece.dim())
+        ]
+    return stored
 
 
-def expand(moments: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+def expand(moments: Sequence[Tensor], rules: Sequence[Rule], shape: tuple[int, ...]) -> Tensor:
     """The full second moment, of the parameter's shape, that stored tensors stand for."""
-    if moments[0].is_complex():
-        whole = torch.view_as_complex(stand_in([torch.view_as_real(part) for part in moments]).contiguous())
-    else:
-        whole = stand_in(moments)
-    return whole.expand(tuple(shape)).clone(memory_format=torch.contiguous_format)
+    whole = torch.empty(shape, dtype=moments[0].dtype, device=moments[0].device)
+    for rule, stored in by_rule(rules, moments, len(shape)):
+        piece = rule.take(whole)
+        dims = rule.averaged_dims(piece.dim())
+        if whole.is_complex():
+            real = stand_in([torch.view_as_real(part) for part in stored], dims)
+            piece.copy_(torch.view_as_complex(real.contiguous()))
+        else:
+            piece.copy_(stand_in(stored, dims))
+    return whole
 
 
-def convert(name: str, saved: StoredMoment, param: Tensor, rule: Rule, dtype: torch.dtype) -> StoredMoment:
-    """A saved second moment as this optimizer stores it; full ones are averaged by the rule.
+def convert(name: str, saved: StoredMoment, param: Tensor, rules: Sequence[Rule], dtype: torch.dtype) -> StoredMoment:
+    """A saved second moment as this optimizer stores it; full ones are averaged by the rules.
 
     Args:
         name: The parameter's name, for errors.
         saved: What the state dict holds.
         param: The parameter.
-        rule: Its rule.
+        rules: Its rule, or one for each of its parts.
         dtype: Precision to keep it in.
 
     Raises:
@@ -118,13 +144,15 @@ def convert(name: str, saved: StoredMoment, param: Tensor, rule: Rule, dtype: to
     given = [part.to(device=param.device, dtype=dtype, copy=True) for part in parts(saved)]
     shapes = tuple(tuple(part.shape) for part in given)
     shape = tuple(param.shape)
-    if shapes == rule.state_shapes(shape):
+    wanted = state_shapes(rules, shape)
+    if shapes == wanted:
         return stored(given)
     if shapes == (shape,):
-        return stored(average(given[0], rule.averaged_dims(param.dim())))
+        return stored(average(given[0].contiguous(), rules))
+    described = ", ".join(f"{rule.form}, dims={rule.dims}" for rule in rules)
     raise PlanError(
         f"{name!r}: the state dict holds a second moment of shape {' and '.join(map(str, shapes))}, this "
-        f"optimizer's plan ({rule.form}, dims={rule.dims}) keeps {' and '.join(map(str, rule.state_shapes(shape)))}; "
+        f"optimizer's plan ({described}) keeps {' and '.join(map(str, wanted))}; "
         "convert it with slimadam.convert_state_dict(state_dict, optimizer.plan), or build the optimizer with the "
         "plan it was saved under, slimadam.CompressionPlan.from_dict(state_dict['slimadam']['plan'])"
     )
@@ -150,28 +178,30 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
             "the state dict carries no plan: it is not SlimAdam's; one of Adam or AdamW is loaded as it is"
         )
     old = CompressionPlan.from_dict(state_dict[KEY]["plan"])
-    new = {name: _rule_under(plan, name, rule) for name, rule in old.items()}
+    new = {name: _rules_under(plan, name, rules) for name, rules in old.by_parameter().items()}
     saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
     state = dict(state_dict["state"])
-    for saved_id, (name, rule) in zip(saved_ids, new.items(), strict=True):
-        if saved_id in state and rule != old[name]:
-            state[saved_id] = _with_rule(state[saved_id], rule)
-    own = {"format_version": FORMAT_VERSION, "plan": CompressionPlan(new).to_dict()}
+    for saved_id, (name, rules) in zip(saved_ids, new.items(), strict=True):
+        before = old.by_parameter()[name]
+        if saved_id in state and rules != before:
+            state[saved_id] = _with_rules(state[saved_id], before, rules)
+    own = {"format_version": FORMAT_VERSION, "plan": CompressionPlan.of_parameters(new).to_dict()}
     return {**state_dict, "state": state, KEY: own}
 
 
-def _rule_under(plan: CompressionPlan | None, name: str, old: Rule) -> Rule:
-    shape = old.shape or ()
-    key = None if plan is None else plan.match(name)
-    if plan is None or key is None:
-        return Rule(shape=shape, role=old.role, reason="not in the plan" if plan else "plan=None: as AdamW")
-    return fit_rule(name, plan[key], shape)
+def _rules_under(plan: CompressionPlan | None, name: str, old: Sequence[Rule]) -> list[Rule]:
+    shape = old[0].owner_shape or ()
+    keys = [] if plan is None else plan.keys_of(name)
+    if plan is None or not keys:
+        role = old[0].role if old[0].part is None else ""
+        return [Rule(shape=shape, role=role, reason="not in the plan" if plan else "plan=None: as AdamW")]
+    return fit_rules(name, [plan[key] for key in keys], shape)
 
 
-def _with_rule(state: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
-    shape = rule.shape or ()
+def _with_rules(state: Mapping[str, Any], before: Sequence[Rule], rules: Sequence[Rule]) -> dict[str, Any]:
     changed = dict(state)
     for key in SECOND_MOMENTS:
         if key in state:
-            changed[key] = stored(average(expand(parts(state[key]), shape), rule.averaged_dims(len(shape))))
+            full = expand(parts(state[key]), before, before[0].owner_shape or ())
+            changed[key] = stored(average(full, rules))
     return changed

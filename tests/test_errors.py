@@ -85,7 +85,7 @@ WRONG_USES = [
     _use(PlanError, "the plan goes by parameter names, but these parameters have none: pass model=model",
          lambda model: SlimAdam(model.parameters(), plan=_plan({"0.weight": (1,)}))),
     _use(PlanError, "plan='rules' goes by layer role, but these parameters have none",
-         lambda model: SlimAdam(model.parameters(), plan="rules")),
+         lambda model: SlimAdam([torch.ones(3, 4, requires_grad=True)], plan="rules")),
     _use(PlanError, "plan='auto' in a parameter group: 'auto' is for a whole optimizer",
          lambda model: SlimAdam([{"params": model.parameters(), "plan": "auto"}], plan=None)),
     _use(ValueError, "calibration_steps=0 must be an integer >= 1", lambda model: slimadam.AutoPlan(calibration_steps=0)),

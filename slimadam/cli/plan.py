@@ -17,7 +17,7 @@ from torch import nn
 from slimadam.cli.console import percent
 from slimadam.errors import PlanError
 from slimadam.plan import CompressionPlan
-from slimadam.rules import Rule, fit_rule
+from slimadam.rules import Rule, fit_rules
 from slimadam.snr import FACTORED, Candidate
 
 _PLAN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -154,14 +154,14 @@ def _check_fit(checked: CompressionPlan, model: nn.Module) -> int:
     """How many of the model's parameters have a rule, after checking that every rule fits one."""
     found = {}
     for name, parameter in model.named_parameters():
-        key = checked.match(name)
-        if key is not None:
-            fit_rule(name, checked[key], tuple(parameter.shape))
-            found[key] = name
+        keys = checked.keys_of(name)
+        if keys:
+            fit_rules(name, [checked[key] for key in keys], tuple(parameter.shape))
+            found.update(dict.fromkeys(keys, name))
     unknown = [name for name in checked if name not in found]
     if unknown:
         raise PlanError(
             f"{unknown[0]!r}: the model has no such parameter ({len(unknown)} of the plan's "
             f"{len(checked)} names are unknown to it); calibrate this model, or remove the entry"
         )
-    return len(found)
+    return len(set(found.values()))

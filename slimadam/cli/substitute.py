@@ -18,6 +18,7 @@ from slimadam.errors import PlanError
 from slimadam.memory import MemoryReport
 from slimadam.names import NamedParameters, owning_modules
 from slimadam.optimizer import SlimAdam
+from slimadam.parts import key_of
 from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule, factored_rule, paper_rule
 
@@ -100,27 +101,34 @@ class Substitution:
 
     def plan_for(self, named: list[tuple[str, Tensor]], roles: NamedParameters, prefix: str) -> CompressionPlan:
         """The part of the plan that concerns some parameters of one optimizer, under their own names."""
-        return CompressionPlan({name: self._rule(name, tensor, roles, prefix) for name, tensor in named})
+        return CompressionPlan(
+            {
+                key_of(name, rule.part): rule
+                for name, tensor in named
+                for rule in self._rules(name, tensor, roles, prefix)
+            }
+        )
 
-    def _rule(self, name: str, tensor: Tensor, roles: NamedParameters, prefix: str) -> Rule:
+    def _rules(self, name: str, tensor: Tensor, roles: NamedParameters, prefix: str) -> list[Rule]:
         shape = tuple(tensor.shape)
-        role = roles.role(tensor)
         if self._plan == "factored":
-            return factored_rule(shape, role.role if role else "")
+            return [factored_rule(piece) for piece in roles.pieces(tensor)]
+        if self._plan == "rules" and roles.owned(tensor):
+            return [paper_rule(piece) for piece in roles.pieces(tensor)]
         if isinstance(self._plan, str):
-            return paper_rule(shape, role) if role and self._plan == "rules" else Rule(shape=shape)
-        key = self._key(self._plan, name, shape, prefix)
-        if key is None:
+            return [Rule(shape=shape)]
+        keys = self._keys(self._plan, name, shape, prefix)
+        if not keys:
             if len(shape) > 1:
                 self.uncovered.append(name)
-            return Rule(shape=shape, reason="not in the plan")
-        self._used.add(key)
-        return self._plan[key]
+            return [Rule(shape=shape, reason="not in the plan")]
+        self._used.update(keys)
+        return [self._plan[key] for key in keys]
 
-    def _key(self, plan: CompressionPlan, name: str, shape: tuple[int, ...], prefix: str) -> str | None:
-        told_apart = itertools.takewhile(lambda key: key in plan, prefixed(prefix, name))
-        fitting = [key for key in told_apart if plan[key].shape in (None, shape)]
-        return min(fitting, key=lambda key: key in self._used, default=plan.match(name))
+    def _keys(self, plan: CompressionPlan, name: str, shape: tuple[int, ...], prefix: str) -> list[str]:
+        told_apart = itertools.takewhile(bool, map(plan.keys_of, prefixed(prefix, name)))
+        fitting = [keys for keys in told_apart if plan[keys[0]].owner_shape in (None, shape)]
+        return min(fitting, key=lambda keys: keys[0] in self._used, default=plan.keys_of(name))
 
 
 def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimAdam]]:

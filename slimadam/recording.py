@@ -1,0 +1,28 @@
+"""Measuring one second moment into a history: what the recorder and ``plan="auto"`` have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from slimadam.rules import Rule
+from slimadam.snr import SNRHistory, measure
+
+
+def record(history: SNRHistory, step: int, key: str, rule: Rule, second_moment: Tensor | None) -> None:
+    """Measure what a rule is for and add it to a history.
+
+    Args:
+        history: Where to.
+        step: Optimizer step, from 1.
+        key: What the parameter, or its part, goes by.
+        rule: Says which part of the parameter to take, and what it is.
+        second_moment: Of the whole parameter's shape; None to make it known without a measurement.
+    """
+    assert rule.shape is not None
+    values = (
+        {}
+        if second_moment is None
+        else measure(rule.take(second_moment), **({"batch_dims": rule.batch_dims} if rule.batch_dims else {}))
+    )
+    history.forget_if_reshaped(key, rule.shape)
+    history.record(step, key, rule.shape, values, rule.role, rule.part, rule.batch_dims)

@@ -1,0 +1,218 @@
+"""What names say about a parameter, for where its module does not say it.
+
+Patterns are searched in a bare name (:func:`bare_name`); the first that matches counts, so narrow ones come first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+UNKNOWN = "unknown"
+NORM = "norm"
+BIAS = "bias"
+
+Patterns = tuple[tuple[re.Pattern[str], str], ...]
+
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_ADAPTER_HOLDERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
+_PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\.original([01]?)$")
+_WEIGHT = re.compile(r"(\.weight(_v)?|_weight)$")
+_ATTENTION = r"att(n|ention)\w*"
+_FEED_FORWARD = r"(mlp|ffn?|feed_?forward|dense\w*dense)"
+
+
+def _compiled(*patterns: tuple[str, str]) -> Patterns:
+    return tuple((re.compile(pattern), role) for pattern, role in patterns)
+
+
+def _last(words: str) -> str:
+    """A pattern for the last component, or components, of a name."""
+    return rf"(^|\.)({words})$"
+
+
+def _projection(word: str, role: str) -> tuple[tuple[str, str], ...]:
+    """Patterns for query, key or value; alone at the top of a model the word means something else."""
+    letter = word[0]
+    return (
+        (rf"\.({letter}|{word})$", role),
+        (_last(rf"(to_|w|linear_){letter}|({letter}|{word})_(b_)?(proj|lin|linear)"), role),
+    )
+
+
+# Adapters as PEFT lays them out: the name of the adapter may follow.
+ADAPTERS = _compiled(
+    (_last(r"lora_embedding_a(\.\w+)?"), "lora_embedding_a"),
+    (_last(r"lora_embedding_b(\.\w+)?"), "lora_embedding_b"),
+    (_last(r"lora_a(\.\w+)?"), "lora_a"),
+    (_last(r"lora_b(\.\w+)?"), "lora_b"),
+    (_last(r"lora_magnitude_vector(\.\w+)?"), "layer_scale"),
+)
+
+SCALES = _compiled((_last(r"(layer_?scale\w*|ls\d?)(\.\w+)?|gamma(_?\d)?|lambda_?\d"), "layer_scale"))
+
+RELATIVE_POSITION_BIASES = _compiled((_last(r"rel(ative)?_\w*bias(_table)?"), "relative_position_bias"))
+PATCH_EMBEDDINGS = _compiled(
+    (_last(r"\w*patch_?emb\w*(\.(proj\w*|conv\w*))?|conv_proj|x_embedder\.proj"), "patch_embedding")
+)
+FREE_TOKENS = _compiled(
+    (
+        _last(r"(\w+_)?(cls|class|mask|dist\w*|reg|register|query)_tokens?|mask_emb\w*|class_embedding|latents"),
+        "learned_token",
+    )
+)
+TABLES = (
+    RELATIVE_POSITION_BIASES
+    + _compiled(
+        (
+            r"(^|[._])(wpe|rel_emb\w*|pos(ition(s|al)?)?(_?e(mb|nc)\w*)?)(_[hw])?(\.(emb\w*|pe|table))?$",
+            "position_embedding",
+        )
+    )
+    + PATCH_EMBEDDINGS
+    + FREE_TOKENS
+    + _compiled(
+        (_last(r"(token_type|segment|type)_emb\w*"), "segment_embedding"),
+        (_last(r"wte|(\w+_)?tok(en)?s?_emb\w*|embed_tokens|word_emb\w*|emb(ed(ding)?s?)?|embed_in|shared"),
+         "token_embedding"),
+    )
+)  # fmt: skip
+
+_OUTPUTS = _compiled(
+    (_last(r"(classifier|\w*head|\w*predictions(\.transform)?)\.dense|vocab_transform"), "head_transform"),
+    (_last(r"(router|gate|gating)\.(wg|layer|classifier|linear)|\w*router|\w*expert_gate"), "router"),
+    (r"(^|(?<!experts)\.)gate$", "router"),
+    (_last(r"lm_head(\.decoder)?|output_projection|unembed\w*|embed_out|to_logits"), "lm_head"),
+    (_last(r"vocab_projector|predictions\.decoder"), "lm_head"),
+    (r"^(model\.)?output$", "lm_head"),
+    (_last(r"(classifier|classification_head)\.out_proj|\w*classifier|score|\w*heads?|head\.fc"), "classifier"),
+    (_last(r"head_dist|qa_outputs|seq_relationship|dense_prediction"), "classifier"),
+    (r"^(model\.)?fc$", "classifier"),
+    (_last(r"pooler(\.\w+)?"), "pooler"),
+)
+
+_ATTENTION_PARTS = _compiled(
+    (rf"{_ATTENTION}\.in_proj$", "fused_qkv"),
+    (_last(r"c_attn|w?qkv(_proj)?|to_qkv|query_key_value|attn_qkv"), "fused_qkv"),
+    (_last(r"to_kv|w?kv(_proj)?|key_value|kv_b_proj|wkv_b"), "fused_kv"),
+    (_last(r"q_a_proj|wq_a"), "latent_query"),
+    (_last(r"kv_a_proj\w*|wkv_a"), "latent_kv"),
+    (_last(r"wq_b|q_attn"), "query"),
+    *_projection("query", "query"),
+    *_projection("key", "key"),
+    *_projection("value", "value"),
+    (
+        rf"{_ATTENTION}\.(c_proj|w?o|o(ut)?_(proj|lin)|to_out|out|dense|output(\.dense)?|proj(ection)?)$",
+        "attention_output",
+    ),
+    (_last(r"o_proj|o_lin|to_out|attn_out(put)?|attention_out(put)?"), "attention_output"),
+)
+
+_FEED_FORWARD_PARTS = _compiled(
+    (_last(r"gate_(and_)?up(_proj)?|w12|w13"), "fused_gate_up"),
+    (rf"{_FEED_FORWARD}\.input_linear$", "fused_gate_up"),
+    (rf"{_FEED_FORWARD}\.output_linear$", "mlp_down"),
+    (_last(r"gate_proj|gate|w1|wi_0"), "mlp_gate"),
+    (_last(r"up_proj|up|w3|c_fc|fc_?1|fc_in|lin(ear)?_?1|wi|wi_1"), "mlp_up"),
+    (_last(r"dense_h_to_4h|intermediate\.dense|intermediate_dense|pwconv1"), "mlp_up"),
+    (_last(r"down_proj|down|w2|fc_?2|lin(ear)?_?2|dense_4h_to_h|output_dense|pwconv2"), "mlp_down"),
+    (rf"(^|\.){_FEED_FORWARD}\.(c_proj|wo|fc_out|proj|dense)$", "mlp_down"),
+    (r"(^|\.)(layers?|blocks?|h)\.output\.dense$", "mlp_down"),
+)
+
+SQUEEZE_EXCITE = _compiled(
+    (r"(^|\.)(se|se_?(module|block|layer)|squeeze_?(and_?)?excit\w*)\.", "squeeze_excite"),
+)
+_CONVOLUTIONS = _compiled(
+    (_last(r"dw_?conv\w*|conv_?dw\w*|\w*depthwise\w*"), "depthwise_convolution"),
+    (r"conv|stem|downsample|shortcut|features", "convolution"),
+)
+
+_RECURRENT = _compiled(
+    (_last(r"weight_ih(_l\d+)?(_reverse)?"), "recurrent_input"),
+    (_last(r"weight_hh(_l\d+)?(_reverse)?"), "recurrent_hidden"),
+    (_last(r"weight_hr(_l\d+)?(_reverse)?"), "recurrent_projection"),
+)
+_PROJECTIONS = _compiled(
+    (_last(r"(\w+_)?(projection|projector)|project_(in|out)|reduction"), "projection"),
+    (_last(r"embeddings_project|embedding_hidden_mapping_in|\w*projector\.\w+"), "projection"),
+)
+
+_NORMS = re.compile(r"(^|\.)((\w*norm(?!al)\w*)|ln(_?[a-z0-9]+)*|bn\d*)(\.(gamma|scale|g))?$")
+MATRICES = SQUEEZE_EXCITE + TABLES + _OUTPUTS + _ATTENTION_PARTS + _FEED_FORWARD_PARTS + _RECURRENT + _PROJECTIONS
+STACKS = _ATTENTION_PARTS + _FEED_FORWARD_PARTS
+
+
+def search(patterns: Iterable[tuple[re.Pattern[str], str]], bare: str) -> str:
+    """The role of the first pattern that matches a bare name."""
+    return next((role for pattern, role in patterns if pattern.search(bare)), UNKNOWN)
+
+
+def canonical_name(name: str) -> str:
+    """``name`` without what ``torch.compile``, FSDP, checkpointing and DDP add to it.
+
+    Example:
+        >>> canonical_name("_orig_mod.module.layers.0.weight")
+        'layers.0.weight'
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def unwrapped_name(name: str) -> str:
+    """:func:`canonical_name` without adapters' holders, parametrized tensors under their own names.
+
+    Example:
+        >>> unwrapped_name("q_proj.base_layer.weight")
+        'q_proj.weight'
+        >>> unwrapped_name("conv.parametrizations.weight.original0")
+        'conv.weight_g'
+    """
+    own = _PARAMETRIZED.sub(lambda found: f".{found[1]}{'_g' if found[2] == '0' else ''}", name)
+    return _ADAPTER_HOLDERS.sub("", canonical_name(own))
+
+
+def bare_name(name: str) -> str:
+    """:func:`unwrapped_name` in lower case, without layer numbers and without ``weight`` at its end.
+
+    Example:
+        >>> bare_name("encoder.block.0.layer.1.DenseReluDense.wo.weight")
+        'encoder.block.layer.densereludense.wo'
+    """
+    parts = (part for part in unwrapped_name(name).lower().split(".") if not part.isdigit())
+    return _WEIGHT.sub("", ".".join(parts))
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter's name is that of an additive bias."""
+    leaf = name.rpartition(".")[2]
+    return leaf.startswith("bias") or leaf.endswith("bias")
+
+
+def role_from_name(name: str, ndim: int) -> str:
+    """The role that a parameter's name suggests, for when its module is not at hand.
+
+    Args:
+        name: Qualified parameter name.
+        ndim: Number of dimensions of the parameter.
+
+    Returns:
+        The role; ``"unknown"`` where the name does not say it.
+    """
+    bare = bare_name(name)
+    if ndim > 1 and (found := search(RELATIVE_POSITION_BIASES, bare)) != UNKNOWN:
+        return found
+    if is_bias(bare):
+        return BIAS
+    if (found := search(ADAPTERS, bare)) != UNKNOWN:
+        return found
+    if _NORMS.search(bare) or unwrapped_name(name).endswith("weight_g"):
+        return NORM
+    if ndim <= 1:
+        return search(SCALES + FREE_TOKENS, bare)
+    if ndim == 2:
+        return search(MATRICES, bare)
+    found = search(SQUEEZE_EXCITE + TABLES + _CONVOLUTIONS + (STACKS if ndim == 3 else ()), bare)
+    return "convolution" if found == UNKNOWN and ndim > 3 else found
