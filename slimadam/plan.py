@@ -29,6 +29,7 @@ from slimadam.plan_json import (
 from slimadam.roles import canonical_name, role_from_name
 from slimadam.rules import Rule, check_rule, factored_rule, paper_rule
 from slimadam.snr import SNRHistory
+from slimadam.transfer import rules_for_model
 
 FORMAT: Final = "slimadam.plan"
 FORMAT_VERSION: Final = 1
@@ -234,6 +235,18 @@ class CompressionPlan(Mapping[str, Rule]):
         found = pieces_of(model, parts or {})
         refuse_unmatched(parts or {}, found)
         return cls({key_of(name, piece.part): rule(piece) for name, pieces in found.items() for piece in pieces})
+
+    def for_model(self, model: nn.Module) -> CompressionPlan:
+        """This plan carried over to another depth or width of the same family of models.
+
+        Layers are matched by role. With a cutoff each candidate's SNR is averaged over the layers of a role and decides
+        anew, as the paper averages its rules over depth (arXiv 2503.01843); a plan by budget, or without measurements,
+        carries over the most common rule of each role. What has no counterpart here stays in full, and says so.
+
+        Args:
+            model: The model that the new plan is for.
+        """
+        return CompressionPlan(rules_for_model(self._rules, self.cutoff, model), cutoff=self.cutoff)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (schema: ``slimadam/plan.schema.json``). Replaces the file in one move."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -137,8 +138,7 @@ def object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obje
     """``object_pairs_hook`` of ``json.loads`` that refuses repeated names."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise PlanError(f"{shown(twice)} appears twice in one object; keep one of them")
     return found
 

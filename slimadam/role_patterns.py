@@ -91,7 +91,7 @@ _OUTPUTS = _compiled(
     (_last(r"pooler(\.\w+)?"), "pooler"),
 )
 
-_ATTENTION_PARTS = _compiled(
+ATTENTION_PARTS = _compiled(
     (rf"{_ATTENTION}\.in_proj$", "fused_qkv"),
     (_last(r"c_attn|w?qkv(_proj)?|to_qkv|query_key_value|attn_qkv"), "fused_qkv"),
     (_last(r"to_kv|w?kv(_proj)?|key_value|kv_b_proj|wkv_b"), "fused_kv"),
@@ -128,7 +128,7 @@ _CONVOLUTIONS = _compiled(
     (r"conv|stem|downsample|shortcut|features", "convolution"),
 )
 
-_RECURRENT = _compiled(
+RECURRENT = _compiled(
     (_last(r"weight_ih(_l\d+)?(_reverse)?"), "recurrent_input"),
     (_last(r"weight_hh(_l\d+)?(_reverse)?"), "recurrent_hidden"),
     (_last(r"weight_hr(_l\d+)?(_reverse)?"), "recurrent_projection"),
@@ -139,8 +139,8 @@ _PROJECTIONS = _compiled(
 )
 
 _NORMS = re.compile(r"(^|\.)((\w*norm(?!al)\w*)|ln(_?[a-z0-9]+)*|bn\d*)(\.(gamma|scale|g))?$")
-MATRICES = SQUEEZE_EXCITE + TABLES + _OUTPUTS + _ATTENTION_PARTS + _FEED_FORWARD_PARTS + _RECURRENT + _PROJECTIONS
-STACKS = _ATTENTION_PARTS + _FEED_FORWARD_PARTS
+LINEARS = SQUEEZE_EXCITE + PATCH_EMBEDDINGS + _OUTPUTS + ATTENTION_PARTS + _FEED_FORWARD_PARTS + _PROJECTIONS
+STACKS = ATTENTION_PARTS + _FEED_FORWARD_PARTS
 
 
 def search(patterns: Iterable[tuple[re.Pattern[str], str]], bare: str) -> str:
@@ -213,6 +213,6 @@ def role_from_name(name: str, ndim: int) -> str:
     if ndim <= 1:
         return search(SCALES + FREE_TOKENS, bare)
     if ndim == 2:
-        return search(MATRICES, bare)
+        return search(TABLES + LINEARS + RECURRENT, bare)
     found = search(SQUEEZE_EXCITE + TABLES + _CONVOLUTIONS + (STACKS if ndim == 3 else ()), bare)
     return "convolution" if found == UNKNOWN and ndim > 3 else found

@@ -7,10 +7,11 @@ Source: Kalra et al., "When Can You Get Away with Low Memory Adam?" (arXiv 2503.
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -18,7 +19,7 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from slimadam.errors import PlanError
+from slimadam.errors import PlanError, shown
 from slimadam.parts import Part
 
 Candidate = tuple[int, ...] | Literal["factored"]
@@ -27,6 +28,8 @@ Candidate = tuple[int, ...] | Literal["factored"]
 FACTORED: Final = "factored"
 CONSTANT_RELATIVE_VARIANCE = 1e-28
 MAX_NDIM = 8
+MAX_NAME_LENGTH = 1000
+MAX_SIZE = 1 << 62
 CSV_COLUMNS = ("step", "key", "shape", "compress_dims", "snr")
 _CHUNK_ELEMENTS = 1 << 19
 _MAX_CSV_BYTES = 1 << 30
@@ -114,13 +117,13 @@ def normalize_candidate(dims: object, ndim: int) -> Candidate:
     if isinstance(dims, int) and not isinstance(dims, bool):
         dims = (dims,)
     if not isinstance(dims, Sequence) or isinstance(dims, str) or not dims:
-        raise ValueError(f"dims={dims!r} must be a dimension, a non-empty sequence of them, or 'factored'")
+        raise ValueError(f"dims={shown(dims)} must be a dimension, a non-empty sequence of them, or 'factored'")
     for dim in dims:
         if not isinstance(dim, int) or isinstance(dim, bool) or not -ndim <= dim < ndim:
-            raise ValueError(f"dims={dims!r}: {dim!r} is not a dimension of a {ndim}-dimensional tensor")
+            raise ValueError(f"dims={shown(dims)}: {shown(dim)} is not a dimension of a {ndim}-dimensional tensor")
     subset = tuple(sorted(dim % ndim for dim in dims))
     if len(set(subset)) != len(subset):
-        raise ValueError(f"dims={dims!r} names a dimension twice")
+        raise ValueError(f"dims={shown(dims)} names a dimension twice")
     return subset
 
 
@@ -130,9 +133,9 @@ def _check_batch_dims(batch_dims: int) -> None:
 
 
 class _Moments(NamedTuple):
-    """Of each slice of ``count`` entries: the mean, and the sum of squared distances from it (None: zero)."""
+    """Of each slice of ``size`` entries: the mean, and the sum of squared distances from it (None: zero)."""
 
-    count: int
+    size: int
     mean: Tensor
     spread: Tensor | None
 
@@ -140,25 +143,25 @@ class _Moments(NamedTuple):
         """The slices along a dimension taken together."""
         mean = self.mean.mean(dim, keepdim=True)
         distance = torch.sub(self.mean, mean, out=scratch[: self.mean.numel()].view(self.mean.shape))
-        spread = distance.square_().sum(dim, keepdim=True).mul_(self.count)
+        spread = distance.square_().sum(dim, keepdim=True).mul_(self.size)
         if self.spread is not None:
             spread += self.spread.sum(dim, keepdim=True)
-        return _Moments(self.count * self.mean.shape[dim], mean, spread)
+        return _Moments(self.size * self.mean.shape[dim], mean, spread)
 
     def joined(self, other: _Moments) -> _Moments:
         """Each slice with more entries of it (Chan, Golub & LeVeque, 1979)."""
         assert self.spread is not None
         assert other.spread is not None
-        count = self.count + other.count
+        size = self.size + other.size
         distance = other.mean - self.mean
-        mean = self.mean + distance * (other.count / count)
-        spread = self.spread + other.spread + distance.square_() * (self.count * other.count / count)
-        return _Moments(count, mean, spread)
+        mean = self.mean + distance * (other.size / size)
+        spread = self.spread + other.spread + distance.square_() * (self.size * other.size / size)
+        return _Moments(size, mean, spread)
 
     def ratios(self) -> Tensor:
         """Sum and number of the ratios of the slices that are not constant."""
         assert self.spread is not None
-        return _sum_and_number(self.mean, self.spread / self.count)
+        return _sum_and_number(self.mean, self.spread / self.size)
 
 
 def _sum_and_number(mean: Tensor, variance: Tensor) -> Tensor:
@@ -192,14 +195,14 @@ class _Chunks:
             self._scale = torch.where(largest > 0, largest, 1.0)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for part in self._v.split(self._length, self.longest):
+        for part in torch.split(self._v, self._length, self.longest):
             chunk = self._values[: part.numel()].view(part.shape).copy_(part)
             yield chunk if self._scale is None else chunk.div_(self._scale)
 
     def split(self, kept: Tensor) -> Sequence[Tensor]:
         """What of a tensor with some dimensions averaged to size 1 belongs to each chunk."""
         if kept.shape[self.longest] > 1:
-            return kept.split(self._length, self.longest)
+            return torch.split(kept, self._length, self.longest)
         return [kept] * math.ceil(self.shape[self.longest] / self._length)
 
     def moments(self, dims: tuple[int, ...], known: _Known) -> _Moments:
@@ -309,12 +312,17 @@ class ParameterSNR:
         NaN measurements (non-finite gradients) are left out. A step at which every slice was constant says
         nothing about noise, so infinity counts only if it is all there is.
         """
-        collected: dict[Candidate, list[float]] = {}
-        for measured in self.values.values():
-            for candidate, value in measured.items():
-                if not math.isnan(value):
-                    collected.setdefault(candidate, []).append(value)
-        return {candidate: _mean_of_finite(values) for candidate, values in collected.items()}
+        return average_snr(self.values.values())
+
+
+def average_snr(measurements: Iterable[Mapping[Candidate, float]]) -> dict[Candidate, float]:
+    """The plain mean of each candidate's SNR; NaN does not count, infinity only where nothing else was measured."""
+    collected: dict[Candidate, list[float]] = {}
+    for measured in measurements:
+        for candidate, value in measured.items():
+            if not math.isnan(value):
+                collected.setdefault(candidate, []).append(value)
+    return {candidate: _mean_of_finite(values) for candidate, values in collected.items()}
 
 
 def _mean_of_finite(values: list[float]) -> float:
@@ -409,38 +417,47 @@ class SNRHistory(Mapping[str, ParameterSNR]):
         try:
             if path.stat().st_size > _MAX_CSV_BYTES:
                 raise PlanError(f"{path}: larger than 1 GiB, so it is no SNR history; pass the CSV of one run")
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file, strict=True)
                 missing = [column for column in CSV_COLUMNS if column not in (reader.fieldnames or ())]
                 if missing:
                     raise PlanError(f"{path}: columns {missing} are missing; expected {','.join(CSV_COLUMNS)}")
                 for row in reader:
-                    _read_row(history, row, f"{path}, line {reader.line_num}")
+                    try:
+                        _read_row(history, row)
+                    except ValueError as error:
+                        raise PlanError(f"{path}, line {reader.line_num}: {error}") from error
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise PlanError(f"{path}: cannot be read as CSV ({error})") from error
         return history
 
 
-def _read_row(history: SNRHistory, row: Mapping[str, str | None], where: str) -> None:
-    if not row["key"]:
-        raise PlanError(f"{where}: key is empty; every row needs the parameter's name")
-    shape = _integers(row["shape"], "shape", where)
-    dims = row["compress_dims"]
-    try:
-        candidate = normalize_candidate(
-            dims if dims == FACTORED else _integers(dims, "compress_dims", where), len(shape)
+def _read_row(history: SNRHistory, row: Mapping[str, str | None]) -> None:
+    name, step, value = row["key"], row["step"], row["snr"]
+    if not name or len(name) > MAX_NAME_LENGTH:
+        raise ValueError(
+            f"key={shown(name)} must be a parameter's name, neither empty nor longer than {MAX_NAME_LENGTH} characters"
         )
-        step, value = int(row["step"] or ""), float(row["snr"] or "")
-        if not 0 <= step < _MAX_STEP or value < 0:
-            raise ValueError(f"step={step}, snr={value} must be >= 0, and the step below 2**53")
-        history.record(step, row["key"], shape, {candidate: value})
+    try:
+        shape, candidate = _shape_and_candidate(row["shape"], row["compress_dims"])
+        number, ratio = int(step or ""), float(value or "")
+        if not 0 <= number < _MAX_STEP or ratio < 0:
+            raise ValueError(f"step={shown(step)}, snr={shown(value)} must be >= 0, and the step below 2**53")
+        history.record(number, name, shape, {candidate: ratio})
     except ValueError as error:
-        raise PlanError(f"{where}: {row['key']!r}: {error}") from error
+        raise ValueError(f"{name!r}: {error}") from error
 
 
-def _integers(text: str | None, column: str, where: str) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=1024)
+def _shape_and_candidate(shape_text: str | None, dims_text: str | None) -> tuple[tuple[int, ...], Candidate]:
+    shape = _integers("shape", shape_text)
+    dims = dims_text if dims_text == FACTORED else _integers("compress_dims", dims_text)
+    return shape, normalize_candidate(dims, len(shape))
+
+
+def _integers(column: str, text: str | None) -> tuple[int, ...]:
     well_formed = text is not None and len(text) <= 200 and _INTEGER_TUPLE.fullmatch(text.strip())
-    numbers = tuple(int(number) for number in re.findall(r"\d+", text or "")) if well_formed else ()
-    if not well_formed or len(numbers) > MAX_NDIM:
-        raise PlanError(f"{where}: {column}={text!r} must be a tuple of at most {MAX_NDIM} integers")
+    numbers = tuple(map(int, re.findall(r"\d+", text or ""))) if well_formed else ()
+    if not well_formed or len(numbers) > MAX_NDIM or any(number > MAX_SIZE for number in numbers):
+        raise ValueError(f"{column}={shown(text)} must be a tuple of at most {MAX_NDIM} integers up to 2**62")
     return numbers

@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from slimadam.cli.console import percent
+from slimadam.cli.console import output_path, percent
 from slimadam.errors import PlanError
 from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule, fit_rules
 from slimadam.snr import FACTORED, Candidate
+from slimadam.transfer import NO_COUNTERPART
 
 _PLAN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _UNBOUNDED_WIDTH = 100_000
@@ -26,7 +27,7 @@ _UNBOUNDED_WIDTH = 100_000
 
 @click.group()
 def plan() -> None:
-    """Show, compare and check plan files."""
+    """Show, compare, carry over and check plan files."""
 
 
 @plan.command()
@@ -76,6 +77,30 @@ def diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
             for name in names:
                 click.echo(f"{name}: only in {path}")
     ctx.exit(1 if changed or only_a or only_b else 0)
+
+
+@plan.command()
+@click.argument("file", metavar="PLAN", type=_PLAN_FILE)
+@click.option(
+    "--model", "builder", metavar="MODULE:CALLABLE", required=True, help="Carry it to the model that this builds."
+)
+@click.option("--out", required=True, callback=output_path, help="The plan to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def transfer(file: Path, builder: str, out: Path, as_json: bool) -> None:
+    """Carry a plan to another depth or width of its model, by layer role, averaged over depth."""
+    carried = CompressionPlan.load(file).for_model(_build(builder))
+    carried.save(out)
+    without = [
+        key for key, rule in carried.items() if rule.reason.startswith(NO_COUNTERPART) and len(rule.shape or ()) > 1
+    ]
+    saved = carried.second_moments_saved
+    if as_json:
+        totals = {"parameters": len(carried), "second_moments_saved": saved, "no_counterpart": without}
+        click.echo(json.dumps(totals | {"plan": str(out)}))
+        return
+    click.echo(f"{out}: {len(carried)} parameters, {percent(saved)} of second moments saved")
+    for key in without:
+        click.echo(f"{key}: {carried[key].reason}, stays in full")
 
 
 @plan.command()

@@ -1,0 +1,81 @@
+"""Carrying a plan to another model of the same family: by layer role, averaged over depth (arXiv 2503.01843)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from torch import nn
+
+from slimadam.choosing import Forms, choose_by_cutoff, keep_full
+from slimadam.fused import pieces_of
+from slimadam.parts import Piece, key_of
+from slimadam.roles import UNKNOWN, canonical_name, role_from_name
+from slimadam.rules import Rule, full_rule
+from slimadam.snr import FACTORED, average_snr
+
+NO_COUNTERPART: Final = "the plan has no "
+
+Kind = tuple[str, int]
+
+
+def rules_for_model(rules: Mapping[str, Rule], cutoff: float | None, model: nn.Module) -> dict[str, Rule]:
+    """A rule for each logical matrix of a model, from rules that were chosen for another.
+
+    Layers of the same role and number of dimensions count as one kind; those of unknown role by their name without
+    layer numbers. With a cutoff, the SNR of each candidate is averaged over the layers of a kind and decides anew;
+    without one (chosen by budget, or not measured) the most common rule of the kind holds.
+
+    Args:
+        rules: The rules to carry over, by key.
+        cutoff: SNR cutoff that they were chosen with, if any.
+        model: The model to carry them to.
+    """
+    kinds: dict[Kind, list[Rule]] = {}
+    for key, rule in rules.items():
+        kinds.setdefault(_kind(key, rule.role, _ndim(key, rule)), []).append(rule)
+    return {
+        key_of(name, piece.part): _carried(key_of(name, piece.part), piece, kinds, cutoff)
+        for name, pieces in pieces_of(model, {}).items()
+        for piece in pieces
+    }
+
+
+def _ndim(key: str, rule: Rule) -> int:
+    """Number of dimensions; rules that fit any shape are taken to be for matrices."""
+    return len(rule.shape) if rule.shape is not None else max([2, *(dim + 1 for dim in rule.dims)])
+
+
+def _kind(key: str, role: str, ndim: int) -> Kind:
+    role = role or role_from_name(key, ndim)
+    return (re.sub(r"(?<![^.])\d+(?![^.])", "*", canonical_name(key)) if role == UNKNOWN else role), ndim
+
+
+def _carried(key: str, piece: Piece, kinds: Mapping[Kind, Sequence[Rule]], cutoff: float | None) -> Rule:
+    kind = _kind(key, piece.role.role, len(piece.shape))
+    empty = full_rule(piece, f"{NO_COUNTERPART}{kind[0].replace('_', ' ')}")
+    found = kinds.get(kind, [])
+    kept = keep_full(empty, None)
+    if kept is not None or not found:
+        return kept or empty
+    origin = f"carried over from {len(found)} {kind[0].replace('_', ' ')}"
+    if all(rule.form == "full" for rule in found):
+        return replace(empty, snr=average_snr(rule.snr for rule in found), reason=f"{origin}, all in full")
+    if cutoff is None or not any(rule.snr for rule in found):
+        return _most_common(empty, found, origin)
+    forms: Forms = "best" if any(rule.form == FACTORED for rules in kinds.values() for rule in rules) else "mean"
+    chosen = choose_by_cutoff({key: replace(empty, snr=average_snr(rule.snr for rule in found))}, cutoff, forms)[key]
+    return replace(chosen, reason=f"{origin}: {chosen.reason}")
+
+
+def _most_common(empty: Rule, found: Sequence[Rule], origin: str) -> Rule:
+    ((form, dims), count), *_ = Counter((rule.form, rule.dims) for rule in found).most_common()
+    rule = replace(empty, form=form, dims=dims, reason=f"{origin}: the rule of {count} of them")
+    shape = empty.shape or ()
+    if rule.stored_elements(shape) >= math.prod(shape):
+        return replace(empty, reason=f"{origin}, whose rule saves nothing here")
+    return rule
