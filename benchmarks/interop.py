@@ -33,6 +33,7 @@ from benchmarks import machine
 from slimadam import CompressionPlan, SlimAdam
 from slimadam.integrations.transformers import optimizer_cls_and_kwargs
 from slimadam.planning import PlanArgument
+from slimadam.state import state_shapes
 
 Batch = dict[str, Tensor]
 
@@ -332,7 +333,10 @@ def check(label: str, new_model: Callable[[], nn.Module]) -> Outcome:
     full = sum(param.numel() for param in run.model.parameters())
     kept = sum(torch.Size(part).numel() for parts in shapes.values() for part in parts)
     return Outcome(
-        matched=sum(tuple(shapes[name]) == rule.state_shapes(rule.shape or ()) for name, rule in plan.items()),
+        matched=sum(
+            tuple(shapes[name]) == state_shapes(rules, rules[0].owner_shape or ())
+            for name, rules in plan.by_parameter().items()
+        ),
         parameters=len(shapes),
         saved=1 - kept / full,
         difference=largest_difference(run, by_hand(new_model(), plan, **options)),

@@ -79,8 +79,8 @@ def test_plan_changes_training_and_saving_is_reported() -> None:
 def test_rules_go_by_the_role_of_each_layer() -> None:
     result = run("--plan", "rules", MIXED, "--steps", "1")
     assert result.exit_code == 0, result.stderr
-    # The token embedding is averaged over its 6 columns; nothing else here has a rule.
-    assert f"take {4 * (380 - 66 + 11):,} bytes instead of 1,520" in result.stderr
+    # The token embedding is averaged over its 6 columns, the head over its 4; nothing else here has a rule.
+    assert f"take {4 * (380 - 66 + 11 - 44 + 11):,} bytes instead of 1,520" in result.stderr
 
 
 def test_one_plan_covers_two_optimizers_in_whatever_order() -> None:

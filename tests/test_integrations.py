@@ -97,7 +97,7 @@ def _with_a_typo(model: nn.Module) -> CompressionPlan:
 @pytest.mark.parametrize("label", interop.INTEGRATIONS)
 def test_compresses_and_trains_as_the_loop_by_hand(label: str, model: str) -> None:
     outcome = interop.check(label, interop.MODELS[model])
-    parameters, saved = {"Llama": (21, 0.936), "GPT-2": (28, 0.710)}[model]  # GPT-2's fused QKV stays in full
+    parameters, saved = {"Llama": (21, 0.936), "GPT-2": (28, 0.896)}[model]  # by parts of the fused QKV
     assert (outcome.matched, outcome.parameters) == (parameters, parameters)
     assert outcome.saved == pytest.approx(saved, abs=1e-3)
     assert outcome.difference <= interop.BAR
