@@ -102,7 +102,7 @@ ATTENTION_PARTS = _compiled(
     *_projection("key", "key"),
     *_projection("value", "value"),
     (
-        rf"{_ATTENTION}\.(c_proj|w?o|o(ut)?_(proj|lin)|to_out|out|dense|output(\.dense)?|proj(ection)?)$",
+        rf"{_ATTENTION}\.(c_proj|w?o|o(ut)?_(proj|lin)|to_out|(linear_)?out|dense|output(\.dense)?|proj(ection)?)$",
         "attention_output",
     ),
     (_last(r"o_proj|o_lin|to_out|attn_out(put)?|attention_out(put)?"), "attention_output"),
@@ -138,7 +138,7 @@ _PROJECTIONS = _compiled(
     (_last(r"embeddings_project|embedding_hidden_mapping_in|\w*projector\.\w+"), "projection"),
 )
 
-_NORMS = re.compile(r"(^|\.)((\w*norm(?!al)\w*)|ln(_?[a-z0-9]+)*|bn\d*)(\.(gamma|scale|g))?$")
+_NORMS = re.compile(r"(^|\.)(\w*norm(?!al(?!i[sz]))\w*|ln(_?[a-z0-9]+)*|(\w+_)?bn\d*)(\.(gamma|scale|g))?$")
 LINEARS = SQUEEZE_EXCITE + PATCH_EMBEDDINGS + _OUTPUTS + ATTENTION_PARTS + _FEED_FORWARD_PARTS + _PROJECTIONS
 STACKS = ATTENTION_PARTS + _FEED_FORWARD_PARTS
 

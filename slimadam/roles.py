@@ -163,8 +163,11 @@ class _Graph:
         if role != UNKNOWN:
             return role
         role = search(role_patterns.LINEARS, bare_name(path))
-        if own.lower() in _AMBIGUOUS_ALONE and not self._in_attention(parent):
+        in_attention = self._in_attention(parent)
+        if own.lower() in _AMBIGUOUS_ALONE and not in_attention:
             role = UNKNOWN
+        if role == UNKNOWN and in_attention:
+            role = search(role_patterns.ATTENTION_PARTS, f"attention.{own.lower()}")
         if role == UNKNOWN or (role in ("mlp_up", "mlp_down") and _NUMBERED.search(own)):
             role = self._role_by_sizes(path, linear, named=role != UNKNOWN)
         return self._head_role(path, linear, role) if role in (UNKNOWN, "classifier") else role
@@ -183,10 +186,11 @@ class _Graph:
             return "router"
         linears = self._linears(parent)
         roles = {sibling: search(role_patterns.LINEARS, bare_name(_joined(parent, sibling))) for sibling in linears}
-        if not named and not _INNER_ATTENTION.isdisjoint(roles.values()):
-            return "attention_output"
         pair = [sibling for sibling, role in roles.items() if role in (UNKNOWN, "mlp_up", "mlp_down")]
-        if len(pair) != 2 or (not named and self._in_attention(parent)):
+        if not named and self._in_attention(parent):
+            only_one_left = len(pair) == 1 and not _INNER_ATTENTION.isdisjoint(roles.values())
+            return "attention_output" if only_one_left else UNKNOWN
+        if len(pair) != 2:
             return UNKNOWN
         first, second = (linears[sibling] for sibling in pair)
         fused = first.outputs == 2 * second.inputs
@@ -215,7 +219,8 @@ class _Graph:
     def _in_attention(self, path: str) -> bool:
         parts = {search(role_patterns.ATTENTION_PARTS, f".{own.lower()}") for own in self._children.get(path, {})}
         named = f"{path}.{type(self._modules[path]).__name__}"
-        return len(parts & _INNER_ATTENTION) > 1 or _ATTENTION_TYPE.search(named) is not None
+        together = "fused_qkv" in parts or {"query", "key"} <= parts
+        return together or _ATTENTION_TYPE.search(named) is not None
 
     def _in_squeeze_excite(self, path: str) -> bool:
         parent, _ = _split(path)
