@@ -3,11 +3,12 @@
 from slimadam.automatic import AutoPlan
 from slimadam.calibration import SNRRecorder, calibrate, every, paper_schedule
 from slimadam.errors import PlanError
+from slimadam.history import SNRHistory
 from slimadam.optimizer import SlimAdam
 from slimadam.parts import Parts
 from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule
-from slimadam.snr import SNRHistory, snr
+from slimadam.snr import snr
 from slimadam.state import convert_state_dict
 
 __version__ = "0.1.0"

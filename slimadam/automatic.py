@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from slimadam.choosing import Forms, check_choice
+from slimadam.history import SNRHistory
 from slimadam.parts import Parts
 from slimadam.plan import CompressionPlan
 from slimadam.recording import record
 from slimadam.rules import Rule
-from slimadam.snr import FACTORED, SNRHistory, normalize_candidate
+from slimadam.snr import FACTORED, normalize_candidate
 
 logger = logging.getLogger("slimadam")
 

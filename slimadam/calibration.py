@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from slimadam.choosing import Forms
+from slimadam.history import SNRHistory
 from slimadam.names import NamedParameters
 from slimadam.parts import Parts, key_of
 from slimadam.plan import CompressionPlan
 from slimadam.recording import record
 from slimadam.rules import full_rule
-from slimadam.snr import SNRHistory
 
 Schedule = Callable[[int], bool]
 

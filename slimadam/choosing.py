@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from slimadam.roles import BIAS, NORM
 from slimadam.rules import Rule
-from slimadam.snr import FACTORED, Candidate
+from slimadam.snr import FACTORED, MAX_NDIM, Candidate
 
 Forms = Literal["mean", "best"]
 
@@ -53,13 +53,19 @@ def keep_full(rule: Rule, kept: str | None) -> Rule | None:
 def _choose(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     options = _options(rule, forms)
     if not options:
-        return replace(rule, reason="no candidate was measured that would save anything")
+        return replace(rule, reason=_why_without_options(rule))
     shape = rule.shape or ()
     value, best = max(options, key=lambda option: (option[0], -option[1].stored_elements(shape)))
     label = _describe_rule(best)
     if value > cutoff:
         return replace(best, reason=f"{label} has the highest SNR, {value:.3g}, above the cutoff {cutoff:g}")
     return replace(rule, reason=f"the highest SNR, {value:.3g} ({label}), is not above the cutoff {cutoff:g}")
+
+
+def _why_without_options(rule: Rule) -> str:
+    if not rule.snr and rule.shape is not None and len(rule.shape) <= MAX_NDIM:
+        return "nothing finite was measured: its second moment was NaN or infinite each time, or had no gradient"
+    return "no candidate was measured that would save anything"
 
 
 def _options(rule: Rule, forms: Forms) -> list[tuple[float, Rule]]:

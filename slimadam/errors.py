@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class PlanError(ValueError):
     """A compression plan, or a file that should hold one, does not fit.
@@ -10,7 +12,11 @@ class PlanError(ValueError):
     """
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
 def shown(value: object) -> str:
-    """``repr`` for an error message, at most 80 characters of it."""
-    text = repr(value)
+    """``repr`` for an error message, at most 80 characters of it, however large or deep the value is."""
+    text = _SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

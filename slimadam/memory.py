@@ -16,7 +16,8 @@ class MemoryReport(Mapping[str, float]):
         exp_avg_sq: Second moments.
         max_exp_avg_sq: Their running maxima, with amsgrad.
         step: Step counts.
-        total: All of it.
+        total: All of it: what ``state`` holds.
+        monitor: Samples of full second moments that :meth:`SlimAdam.snr_check` needs; kept beside the state.
         adamw_exp_avg_sq: Second moments of ``torch.optim.AdamW`` for the same parameters.
         adamw_total: All of AdamW's state.
         second_moments_saved: Share of AdamW's second-moment elements done without, in 0..1.
@@ -28,6 +29,7 @@ class MemoryReport(Mapping[str, float]):
     max_exp_avg_sq: int
     step: int
     total: int
+    monitor: int
     adamw_exp_avg_sq: int
     adamw_total: int
     second_moments_saved: float

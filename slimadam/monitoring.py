@@ -34,8 +34,8 @@ _MIDDLE = _PHASES // 2
 _STILL_FILLING = 0.06
 _NAMES_IN_WARNING = 5
 
-StoredMoments = Callable[[str], Sequence[Tensor]]
-"""The second-moment tensors that the optimizer stores for a parameter, by its name."""
+StoredMoments = Callable[[], Mapping[str, Sequence[Tensor]]]
+"""Returns the second-moment tensors that the optimizer stores, by name."""
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,11 @@ def sampled_snr(rule: Rule, placement: Placement, moment: Tensor, parts: Sequenc
     Returns:
         The ratio; infinity where the sample is constant or no gradient has reached it, NaN where it is not finite.
     """
+    moment = moment.cpu()  # small, and the host would wait for each of the numbers that follow
     if rule.form != FACTORED:
         return snr(moment, rule.dims if len(placement.shape) > 1 else 0)
     row_dim = _row_dim(rule, len(placement.shape))
-    rows, columns = (part.to(torch.float64) for part in parts)
+    rows, columns = (part.cpu().to(torch.float64) for part in parts)
     relative = rows / rows.mean(row_dim, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     expected = relative[placement.index[: row_dim + 1]] * columns[placement.index[:row_dim]]
     matrices = [math.prod(placement.counts[:row_dim]), -1]
@@ -327,41 +328,45 @@ class Monitor:
     def update(self, grads: Iterable[tuple[str, Tensor | None]], beta2: float) -> None:
         """Let the samples see this step's gradients: ``v <- beta2 v + (1 - beta2) g**2``, where it is time.
 
+        Steps in which a sample rests still count for what it forgets, as they do for the true second moment.
+
         Args:
             grads: Name and gradient of each parameter of a group (of the whole parameter for each of its parts).
                 Those without a gradient, and those that are not watched, are passed over.
             beta2: The group's decay rate of second moments.
         """
         self._longest_memory = max(self._longest_memory, 1 / (1 - beta2))
-        every = thinning(beta2)
-        if self.interval - self.steps % self.interval > filling(beta2) or self.steps % every:
+        every, resting = thinning(beta2), max(0, self.interval - filling(beta2))
+        awake = self.steps % self.interval - resting
+        if awake < 0 or self.steps % every:
             return
-        decay = beta2**every
         moments, seen = [], []
         for key, grad in grads:
             if grad is not None and key in self._samples:
                 sample = self._samples[key]
                 moments.append(sample.moment_beside(grad))
                 seen.append(sample.placement.take(sample.rule.take(grad)))
-                sample.unfilled *= decay
+                sample.unfilled *= beta2**every
         if moments:
-            torch._foreach_mul_(moments, decay)
-            torch._foreach_addcmul_(moments, seen, seen, 1 - decay)
+            forgotten = every + resting if awake < every else every
+            torch._foreach_mul_(moments, beta2**forgotten)
+            torch._foreach_addcmul_(moments, seen, seen, 1 - beta2**every)
 
     @torch.no_grad()
     def watch(self, stored: StoredMoments) -> None:
         """Count an optimizer step; every ``interval`` steps measure, and warn once where averaging stopped holding.
 
         Args:
-            stored: Returns the row and column averages of a factored parameter; not called for others.
+            stored: Returns by name at least the row and column averages of factored parameters; called only to
+                measure.
         """
         self.steps += 1
         if self.steps % self.interval:
             return
+        averages = stored()
         for key, sample in self._samples.items():
             if sample.moment is not None and sample.unfilled <= _STILL_FILLING:
-                parts = stored(key) if sample.rule.form == FACTORED else ()
-                sample.record(sampled_snr(sample.rule, sample.placement, sample.moment, parts))
+                sample.record(sampled_snr(sample.rule, sample.placement, sample.moment, averages.get(key, ())))
         self._warn_once()
 
     def check(self) -> dict[str, Check]:
@@ -381,7 +386,7 @@ class Monitor:
 
     def _in_words(self, sample: _Sample) -> str:
         if not sample.measured:
-            return "not ready: too few gradients since it was compressed"
+            return "not ready: too few gradients since it was compressed (compiled and capturable steps are not watched)"
         if math.isnan(sample.latest):
             return "gradients in the sample were not finite"
         if sample.latest == math.inf:
@@ -402,14 +407,16 @@ class Monitor:
             for key, sample in list(declined.items())[:_NAMES_IN_WARNING]
         ]
         more = len(declined) - len(named)
+        below = sum(sample.latest < self.cutoff for sample in self._samples.values())
         logger.warning(
-            "averaging second moments no longer holds, by a sample of each, for %d of %d monitored parameters, below "
-            "the cutoff %g: %s%s; opt.expand(name) returns one to a full second moment, opt.snr_check() shows all",
-            len(declined),
-            len(self._samples),
-            self.cutoff,
+            "averaging second moments no longer holds, by a sample of each, for %s%s; of %d monitored parameters %d "
+            "are below the cutoff %g now; opt.expand(name) returns one to a full second moment, opt.snr_check() shows "
+            "all",
             ", ".join(named),
             f" and {more} more" if more else "",
+            len(self._samples),
+            below,
+            self.cutoff,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,11 +30,13 @@ from slimadam.functional import (
 )
 from slimadam.loading import loaded_state, merged_groups
 from slimadam.memory import MemoryReport
+from slimadam.monitoring import Check, Monitor
 from slimadam.options import check_group
 from slimadam.parts import key_of
 from slimadam.plan import CompressionPlan
 from slimadam.planning import (
     DECIDED_BEFORE,
+    EXPANDED,
     MEASURING,
     PlanArgument,
     Resolver,
@@ -85,8 +87,10 @@ class SlimAdam(Optimizer):
         differentiable: Let autograd follow the step.
         fused: False: never a fused or cache-blocked implementation. None: the fastest that applies. True: the
             same until release 0.4 brings compiled and Triton kernels; that is said once.
+        monitor: Keep watching a sample of each compressed parameter, at most 1% of what was saved, for
+            :meth:`snr_check`. Steps under ``torch.compile`` and groups with ``capturable=True`` are not watched.
 
-    Everything after ``amsgrad`` but ``model`` may be set per parameter group.
+    Everything after ``amsgrad`` but ``model`` and ``monitor`` may be set per parameter group.
 
     Raises:
         ValueError: An option is out of range.
@@ -113,7 +117,10 @@ class SlimAdam(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        monitor: bool = True,
     ) -> None:
+        if not isinstance(monitor, bool):
+            raise TypeError(f"monitor={monitor!r} must be True or False")
         if isinstance(params, nn.Module):
             model = params if model is None else model
             params = params.named_parameters()
@@ -140,6 +147,7 @@ class SlimAdam(Optimizer):
         # With plan="auto": what each parameter is measured as. Until it has decided, each is stored as a whole.
         self._measured: dict[str, list[Rule]] = {}
         self._measuring = Measuring(self._resolver.plan) if isinstance(self._resolver.plan, AutoPlan) else None
+        self._monitor = Monitor(self._resolver.cutoff) if monitor else None
         self._complete = False
         super().__init__(params, defaults)
         self._resolver.check_all_used()
@@ -178,6 +186,9 @@ class SlimAdam(Optimizer):
                 self._measured[name], found = found, [_whole(found, reason)]
             self._rules[name] = found
         self._names.append(names)
+        if self._measuring is None:
+            for name, param in zip(names, self.param_groups[-1]["params"], strict=True):
+                self._monitor_parameter(name, param)
 
     @property
     def plan(self) -> CompressionPlan:
@@ -221,6 +232,7 @@ class SlimAdam(Optimizer):
             max_exp_avg_sq=maxima,
             step=steps,
             total=total,
+            monitor=0 if self._monitor is None else self._monitor.memory,
             adamw_exp_avg_sq=adamw_seconds,
             adamw_total=adamw_total + steps,
             second_moments_saved=1 - kept / elements if elements else 0.0,
@@ -261,6 +273,8 @@ class SlimAdam(Optimizer):
                 UPDATES[backend](entries, _hyperparameters(group))
         if self._measuring is not None:
             self._measure()
+        elif self._monitor is not None and not torch.compiler.is_compiling():
+            self._watch(self._monitor)
         return loss
 
     @torch.no_grad()
@@ -332,6 +346,7 @@ class SlimAdam(Optimizer):
             self._rules[name] = [
                 plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured)) for rule in self._measured[name]
             ]
+            self._monitor_parameter(name, param)
             for key in state_format.SECOND_MOMENTS:
                 if key in self.state.get(param, {}):
                     averaged = state_format.average(self.state[param][key], self._rules[name])
@@ -344,6 +359,108 @@ class SlimAdam(Optimizer):
             before.total / 1e6,
             after.total / 1e6,
         )
+
+    # -- does it still hold? -----------------------------------------------------------------------------
+
+    def snr_check(self) -> dict[str, Check]:
+        """Whether averaging still holds: the last SNR of a sample of each compressed parameter.
+
+        A few slices of each keep being tracked in full. Every 200 steps (``1 / (1 - beta2)`` where that is longer)
+        their SNR is taken, and where it has clearly fallen below the cutoff, one warning says so.
+
+        Returns:
+            By parameter, or part: what was found, and what to make of it in words. Empty while ``plan="auto"``
+            measures.
+
+        Raises:
+            RuntimeError: The optimizer was built with ``monitor=False``.
+        """
+        if self._monitor is None:
+            raise RuntimeError("snr_check() needs samples, which monitor=False has switched off; use monitor=True")
+        return self._monitor.check()
+
+    @torch.no_grad()
+    def expand(self, name: str) -> None:
+        """Return a parameter, or one part of it, to a full second moment.
+
+        What its averages stand for is spread out; the rest is learnt anew within about ``1 / (1 - beta2)`` steps.
+        A checkpoint remembers it.
+
+        Args:
+            name: A parameter's name, or a part's (``"attn.c_attn.weight[query]"``), as in ``plan``.
+
+        Raises:
+            KeyError: The optimizer holds no such parameter.
+            RuntimeError: ``plan="auto"`` is still measuring.
+        """
+        if self._measuring is not None:
+            raise RuntimeError(
+                f"expand({name!r}): nothing is compressed while plan='auto' measures; wait for its decision"
+            )
+        for held, param, _ in self._parameters():
+            keys = [key_of(held, rule.part) for rule in self._rules[held]]
+            if name == held or name in keys:
+                self._expand_pieces(held, param, {name} if name in keys else set(keys))
+                return
+        raise KeyError(f"{name!r} is not a parameter of this optimizer")
+
+    def _expand_pieces(self, name: str, param: Tensor, keys: set[str]) -> None:
+        before = self._rules[name]
+        after = [
+            replace(rule, form="full", dims=(), reason=EXPANDED)
+            if key_of(name, rule.part) in keys and rule.form != "full"
+            else rule
+            for rule in before
+        ]
+        for key in state_format.SECOND_MOMENTS:
+            if key in self.state.get(param, {}):
+                stored = state_format.parts(self.state[param][key])
+                full = state_format.expand(stored, before, tuple(param.shape))
+                kept = [
+                    moments if rule == was else [rule.take(full).clone()]
+                    for was, rule, (_, moments) in zip(
+                        before, after, state_format.by_rule(before, stored, param.dim()), strict=True
+                    )
+                ]
+                self.state[param][key] = state_format.stored([moment for moments in kept for moment in moments])
+        self._rules[name] = after
+        if self._monitor is not None:
+            for key in keys:
+                self._monitor.drop(key)
+
+    def _monitor_parameter(self, name: str, param: Tensor) -> None:
+        """Sample what is compressed of a parameter, from its full second moment where it still has one."""
+        if self._monitor is None:
+            return
+        full = self.state.get(param, {}).get("exp_avg_sq")
+        for rule in self._rules[name]:
+            key = key_of(name, rule.part)
+            self._monitor.add(key, rule, param)
+            if isinstance(full, Tensor) and full.shape == param.shape:
+                self._monitor.start(key, rule.take(full))
+
+    @torch.no_grad()
+    def _watch(self, monitor: Monitor) -> None:
+        for names, group in zip(self._names, self.param_groups, strict=True):
+            if not group["capturable"]:
+                grads = (
+                    (key_of(name, rule.part), _readable(param.grad, rule))
+                    for name, param in zip(names, group["params"], strict=True)
+                    if param.grad is not None and type(param.grad) is Tensor
+                    for rule in self._rules[name]
+                )
+                monitor.update(grads, float(group["betas"][1]))
+        monitor.watch(self._stored_by_key)
+
+    def _stored_by_key(self) -> dict[str, Sequence[Tensor]]:
+        return {
+            key_of(name, rule.part): moments
+            for name, param, _ in self._parameters()
+            if self.state.get(param)
+            for rule, moments in state_format.by_rule(
+                self._rules[name], state_format.parts(self.state[param]["exp_avg_sq"]), param.dim()
+            )
+        }
 
     def _check_gradients(self) -> None:
         for name, param, group in self._parameters():
@@ -436,6 +553,8 @@ class SlimAdam(Optimizer):
         }
         if self._measuring is not None:
             saved[state_format.KEY]["measuring"] = self._measuring.to_dict()
+        elif self._monitor is not None:
+            saved[state_format.KEY]["monitor"] = self._monitor.state_dict()
         return saved
 
     def adamw_state_dict(self) -> dict[str, Any]:
@@ -485,7 +604,8 @@ class SlimAdam(Optimizer):
             for names, group, saved in zip(self._names, groups, state_dict["param_groups"], strict=True)
             for name, param, saved_id in zip(names, group["params"], saved["params"], strict=True)
         }
-        rules, measuring = self._phase_of(state_dict.get(state_format.KEY) or {})
+        own = state_dict.get(state_format.KEY) or {}
+        rules, measuring = self._phase_of(own)
         state: dict[Any, Any] = defaultdict(dict)
         for name, _, group in owners.values():
             for rule in rules[name]:
@@ -497,26 +617,47 @@ class SlimAdam(Optimizer):
                 state[param] = loaded_state(name, rules[name], param, group, momentum_dtype, saved)
             else:
                 state[saved_id] = deepcopy(saved)
-        self._rules, self._measuring = rules, measuring
+        monitor = self._loaded_monitor(rules, measuring, own)
+        self._rules, self._measuring, self._monitor = rules, measuring, monitor
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _phase_of(self, own: Mapping[str, Any]) -> tuple[dict[str, list[Rule]], Measuring | None]:
-        """Rules and phase under which to load: with ``plan="auto"`` those of the checkpoint, else the present ones."""
-        settings = self._resolver.plan
-        if not isinstance(settings, AutoPlan) or not own:
+        """Rules and phase under which to load.
+
+        With ``plan="auto"`` those of the checkpoint; else the present ones, but for what ``expand()`` has changed.
+        """
+        if not own:
             return self._rules, self._measuring
+        settings = self._resolver.plan
+        automatic = isinstance(settings, AutoPlan)
         saved = CompressionPlan.from_dict(own["plan"])
         rules = dict(self._rules)
         for name, param, _ in self._parameters():
-            keys = saved.keys_of(name)
-            if keys:
-                rules[name] = fit_rules(name, [saved[key] for key in keys], tuple(param.shape))
+            found = [saved[key] for key in saved.keys_of(name)]
+            if found and (automatic or any(rule.reason == EXPANDED for rule in found)):
+                rules[name] = fit_rules(name, found, tuple(param.shape))
+        if not isinstance(settings, AutoPlan):
+            return rules, self._measuring
         if "measuring" not in own:
             return rules, None
         measured = CompressionPlan.of_parameters(self._measured)
         return rules, Measuring.from_dict(settings, own["measuring"], measured)
+
+    def _loaded_monitor(
+        self, rules: Mapping[str, list[Rule]], measuring: Measuring | None, own: Mapping[str, Any]
+    ) -> Monitor | None:
+        if self._monitor is None:
+            return None
+        monitor = Monitor(self._monitor.cutoff)
+        if measuring is None:
+            for name, param, _ in self._parameters():
+                for rule in rules[name]:
+                    monitor.add(key_of(name, rule.part), rule, param)
+            if "monitor" in own:
+                monitor.load_state_dict(own["monitor"])
+        return monitor
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -526,6 +667,7 @@ class SlimAdam(Optimizer):
             "_measured": self._measured,
             "_plan": self._resolver.plan,
             "_measuring": self._measuring,
+            "_monitor": self._monitor,
             "_complete": self._complete,
         }
 

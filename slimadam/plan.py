@@ -16,6 +16,7 @@ from slimadam.choosing import Forms, check_choice, choose_by_budget, choose_by_c
 from slimadam.errors import PlanError, shown
 from slimadam.files import write_whole
 from slimadam.fused import pieces_of, refuse_unmatched
+from slimadam.history import SNRHistory
 from slimadam.parts import Parts, Piece, key_of, owner_of
 from slimadam.plan_json import (
     is_nonnegative_number,
@@ -28,7 +29,6 @@ from slimadam.plan_json import (
 )
 from slimadam.roles import canonical_name, role_from_name
 from slimadam.rules import Rule, check_rule, factored_rule, paper_rule
-from slimadam.snr import SNRHistory
 from slimadam.transfer import rules_for_model
 
 FORMAT: Final = "slimadam.plan"

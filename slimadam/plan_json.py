@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from slimadam.errors import PlanError, shown
+from slimadam.history import MAX_NAME_LENGTH, MAX_SIZE
 from slimadam.parts import Part
 from slimadam.rules import Rule
 from slimadam.snr import FACTORED, MAX_NDIM, Candidate, normalize_candidate
 
-_MAX_SIZE = 1 << 62
 _MAX_SHAPE_LENGTH = 64
 
 
@@ -46,10 +46,11 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
 
 def rule_from_dict(name: str, data: object) -> Rule:
     """The inverse of :func:`rule_to_dict`; raises :class:`PlanError` for anything else."""
+    _check_name(name)
     if not isinstance(data, dict):
         raise PlanError(f"{name!r}: {shown(data)} is not a rule; expected an object with 'form'")
     no_unknown_keys(repr(name), data, {"form", "dims", "shape", "role", "reason", "snr", "part", "batch_dims"})
-    shape = None if data.get("shape") is None else _integers(name, "shape", data["shape"], _MAX_SIZE, _MAX_SHAPE_LENGTH)
+    shape = None if data.get("shape") is None else _integers(name, "shape", data["shape"], MAX_SIZE, _MAX_SHAPE_LENGTH)
     for key in ("role", "reason"):
         if not isinstance(data.get(key, ""), str):
             raise PlanError(f"{name!r}: {key}={shown(data[key])} must be text")
@@ -72,11 +73,11 @@ def _part_from_dict(name: str, data: object, shape: tuple[int, ...] | None) -> P
     label = name.rpartition("[")[2].removesuffix("]")
     if not isinstance(data, dict) or set(data) != {"of", "view", "dim", "start"}:
         raise PlanError(f"{name!r}: part={shown(data)} must have 'of', 'view', 'dim' and 'start'")
-    of, view = (_integers(name, key, data[key], _MAX_SIZE) for key in ("of", "view"))
+    of, view = (_integers(name, key, data[key], MAX_SIZE) for key in ("of", "view"))
     dim = _integer(name, "dim", data["dim"], MAX_NDIM - 1)
     if shape is None or dim >= len(shape):
         raise PlanError(f"{name!r}: a part needs its 'shape', with the dimension {dim} along which the parts lie")
-    return Part(label, of, view, dim, _integer(name, "start", data["start"], _MAX_SIZE), shape[dim])
+    return Part(label, of, view, dim, _integer(name, "start", data["start"], MAX_SIZE), shape[dim])
 
 
 def _snr_from_list(name: str, data: object, ndim: int) -> dict[Candidate, float]:
@@ -98,11 +99,17 @@ def _snr_from_list(name: str, data: object, ndim: int) -> dict[Candidate, float]
 
 def rule_of_authors(name: str, value: object) -> Rule:
     """A rule from the authors' format, a list of dimensions or null."""
+    _check_name(name)
     if value is None:
         return Rule(reason="taken from a rules file")
     numbers = [value] if isinstance(value, int) and not isinstance(value, bool) else value
     dims = tuple(sorted(_integers(name, "dims", numbers, MAX_NDIM - 1)))
     return Rule(dims, "mean" if dims else "full", reason="taken from a rules file")
+
+
+def _check_name(name: str) -> None:
+    if len(name) > MAX_NAME_LENGTH:
+        raise PlanError(f"{shown(name)} is no parameter's name: longer than {MAX_NAME_LENGTH} characters")
 
 
 def _integers(name: str, key: str, value: object, largest: int, longest: int = MAX_NDIM) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ PlanArgument = str | Path | CompressionPlan | AutoPlan | None
 ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
 
 DECIDED_BEFORE: Final = "added after plan='auto' had decided"
+EXPANDED: Final = "returned to a full second moment by expand()"
 MEASURING: Final = "plan='auto' is still measuring: as AdamW until it has decided"
 NOT_IN_THE_PLAN: Final = "not in the plan"
 logger = logging.getLogger("slimadam")
@@ -80,6 +81,12 @@ class Resolver:
         self._model_names = {name for names in self._aliases.values() for name in names}
         self._used: list[tuple[CompressionPlan, set[str]]] = []
         self._owner: dict[str, Tensor] = {}
+
+    @property
+    def cutoff(self) -> float:
+        """The SNR cutoff that the plan was or will be chosen with; 1 where it says none."""
+        cutoff = self.plan.cutoff if isinstance(self.plan, (AutoPlan, CompressionPlan)) else None
+        return 1.0 if cutoff is None else cutoff
 
     def names(self, group: Mapping[str, Any], group_index: int) -> list[str]:
         """A name for each parameter of a group: as given, else from the model, else its position.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from slimadam.history import SNRHistory
 from slimadam.rules import Rule
-from slimadam.snr import SNRHistory, measure
+from slimadam.snr import measure
 
 
 def record(history: SNRHistory, step: int, key: str, rule: Rule, second_moment: Tensor | None) -> None:
@@ -19,10 +20,6 @@ def record(history: SNRHistory, step: int, key: str, rule: Rule, second_moment: 
         second_moment: Of the whole parameter's shape; None to make it known without a measurement.
     """
     assert rule.shape is not None
-    values = (
-        {}
-        if second_moment is None
-        else measure(rule.take(second_moment), **({"batch_dims": rule.batch_dims} if rule.batch_dims else {}))
-    )
+    values = {} if second_moment is None else measure(rule.take(second_moment), rule.batch_dims)
     history.forget_if_reshaped(key, rule.shape)
     history.record(step, key, rule.shape, values, rule.role, rule.part, rule.batch_dims)

@@ -1,4 +1,4 @@
-"""Signal-to-noise ratio of second moments, and its history over training.
+"""Signal-to-noise ratio of second moments.
 
 Source: Kalra et al., "When Can You Get Away with Low Memory Adam?" (arXiv 2503.01843), equation for
 ``SNR_K``; the factored form judges Shazeer & Stern's row-column product (arXiv 1804.04235) on the same scale.
@@ -6,21 +6,15 @@ Source: Kalra et al., "When Can You Get Away with Low Memory Adam?" (arXiv 2503.
 
 from __future__ import annotations
 
-import csv
-import functools
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from slimadam.errors import PlanError, shown
-from slimadam.parts import Part
+from slimadam.errors import shown
 
 Candidate = tuple[int, ...] | Literal["factored"]
 """Dimensions to average over, or ``"factored"`` for row and column averages."""
@@ -28,13 +22,9 @@ Candidate = tuple[int, ...] | Literal["factored"]
 FACTORED: Final = "factored"
 CONSTANT_RELATIVE_VARIANCE = 1e-28
 MAX_NDIM = 8
-MAX_NAME_LENGTH = 1000
-MAX_SIZE = 1 << 62
-CSV_COLUMNS = ("step", "key", "shape", "compress_dims", "snr")
+# 4 MB in float64, which a processor's cache holds; an accelerator needs more to be busy.
 _CHUNK_ELEMENTS = 1 << 19
-_MAX_CSV_BYTES = 1 << 30
-_MAX_STEP = 1 << 53
-_INTEGER_TUPLE = re.compile(r"(?:torch\.Size)?[\d\s,()\[\]]*")
+_CHUNK_ELEMENTS_ON_ACCELERATORS = 1 << 23
 
 
 def dimension_subsets(ndim: int) -> list[tuple[int, ...]]:
@@ -54,7 +44,7 @@ def snr(v: Tensor, dims: int | Sequence[int] | Literal["factored"], batch_dims: 
     ``SNR_K(v)`` is the mean over the remaining dimensions of ``mean_K(v)**2 / var_K(v)`` with the population
     variance (arXiv 2503.01843). For ``"factored"`` it is ``mean(f)**2 / var(f)`` of the residual
     ``f = v * mean(v) / (r c)``, where ``r`` averages over all dimensions but the first and ``c`` over the
-    first; entries whose row or column is zero are left out.
+    first (of each matrix); entries whose row or column is zero are left out.
 
     Slices that are constant lose nothing by being averaged and are left out of the outer mean.
 
@@ -185,7 +175,8 @@ class _Chunks:
         self.longest = max(range(v.dim()), key=lambda dim: v.shape[dim])
         self._v = torch.view_as_real(v.resolve_conj()) if v.is_complex() else v
         slice_elements = self._v.numel() // v.shape[self.longest]
-        self._length = min(v.shape[self.longest], max(1, _CHUNK_ELEMENTS // slice_elements))
+        elements = _CHUNK_ELEMENTS if v.is_cpu else _CHUNK_ELEMENTS_ON_ACCELERATORS
+        self._length = min(v.shape[self.longest], max(1, elements // slice_elements))
         self._values, self.scratch = torch.empty(
             2, self._length * slice_elements, dtype=torch.float64, device="cpu" if v.is_mps else v.device
         )
@@ -283,38 +274,6 @@ def _residual_sum(
     return _sum_and_number(1 + excess, variance)
 
 
-@dataclass
-class ParameterSNR:
-    """What was measured of one parameter.
-
-    Attributes:
-        shape: Shape of the parameter.
-        role: What the parameter is (:mod:`slimadam.roles`), empty when not known.
-        part: Which part of a parameter it is; None for a whole one.
-        batch_dims: Number of leading dimensions that count separate matrices.
-        values: For each measured optimizer step (from 1), the SNR of each candidate.
-    """
-
-    shape: tuple[int, ...]
-    role: str = ""
-    part: Part | None = None
-    batch_dims: int = 0
-    values: dict[int, dict[Candidate, float]] = field(default_factory=dict)
-
-    def series(self, candidate: Candidate) -> list[tuple[int, float]]:
-        """``(step, snr)`` of one candidate, in the order of the steps."""
-        return [(step, self.values[step][candidate]) for step in sorted(self.values)
-                if candidate in self.values[step]]  # fmt: skip
-
-    def average(self) -> dict[Candidate, float]:
-        """The plain mean over the measured steps of each candidate's SNR.
-
-        NaN measurements (non-finite gradients) are left out. A step at which every slice was constant says
-        nothing about noise, so infinity counts only if it is all there is.
-        """
-        return average_snr(self.values.values())
-
-
 def average_snr(measurements: Iterable[Mapping[Candidate, float]]) -> dict[Candidate, float]:
     """The plain mean of each candidate's SNR; NaN does not count, infinity only where nothing else was measured."""
     collected: dict[Candidate, list[float]] = {}
@@ -328,136 +287,3 @@ def average_snr(measurements: Iterable[Mapping[Candidate, float]]) -> dict[Candi
 def _mean_of_finite(values: list[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return math.fsum(finite) / len(finite) if finite else math.inf
-
-
-class SNRHistory(Mapping[str, ParameterSNR]):
-    """SNR measurements: per parameter, per measured step, per candidate.
-
-    A mapping from parameter names to :class:`ParameterSNR`.
-    """
-
-    def __init__(self) -> None:
-        self._parameters: dict[str, ParameterSNR] = {}
-
-    def __getitem__(self, name: str) -> ParameterSNR:
-        return self._parameters[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
-
-    def __repr__(self) -> str:
-        return f"SNRHistory({len(self)} parameters, {len(self.steps)} measured steps)"
-
-    @property
-    def steps(self) -> list[int]:
-        """The optimizer steps at which anything was measured, ascending."""
-        return sorted({step for parameter in self.values() for step in parameter.values})
-
-    def record(
-        self,
-        step: int,
-        name: str,
-        shape: Sequence[int],
-        values: Mapping[Candidate, float],
-        role: str = "",
-        part: Part | None = None,
-        batch_dims: int = 0,
-    ) -> None:
-        """Add one measurement.
-
-        Args:
-            step: Optimizer step, from 1.
-            name: Qualified name of the parameter.
-            shape: Shape of the parameter.
-            values: SNR of each measured candidate.
-            role: What the parameter is, where known.
-            part: Which part of a parameter it is.
-            batch_dims: Number of leading dimensions that count separate matrices.
-
-        Raises:
-            ValueError: The parameter was recorded before with another shape.
-        """
-        shape = tuple(int(size) for size in shape)
-        parameter = self._parameters.setdefault(name, ParameterSNR(shape, role, part, batch_dims))
-        if parameter.shape != shape:
-            raise ValueError(f"{name!r} was recorded with shape {parameter.shape}, now with {shape}")
-        if values:
-            parameter.values.setdefault(int(step), {}).update(values)
-
-    def forget_if_reshaped(self, name: str, shape: Sequence[int]) -> None:
-        """Drop what was recorded under a name if the parameter has another shape now: it is another parameter."""
-        if name in self._parameters and self._parameters[name].shape != tuple(shape):
-            del self._parameters[name]
-
-    def save_csv(self, path: str | Path) -> None:
-        """Write one row per measurement: ``step,key,shape,compress_dims,snr``."""
-        with Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.writer(file)
-            writer.writerow(CSV_COLUMNS)
-            for name, parameter in self.items():
-                for step, measured in sorted(parameter.values.items()):
-                    for candidate, value in measured.items():
-                        writer.writerow([step, name, parameter.shape, candidate, repr(value)])
-
-    @classmethod
-    def load_csv(cls, path: str | Path) -> SNRHistory:
-        """Read measurements written by :meth:`save_csv` or by the authors' own analysis code.
-
-        Args:
-            path: A CSV file with the columns ``step,key,shape,compress_dims,snr``; others are ignored.
-
-        Raises:
-            PlanError: The file is not such a table; the message names the line.
-        """
-        path = Path(path)
-        history = cls()
-        try:
-            if path.stat().st_size > _MAX_CSV_BYTES:
-                raise PlanError(f"{path}: larger than 1 GiB, so it is no SNR history; pass the CSV of one run")
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file, strict=True)
-                missing = [column for column in CSV_COLUMNS if column not in (reader.fieldnames or ())]
-                if missing:
-                    raise PlanError(f"{path}: columns {missing} are missing; expected {','.join(CSV_COLUMNS)}")
-                for row in reader:
-                    try:
-                        _read_row(history, row)
-                    except ValueError as error:
-                        raise PlanError(f"{path}, line {reader.line_num}: {error}") from error
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise PlanError(f"{path}: cannot be read as CSV ({error})") from error
-        return history
-
-
-def _read_row(history: SNRHistory, row: Mapping[str, str | None]) -> None:
-    name, step, value = row["key"], row["step"], row["snr"]
-    if not name or len(name) > MAX_NAME_LENGTH:
-        raise ValueError(
-            f"key={shown(name)} must be a parameter's name, neither empty nor longer than {MAX_NAME_LENGTH} characters"
-        )
-    try:
-        shape, candidate = _shape_and_candidate(row["shape"], row["compress_dims"])
-        number, ratio = int(step or ""), float(value or "")
-        if not 0 <= number < _MAX_STEP or ratio < 0:
-            raise ValueError(f"step={shown(step)}, snr={shown(value)} must be >= 0, and the step below 2**53")
-        history.record(number, name, shape, {candidate: ratio})
-    except ValueError as error:
-        raise ValueError(f"{name!r}: {error}") from error
-
-
-@functools.lru_cache(maxsize=1024)
-def _shape_and_candidate(shape_text: str | None, dims_text: str | None) -> tuple[tuple[int, ...], Candidate]:
-    shape = _integers("shape", shape_text)
-    dims = dims_text if dims_text == FACTORED else _integers("compress_dims", dims_text)
-    return shape, normalize_candidate(dims, len(shape))
-
-
-def _integers(column: str, text: str | None) -> tuple[int, ...]:
-    well_formed = text is not None and len(text) <= 200 and _INTEGER_TUPLE.fullmatch(text.strip())
-    numbers = tuple(map(int, re.findall(r"\d+", text or ""))) if well_formed else ()
-    if not well_formed or len(numbers) > MAX_NDIM or any(number > MAX_SIZE for number in numbers):
-        raise ValueError(f"{column}={shown(text)} must be a tuple of at most {MAX_NDIM} integers up to 2**62")
-    return numbers

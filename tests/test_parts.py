@@ -128,7 +128,11 @@ def test_interleaved_parts_are_those_that_the_model_computes_with() -> None:
 def test_gate_and_up_projections_and_stacked_experts() -> None:
     phi = _transformers_model("phi3")
     assert _found(phi, "gate_up_proj.weight") == [("mlp_gate", (24, 16), 0, 0, 0), ("mlp_up", (24, 16), 0, 24, 0)]
-    assert _found(phi, "qkv_proj.weight") == [("query", (16, 16), 0, 0, 0), ("key", (8, 16), 0, 16, 0), ("value", (8, 16), 0, 24, 0)]  # fmt: skip
+    assert _found(phi, "qkv_proj.weight") == [
+        ("query", (16, 16), 0, 0, 0),
+        ("key", (8, 16), 0, 16, 0),
+        ("value", (8, 16), 0, 24, 0),
+    ]
     mixtral = _transformers_model("mixtral")
     assert _found(mixtral, "gate_up_proj") == [("mlp_gate", (3, 24, 16), 1, 0, 1), ("mlp_up", (3, 24, 16), 1, 24, 1)]
     (down,) = (found for name, found in pieces_of(mixtral, {}).items() if name.endswith("experts.down_proj"))
@@ -136,7 +140,7 @@ def test_gate_and_up_projections_and_stacked_experts() -> None:
 
 
 CASES: dict[str, tuple[tuple[int, ...], Parts, list[tuple[str, tuple[int, ...]]]]] = {
-    "rows, different rules": ((9, 5), Parts({"a": 2, "b": 3, "c": 4}), [("mean", (1,)), ("mean", (0,)), ("factored", ())]),
+    "rows": ((9, 5), Parts({"a": 2, "b": 3, "c": 4}), [("mean", (1,)), ("mean", (0,)), ("factored", ())]),
     "columns": ((6, 10), Parts({"a": 4, "b": 6}, dim=1), [("mean", (0,)), ("full", ())]),
     "heads": ((12, 5), Parts({"heads": 3}, view=(3, 4, 5), batch_dims=1), [("factored", ())]),
     "heads, averaged": ((12, 5), Parts({"heads": 3}, view=(3, 4, 5), batch_dims=1), [("mean", (1, 2))]),
@@ -336,7 +340,7 @@ def test_rules_of_the_paper_apply_to_each_part() -> None:
 WRONG: dict[str, tuple[Parts, str]] = {
     "too short": (Parts({"a": 3, "b": 4}), "'w': its parts cover 7 of 8 along dimension 0"),
     "no such dimension": (Parts({"a": 8}, dim=2), "dim=2 of its parts is out of range"),
-    "merging view": (Parts({"a": 48}, view=(48,)), r"view=\(48,\) must split dimensions of the parameter's shape \(8, 6\)"),
+    "merging view": (Parts({"a": 48}, view=(48,)), r"view=\(48,\) must split dimensions of the parameter's shape"),
     "other size": (Parts({"a": 8}, view=(8, 7)), r"view=\(8, 7\) must split"),
     "empty part": (Parts({"a": 8, "b": 0}), "its part 'b' starts at 8 with size 0"),
     "nothing": (Parts({}), "its parts cover 0 of 8"),
@@ -359,7 +363,7 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
 
 
 def test_parts_of_a_plan_must_be_the_whole_parameter() -> None:
-    plan = _plan(*CASES["rows, different rules"])
+    plan = _plan(*CASES["rows"])
     missing = CompressionPlan({key: rule for key, rule in plan.items() if key != "w[b]"})
     with pytest.raises(PlanError, match="'w': its part 'c' starts at 5 with size 4, where 2 is next"):
         SlimAdam([("w", torch.ones(9, 5, requires_grad=True))], plan=missing)
@@ -375,7 +379,7 @@ def test_parts_of_transposed_memory_and_complex_numbers_are_refused() -> None:
     transposed = torch.ones(5, 12).T.requires_grad_()
     with pytest.raises(PlanError, match=r"only a real, contiguous parameter falls into parts, this one has strides"):
         SlimAdam([("w", transposed)], plan=plan)
-    with pytest.raises(PlanError, match="this one has torch.complex64"):
+    with pytest.raises(PlanError, match=r"this one has torch\.complex64"):
         SlimAdam([("w", torch.ones(12, 5, dtype=torch.complex64, requires_grad=True))], plan=plan)
 
 

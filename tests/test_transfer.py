@@ -13,7 +13,7 @@ from torch import nn
 from slimadam import CompressionPlan, Rule, SlimAdam
 from slimadam.cli import cli
 from slimadam.demo.model import ByteGPT
-from slimadam.snr import SNRHistory
+from slimadam.history import SNRHistory
 
 SMALL, LARGE = (2, 8), (5, 24)
 

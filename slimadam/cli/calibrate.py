@@ -30,8 +30,8 @@ from slimadam.cli.console import finite, finite_or_none, is_main_rank, output_pa
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
 from slimadam.cli.observe import Observer
 from slimadam.cli.script import SCRIPT_SETTINGS, SIGTERM_EXIT, Outcome, Script, script_arguments
+from slimadam.history import SNRHistory
 from slimadam.plan import CompressionPlan
-from slimadam.snr import SNRHistory
 
 _REDRAW_SECONDS = 0.1
 

@@ -18,7 +18,7 @@ from slimadam.calibration import Schedule, SNRRecorder
 from slimadam.cli.learning_rate import LearningRateScale
 from slimadam.cli.script import StopScript, Terminated
 from slimadam.cli.script_names import prefix_of, prefixed
-from slimadam.snr import SNRHistory
+from slimadam.history import SNRHistory
 
 
 def is_adam_like(optimizer: Optimizer) -> bool:

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from slimadam.calibration import SNRRecorder, every
 from slimadam.demo.data import ByteData
 from slimadam.demo.model import ByteGPT
+from slimadam.history import SNRHistory
 from slimadam.optimizer import SlimAdam
 from slimadam.plan import CompressionPlan
-from slimadam.snr import SNRHistory
 
 Phase = Literal["calibration", "AdamW", "SlimAdam", "SlimAdam, best form"]
 Progress = Callable[[Phase, int, float], None]

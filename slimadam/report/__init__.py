@@ -8,8 +8,8 @@ from pathlib import Path
 
 from slimadam.errors import PlanError
 from slimadam.files import write_whole
+from slimadam.history import ParameterSNR, SNRHistory
 from slimadam.plan import CompressionPlan
-from slimadam.snr import ParameterSNR, SNRHistory
 
 __all__ = ["write_report"]
 

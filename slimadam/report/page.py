@@ -8,10 +8,10 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from slimadam.history import ParameterSNR
 from slimadam.plan import CompressionPlan
 from slimadam.report import strip, tables, wording
 from slimadam.report.plots import DEPTH_COLOURS, MAX_ROLES, RolePlot
-from slimadam.snr import ParameterSNR
 
 
 def basic_facts(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> dict[str, str]:

@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from slimadam.history import ParameterSNR
 from slimadam.plan import CompressionPlan
 from slimadam.report import wording
-from slimadam.snr import Candidate, ParameterSNR
+from slimadam.snr import Candidate
 
 Item = TypeVar("Item")
 

@@ -1,0 +1,88 @@
+"""Bytes of Python's standard library, predicted by the demo's GPT or by an LSTM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from benchmarks.workloads.training import Batch, in_batches
+from slimadam.demo.data import ByteData, load
+from slimadam.demo.model import VOCABULARY, ByteGPT
+from slimadam.demo.training import DemoSettings
+
+
+class ByteLSTM(nn.Module):
+    """Two LSTM layers between a byte embedding and a head, initialised as torch does.
+
+    Args:
+        width: Size of the embedding and of each layer.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(VOCABULARY, width)
+        self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
+        self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``[batch, length, 256]`` of the byte after each of ``tokens`` ``[batch, length]``."""
+        logits: Tensor = self.lm_head(self.lstm(self.token_embedding(tokens))[0])
+        return logits
+
+
+def byte_gpt(settings: DemoSettings) -> nn.Module:
+    """The demo's model."""
+    return ByteGPT(settings.layers, settings.width, settings.heads, settings.context)
+
+
+def byte_gpt_as_torch_initialises(settings: DemoSettings) -> nn.Module:
+    """The demo's model with torch's defaults: larger, and standard normal embeddings."""
+    model = byte_gpt(settings)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.reset_parameters()
+    return model
+
+
+def byte_lstm(settings: DemoSettings) -> nn.Module:
+    """As wide as the demo's model."""
+    return ByteLSTM(settings.width)
+
+
+class Bytes:
+    """The demo's data and batches with any model of bytes.
+
+    Args:
+        build: Makes the model; called with the random generator seeded.
+    """
+
+    def __init__(self, build: Callable[[DemoSettings], nn.Module]) -> None:
+        self._build = build
+        self._settings = DemoSettings()
+        self.betas = self._settings.betas
+
+    @cached_property
+    def _data(self) -> ByteData:
+        return load(None, self._settings.context)
+
+    def new_model(self, seed: int) -> nn.Module:
+        """As the demo: the seed decides the initialisation."""
+        torch.manual_seed(seed)
+        return self._build(self._settings)
+
+    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        """As the demo: random windows of the training text."""
+        return self._data.batches(steps, self._settings.batch_size, self._settings.context, seed)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the next byte in nats."""
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def held_out(self) -> Iterator[Batch]:
+        """The demo's held-out windows."""
+        windows = self._data.held_out_windows(self._settings.held_out_windows, self._settings.context)
+        return in_batches(*windows)

@@ -1,0 +1,109 @@
+"""Training a workload: a model, batches that a seed decides, and a held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from slimadam.demo.training import DemoSettings, learning_rate
+
+Batch = tuple[Tensor, Tensor]
+Rate = Callable[[int], float]
+"""The learning rate at an optimizer step (from 1)."""
+_HELD_OUT_BATCH = 64
+
+
+class Workload(Protocol):
+    """What can be trained.
+
+    Attributes:
+        betas: Decay rates of both moments.
+    """
+
+    betas: tuple[float, float]
+
+    def new_model(self, seed: int) -> nn.Module:
+        """A model at the initialisation that the seed decides."""
+
+    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        """``steps`` batches of inputs and targets, the same ones for the same seed."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a batch in nats."""
+
+    def held_out(self) -> Iterator[Batch]:
+        """All that the model never trains on, in batches."""
+
+
+def train(
+    workload: Workload,
+    make_optimizer: Callable[[nn.Module], Optimizer],
+    rate: Rate,
+    steps: int,
+    seed: int,
+    *,
+    batch_seed: int | None = None,
+    perturbation: float = 0.0,
+) -> tuple[nn.Module, Optimizer]:
+    """Train for ``steps``.
+
+    Args:
+        workload: What to train.
+        make_optimizer: Makes the optimizer of the new model.
+        rate: The learning rate of each step.
+        steps: Optimizer steps.
+        seed: Of the initialisation, and of the batches.
+        batch_seed: Another seed for the batches.
+        perturbation: Relative size of random changes to the initialisation.
+    """
+    model = workload.new_model(seed)
+    _perturb(model, perturbation)
+    optimizer = make_optimizer(model)
+    for step, batch in enumerate(workload.batches(steps, seed if batch_seed is None else batch_seed), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.zero_grad()
+        torch.autograd.backward(workload.loss(model, batch))
+        optimizer.step()
+    return model, optimizer
+
+
+def in_batches(inputs: Tensor, targets: Tensor) -> Iterator[Batch]:
+    """Everything in its order, a few at a time."""
+    for start in range(0, len(inputs), _HELD_OUT_BATCH):
+        batch = slice(start, start + _HELD_OUT_BATCH)
+        yield inputs[batch], targets[batch]
+
+
+@torch.no_grad()
+def held_out_loss(workload: Workload, model: nn.Module) -> float:
+    """Mean cross-entropy in nats over all that is held out."""
+    model.eval()
+    total, targets = 0.0, 0
+    for batch in workload.held_out():
+        total += workload.loss(model, batch).item() * batch[1].numel()
+        targets += batch[1].numel()
+    return total / targets
+
+
+def training_rate(lr: float, steps: int) -> Rate:
+    """The demo's schedule: a linear warmup over a quarter of the steps, then a cosine to zero."""
+    settings = DemoSettings(lr=lr, steps=steps)
+    return lambda step: learning_rate(settings, step)
+
+
+def calibration_rate(lr: float, steps: int) -> Rate:
+    """The demo's calibration: a tenth of ``lr`` after the same warmup."""
+    settings = DemoSettings(lr=lr, steps=steps)
+    warmup = max(1, round(settings.warmup * steps))
+    return lambda step: lr * settings.calibration_lr_factor * min(1.0, step / warmup)
+
+
+@torch.no_grad()
+def _perturb(model: nn.Module, size: float) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(1 + size * torch.randn_like(parameter))

@@ -1,0 +1,72 @@
+"""Words of Python's standard library: a vocabulary as heavy-tailed as natural language's, of any size."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from benchmarks.workloads.training import Batch, in_batches
+from slimadam.demo.data import ByteData, load
+from slimadam.demo.model import ByteGPT
+from slimadam.demo.training import DemoSettings
+
+_WORD = re.compile(r"\w+|\s+|[^\w\s]")
+_WIDTH, _LAYERS = 64, 2
+
+
+class Words:
+    """The demo's text in words, runs of white space and single signs, predicted by a small GPT.
+
+    Args:
+        size: Tokens: the most frequent ones, and one for all others.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._settings = DemoSettings(width=_WIDTH, layers=_LAYERS)
+        self.betas = self._settings.betas
+
+    @cached_property
+    def data(self) -> ByteData:
+        """The demo's text as token numbers, 0 for the most frequent."""
+        text = load(None, self._settings.context)
+        train, held_out = (
+            _WORD.findall(bytes(part.tolist()).decode("latin-1")) for part in (text.train, text.held_out)
+        )
+        frequent = [word for word, _ in Counter(train).most_common(self._size - 1)]
+        number = {word: index for index, word in enumerate(frequent)}
+
+        def tokens(words: list[str]) -> Tensor:
+            return torch.tensor([number.get(word, self._size - 1) for word in words])
+
+        return ByteData(tokens(train), tokens(held_out), f"{text.source}, in {self._size} words")
+
+    def new_model(self, seed: int) -> nn.Module:
+        """The demo's GPT with another vocabulary, initialised as it is."""
+        settings = self._settings
+        torch.manual_seed(seed)
+        model = ByteGPT(settings.layers, settings.width, settings.heads, settings.context)
+        model.token_embedding = nn.Embedding(self._size, settings.width)
+        model.lm_head = nn.Linear(settings.width, self._size, bias=False)
+        for layer in (model.token_embedding, model.lm_head):
+            nn.init.normal_(layer.weight, std=0.02)
+        return model
+
+    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        """As the demo: random windows of the training text."""
+        return self.data.batches(steps, self._settings.batch_size, self._settings.context, seed)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the next word in nats."""
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def held_out(self) -> Iterator[Batch]:
+        """Windows of the held-out text, spread evenly."""
+        windows = self.data.held_out_windows(self._settings.held_out_windows, self._settings.context)
+        return in_batches(*windows)
