@@ -30,8 +30,7 @@ class AutoPlan:
 
     Attributes:
         calibration_steps: Optimizer steps as AdamW, after which the second moments shrink.
-        measurements: How many times the SNR is measured in these steps, at equal distances, the last at their
-            end; the first step is measured besides, as the authors do.
+        measurements: How many times the SNR is measured in these steps, at equal distances, the last at their end.
         cutoff: SNR that a candidate must exceed.
         budget: Share of the measured second moments to save instead, losing the least SNR.
         forms: ``"best"``: averages and the factored form compete. ``"mean"``: averages only, as in the paper.
@@ -43,8 +42,8 @@ class AutoPlan:
         ValueError: A setting is out of range.
     """
 
-    calibration_steps: int = 500
-    measurements: int = 5
+    calibration_steps: int = 200
+    measurements: int = 4
     cutoff: float = 1.0
     budget: float | None = None
     forms: Forms = "best"
@@ -64,8 +63,10 @@ class AutoPlan:
         """Whether to measure after optimizer step ``step`` (from 1)."""
         if step > self.calibration_steps:
             return False
-        interval = max(1, self.calibration_steps // self.measurements)
-        return step == 1 or step == self.calibration_steps or step % interval == 0
+        # Which of the equal intervals the step ends, if any.
+        count = min(self.measurements, self.calibration_steps)
+        number = round(step * count / self.calibration_steps)
+        return number >= 1 and round(number * self.calibration_steps / count) == step
 
 
 class Measuring:

@@ -64,10 +64,10 @@ def test_the_plan_follows_from_what_was_measured() -> None:
     measured: list[dict[Any, float]] = []
     for step in range(1, 7):
         _train(reference, adamw, range(step - 1, step))
-        if step in (1, 2, 4, 6):
+        if step in (2, 4, 6):
             measured.append(measure(adamw.state[reference[0].weight]["exp_avg_sq"]))
     _train(model, optimizer, range(6))
-    averages = {candidate: math.fsum(m[candidate] for m in measured) / 4 for candidate in measured[0]}
+    averages = {candidate: math.fsum(m[candidate] for m in measured) / 3 for candidate in measured[0]}
     rule = optimizer.plan["0.weight"]
     assert rule.snr == pytest.approx(averages, rel=1e-4)
     best = max(averages, key=averages.__getitem__)
@@ -163,12 +163,12 @@ def test_amsgrad_chooses_among_averages_only() -> None:
         )
 
 
-def test_default_is_auto_with_500_steps() -> None:
+def test_default_is_auto_with_200_steps() -> None:
     model = _model()
     optimizer = SlimAdam(model)
     assert optimizer._measuring is not None
     assert optimizer._measuring.settings == AutoPlan()
-    assert [step for step in range(1, 1001) if AutoPlan().measures(step)] == [1, 100, 200, 300, 400, 500]
+    assert [step for step in range(1, 1001) if AutoPlan().measures(step)] == [50, 100, 150, 200]
     assert "measuring" in optimizer.plan["0.weight"].reason
 
 

@@ -234,7 +234,7 @@ def test_factored_stores_rows_and_columns(tmp_path: Path) -> None:
 def test_auto_that_had_no_time_to_decide_says_so() -> None:
     result = run("--plan", "auto", MIXED)
     assert result.exit_code == 0, result.output
-    assert "1 optimizer(s) had not decided yet: plan 'auto' runs as AdamW for its first 500 steps" in result.output
+    assert "1 optimizer(s) had not decided yet: plan 'auto' runs as AdamW for its first 200 steps" in result.output
 
 
 def test_a_misspelt_plan_names_what_there_is() -> None:

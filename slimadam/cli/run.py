@@ -23,7 +23,7 @@ _SHOWN_NAMES = 5
 @click.command(context_settings=SCRIPT_SETTINGS)
 @click.option(
     "--plan", "plan_name", required=True, metavar="PLAN",
-    help="A plan file; 'auto': measure for 500 steps, then decide; 'rules': the paper's table by layer role; "
+    help="A plan file; 'auto': measure for 200 steps, then decide; 'rules': the paper's table by layer role; "
     "'factored': row and column averages of each matrix; 'none': nothing compressed.",
 )  # fmt: skip
 @script_arguments
