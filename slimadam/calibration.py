@@ -144,7 +144,7 @@ def calibrate(
     weight_decay: float = 1e-2,
     cutoff: float = 1.0,
     budget: float | None = None,
-    forms: Forms = "mean",
+    forms: Forms = "best",
     keep: Iterable[str] = (),
     parts: Mapping[str, Parts] | None = None,
     schedule: Schedule = paper_schedule,
@@ -163,7 +163,7 @@ def calibrate(
         weight_decay: As in AdamW.
         cutoff: As in :meth:`CompressionPlan.from_snr`.
         budget: As in :meth:`CompressionPlan.from_snr`.
-        forms: As in :meth:`CompressionPlan.from_snr`.
+        forms: As in :meth:`CompressionPlan.from_snr`; ``"mean"`` is the paper exactly.
         keep: As in :meth:`CompressionPlan.from_snr`.
         parts: As in :class:`SNRRecorder`.
         schedule: As in :class:`SNRRecorder`.

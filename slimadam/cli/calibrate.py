@@ -71,7 +71,7 @@ class _Files:
     help="Instead of a cutoff: save at least this share of second moments and lose the least SNR.",
 )  # fmt: skip
 @click.option(
-    "--forms", type=click.Choice(["mean", "best"]), default="mean", show_default=True,
+    "--forms", type=click.Choice(["mean", "best"]), default="best", show_default=True,
     help="mean: averages only, as in the paper. best: row and column averages compete too.",
 )  # fmt: skip
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Names or roles to keep in full; may be repeated.")
