@@ -386,7 +386,9 @@ class Monitor:
 
     def _in_words(self, sample: _Sample) -> str:
         if not sample.measured:
-            return "not ready: too few gradients since it was compressed (compiled and capturable steps are not watched)"
+            return (
+                "not ready: too few gradients since it was compressed (compiled and capturable steps are not watched)"
+            )
         if math.isnan(sample.latest):
             return "gradients in the sample were not finite"
         if sample.latest == math.inf:

@@ -14,6 +14,7 @@ from torch import nn
 
 from slimadam.choosing import Forms, check_choice, choose_by_budget, choose_by_cutoff, keep_full
 from slimadam.errors import PlanError, shown
+from slimadam.expectation import Expectation, expectation
 from slimadam.files import write_whole
 from slimadam.fused import pieces_of, refuse_unmatched
 from slimadam.history import SNRHistory
@@ -94,6 +95,11 @@ class CompressionPlan(Mapping[str, Rule]):
         """Share of AdamW's second-moment elements that the plan does without, in 0..1."""
         kept, full = self.second_moments
         return 1.0 - kept / full if full else 0.0
+
+    @property
+    def expectation(self) -> Expectation | None:
+        """What training with the plan will probably cost, from its SNRs; None where they were not measured."""
+        return expectation(self.values())
 
     def match(self, name: str) -> str | None:
         """The plan's own name for a parameter, whatever wrapper prefixes either side carries.

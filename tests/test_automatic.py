@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,3 +233,72 @@ def test_a_parameter_exchanged_for_one_of_another_shape_is_measured_anew() -> No
         optimizer.step()
     assert optimizer.plan["param_groups.0.params.0"].shape == (9, 4)
     assert optimizer.plan.second_moments_saved > 0.5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # what torch itself imports to compile
+def test_a_compiled_step_decides_and_goes_on() -> None:
+    runs = []
+    for backend in (None, "aot_eager"):
+        torch._dynamo.reset()
+        model = _model()
+        optimizer = SlimAdam(model, lr=1e-2, plan=AUTO)
+        step = torch.compile(optimizer.step, backend=backend) if backend else optimizer.step
+        for seed in range(10):
+            generator = torch.Generator().manual_seed(seed)
+            optimizer.zero_grad()
+            model(torch.randn(8, 12, generator=generator)).square().mean().backward()
+            step()
+        runs.append((model, optimizer))
+    (eager, expected), (compiled, found) = runs
+    assert [rule.form for rule in found.plan.values()] == [rule.form for rule in expected.plan.values()]
+    assert found.plan["0.weight"].form != "full"
+    for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_under_autocast_and_a_grad_scaler_skipped_steps_do_not_count() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, lr=1e-2, plan=AUTO)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step in range(9):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(torch.randn(8, 12)).square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if step in (2, 5):
+            model[0].weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        decided = optimizer.plan["0.weight"].form != "full"
+        assert decided == (step >= 7)
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+def _auto_on_a_rank(rank: int, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(_model())
+    optimizer = SlimAdam(model, lr=1e-2, plan=AUTO)
+    for step in range(9):
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        optimizer.zero_grad()
+        model(torch.randn(8, 12, generator=generator)).square().mean().backward()
+        optimizer.step()
+    forms = {name: (rule.form, rule.dims, dict(rule.snr)) for name, rule in optimizer.plan.items()}
+    results.put((forms, [param.detach().numpy().copy() for param in model.parameters()]))
+    torch.distributed.destroy_process_group()
+
+
+def test_every_rank_of_ddp_decides_alike(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=_auto_on_a_rank, args=(rank, str(tmp_path / "store"), results)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    (forms, params), (other_forms, other_params) = results.get(timeout=120), results.get(timeout=120)
+    for process in ranks:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    assert forms == other_forms
+    assert forms["0.weight"][0] != "full"
+    assert all((one == other).all() for one, other in zip(params, other_params, strict=True))

@@ -117,6 +117,7 @@ def test_steps_end_a_script_that_swallows_exceptions() -> None:
         "parameters": 9,
         "compressed": sum(rule.form != "full" for rule in CompressionPlan.load("plan.json").values()),
         "second_moments_saved": CompressionPlan.load("plan.json").second_moments_saved,
+        "averaged_away": CompressionPlan.load("plan.json").expectation.averaged_away,
         "files": {"plan": str(Path("plan.json").absolute())},
         "script_exit": 0,
     }

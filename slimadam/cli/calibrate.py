@@ -135,6 +135,8 @@ def calibrate(
         if is_main_rank():
             facts = {"script": script, "learning rate": f"the script's, times {lr_scale:g}"}
             result["files"] = _Files(out, report, history).write(plan, measured, facts)
+        if plan.expectation is not None:
+            console.print(f"slimadam: {plan.expectation}")
         _summarize(console, result, measured, lr_scale)
         _warn_of_idle_patterns(console, keep, plan)
     if as_json and is_main_rank():
@@ -198,6 +200,7 @@ def _result_of(plan: CompressionPlan) -> dict[str, Any]:
         "parameters": len(plan),
         "compressed": sum(rule.form != "full" for rule in plan.values()),
         "second_moments_saved": plan.second_moments_saved,
+        "averaged_away": None if plan.expectation is None else plan.expectation.averaged_away,
     }
 
 

@@ -49,6 +49,8 @@ def show(file: Path, as_json: bool) -> None:
         f"{compressed} of {len(loaded)} parameters compressed; {kept:,} of {full:,} second moments kept, "
         f"{percent(saved)} saved"
     )
+    if loaded.expectation is not None:
+        click.echo(str(loaded.expectation))
 
 
 @plan.command()

@@ -23,6 +23,8 @@ def basic_facts(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> 
         facts["Elements"] = f"{elements:,}"
     if plan.cutoff is not None:
         facts["SNR cutoff"] = f"{plan.cutoff:g}"
+    if plan.expectation is not None:
+        facts["To expect"] = str(plan.expectation)
     steps = sorted({step for parameter in measured.values() for step in parameter.values})
     if steps:
         facts["Measured"] = f"at {len(steps):,} optimizer steps, {steps[0]:,} to {steps[-1]:,}"
