@@ -8,17 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import readme_calibration
 from benchmarks.machine import RESULTS
+from benchmarks.readme_calibration import origin
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def origin(machine: dict[str, Any]) -> str:
-    """Where and when a result was measured, in one line."""
-    versions = f"Python {machine['python']}, torch {machine['versions']['torch']}"
-    return f"({machine['processor']}, {machine['cores']} cores, {versions}, {machine['date']})"
 
 
 def throughput(result: dict[str, Any]) -> str:
@@ -133,6 +129,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "interop": interop,
     "mixed_precision": mixed_precision,
     "torch_properties": torch_properties,
+    **readme_calibration.SECTIONS,
 }
 
 

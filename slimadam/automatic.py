@@ -43,7 +43,7 @@ class AutoPlan:
     """
 
     calibration_steps: int = 200
-    measurements: int = 4
+    measurements: int = 2
     cutoff: float = 1.0
     budget: float | None = None
     forms: Forms = "best"

@@ -1,0 +1,186 @@
+"""The figures of ``docs/calibration.md``, from their result files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+
+def origin(machine: dict[str, Any]) -> str:
+    """Where and when a result was measured, in one line."""
+    versions = f"Python {machine['python']}, torch {machine['versions']['torch']}"
+    return f"({machine['processor']}, {machine['cores']} cores, {versions}, {machine['date']})"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def parts(result: dict[str, Any]) -> str:
+    """SNR and loss of a fused weight read as one matrix, as three, and head by head."""
+    first = result["runs"][0]["readings"]
+
+    def factored(label: str) -> float:
+        return fmean(
+            rule["snr"]["factored"] for run in result["runs"] for rule in run["readings"][label]["chosen"].values()
+        )
+
+    rows = [
+        [label, f"{factored(label):.1f}", f"{reading['saved']:.1%}", f"{result['mean_gap'][label]:+.2%}"]
+        for label, reading in first.items()
+    ]
+    header = ["read as, forms", "SNR of row and column averages", "second moments saved", "held-out loss against AdamW"]
+    return f"{_runs(result)} {origin(result['machine'])}:\n\n{table(header, rows)}"
+
+
+def transfer(result: dict[str, Any]) -> str:
+    """A carried plan against one of the model's own."""
+    rows = []
+    for forms, mean in result["mean_difference"].items():
+        runs = [run[forms] for run in result["runs"]]
+        rows.append(
+            [
+                forms,
+                f"{fmean(run['agree'] for run in runs):.0%}",
+                f"{fmean(run['loss']['own'] for run in runs):.4f}",
+                f"{fmean(run['loss']['carried'] for run in runs):.4f}",
+                f"{mean:+.2%}",
+            ]
+        )
+    small, large = (f"{size['layers']} layers of width {size['width']}" for size in (result["small"], result["large"]))
+    header = ["forms", "matrices stored alike", "loss, own plan", "loss, carried plan", "difference"]
+    return f"From {small} to {large}; {_runs(result)} {origin(result['machine'])}:\n\n{table(header, rows)}"
+
+
+def _runs(result: dict[str, Any]) -> str:
+    return f"{result['steps']} steps at a learning rate of {result['lr']:g}, means of {len(result['runs'])} seeds"
+
+
+def roles(result: dict[str, Any]) -> str:
+    """How many matrices have a name."""
+    total = result["total"]
+    published = [found["name"] for found in result["architectures"] if found["source"] == "transformers"]
+    return (
+        f"{total['named']} of {total['matrices']} matrices named, {total['unknown']} unknown, {total['wrong']} wrong, "
+        f"in {len(published)} architectures of transformers {result['transformers']} ({', '.join(published)}) and "
+        f"{len(result['architectures']) - len(published)} written by hand."
+    )
+
+
+def monitoring(result: dict[str, Any]) -> str:
+    """What watching costs, and when it warns."""
+    rows = [
+        [
+            str(run["seed"]),
+            f"{run['stationary']['memory_share']:.2%}",
+            f"{run['stationary']['time_share']:.2%}",
+            _warned(run["stationary"]),
+            _warned(run["changed"]),
+        ]
+        for run in result["runs"]
+    ]
+    steps = result["settings"]["steps"]
+    then = f"other data from step {steps // 2}"
+    header = ["seed", "memory, of what was saved", "time, of training", "same data throughout", then]
+    return (
+        f"The demo's model over {steps} steps, `python -m benchmarks.monitoring` {origin(result['machine'])}:\n\n"
+        f"{table(header, rows)}"
+    )
+
+
+def _warned(run: dict[str, Any]) -> str:
+    return "quiet" if run["warned_at"] is None else f"warns at step {run['warned_at']}"
+
+
+def snr_overhead(result: dict[str, Any]) -> str:
+    """What measuring costs in the default schedule."""
+    rows = [
+        [name, f"{found['step_ms']:.0f} ms", f"{found['measuring_ms']:.0f} ms", f"{found['overhead']:.2%}"]
+        for name, found in result["models"].items()
+    ]
+    return (
+        f'`plan="auto"` measures {result["measurements"]} times in {result["steps"]} steps; its part of the time of '
+        f"these steps, `python -m benchmarks.snr_overhead` {origin(result['machine'])}:\n\n"
+        f"{table(['model', 'a training step', 'measuring once', 'of the time'], rows)}"
+    )
+
+
+def calibration_gap(result: dict[str, Any]) -> str:
+    """Loss gaps by plan, workload, learning rate and length."""
+    plans = list(dict.fromkeys(row["plan"] for row in result["summary"]))
+    settings = list(dict.fromkeys((row["workload"], row["lr"], row["steps"]) for row in result["summary"]))
+    cells = {
+        (
+            row["workload"],
+            row["lr"],
+            row["steps"],
+            row["plan"],
+        ): f"{row['gap']:+.2%} ({row['second_moments_saved']:.0%})"
+        for row in result["summary"]
+    }
+    rows = [
+        [f"{workload}, {lr:g}, {steps}", *(cells.get((workload, lr, steps, plan), "–") for plan in plans)]
+        for workload, lr, steps in settings
+    ]
+    noise = result["noise"]
+    seeds = max(row["seeds"] for row in result["summary"])
+    return (
+        f"Held-out loss against AdamW, and the share of second moments saved, for plans calibrated at a tenth of the "
+        f"learning rate; means of up to {seeds} seeds {origin(result['machine'])}. AdamW against itself differs by "
+        f"{noise['perturbed']['root_mean_square']:.2%} when the initialisation changes in the sixth digit"
+        f"{_other_batches(noise)}.\n\n{table(['workload, learning rate, steps', *plans], rows)}\n\n"
+        "![Loss gap against learning rate, by plan](calibration-gap.png)"
+    )
+
+
+def _other_batches(noise: dict[str, Any]) -> str:
+    if "other batches" not in noise:
+        return ""
+    return f", and by {noise['other batches']['root_mean_square']:.2%} on other batches"
+
+
+def calibration_steps(result: dict[str, Any]) -> str:
+    """How long plan="auto" has to measure."""
+    compared = [row for row in result["agreement"] if row["forms"] == "best"]
+    lengths = sorted({row["calibration_steps"] for row in compared})
+    settings = list(dict.fromkeys((row["workload"], row["lr"]) for row in compared))
+    cells = {(row["workload"], row["lr"], row["calibration_steps"]): f"{row['agreement']:.0%}" for row in compared}
+    rows = [[f"{name}, {lr:g}", *(cells[name, lr, length] for length in lengths)] for name, lr in settings]
+    trained = [
+        [f"{row['workload']}, {row['lr']:g}", str(row["calibration_steps"]), f"{row['gap']:+.2%}",
+         f"{row['second_moments_saved']:.1%}", str(row["seeds"])]
+        for row in result["summary"]
+    ]  # fmt: skip
+    agreement = table(["workload, learning rate", *(f"{length} steps" for length in lengths)], rows)
+    runs = table(["workload, learning rate", "decides after", "loss against AdamW", "saved", "seeds"], trained)
+    return (
+        'Share of elements for which `plan="auto"` would choose after so many steps what it would choose after the '
+        f"whole run {origin(result['machine'])}:\n\n{agreement}\n\nAnd trained so, for 400 steps in all:\n\n{runs}"
+    )
+
+
+def calibration_findings(result: dict[str, Any]) -> str:
+    """Which findings of the paper the small models reproduce."""
+    found = [entry for entry in result.values() if isinstance(entry, dict) and "finding" in entry]
+    rows = [[entry["finding"], "yes" if entry["reproduced"] else "no"] for entry in found]
+    return (
+        f"Findings of the paper, on small models {origin(result['machine'])}:\n\n"
+        f"{table(['finding', 'reproduced'], rows)}\n\n"
+        "![SNR by role over training](calibration-roles.png)\n\n"
+        "![SNR against learning rate, vocabulary, initialisation and for vision](calibration-findings.png)"
+    )
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "parts": parts,
+    "transfer": transfer,
+    "roles": roles,
+    "monitoring": monitoring,
+    "snr_overhead": snr_overhead,
+    "calibration_gap": calibration_gap,
+    "calibration_steps": calibration_steps,
+    "calibration_findings": calibration_findings,
+}
