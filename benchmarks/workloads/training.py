@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -80,11 +81,11 @@ def in_batches(inputs: Tensor, targets: Tensor) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def held_out_loss(workload: Workload, model: nn.Module) -> float:
-    """Mean cross-entropy in nats over all that is held out."""
+def held_out_loss(workload: Workload, model: nn.Module, batches: int | None = None) -> float:
+    """Mean cross-entropy in nats over all that is held out, or over the first ``batches`` of it."""
     model.eval()
     total, targets = 0.0, 0
-    for batch in workload.held_out():
+    for batch in itertools.islice(workload.held_out(), batches):
         total += workload.loss(model, batch).item() * batch[1].numel()
         targets += batch[1].numel()
     return total / targets
