@@ -121,7 +121,10 @@ class Runs:
 
     def automatic(self, setting: Setting, plan: AutoPlan) -> Outcome:
         """SlimAdam that decides by itself on the way."""
-        label = f"AutoPlan, {plan.calibration_steps} steps, forms {plan.forms}, cutoff {plan.cutoff:g}"
+        label = (
+            f"AutoPlan, {plan.calibration_steps} steps, {plan.measurements} measurements, forms {plan.forms}, "
+            f"cutoff {plan.cutoff:g}"
+        )
         return self._outcome(setting, label, _slimadam(setting, plan))
 
     def calibration(self, setting: Setting) -> Measurements:

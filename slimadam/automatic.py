@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slimadam.choosing import Forms, check_choice
+from slimadam.choosing import Forms, applicable, check_choice, check_keep
 from slimadam.history import SNRHistory
 from slimadam.parts import Parts
 from slimadam.plan import CompressionPlan
@@ -58,6 +58,7 @@ class AutoPlan:
         check_choice(self.cutoff, self.forms, self.budget)
         if not isinstance(self.keep, tuple):
             raise ValueError(f"keep={self.keep!r} must be a tuple of patterns, such as ('*norm*',)")
+        check_keep(self.keep)
 
     def measures(self, step: int) -> bool:
         """Whether to measure after optimizer step ``step`` (from 1)."""
@@ -108,13 +109,15 @@ class Measuring:
         if self.steps < self.settings.calibration_steps:
             return None
         choice = self.settings
+        keep = applicable(choice.keep, self.history)
+        for pattern in choice.keep:
+            if pattern not in keep:
+                logger.warning("plan='auto': keep: no parameter has the name or role %r", pattern)
         try:
-            return CompressionPlan.from_snr(
-                self.history, choice.cutoff, budget=choice.budget, forms=forms, keep=choice.keep
-            )
+            return CompressionPlan.from_snr(self.history, choice.cutoff, budget=choice.budget, forms=forms, keep=keep)
         except ValueError as error:
             logger.warning("plan='auto': %s; deciding by the cutoff %g instead", error, choice.cutoff)
-            return CompressionPlan.from_snr(self.history, choice.cutoff, forms=forms, keep=choice.keep)
+            return CompressionPlan.from_snr(self.history, choice.cutoff, forms=forms, keep=keep)
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this phase, in plain numbers and text."""

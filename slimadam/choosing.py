@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
-from slimadam.roles import BIAS, NORM
+from slimadam.history import ParameterSNR, SNRHistory
+from slimadam.parts import owner_of
+from slimadam.roles import BIAS, NORM, role_from_name
 from slimadam.rules import Rule
 from slimadam.snr import FACTORED, MAX_NDIM, Candidate
 
@@ -32,6 +35,63 @@ def check_choice(cutoff: float, forms: str, budget: float | None = None) -> None
         not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 0 <= budget <= 1
     ):
         raise ValueError(f"budget={budget!r} must be a share in 0..1, or None")
+
+
+def measured_rules(history: SNRHistory) -> dict[str, Rule]:
+    """Everything measured, with its averaged SNRs, before anything is decided."""
+    return {
+        key: Rule(
+            shape=measured.shape,
+            snr=measured.average(),
+            role=measured.role or _role_by_key(key, measured),
+            part=measured.part,
+            batch_dims=measured.batch_dims,
+        )
+        for key, measured in history.items()
+    }
+
+
+def _role_by_key(key: str, measured: ParameterSNR) -> str:
+    return measured.part.label if measured.part else role_from_name(key, len(measured.shape))
+
+
+def applicable(keep: Iterable[str], history: SNRHistory) -> tuple[str, ...]:
+    """The patterns that name something measured."""
+    idle = idle_patterns(keep, measured_rules(history))
+    return tuple(pattern for pattern in keep if pattern not in idle)
+
+
+def check_keep(keep: Iterable[str]) -> tuple[str, ...]:
+    """The patterns of what stays in full, as a tuple.
+
+    Raises:
+        ValueError: It is no sequence of texts.
+    """
+    patterns = (keep,) if isinstance(keep, str) else tuple(keep)
+    if isinstance(keep, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"keep={keep!r} must be a list or tuple of patterns, such as ('*norm*',)")
+    return patterns
+
+
+def keeps(pattern: str, key: str, rule: Rule) -> bool:
+    """Whether a pattern names a piece: by its key, by its parameter's name, or by its role."""
+    names = (key, owner_of(key, rule.part))
+    return pattern in (*names, rule.role) or any(fnmatchcase(name, pattern) for name in names)
+
+
+def idle_patterns(keep: Iterable[str], rules: Mapping[str, Rule]) -> list[str]:
+    """The patterns that name nothing among the rules."""
+    return [pattern for pattern in keep if not any(keeps(pattern, key, rule) for key, rule in rules.items())]
+
+
+def refuse_idle(keep: Iterable[str], rules: Mapping[str, Rule]) -> None:
+    """Refuse patterns that name nothing.
+
+    Raises:
+        ValueError: Names the pattern.
+    """
+    for pattern in idle_patterns(keep, rules):
+        raise ValueError(f"keep: no parameter has the name or role {pattern!r}; correct or remove the pattern")
 
 
 def choose_by_cutoff(undecided: Mapping[str, Rule], cutoff: float, forms: Forms) -> dict[str, Rule]:

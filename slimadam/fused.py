@@ -13,6 +13,7 @@ from torch import nn
 
 from slimadam.errors import PlanError
 from slimadam.parts import Parts, Piece, pieces
+from slimadam.role_patterns import WRAPPERS
 from slimadam.roles import ParameterRole, canonical_name, roles_of
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
@@ -40,7 +41,9 @@ def pieces_of(model: nn.Module, parts: Mapping[str, Parts]) -> dict[str, list[Pi
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         pattern = next((pattern for pattern in parts if fnmatchcase(canonical_name(name), pattern)), None)
-        split = parts[pattern] if pattern else _parts_from_modules(modules, name, shape, roles[name])
+        split = parts[pattern] if pattern else None
+        if split is None and parameter.numel() and not parameter.is_complex():
+            split = _parts_from_modules(modules, name, shape, roles[name])
         found[name] = pieces(name, shape, roles[name], split)
     return found
 
@@ -62,8 +65,13 @@ def _parts_from_modules(
 ) -> Parts | None:
     if role.role not in ("fused_qkv", "fused_gate_up") or len(role.fan_out) != 1:
         return None
-    path = name.rpartition(".")[0]
-    owner, parent = modules[path], modules[path.rpartition(".")[0]]
+    path = name.split(".")[:-1]
+    owner = modules[".".join(path)]
+    while path and path[-1] in WRAPPERS:
+        path.pop()
+    parent = modules[".".join(path[:-1])]
+    if "parametrizations" in path:
+        return None
     if role.role == "fused_gate_up":
         return _gate_up(owner, parent, shape, role)
     return _query_key_value(owner, parent, shape, role)

@@ -214,8 +214,12 @@ class _Sample:
         return math.exp(math.fsum(math.log(max(value, 1e-300)) for value in self.first) / len(self.first))
 
     def declined(self, cutoff: float) -> bool:
-        """Whether the last measurements are all below the cutoff and below half of the first level."""
-        return len(self.recent) == MEASUREMENTS and max(self.recent) < min(cutoff, self.first_level / 2)
+        """Whether the last measurements are all below the cutoff and half of the first level, which was above it."""
+        return (
+            len(self.recent) == MEASUREMENTS
+            and self.first_level >= cutoff
+            and max(self.recent) < min(cutoff, self.first_level / 2)
+        )
 
 
 def sampled_snr(rule: Rule, placement: Placement, moment: Tensor, parts: Sequence[Tensor]) -> float:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimadam.errors import PlanError
 from slimadam.fused import pieces_of, refuse_unmatched
 from slimadam.parts import Parts, Piece, pieces
 from slimadam.roles import ParameterRole, canonical_name
+
+logger = logging.getLogger("slimadam")
 
 
 class NamedParameters:
@@ -22,8 +27,11 @@ class NamedParameters:
             modules, the later ones get their class name in front, and a number where that is taken too.
         parts: What parameters are made of, by pattern, where their modules do not say.
 
+    Attributes:
+        matched: The patterns of ``parts`` that match a name.
+
     Raises:
-        PlanError: Declared parts do not fit a parameter, or a pattern matches none.
+        PlanError: Declared parts do not fit a parameter.
     """
 
     def __init__(self, models: Iterable[nn.Module] = (), parts: Mapping[str, Parts] | None = None) -> None:
@@ -33,16 +41,25 @@ class NamedParameters:
         self._tensors: list[Tensor] = []
         taken: set[str] = set()
         for model in models:
-            found = pieces_of(model, parts or {})
+            found = self._pieces_in(model, parts or {})
             for name, parameter in model.named_parameters():
                 if id(parameter) in self._names:
                     continue
                 shown = _free_name(canonical_name(name), type(model).__name__, taken)
                 taken.add(shown)
-                self._add(parameter, shown, found[name])
+                self._add(parameter, shown, found.get(name))
 
-        if taken:
-            refuse_unmatched(parts or {}, taken)
+        self.matched = {pattern for pattern in parts or {} if any(fnmatchcase(name, pattern) for name in taken)}
+
+    @staticmethod
+    def _pieces_in(model: nn.Module, parts: Mapping[str, Parts]) -> Mapping[str, list[Piece]]:
+        try:
+            return pieces_of(model, parts)
+        except PlanError:
+            raise
+        except Exception as error:  # a module class of others may do anything; names are enough to go on
+            logger.warning("the layers of %s cannot be told from its modules (%r)", type(model).__name__, error)
+            return {}
 
     def _add(self, parameter: Tensor, name: str, found: list[Piece] | None = None) -> None:
         self._names[id(parameter)] = name
@@ -90,6 +107,8 @@ class NamedParameters:
                 named._add(parameter, canonical_name(name))
         else:
             named = cls(owning_modules(parameters), parts)
+        if named.matched != set(parts or {}):
+            refuse_unmatched(parts or {}, named._names.values())
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
                 if named.name(parameter) is None:
@@ -124,7 +143,10 @@ def _owned(module: nn.Module, wanted: set[int]) -> int:
     # A module whose constructor has not finished has no parameters yet.
     if "_modules" not in module.__dict__ or "_parameters" not in module.__dict__:
         return 0
-    return sum(id(parameter) in wanted for parameter in module.parameters())
+    try:
+        return sum(id(parameter) in wanted for parameter in module.parameters())
+    except Exception:  # any module alive in the process, whatever its class does
+        return 0
 
 
 def _children(module: nn.Module) -> list[nn.Module]:

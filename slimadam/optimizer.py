@@ -43,6 +43,7 @@ from slimadam.planning import (
     logger,
     refuse_factored_amsgrad,
 )
+from slimadam.roles import canonical_name
 from slimadam.rules import Rule, fit_rules
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
@@ -193,7 +194,7 @@ class SlimAdam(Optimizer):
     @property
     def plan(self) -> CompressionPlan:
         """The plan in force: one rule for each parameter of this optimizer, or for each of its parts."""
-        return CompressionPlan.of_parameters(self._rules)
+        return CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff)
 
     def backend(self, param: Tensor | str) -> Backend:
         """The implementation that updates a parameter.
@@ -399,8 +400,8 @@ class SlimAdam(Optimizer):
             )
         for held, param, _ in self._parameters():
             keys = [key_of(held, rule.part) for rule in self._rules[held]]
-            if name == held or name in keys:
-                self._expand_pieces(held, param, {name} if name in keys else set(keys))
+            if canonical_name(name) == held or canonical_name(name) in keys:
+                self._expand_pieces(held, param, set(keys) & {canonical_name(name)} or set(keys))
                 return
         raise KeyError(f"{name!r} is not a parameter of this optimizer")
 
@@ -444,7 +445,7 @@ class SlimAdam(Optimizer):
         for names, group in zip(self._names, self.param_groups, strict=True):
             if not group["capturable"]:
                 grads = (
-                    (key_of(name, rule.part), _readable(param.grad, rule))
+                    (key_of(name, rule.part), param.grad)
                     for name, param in zip(names, group["params"], strict=True)
                     if param.grad is not None and type(param.grad) is Tensor
                     for rule in self._rules[name]
@@ -510,7 +511,7 @@ class SlimAdam(Optimizer):
     def _initial_state(self, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         dtype = second_moment_dtype(param.dtype)
         if group["variance_init"] == "gradient" and param.grad is not None:
-            grads = ((rule, rule.take(_readable(param.grad, rule))) for rule in rules)
+            grads = ((rule, rule.take(param.grad)) for rule in rules)
             parts = [
                 initial_second_moment(grad, dims) for rule, grad in grads for dims in rule.averaged_dims(grad.dim())
             ]
@@ -636,7 +637,8 @@ class SlimAdam(Optimizer):
         rules = dict(self._rules)
         for name, param, _ in self._parameters():
             found = [saved[key] for key in saved.keys_of(name)]
-            if found and (automatic or any(rule.reason == EXPANDED for rule in found)):
+            expanded = any(rule.reason == EXPANDED for rule in [*found, *self._rules[name]])
+            if found and (automatic or expanded):
                 rules[name] = fit_rules(name, found, tuple(param.shape))
         if not isinstance(settings, AutoPlan):
             return rules, self._measuring
@@ -704,17 +706,18 @@ def _entries_of(
 ) -> Iterator[Entry]:
     assert param.grad is not None
     ndim = param.dim()
+    if rules[0].part is None:
+        second = state_format.parts(state["exp_avg_sq"])
+        largest = state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else ()
+        dims = rules[0].averaged_dims(ndim)
+        yield Entry(param, param.grad, state["exp_avg"], second, largest, state["step"], dims)
+        return
     moments = state_format.by_rule(rules, state_format.parts(state["exp_avg_sq"]), ndim)
     maxima = state_format.by_rule(rules, state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (), ndim)
     for (rule, second), (_, largest) in zip(moments, maxima, strict=True):
         piece = rule.take(param)
-        grad, exp_avg = rule.take(_readable(param.grad, rule)), rule.take(state["exp_avg"])
+        grad, exp_avg = rule.take(param.grad), rule.take(state["exp_avg"])
         yield Entry(piece, grad, exp_avg, second, largest, state["step"], rule.averaged_dims(piece.dim()))
-
-
-def _readable(grad: Tensor, rule: Rule) -> Tensor:
-    """The gradient, copied only where its strides would not let it be read as the rule's view."""
-    return grad if rule.part is None or rule.part.view == rule.part.of else grad.contiguous()
 
 
 def _assembled(param: Tensor, rules: Sequence[Rule], pieces: Sequence[Tensor]) -> Tensor:

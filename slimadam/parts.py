@@ -79,6 +79,13 @@ class Parts:
             PlanError: The parts do not fit the shape.
         """
         view = shape if self.view is None else tuple(self.view)
+        for label in self.sizes:
+            if not label or set(label) & set("[]"):
+                raise PlanError(f"{name!r}: the label {label!r} of its parts must be a word without brackets")
+        if not 0 <= self.batch_dims <= max(0, len(view) - 2):
+            raise PlanError(
+                f"{name!r}: batch_dims={self.batch_dims} of its parts must leave a matrix of the view {view}"
+            )
         parts, start = [], 0
         for label, size in self.sizes.items():
             parts.append(Part(label, shape, view, self.dim, start, size))

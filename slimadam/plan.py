@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from torch import nn
 
-from slimadam.choosing import Forms, check_choice, choose_by_budget, choose_by_cutoff, keep_full
+from slimadam.choosing import (
+    Forms,
+    check_choice,
+    check_keep,
+    choose_by_budget,
+    choose_by_cutoff,
+    keep_full,
+    keeps,
+    measured_rules,
+    refuse_idle,
+)
 from slimadam.errors import PlanError, shown
 from slimadam.expectation import Expectation, expectation
 from slimadam.files import write_whole
@@ -28,8 +37,8 @@ from slimadam.plan_json import (
     rule_of_authors,
     rule_to_dict,
 )
-from slimadam.roles import canonical_name, role_from_name
-from slimadam.rules import Rule, check_rule, factored_rule, paper_rule
+from slimadam.roles import canonical_name
+from slimadam.rules import Rule, check_rule, factored_rule, in_order, paper_rule
 from slimadam.transfer import rules_for_model
 
 FORMAT: Final = "slimadam.plan"
@@ -127,16 +136,17 @@ class CompressionPlan(Mapping[str, Rule]):
         return self._parts_by_owner.get(name) or self._parts_by_owner.get(canonical_name(name), [])
 
     def by_parameter(self) -> dict[str, list[Rule]]:
-        """The rules by parameter, in their order: one each, or one for each of a parameter's parts."""
+        """The rules by parameter: one each, or one for each of its parts, in the order in which they lie in it."""
         found: dict[str, list[Rule]] = {}
         for key, rule in self._rules.items():
             found.setdefault(owner_of(key, rule.part), []).append(rule)
-        return found
+        return {name: in_order(rules) for name, rules in found.items()}
 
     @classmethod
-    def of_parameters(cls, rules: Mapping[str, Iterable[Rule]]) -> CompressionPlan:
+    def of_parameters(cls, rules: Mapping[str, Iterable[Rule]], cutoff: float | None = None) -> CompressionPlan:
         """The inverse of :meth:`by_parameter`."""
-        return cls({key_of(name, rule.part): rule for name, found in rules.items() for rule in found})
+        flat = {key_of(name, rule.part): rule for name, found in rules.items() for rule in found}
+        return cls(flat, cutoff=cutoff)
 
     @cached_property
     def _parts_by_owner(self) -> dict[str, list[str]]:
@@ -178,32 +188,29 @@ class CompressionPlan(Mapping[str, Rule]):
             cutoff: SNR that a candidate must exceed.
             budget: Share of all second moments to save, in 0..1; the cutoff is not used then.
             forms: ``"mean"``: only averages, as in the paper. ``"best"``: the factored form competes too.
-            keep: Patterns (``fnmatch``) of names or roles that stay in full.
+            keep: Patterns (``fnmatch``) of names or roles that stay in full; a parameter's name keeps all its parts.
 
         Raises:
-            ValueError: An option is out of range, the budget cannot be met, or the history is empty.
+            ValueError: An option is out of range, a pattern of ``keep`` matches nothing, the budget cannot be met, or
+                the history is empty.
         """
         check_choice(cutoff, forms, budget)
+        keep = check_keep(keep)
         if not history:
             raise ValueError("the SNR history is empty: no Adam-like optimizer was measured")
-        keep = tuple(keep)
+        measured = measured_rules(history)
+        refuse_idle(keep, measured)
         undecided, kept = {}, {}
-        for name, measured in history.items():
-            role = measured.role or role_from_name(name, len(measured.shape))
-            rule = Rule(
-                shape=measured.shape, snr=measured.average(), role=role, part=measured.part,
-                batch_dims=measured.batch_dims,
-            )  # fmt: skip
-            pattern = next((pattern for pattern in keep if fnmatchcase(name, pattern) or role == pattern), None)
-            full = keep_full(rule, pattern)
+        for key, rule in measured.items():
+            full = keep_full(rule, next((pattern for pattern in keep if keeps(pattern, key, rule)), None))
             if full is None:
-                undecided[name] = rule
+                undecided[key] = rule
             else:
-                kept[name] = full
+                kept[key] = full
         if budget is None:
             chosen = choose_by_cutoff(undecided, cutoff, forms)
         else:
-            elements = sum(math.prod(measured.shape) for measured in history.values())
+            elements = sum(math.prod(parameter.shape) for parameter in history.values())
             chosen = choose_by_budget(undecided, elements, budget, forms)
         rules = {**kept, **chosen}
         return cls({name: rules[name] for name in history}, cutoff=float(cutoff) if budget is None else None)
@@ -242,7 +249,7 @@ class CompressionPlan(Mapping[str, Rule]):
         refuse_unmatched(parts or {}, found)
         return cls({key_of(name, piece.part): rule(piece) for name, pieces in found.items() for piece in pieces})
 
-    def for_model(self, model: nn.Module) -> CompressionPlan:
+    def for_model(self, model: nn.Module, parts: Mapping[str, Parts] | None = None) -> CompressionPlan:
         """This plan carried over to another depth or width of the same family of models.
 
         Layers are matched by role. With a cutoff each candidate's SNR is averaged over the layers of a role and decides
@@ -251,8 +258,9 @@ class CompressionPlan(Mapping[str, Rule]):
 
         Args:
             model: The model that the new plan is for.
+            parts: What its parameters are made of, by pattern, where the model does not say; as in :class:`AutoPlan`.
         """
-        return CompressionPlan(rules_for_model(self._rules, self.cutoff, model), cutoff=self.cutoff)
+        return CompressionPlan(rules_for_model(self._rules, self.cutoff, model, parts or {}), cutoff=self.cutoff)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (schema: ``slimadam/plan.schema.json``). Replaces the file in one move."""

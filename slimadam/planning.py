@@ -75,6 +75,7 @@ class Resolver:
         self._declared = self.plan.parts if isinstance(self.plan, AutoPlan) else {}
         self._named = NamedParameters([] if model is None else [model], self._declared)
         self._known = self._named
+        self._matched = set(self._named.matched)
         self._aliases: dict[Tensor, list[str]] = {}
         for name, param in [] if model is None else model.named_parameters(remove_duplicate=False):
             self._aliases.setdefault(param, []).append(canonical_name(name))
@@ -85,8 +86,14 @@ class Resolver:
     @property
     def cutoff(self) -> float:
         """The SNR cutoff that the plan was or will be chosen with; 1 where it says none."""
-        cutoff = self.plan.cutoff if isinstance(self.plan, (AutoPlan, CompressionPlan)) else None
-        return 1.0 if cutoff is None else cutoff
+        return 1.0 if self.chosen_by_cutoff is None else self.chosen_by_cutoff
+
+    @property
+    def chosen_by_cutoff(self) -> float | None:
+        """The SNR cutoff that the plan was or will be chosen with; None where it is not chosen by one."""
+        if isinstance(self.plan, AutoPlan):
+            return self.plan.cutoff if self.plan.budget is None else None
+        return self.plan.cutoff if isinstance(self.plan, CompressionPlan) else None
 
     def names(self, group: Mapping[str, Any], group_index: int) -> list[str]:
         """A name for each parameter of a group: as given, else from the model, else its position.
@@ -127,18 +134,20 @@ class Resolver:
             rules = self._rules_of(resolved, name, param, self._given_name(group, index))
             if param.numel() == 0 and any(rule.form != "full" for rule in rules):
                 rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason="no elements")]
-            _refuse_unreadable(name, param, rules)
+            rules = _readable_rules(name, param, group, rules, resolved)
             for rule in rules:
                 refuse_factored_amsgrad(name, rule, group)
             found.append(rules)
         if isinstance(resolved, CompressionPlan):
             _tell_uncovered(names, found)
+        self._known = self._named  # what was looked up keeps other parameters of its modules alive
         return found
 
     def _look_for_owners(self, params: Sequence[Tensor]) -> None:
         if not all(self._known.owned(param) for param in params):
             modules = owning_modules(params)
             self._known = NamedParameters(modules, self._declared) if modules else self._named
+            self._matched |= self._known.matched
 
     def snapshot(self) -> tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]:
         """What :meth:`names` and :meth:`rules` have taken note of, for :meth:`restore`."""
@@ -160,8 +169,8 @@ class Resolver:
         Raises:
             PlanError: Names the entry and the closest parameter.
         """
-        if not self._known:
-            refuse_unmatched(self._declared, self._owner)
+        unmatched = {pattern: parts for pattern, parts in self._declared.items() if pattern not in self._matched}
+        refuse_unmatched(unmatched, self._owner)
         for plan, used in self._used:
             unused = [key for key in plan if key not in used and canonical_name(key) not in self._model_names]
             if unused:
@@ -202,10 +211,12 @@ class Resolver:
         return fit_rules(name, [plan[key] for key in keys], shape)
 
     def _pieces(self, param: Tensor, given: str | None) -> list[Piece]:
-        if self._known.owned(param) or given is None:
-            return self._known.pieces(param)
         shape = tuple(param.shape)
+        if given is None:
+            return self._known.pieces(param)
         declared = next((parts for pattern, parts in self._declared.items() if fnmatchcase(given, pattern)), None)
+        if self._known.owned(param) and declared is None:
+            return self._known.pieces(param)
         return pieces(given, shape, _role_by_name(given, len(shape)), declared)
 
     def _note_use(self, plan: CompressionPlan, keys: Sequence[str]) -> None:
@@ -239,15 +250,24 @@ def _whole_role(pieces: Sequence[Piece]) -> str:
     return pieces[0].role.role if len(pieces) == 1 else ""
 
 
-def _refuse_unreadable(name: str, param: Tensor, rules: Sequence[Rule]) -> None:
-    if rules[0].part is None:
-        return
-    if param.is_complex() or (rules[0].part.view != rules[0].part.of and not param.is_contiguous()):
-        kind = str(param.dtype) if param.is_complex() else f"strides {param.stride()}"
-        raise PlanError(
-            f"{name!r}: only a real, contiguous parameter falls into parts, this one has {kind}; make it so, or "
-            "give it one rule in the plan"
-        )
+def _readable_rules(
+    name: str, param: Tensor, group: Mapping[str, Any], rules: list[Rule], plan: ResolvedPlan
+) -> list[Rule]:
+    """The rules, or one for the whole parameter where it cannot be stored in parts that nobody asked for.
+
+    Raises:
+        PlanError: The plan asks for parts.
+    """
+    if rules[0].part is None or not (param.is_complex() or group["differentiable"]):
+        return rules
+    why = f"a {param.dtype} parameter" if param.is_complex() else "a group with differentiable=True"
+    if isinstance(plan, CompressionPlan):
+        raise PlanError(f"{name!r}: {why} cannot be stored in parts; give the parameter one rule in the plan")
+    whole = Piece(tuple(param.shape), ParameterRole(""))
+    logger.warning("%r counts as one matrix: %s cannot be stored in parts", name, why)
+    if isinstance(plan, AutoPlan):
+        return [full_rule(whole, MEASURING)]
+    return [factored_rule(whole) if plan == "factored" else paper_rule(whole)]
 
 
 def _unnamed(why: str) -> str:

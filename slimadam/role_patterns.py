@@ -14,7 +14,7 @@ BIAS = "bias"
 
 Patterns = tuple[tuple[re.Pattern[str], str], ...]
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _ADAPTER_HOLDERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 _PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\.original([01]?)$")
 _WEIGHT = re.compile(r"(\.weight(_v)?|_weight)$")
@@ -155,7 +155,7 @@ def canonical_name(name: str) -> str:
         >>> canonical_name("_orig_mod.module.layers.0.weight")
         'layers.0.weight'
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] == "module":
         parts.pop(0)
     return ".".join(parts)

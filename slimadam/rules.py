@@ -117,7 +117,12 @@ def fit_rules(name: str, rules: Sequence[Rule], shape: tuple[int, ...]) -> list[
     if rules[0].part is None:
         return [_fit_rule(name, rules[0], shape)]
     check_parts(name, [rule.part for rule in rules if rule.part is not None], shape)
-    return list(rules)
+    return in_order(rules)
+
+
+def in_order(rules: Iterable[Rule]) -> list[Rule]:
+    """The rules of one parameter in the order in which its parts lie in it, which is that of its state."""
+    return sorted(rules, key=lambda rule: rule.part.start if rule.part else 0)
 
 
 def _fit_rule(name: str, rule: Rule, shape: tuple[int, ...]) -> Rule:

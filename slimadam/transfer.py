@@ -12,8 +12,8 @@ from typing import Final
 from torch import nn
 
 from slimadam.choosing import Forms, choose_by_cutoff, keep_full
-from slimadam.fused import pieces_of
-from slimadam.parts import Piece, key_of
+from slimadam.fused import pieces_of, refuse_unmatched
+from slimadam.parts import Parts, Piece, key_of
 from slimadam.roles import UNKNOWN, canonical_name, role_from_name
 from slimadam.rules import Rule, full_rule
 from slimadam.snr import FACTORED, average_snr
@@ -23,7 +23,9 @@ NO_COUNTERPART: Final = "the plan has no "
 Kind = tuple[str, int]
 
 
-def rules_for_model(rules: Mapping[str, Rule], cutoff: float | None, model: nn.Module) -> dict[str, Rule]:
+def rules_for_model(
+    rules: Mapping[str, Rule], cutoff: float | None, model: nn.Module, parts: Mapping[str, Parts]
+) -> dict[str, Rule]:
     """A rule for each logical matrix of a model, from rules that were chosen for another.
 
     Layers of the same role and number of dimensions count as one kind; those of unknown role by their name without
@@ -34,13 +36,16 @@ def rules_for_model(rules: Mapping[str, Rule], cutoff: float | None, model: nn.M
         rules: The rules to carry over, by key.
         cutoff: SNR cutoff that they were chosen with, if any.
         model: The model to carry them to.
+        parts: What its parameters are made of, where the model does not say.
     """
     kinds: dict[Kind, list[Rule]] = {}
     for key, rule in rules.items():
         kinds.setdefault(_kind(key, rule.role, _ndim(key, rule)), []).append(rule)
+    found = pieces_of(model, parts)
+    refuse_unmatched(parts, found)
     return {
-        key_of(name, piece.part): _carried(key_of(name, piece.part), piece, kinds, cutoff)
-        for name, pieces in pieces_of(model, {}).items()
+        key_of(name, piece.part): _carried(name, piece, kinds, cutoff)
+        for name, pieces in found.items()
         for piece in pieces
     }
 
@@ -55,8 +60,11 @@ def _kind(key: str, role: str, ndim: int) -> Kind:
     return (re.sub(r"(?<![^.])\d+(?![^.])", "*", canonical_name(key)) if role == UNKNOWN else role), ndim
 
 
-def _carried(key: str, piece: Piece, kinds: Mapping[Kind, Sequence[Rule]], cutoff: float | None) -> Rule:
-    kind = _kind(key, piece.role.role, len(piece.shape))
+def _carried(name: str, piece: Piece, kinds: Mapping[Kind, Sequence[Rule]], cutoff: float | None) -> Rule:
+    key, ndim = key_of(name, piece.part), len(piece.shape)
+    kind = _kind(key, piece.role.role, ndim)
+    if piece.part is not None and piece.part.view == piece.part.of and kind not in kinds:
+        kind = _kind(name, "", ndim)  # rules for the weight as a whole
     empty = full_rule(piece, f"{NO_COUNTERPART}{kind[0].replace('_', ' ')}")
     found = kinds.get(kind, [])
     kept = keep_full(empty, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import AutoPlan, CompressionPlan, Parts, PlanError, SlimAdam, SNRRecorder, convert_state_dict, every
+from slimadam import (
+    AutoPlan,
+    CompressionPlan,
+    Parts,
+    PlanError,
+    SlimAdam,
+    SNRHistory,
+    SNRRecorder,
+    convert_state_dict,
+    every,
+)
 from slimadam.fused import pieces_of
 from slimadam.parts import Part, check_parts
 from slimadam.rules import Rule
@@ -344,6 +355,8 @@ WRONG: dict[str, tuple[Parts, str]] = {
     "other size": (Parts({"a": 8}, view=(8, 7)), r"view=\(8, 7\) must split"),
     "empty part": (Parts({"a": 8, "b": 0}), "its part 'b' starts at 8 with size 0"),
     "nothing": (Parts({}), "its parts cover 0 of 8"),
+    "label": (Parts({"a[0]": 8}), r"the label 'a\[0\]' of its parts must be a word without brackets"),
+    "batch": (Parts({"a": 8}, batch_dims=1), "batch_dims=1 of its parts must leave a matrix of the view"),
 }  # fmt: skip
 
 
@@ -374,13 +387,144 @@ def test_parts_of_a_plan_must_be_the_whole_parameter() -> None:
         check_parts("w", twice, (4, 2))
 
 
-def test_parts_of_transposed_memory_and_complex_numbers_are_refused() -> None:
-    plan = _plan(*CASES["heads"])
-    transposed = torch.ones(5, 12).T.requires_grad_()
-    with pytest.raises(PlanError, match=r"only a real, contiguous parameter falls into parts, this one has strides"):
-        SlimAdam([("w", transposed)], plan=plan)
-    with pytest.raises(PlanError, match=r"this one has torch\.complex64"):
-        SlimAdam([("w", torch.ones(12, 5, dtype=torch.complex64, requires_grad=True))], plan=plan)
+def test_parts_of_transposed_memory_step_as_of_any_other() -> None:
+    shape, parts, forms = CASES["heads"]
+    results = []
+    for memory in (lambda x: x, lambda x: x.T.contiguous().T):
+        param = memory(torch.ones(shape, dtype=torch.float64)).requires_grad_()
+        optimizer = SlimAdam([("w", param)], plan=_plan(shape, parts, forms))
+        for grad in gradients(shape, 3):
+            param.grad = memory(grad)
+            optimizer.step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results, rtol=1e-13, atol=1e-15)
+
+
+UNDIVIDED: dict[str, tuple[torch.dtype, dict[str, Any], str]] = {
+    "complex": (torch.complex64, {}, "a torch.complex64 parameter cannot be stored in parts"),
+    "differentiable": (torch.float32, {"differentiable": True}, "a group with differentiable=True cannot be stored"),
+}
+
+
+@pytest.mark.parametrize("case", UNDIVIDED)
+@pytest.mark.parametrize("plan", ["auto", "factored", "rules"])
+def test_what_cannot_be_divided_counts_as_one_matrix(case: str, plan: str, caplog: pytest.LogCaptureFixture) -> None:
+    dtype, options, message = UNDIVIDED[case]
+    model = nn.MultiheadAttention(WIDTH, 3, dtype=dtype)
+    optimizer = SlimAdam(model, plan=plan, **options)
+    assert optimizer.plan["in_proj_weight"].part is None
+    if case == "differentiable":
+        assert message in caplog.text
+    divided = CompressionPlan.from_rules(nn.MultiheadAttention(WIDTH, 3))
+    with pytest.raises(PlanError, match=message):
+        SlimAdam(model, plan=divided, **options)
+
+
+def test_the_order_of_the_parts_in_a_file_does_not_matter() -> None:
+    shape, parts, _ = CASES["rows"]
+    plan = _plan(shape, parts, [("mean", (1,))] * 3)
+    turned = CompressionPlan(dict(reversed(list(plan.items()))))
+    results = []
+    for chosen in (plan, turned):
+        param = torch.ones(shape, dtype=torch.float64).requires_grad_()
+        optimizer = SlimAdam([("w", param)], plan=plan)
+        for step, grad in enumerate(gradients(shape, 6)):
+            if step == 3:
+                resumed = SlimAdam([("w", param)], plan=chosen)
+                resumed.load_state_dict(convert_state_dict(optimizer.state_dict(), chosen))
+                resumed.load_state_dict(optimizer.state_dict())
+                optimizer = resumed
+            param.grad = grad
+            optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+def test_keeping_a_weight_keeps_its_parts() -> None:
+    history = _history_of(nn.MultiheadAttention(WIDTH, 3))
+    every_part = {f"in_proj_weight[{label}]" for label in ("query", "key", "value")}
+    for pattern, expected in {
+        "in_proj_weight": every_part,
+        "in_*weight": every_part,
+        "in_proj_weight[key]": {"in_proj_weight[key]"},
+        "value": {"in_proj_weight[value]"},
+    }.items():
+        plan = CompressionPlan.from_snr(history, 0.0, forms="best", keep=[pattern])
+        kept = {key for key, rule in plan.items() if rule.reason.startswith("kept in full as asked")}
+        assert kept == expected
+
+
+def _history_of(model: nn.Module) -> SNRHistory:
+    optimizer = torch.optim.AdamW(model.parameters())
+    recorder = SNRRecorder(optimizer, model, every(1))
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    return recorder.history
+
+
+def test_histories_keep_parts_through_a_file(tmp_path: Path) -> None:
+    model = _transformers_model("mixtral")
+    history = _history_of(model)
+    history.save_csv(tmp_path / "snr.csv")
+    loaded = SNRHistory.load_csv(tmp_path / "snr.csv")
+    plan, again = (CompressionPlan.from_snr(found, forms="best") for found in (history, loaded))
+    assert {key: (rule.form, rule.dims, rule.part, rule.batch_dims) for key, rule in again.items()} == {
+        key: (rule.form, rule.dims, rule.part, rule.batch_dims) for key, rule in plan.items()
+    }
+    assert any(rule.batch_dims for rule in again.values())
+    assert [rule.role for rule in again.values() if rule.part] == [rule.role for rule in plan.values() if rule.part]
+
+
+def test_a_wrapped_projection_is_divided_as_its_owner_says() -> None:
+    model = Block(Attention(12 + 2 * 6, num_heads=4, num_key_value_heads=2))
+    wrapper = nn.Module()
+    wrapper._orig_mod = model.attn.qkv_proj  # as torch.compile wraps it
+    model.attn.qkv_proj = wrapper
+    ((name, pieces),) = pieces_of(model, {}).items()
+    assert [piece.shape for piece in pieces] == [(12, 12), (6, 12), (6, 12)], name
+
+
+def test_an_empty_fused_weight_is_one_piece() -> None:
+    model = Block(Attention(36, num_heads=4))
+    model.attn.qkv_proj.weight = nn.Parameter(torch.empty(0, WIDTH))
+    (pieces,) = pieces_of(model, {}).values()
+    assert [piece.part for piece in pieces] == [None]
+
+
+class Unusual(nn.Module):
+    """A module of others: its parameters are not where torch has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, 3)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return ((f"model.{name}", param) for name, param in self.inner.named_parameters())
+
+
+class Broken(nn.Module):
+    def parameters(self, recurse: bool = True) -> Any:
+        raise RuntimeError("not now")
+
+
+def test_unusual_modules_do_not_get_in_the_way(caplog: pytest.LogCaptureFixture) -> None:
+    unusual, broken = Unusual(), Broken()
+    optimizer = SlimAdam(unusual, plan="factored")
+    assert "the layers of Unusual cannot be told from its modules" in caplog.text
+    assert optimizer.plan["model.in_proj_weight"].form == "factored"
+    assert broken is not None
+
+
+def test_declared_parts_of_one_of_two_groups_and_of_a_submodule() -> None:
+    first, second = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
+    plan = AutoPlan(parts={"a.weight": Parts({"x": 4, "y": 4})})
+    groups = [{"params": [("a.weight", first.weight)]}, {"params": [("b.weight", second.weight)]}]
+    assert list(SlimAdam(groups, plan=plan)._measured["a.weight"]) != []
+    model = Block(Attention(25, num_heads=5))
+    plan = AutoPlan(parts={"qkv_proj.weight": Parts({"x": 5, "y": 20})})
+    optimizer = SlimAdam(model.attn.named_parameters(), plan=plan)
+    assert [rule.part.label for rule in optimizer._measured["qkv_proj.weight"]] == ["x", "y"]
 
 
 def test_a_wrapped_model_has_the_same_parts(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from rich.progress import (
 )
 
 from slimadam.calibration import every, paper_schedule
-from slimadam.choosing import Forms
+from slimadam.choosing import Forms, applicable, idle_patterns
 from slimadam.cli.console import finite, finite_or_none, is_main_rank, output_path, percent, status_console
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
 from slimadam.cli.observe import Observer
@@ -153,11 +152,12 @@ def _plan(
     keep: tuple[str, ...],
 ) -> CompressionPlan:
     """The plan; where the budget is out of reach, the one by cutoff, so that no measurement is lost."""
+    fitting = applicable(keep, measured)
     try:
-        return CompressionPlan.from_snr(measured, cutoff, budget=budget, forms=forms, keep=keep)
+        return CompressionPlan.from_snr(measured, cutoff, budget=budget, forms=forms, keep=fitting)
     except ValueError as error:
         console.print(f"slimadam: {error}; the plan is by the cutoff {cutoff:g} instead")
-        return CompressionPlan.from_snr(measured, cutoff, forms=forms, keep=keep)
+        return CompressionPlan.from_snr(measured, cutoff, forms=forms, keep=fitting)
 
 
 @contextmanager
@@ -223,9 +223,8 @@ def _summarize(console: Console, result: dict[str, Any], history: SNRHistory, lr
 
 
 def _warn_of_idle_patterns(console: Console, keep: tuple[str, ...], plan: CompressionPlan) -> None:
-    for pattern in keep:
-        if not any(fnmatchcase(name, pattern) or rule.role == pattern for name, rule in plan.items()):
-            console.print(f"slimadam: --keep {pattern}: no parameter has such a name or role")
+    for pattern in idle_patterns(keep, plan):
+        console.print(f"slimadam: --keep {pattern}: no parameter has such a name or role")
 
 
 def _exit_code(console: Console, observer: Observer, outcome: Outcome) -> int:

@@ -149,7 +149,7 @@ def _describe(rule: Rule, other: Rule) -> str:
 
 def _same_storage(a: Rule, b: Rule) -> bool:
     shapes_agree = a.shape == b.shape or a.shape is None or b.shape is None
-    return (a.form, a.dims) == (b.form, b.dims) and shapes_agree
+    return (a.form, a.dims, a.part, a.batch_dims) == (b.form, b.dims, b.part, b.batch_dims) and shapes_agree
 
 
 def _storage(rule: Rule) -> dict[str, Any]:
