@@ -15,8 +15,6 @@ from benchmarks.calibration_statistics import Measurements
 from slimadam import AutoPlan, CompressionPlan, SNRHistory
 from slimadam.choosing import Forms
 
-MEASUREMENTS = 5
-"""Of the SNR, in the runs where AutoPlan decides; choices are compared at its default number."""
 SMALLEST_SAVING = 0.95
 LARGEST_GAPS = {1e-3: 0.005, 3e-3: 0.01}
 """By learning rate, how much higher the held-out loss may be (mean over the seeds), as a share of AdamW's."""
@@ -80,7 +78,7 @@ def agreement(plan: CompressionPlan, other: CompressionPlan) -> float:
 
 def _automatic_run(runs: Runs, setting: Setting, steps: int) -> dict[str, Any]:
     reference = runs.adamw(setting).held_out_loss
-    outcome = runs.automatic(setting, AutoPlan(calibration_steps=steps, measurements=MEASUREMENTS, forms="best"))
+    outcome = runs.automatic(setting, AutoPlan(calibration_steps=steps))
     return {
         "workload": setting.workload,
         "lr": setting.lr,

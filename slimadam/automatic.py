@@ -154,7 +154,7 @@ class Measuring:
             for parameter in data["measured"]:
                 name, shape = parameter["name"], tuple(parameter["shape"])
                 rule = plan.get(name, Rule())
-                measuring.history.record(0, name, shape, {}, parameter["role"], rule.part, rule.batch_dims)
+                measuring.history.record(0, name, shape, {}, parameter["role"], rule.part, rule.batch_dims, rule.fan_in)
                 for step, values in parameter["values"]:
                     found = {normalize_candidate(candidate, len(shape)): float(value) for candidate, value in values}
                     measuring.history.record(step, name, shape, found)

@@ -46,6 +46,7 @@ def measured_rules(history: SNRHistory) -> dict[str, Rule]:
             role=measured.role or _role_by_key(key, measured),
             part=measured.part,
             batch_dims=measured.batch_dims,
+            fan_in=measured.fan_in,
         )
         for key, measured in history.items()
     }

@@ -35,6 +35,7 @@ class ParameterSNR:
         role: What the parameter is (:mod:`slimadam.roles`), empty when not known.
         part: Which part of a parameter it is; None for a whole one.
         batch_dims: Number of leading dimensions that count separate matrices.
+        fan_in: Dimensions that the forward pass sums over, where known.
         values: For each measured optimizer step (from 1), the SNR of each candidate.
     """
 
@@ -42,6 +43,7 @@ class ParameterSNR:
     role: str = ""
     part: Part | None = None
     batch_dims: int = 0
+    fan_in: tuple[int, ...] = ()
     values: dict[int, dict[Candidate, float]] = field(default_factory=dict)
 
     def series(self, candidate: Candidate) -> list[tuple[int, float]]:
@@ -93,6 +95,7 @@ class SNRHistory(Mapping[str, ParameterSNR]):
         role: str = "",
         part: Part | None = None,
         batch_dims: int = 0,
+        fan_in: tuple[int, ...] = (),
     ) -> None:
         """Add one measurement.
 
@@ -104,12 +107,13 @@ class SNRHistory(Mapping[str, ParameterSNR]):
             role: What the parameter is, where known.
             part: Which part of a parameter it is.
             batch_dims: Number of leading dimensions that count separate matrices.
+            fan_in: Dimensions that the forward pass sums over, where known.
 
         Raises:
             ValueError: The parameter was recorded before with another shape.
         """
         shape = tuple(int(size) for size in shape)
-        parameter = self._parameters.setdefault(name, ParameterSNR(shape, role, part, batch_dims))
+        parameter = self._parameters.setdefault(name, ParameterSNR(shape, role, part, batch_dims, fan_in))
         if parameter.shape != shape:
             raise ValueError(f"{name!r} was recorded with shape {parameter.shape}, now with {shape}")
         if values:

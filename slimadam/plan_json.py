@@ -26,6 +26,8 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
     if rule.part is not None:
         part = rule.part
         data["part"] = {"of": list(part.of), "view": list(part.view), "dim": part.dim, "start": part.start}
+    if rule.fan_in:
+        data["fan_in"] = list(rule.fan_in)
     if rule.batch_dims:
         data["batch_dims"] = rule.batch_dims
     if rule.role:
@@ -49,7 +51,9 @@ def rule_from_dict(name: str, data: object) -> Rule:
     _check_name(name)
     if not isinstance(data, dict):
         raise PlanError(f"{name!r}: {shown(data)} is not a rule; expected an object with 'form'")
-    no_unknown_keys(repr(name), data, {"form", "dims", "shape", "role", "reason", "snr", "part", "batch_dims"})
+    no_unknown_keys(
+        repr(name), data, {"form", "dims", "shape", "role", "reason", "snr", "part", "batch_dims", "fan_in"}
+    )
     shape = None if data.get("shape") is None else _integers(name, "shape", data["shape"], MAX_SIZE, _MAX_SHAPE_LENGTH)
     for key in ("role", "reason"):
         if not isinstance(data.get(key, ""), str):
@@ -65,6 +69,7 @@ def rule_from_dict(name: str, data: object) -> Rule:
         reason=data.get("reason", ""),
         role=data.get("role", ""),
         part=None if data.get("part") is None else _part_from_dict(name, data["part"], shape),
+        fan_in=tuple(sorted(_integers(name, "fan_in", data.get("fan_in", []), MAX_NDIM - 1))),
         batch_dims=_integer(name, "batch_dims", data.get("batch_dims", 0), MAX_NDIM - 2),
     )
 

@@ -22,4 +22,4 @@ def record(history: SNRHistory, step: int, key: str, rule: Rule, second_moment: 
     assert rule.shape is not None
     values = {} if second_moment is None else measure(rule.take(second_moment), rule.batch_dims)
     history.forget_if_reshaped(key, rule.shape)
-    history.record(step, key, rule.shape, values, rule.role, rule.part, rule.batch_dims)
+    history.record(step, key, rule.shape, values, rule.role, rule.part, rule.batch_dims, rule.fan_in)

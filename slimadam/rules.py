@@ -33,6 +33,7 @@ class Rule:
         part: Which part of a parameter the rule is for; None for all of it.
         batch_dims: Number of leading dimensions that count separate matrices (experts, heads): the factored form
             keeps row and column averages of each.
+        fan_in: Dimensions that the forward pass sums over, where known: how the parameter is stored.
     """
 
     dims: tuple[int, ...] = ()
@@ -43,6 +44,7 @@ class Rule:
     role: str = ""
     part: Part | None = None
     batch_dims: int = 0
+    fan_in: tuple[int, ...] = ()
 
     def state_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Shapes of the second-moment tensors for a parameter of the given shape.
@@ -81,8 +83,13 @@ def reduced_shape(shape: tuple[int, ...], dims: Iterable[int]) -> tuple[int, ...
 def full_rule(piece: Piece, reason: str) -> Rule:
     """The second moment as AdamW keeps it."""
     return Rule(
-        shape=piece.shape, reason=reason, role=piece.role.role, part=piece.part, batch_dims=piece.batch_dims
-    )  # fmt: skip
+        shape=piece.shape,
+        reason=reason,
+        role=piece.role.role,
+        part=piece.part,
+        batch_dims=piece.batch_dims,
+        fan_in=piece.role.fan_in,
+    )
 
 
 def paper_rule(piece: Piece) -> Rule:
@@ -150,6 +157,8 @@ def check_rule(name: str, rule: Rule) -> None:
         raise PlanError(f"{name!r}: dims={shown(rule.dims)} must be dimensions in 0..{MAX_NDIM - 1}")
     if len(set(rule.dims)) != len(rule.dims):
         raise PlanError(f"{name!r}: dims={rule.dims} names a dimension twice")
+    if any(not 0 <= dim < MAX_NDIM for dim in rule.fan_in):
+        raise PlanError(f"{name!r}: fan_in={shown(rule.fan_in)} must be dimensions in 0..{MAX_NDIM - 1}")
     if rule.batch_dims < 0:
         raise PlanError(f"{name!r}: batch_dims={rule.batch_dims} must be >= 0")
     if rule.part is not None and (rule.shape != rule.part.shape or owner_of(name, rule.part) == name):

@@ -66,7 +66,7 @@ def _carried(name: str, piece: Piece, kinds: Mapping[Kind, Sequence[Rule]], cuto
     if piece.part is not None and piece.part.view == piece.part.of and kind not in kinds:
         kind = _kind(name, "", ndim)  # rules for the weight as a whole
     empty = full_rule(piece, f"{NO_COUNTERPART}{kind[0].replace('_', ' ')}")
-    found = kinds.get(kind, [])
+    found = [_in_layout_of(piece, rule) for rule in kinds.get(kind, [])]
     kept = keep_full(empty, None)
     if kept is not None or not found:
         return kept or empty
@@ -78,6 +78,24 @@ def _carried(name: str, piece: Piece, kinds: Mapping[Kind, Sequence[Rule]], cuto
     forms: Forms = "best" if any(rule.form == FACTORED for rules in kinds.values() for rule in rules) else "mean"
     chosen = choose_by_cutoff({key: replace(empty, snr=average_snr(rule.snr for rule in found))}, cutoff, forms)[key]
     return replace(chosen, reason=f"{origin}: {chosen.reason}")
+
+
+def _in_layout_of(piece: Piece, rule: Rule) -> Rule:
+    """The rule for a matrix that is stored the other way round, where both ways are known."""
+    if not rule.fan_in or not piece.role.fan_in or rule.fan_in == piece.role.fan_in or rule.shape is None:
+        return rule
+    dims = range(rule.batch_dims, len(rule.shape))
+    before = [*rule.fan_in, *(dim for dim in dims if dim not in rule.fan_in)]
+    after = [*piece.role.fan_in, *(dim for dim in dims if dim not in piece.role.fan_in)]
+    if len(rule.fan_in) != len(piece.role.fan_in) or sorted(before) != sorted(after):
+        return rule
+    moved = dict(zip(before, after, strict=True))
+
+    def move(candidate: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(moved.get(dim, dim) for dim in candidate))
+
+    snr = {key if key == FACTORED else move(key): value for key, value in rule.snr.items()}
+    return replace(rule, dims=move(rule.dims), snr=snr)
 
 
 def _most_common(empty: Rule, found: Sequence[Rule], origin: str) -> Rule:

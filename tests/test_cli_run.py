@@ -241,3 +241,19 @@ def test_a_misspelt_plan_names_what_there_is() -> None:
     result = run("--plan", "factord", MIXED)
     assert result.exit_code == 2
     assert "neither a file nor one of auto, rules, factored, none; did you mean 'factored'?" in result.output
+
+
+@pytest.mark.parametrize("options", [(), ("--forms", "mean")])
+def test_a_plan_calibrated_with_fused_weights_fits_the_script(tmp_path: Path, options: tuple[str, ...]) -> None:
+    script = str(SCRIPTS / "fused.py")
+    plan = tmp_path / "plan.json"
+    arguments = ["calibrate", "--cutoff", "0", "--out", str(plan), *options, script, "3"]
+    calibrated = CliRunner().invoke(cli, arguments)
+    assert calibrated.exit_code == 0, calibrated.output
+    loaded = CompressionPlan.load(plan)
+    assert "attn.c_attn.weight[query]" in loaded
+    assert loaded["experts.gate_up_proj[mlp_up]"].batch_dims == 1
+    result = CliRunner().invoke(cli, ["run", "--plan", str(plan), script, "3"])
+    assert result.exit_code == 0, result.output
+    assert "matched no parameter" not in result.output
+    assert f"{loaded.second_moments_saved:.1%} saved" in result.output

@@ -241,6 +241,9 @@ def test_arbitrary_json_is_a_plan_or_a_plan_error(data: Any) -> None:
         ({"cutoff": math.inf}, "cutoff=inf"),
         ({"cutoff": "1"}, "cutoff='1'"),
         ({"forms": "all"}, "forms='all'"),
+        ({"keep": "*norm*"}, "must be a list or tuple of patterns"),
+        ({"keep": [1]}, "keep=.1. must be a list or tuple of patterns"),
+        ({"keep": ["nrom"]}, "no parameter has the name or role 'nrom'"),
     ],
 )
 def test_wrong_choices_are_refused(options: dict[str, Any], message: str) -> None:

@@ -237,3 +237,34 @@ def test_wrong_use_is_refused() -> None:
         SlimAdam(network()).expand("0.weight")
     with pytest.raises(TypeError, match="monitor=1 must be True or False"):
         SlimAdam(network(), monitor=1)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_from_before_expand_takes_it_back() -> None:
+    model = network()
+    optimizer = SlimAdam(model, plan="factored", betas=BETAS)
+    feed(model, optimizer, range(3), even)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.expand("0.weight")
+    optimizer.load_state_dict(saved)
+    assert optimizer.plan["0.weight"].form == "factored"
+    feed(model, optimizer, range(3, 4), even)
+    assert [tuple(part.shape) for part in optimizer.state[model[0].weight]["exp_avg_sq"]] == [(120, 1), (1, 160)]
+
+
+def test_wrapper_prefixes_do_not_matter_to_expand() -> None:
+    optimizer = SlimAdam(network(), plan="factored")
+    optimizer.expand("_orig_mod.module.0.weight")
+    assert optimizer.plan["0.weight"].form == "full"
+
+
+@pytest.mark.parametrize(
+    ("plan", "cutoff"),
+    [
+        (AutoPlan(cutoff=3.0), 3.0),
+        (AutoPlan(budget=0.5), None),
+        (CompressionPlan({"0.weight": Rule((1,), "mean"), "1.weight": Rule()}, cutoff=4.0), 4.0),
+        ("factored", None),
+    ],
+)
+def test_the_plan_in_force_knows_its_cutoff(plan: Any, cutoff: float | None) -> None:
+    assert SlimAdam(network(), plan=plan).plan.cutoff == cutoff

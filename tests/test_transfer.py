@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,38 @@ def test_a_factored_plan_carries_over_to_parts() -> None:
     assert {name: rule.form for name, rule in carried.items() if rule.part} == {
         f"attn.in_proj_weight[{label}]": "factored" for label in ("query", "key", "value")
     }
+
+
+class Transposed(nn.Module):
+    """A layer stored ``[fan_in, fan_out]``, as in transformers' GPT-2; found by the name of its class."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(fan_in, fan_out))
+
+
+Transposed.__name__ = "Conv1D"
+
+
+class MLP(nn.Module):
+    def __init__(self, layer: Any, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict({"c_fc": layer(width, 4 * width), "c_proj": layer(4 * width, width)})
+
+
+@pytest.mark.parametrize(("source", "target"), [(Transposed, nn.Linear), (nn.Linear, Transposed)])
+def test_layers_that_are_stored_the_other_way_round(source: Any, target: Any) -> None:
+    carried = CompressionPlan.from_rules(MLP(source, 8)).for_model(MLP(target, 16))
+    expected = CompressionPlan.from_rules(MLP(target, 16))
+    names = [f"mlp.{layer}.weight" for layer in ("c_fc", "c_proj")]
+    assert [carried[name].dims for name in names] == [expected[name].dims for name in names]
+    history = SNRHistory()
+    own, other = ((1,), (0,)) if source is nn.Linear else ((0,), (1,))
+    shape = (32, 8) if source is nn.Linear else (8, 32)
+    history.record(1, names[0], shape, {own: 5.0, other: 2.0}, "mlp_up", None, 0, own)
+    rule = CompressionPlan.from_snr(history).for_model(MLP(target, 16))[names[0]]
+    assert rule.dims == ((0,) if target is Transposed else (1,))
+    assert rule.snr[rule.dims] == 5.0
 
 
 def test_layers_of_unknown_role_go_by_their_names() -> None:

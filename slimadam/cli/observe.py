@@ -86,7 +86,9 @@ class Observer:
             for name, measured in watched.recorder.history.items():
                 if name in ambiguous:
                     name = next(free for free in prefixed(watched.prefix, name) if free not in merged)
-                merged.record(0, name, measured.shape, {}, measured.role, measured.part, measured.batch_dims)
+                merged.record(
+                    0, name, measured.shape, {}, measured.role, measured.part, measured.batch_dims, measured.fan_in
+                )
                 done = max(merged[name].values, default=0)
                 for step, values in measured.values.items():
                     merged.record(done + step, name, measured.shape, values)
