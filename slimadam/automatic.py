@@ -59,6 +59,11 @@ class AutoPlan:
         if not isinstance(self.keep, tuple):
             raise ValueError(f"keep={self.keep!r} must be a tuple of patterns, such as ('*norm*',)")
         check_keep(self.keep)
+        for pattern, parts in dict(self.parts).items():
+            if not isinstance(pattern, str) or not isinstance(parts, Parts):
+                raise ValueError(
+                    f"parts={{{pattern!r}: {parts!r}}} must give a slimadam.Parts for each pattern of names"
+                )
 
     def measures(self, step: int) -> bool:
         """Whether to measure after optimizer step ``step`` (from 1)."""

@@ -157,8 +157,8 @@ def calibrate(
         train_step: Computes the loss of the next batch; called once a step, takes no arguments and returns a
             scalar tensor to call ``backward()`` on.
         steps: Optimizer steps to run.
-        lr: Learning rate; about a tenth of the one you will train with. Rules found at a small rate hold at a
-            large one, while the SNR itself falls with the rate (arXiv 2503.01843).
+        lr: Learning rate; about a tenth of the one you will train with, as arXiv 2503.01843 recommends: it finds that
+            the SNR falls with the rate, and that rules found at a small rate hold at a large one.
         betas: As in AdamW.
         weight_decay: As in AdamW.
         cutoff: As in :meth:`CompressionPlan.from_snr`.

@@ -61,12 +61,19 @@ class Parts:
         view: Shape to read the parameter as, which may split its dimensions: a query weight ``[heads * size, in]``
             with ``sizes={"heads": heads}, view=(heads, size, in)`` is measured head by head. None: as it is stored.
         batch_dims: Number of leading dimensions of the view that count separate matrices.
+
+    Raises:
+        ValueError: ``sizes`` is no mapping from labels to integers.
     """
 
     sizes: Mapping[str, int]
     dim: int = 0
     view: Shape | None = None
     batch_dims: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sizes, Mapping) or not all(isinstance(size, int) for size in self.sizes.values()):
+            raise ValueError(f"sizes={self.sizes!r} must give each part's label and length, such as {{'query': 768}}")
 
     def divide(self, name: str, shape: Shape) -> list[Part]:
         """The parts of a parameter.

@@ -259,6 +259,9 @@ class CompressionPlan(Mapping[str, Rule]):
         Args:
             model: The model that the new plan is for.
             parts: What its parameters are made of, by pattern, where the model does not say; as in :class:`AutoPlan`.
+
+        Raises:
+            PlanError: No kind of layer is common to the plan and the model, or a pattern matches nothing.
         """
         return CompressionPlan(rules_for_model(self._rules, self.cutoff, model, parts or {}), cutoff=self.cutoff)
 

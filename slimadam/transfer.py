@@ -12,6 +12,7 @@ from typing import Final
 from torch import nn
 
 from slimadam.choosing import Forms, choose_by_cutoff, keep_full
+from slimadam.errors import PlanError
 from slimadam.fused import pieces_of, refuse_unmatched
 from slimadam.parts import Parts, Piece, key_of
 from slimadam.roles import UNKNOWN, canonical_name, role_from_name
@@ -37,17 +38,26 @@ def rules_for_model(
         cutoff: SNR cutoff that they were chosen with, if any.
         model: The model to carry them to.
         parts: What its parameters are made of, where the model does not say.
+
+    Raises:
+        PlanError: Nothing carries over, or a pattern of ``parts`` matches nothing.
     """
     kinds: dict[Kind, list[Rule]] = {}
     for key, rule in rules.items():
         kinds.setdefault(_kind(key, rule.role, _ndim(key, rule)), []).append(rule)
     found = pieces_of(model, parts)
     refuse_unmatched(parts, found)
-    return {
+    carried = {
         key_of(name, piece.part): _carried(name, piece, kinds, cutoff)
         for name, pieces in found.items()
         for piece in pieces
     }
+    matrices = [rule for rule in carried.values() if len(rule.shape or ()) > 1]
+    if matrices and all(rule.reason.startswith(NO_COUNTERPART) for rule in matrices):
+        raise PlanError(
+            f"the plan has no kind of layer in common with {type(model).__name__}; calibrate a model of its family"
+        )
+    return carried
 
 
 def _ndim(key: str, rule: Rule) -> int:

@@ -117,7 +117,9 @@ text = str
 def test_check_validates_the_file_and_its_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("cli_check_models.py").write_text(MODELS, encoding="utf-8")
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    assert plan("check", "a.json").stdout == "a.json: valid, 3 parameters\n"
+    saved = CompressionPlan.load("a.json").second_moments_saved
+    expected = f"a.json: valid, 3 entries, {saved:.1%} of second moments saved\n"
+    assert plan("check", "a.json").stdout == expected
     CompressionPlan({"module.q.weight": SHOWN["q.weight"]}).save("q.json")
     fits = plan("check", "q.json", "--model", "cli_check_models:fitting")
     assert fits.exit_code == 0

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from slimadam import CompressionPlan, Rule, SlimAdam
+from slimadam import CompressionPlan, PlanError, Rule, SlimAdam
 from slimadam.cli import cli
 from slimadam.demo.model import ByteGPT
 from slimadam.history import SNRHistory
@@ -173,3 +173,15 @@ def test_the_command(tmp_path: Path, as_json: bool) -> None:
     else:
         assert f"{carried.second_moments_saved:.1%} of second moments saved" in result.output
         assert "blocks.0.attention.key.weight: the plan has no key, stays in full" in result.output
+
+
+def test_a_plan_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    plan = CompressionPlan({"stem.weight": Rule((1, 2, 3), "mean", (8, 3, 3, 3), role="convolution")})
+    with pytest.raises(PlanError, match="no kind of layer in common with ByteGPT; calibrate a model of its family"):
+        plan.for_model(large_model())
+    plan.save(tmp_path / "plan.json")
+    options = ["--model", "tests.test_transfer:large_model", "--out", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(cli, ["plan", "transfer", str(tmp_path / "plan.json"), *options])
+    assert result.exit_code == 1
+    assert "no kind of layer in common" in result.output
+    assert not (tmp_path / "out.json").exists()

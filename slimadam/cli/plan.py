@@ -88,9 +88,18 @@ def diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
 )
 @click.option("--out", required=True, callback=output_path, help="The plan to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def transfer(file: Path, builder: str, out: Path, as_json: bool) -> None:
-    """Carry a plan to another depth or width of its model, by layer role, averaged over depth."""
-    carried = CompressionPlan.load(file).for_model(_build(builder))
+@click.pass_context
+def transfer(ctx: click.Context, file: Path, builder: str, out: Path, as_json: bool) -> None:
+    """Carry a plan to another depth or width of its model, by layer role, averaged over depth.
+
+    Exit codes: 0 done, 1 nothing of the plan carries over, 2 trouble.
+    """
+    model = _build(builder)
+    try:
+        carried = CompressionPlan.load(file).for_model(model)
+    except PlanError as error:
+        click.echo(f"slimadam: {error}", err=True)
+        ctx.exit(1)
     carried.save(out)
     without = [
         key for key, rule in carried.items() if rule.reason.startswith(NO_COUNTERPART) and len(rule.shape or ()) > 1
@@ -118,7 +127,7 @@ def check(ctx: click.Context, file: Path, builder: str | None) -> None:
     except PlanError as error:
         click.echo(f"slimadam: {error}", err=True)
         ctx.exit(1)
-    click.echo(f"{file}: valid, {len(loaded)} parameters")
+    click.echo(f"{file}: valid, {len(loaded)} entries, {percent(loaded.second_moments_saved)} of second moments saved")
     if model is not None:
         click.echo(f"{covered} of the model's {len(list(model.parameters()))} parameters have a rule")
 
