@@ -132,7 +132,8 @@ def calibration_gap(result: dict[str, Any]) -> str:
         f"learning rate; means of up to {seeds} seeds {origin(result['machine'])}. AdamW against itself differs by "
         f"{noise['perturbed']['root_mean_square']:.2%} when the initialisation changes in the sixth digit"
         f"{_other_batches(noise)}.\n\n{table(['workload, learning rate, steps', *plans], rows)}\n\n"
-        "![Loss gap against learning rate, by plan](calibration-gap.png)"
+        "![Loss gap by plan, learning rate and kind of model](calibration-gap.png)\n\n"
+        "![Loss gap against two statistics of the calibration](calibration-predictor.png)"
     )
 
 
@@ -158,20 +159,46 @@ def calibration_steps(result: dict[str, Any]) -> str:
     runs = table(["workload, learning rate", "decides after", "loss against AdamW", "saved", "seeds"], trained)
     return (
         'Share of elements for which `plan="auto"` would choose after so many steps what it would choose after the '
-        f"whole run {origin(result['machine'])}:\n\n{agreement}\n\nAnd trained so, for 400 steps in all:\n\n{runs}"
+        f"whole run {origin(result['machine'])}:\n\n{agreement}\n\nAnd trained so, for 400 steps in all:\n\n{runs}\n\n"
+        "![Agreement with the whole run, noise and loss, by steps](calibration-steps.png)"
     )
 
 
 def calibration_findings(result: dict[str, Any]) -> str:
     """Which findings of the paper the small models reproduce."""
     found = [entry for entry in result.values() if isinstance(entry, dict) and "finding" in entry]
-    rows = [[entry["finding"], "yes" if entry["reproduced"] else "no"] for entry in found]
+    rows = [[entry["finding"], "yes" if entry["reproduced"] else "no", _measured(entry)] for entry in found]
     return (
         f"Findings of the paper, on small models {origin(result['machine'])}:\n\n"
-        f"{table(['finding', 'reproduced'], rows)}\n\n"
+        f"{table(['finding', 'reproduced', 'measured'], rows)}\n\n"
         "![SNR by role over training](calibration-roles.png)\n\n"
         "![SNR against learning rate, vocabulary, initialisation and for vision](calibration-findings.png)"
     )
+
+
+def _measured(finding: dict[str, Any]) -> str:
+    """The figures behind one finding."""
+    if "by_role" in finding:
+        roles = finding["by_role"].values()
+        return f"{sum(role['agreeing'] for role in roles)} of {sum(role['matrices'] for role in roles)} matrices"
+    if "snr_of_best_average" in finding:
+        values = ", ".join(f"{value:.2f} at {lr}" for lr, value in finding["snr_of_best_average"].items())
+        return f"SNR of the best average {values}"
+    if "snr" in finding:
+        words = {role: rows["dimension 0"] for role, rows in finding["snr"].items()}
+        return "; ".join(
+            f"{role.replace('_', ' ')} " + ", ".join(f"{value:.2g} for {size} words" for size, value in values.items())
+            for role, values in words.items()
+        )
+    if "models" in finding:
+        return ", ".join(f"{name} {model['saved_at_cutoff_1']:.1%}" for name, model in finding["models"].items())
+    if "same_choice" in finding:
+        shares = {
+            form: fmean(row[form] for row in finding["same_choice"].values()) for form in ("averages", "best form")
+        }
+        return ", ".join(f"{share:.0%} of matrices ({form})" for form, share in shares.items())
+    initial = {label: value for label, value in finding.items() if isinstance(value, dict)}
+    return ", ".join(f"SNR {value['snr_of_best_average']:.2f} from {label}" for label, value in initial.items())
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
