@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -20,11 +19,18 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
 from slimadam.backends import UPDATES, Backend, choose_backend, fits_in_memory_order
+from slimadam.entries import (
+    assembled,
+    check_shapes,
+    entries_of,
+    hyperparameters,
+    initial_state,
+    momentum_dtype,
+    rounding_seed,
+)
 from slimadam.functional import (
     Entry,
-    Hyperparameters,
     Scalar,
-    initial_second_moment,
     second_moment_dtype,
     update_direction,
 )
@@ -217,7 +223,7 @@ class SlimAdam(Optimizer):
             kept_shapes = state_format.state_shapes(self._rules[name], tuple(param.shape))
             stored = sum(map(math.prod, kept_shapes))
             size = second_moment_dtype(param.dtype).itemsize
-            moments += param.numel() * self._momentum_dtype(param, group).itemsize
+            moments += param.numel() * momentum_dtype(param, group).itemsize
             seconds += stored * size
             maxima += stored * size if group["amsgrad"] else 0
             steps += state_format.step_dtype().itemsize
@@ -271,7 +277,7 @@ class SlimAdam(Optimizer):
             self._init_group(group)
             self._advance_steps(group)
             for backend, entries in self._entries(names, group).items():
-                UPDATES[backend](entries, _hyperparameters(group))
+                UPDATES[backend](entries, hyperparameters(group))
         if self._measuring is not None:
             self._measure()
         elif self._monitor is not None and not torch.compiler.is_compiling():
@@ -293,13 +299,12 @@ class SlimAdam(Optimizer):
         for name, param, group in self._parameters():
             if param.grad is not None:
                 rules = self._rules[name]
-                state = self.state.get(param) or self._initial_state(rules, param, group)
+                state = self.state.get(param) or initial_state(rules, param, group)
                 state = {**state, "step": state["step"] + 1}
                 directions = [
-                    update_direction(entry, _hyperparameters(group))
-                    for entry in _entries_of(rules, param, group, state)
+                    update_direction(entry, hyperparameters(group)) for entry in entries_of(rules, param, group, state)
                 ]
-                yield param, _assembled(param, rules, directions)
+                yield param, assembled(param, rules, directions)
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Name, tensor and group of each parameter."""
@@ -485,7 +490,7 @@ class SlimAdam(Optimizer):
         if missing:
             for name, param, owner in self._parameters():
                 if owner is group and param in missing:
-                    self.state[param].update(self._initial_state(self._rules[name], param, group))
+                    self.state[param].update(initial_state(self._rules[name], param, group))
 
     def _advance_steps(self, group: dict[str, Any]) -> None:
         steps = [self.state[param]["step"] for param in group["params"] if param.grad is not None]
@@ -499,50 +504,20 @@ class SlimAdam(Optimizer):
             if param.grad is None:
                 continue
             rules, state = self._rules[name], self.state[param]
-            _check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
-            for rule, entry in zip(rules, _entries_of(rules, param, group, state), strict=True):
+            check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
+            for rule, entry in zip(rules, entries_of(rules, param, group, state), strict=True):
                 if group["bf16_stochastic_round"]:
-                    entry = entry._replace(seed=_rounding_seed(entry.step, key_of(name, rule.part)))
+                    entry = entry._replace(seed=rounding_seed(entry.step, key_of(name, rule.part)))
                 backend = self._backend(rule, param, group)
                 if backend == "blocked" and not fits_in_memory_order(entry):
                     backend = "reference"
                 entries.setdefault(backend, []).append(entry)
         return entries
 
-    def _initial_state(self, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        dtype = second_moment_dtype(param.dtype)
-        if group["variance_init"] == "gradient" and param.grad is not None:
-            grads = ((rule, rule.take(param.grad)) for rule in rules)
-            parts = [
-                initial_second_moment(grad, dims) for rule, grad in grads for dims in rule.averaged_dims(grad.dim())
-            ]
-        elif rules[0].part is None and rules[0].form == "full":
-            parts = [torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)]
-        else:
-            shapes = state_format.state_shapes(rules, tuple(param.shape))
-            parts = [torch.zeros(shape, dtype=dtype, device=param.device) for shape in shapes]
-        momentum_dtype = self._momentum_dtype(param, group)
-        made = {
-            "step": torch.zeros(
-                (),
-                dtype=state_format.step_dtype(),
-                device=param.device if group["capturable"] else torch.device("cpu"),
-            ),
-            "exp_avg": torch.zeros_like(param, dtype=momentum_dtype, memory_format=torch.preserve_format),
-            "exp_avg_sq": state_format.stored(parts),
-        }
-        if group["amsgrad"]:
-            made["max_exp_avg_sq"] = state_format.stored([torch.zeros_like(part) for part in parts])
-        return made
-
     def _backend(self, rule: Rule, param: Tensor, group: Mapping[str, Any]) -> Backend:
         piece = rule.take(param)
         dims = rule.averaged_dims(piece.dim())
-        return choose_backend(piece, self._momentum_dtype(param, group), dims, group)
-
-    def _momentum_dtype(self, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-        chosen: torch.dtype | None = group["momentum_dtype"]
-        return param.dtype if chosen is None or param.is_complex() else chosen
+        return choose_backend(piece, momentum_dtype(param, group), dims, group)
 
     # -- state dicts -------------------------------------------------------------------------------------
 
@@ -615,8 +590,7 @@ class SlimAdam(Optimizer):
         for saved_id, saved in state_dict["state"].items():
             if saved_id in owners:
                 name, param, group = owners[saved_id]
-                momentum_dtype = self._momentum_dtype(param, group)
-                state[param] = loaded_state(name, rules[name], param, group, momentum_dtype, saved)
+                state[param] = loaded_state(name, rules[name], param, group, momentum_dtype(param, group), saved)
             else:
                 state[saved_id] = deepcopy(saved)
         monitor = self._loaded_monitor(rules, measuring, own)
@@ -691,45 +665,6 @@ def _whole(rules: Sequence[Rule], reason: str) -> Rule:
     return Rule(shape=rules[0].owner_shape, reason=reason)
 
 
-def _check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Sequence[Tensor]) -> None:
-    kept = tuple(tuple(part.shape) for part in moments)
-    wanted = state_format.state_shapes(rules, tuple(param.shape))
-    if kept != wanted:
-        raise RuntimeError(
-            f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
-            f"{tuple(param.shape)} keeps {wanted}; param_groups must stay in the order in which they were added, and a "
-            "parameter keep its shape"
-        )
-
-
-def _entries_of(
-    rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
-) -> Iterator[Entry]:
-    assert param.grad is not None
-    ndim = param.dim()
-    if rules[0].part is None:
-        second = state_format.parts(state["exp_avg_sq"])
-        largest = state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else ()
-        dims = rules[0].averaged_dims(ndim)
-        yield Entry(param, param.grad, state["exp_avg"], second, largest, state["step"], dims)
-        return
-    moments = state_format.by_rule(rules, state_format.parts(state["exp_avg_sq"]), ndim)
-    maxima = state_format.by_rule(rules, state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (), ndim)
-    for (rule, second), (_, largest) in zip(moments, maxima, strict=True):
-        piece = rule.take(param)
-        grad, exp_avg = rule.take(param.grad), rule.take(state["exp_avg"])
-        yield Entry(piece, grad, exp_avg, second, largest, state["step"], rule.averaged_dims(piece.dim()))
-
-
-def _assembled(param: Tensor, rules: Sequence[Rule], pieces: Sequence[Tensor]) -> Tensor:
-    if rules[0].part is None:
-        return pieces[0]
-    whole = torch.empty(param.shape, dtype=pieces[0].dtype, device=param.device)
-    for rule, piece in zip(rules, pieces, strict=True):
-        rule.take(whole).copy_(piece)
-    return whole
-
-
 @cache
 def _say_what_fused_runs() -> None:
     logger.warning(
@@ -745,30 +680,3 @@ def _refuse_lazy(params: Sequence[Tensor]) -> None:
                 f"parameter {index} of the group has no shape yet (a lazy module's); run a forward pass before "
                 "building the optimizer"
             )
-
-
-def _hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
-    beta1, beta2 = group["betas"]
-    return Hyperparameters(
-        lr=_scalar(group["lr"]),
-        beta1=_scalar(beta1),
-        beta2=_scalar(beta2),
-        eps=group["eps"],
-        weight_decay=_scalar(group["weight_decay"]),
-        amsgrad=group["amsgrad"],
-        maximize=group["maximize"],
-        capturable=group["capturable"],
-        differentiable=group["differentiable"],
-        stochastic_round=group["bf16_stochastic_round"],
-    )
-
-
-def _scalar(value: Scalar) -> Scalar:
-    return value.squeeze() if isinstance(value, Tensor) and value.dim() else value
-
-
-def _rounding_seed(step: Tensor, name: str) -> int:
-    """A seed that only the step and the parameter's name decide, so that a resumed run repeats it."""
-    mixed = (int(step.item()) * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode()) * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
-    mixed ^= mixed >> 31
-    return mixed * 0x94D049BB133111EB >> 2 & (1 << 62) - 1

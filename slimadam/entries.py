@@ -1,0 +1,119 @@
+"""From a parameter, its group and its state to what an update takes, and back."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimadam import state as state_format
+from slimadam.functional import Entry, Hyperparameters, Scalar, initial_second_moment, second_moment_dtype
+from slimadam.rules import Rule
+
+
+def entries_of(
+    rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> Iterator[Entry]:
+    """The tensors of a parameter's step, or of one for each of its parts; none of them a copy."""
+    assert param.grad is not None
+    ndim = param.dim()
+    if rules[0].part is None:
+        second = state_format.parts(state["exp_avg_sq"])
+        largest = state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else ()
+        dims = rules[0].averaged_dims(ndim)
+        yield Entry(param, param.grad, state["exp_avg"], second, largest, state["step"], dims)
+        return
+    moments = state_format.by_rule(rules, state_format.parts(state["exp_avg_sq"]), ndim)
+    maxima = state_format.by_rule(rules, state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (), ndim)
+    for (rule, second), (_, largest) in zip(moments, maxima, strict=True):
+        piece = rule.take(param)
+        grad, exp_avg = rule.take(param.grad), rule.take(state["exp_avg"])
+        yield Entry(piece, grad, exp_avg, second, largest, state["step"], rule.averaged_dims(piece.dim()))
+
+
+def assembled(param: Tensor, rules: Sequence[Rule], pieces: Sequence[Tensor]) -> Tensor:
+    """A tensor of the parameter's shape from one for each of its rules."""
+    if rules[0].part is None:
+        return pieces[0]
+    whole = torch.empty(param.shape, dtype=pieces[0].dtype, device=param.device)
+    for rule, piece in zip(rules, pieces, strict=True):
+        rule.take(whole).copy_(piece)
+    return whole
+
+
+def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Sequence[Tensor]) -> None:
+    """Refuse state that is not what the rules keep for the parameter.
+
+    Raises:
+        RuntimeError: Names the parameter and both shapes.
+    """
+    kept = tuple(tuple(part.shape) for part in moments)
+    wanted = state_format.state_shapes(rules, tuple(param.shape))
+    if kept != wanted:
+        raise RuntimeError(
+            f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
+            f"{tuple(param.shape)} keeps {wanted}; param_groups must stay in the order in which they were added, and a "
+            "parameter keep its shape"
+        )
+
+
+def initial_state(rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state before its first step; second moments start at zero, or at the first squared gradient."""
+    dtype = second_moment_dtype(param.dtype)
+    if group["variance_init"] == "gradient" and param.grad is not None:
+        grads = ((rule, rule.take(param.grad)) for rule in rules)
+        parts = [initial_second_moment(grad, dims) for rule, grad in grads for dims in rule.averaged_dims(grad.dim())]
+    elif rules[0].part is None and rules[0].form == "full":
+        parts = [torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)]
+    else:
+        shapes = state_format.state_shapes(rules, tuple(param.shape))
+        parts = [torch.zeros(shape, dtype=dtype, device=param.device) for shape in shapes]
+    made = {
+        "step": torch.zeros(
+            (),
+            dtype=state_format.step_dtype(),
+            device=param.device if group["capturable"] else torch.device("cpu"),
+        ),
+        "exp_avg": torch.zeros_like(param, dtype=momentum_dtype(param, group), memory_format=torch.preserve_format),
+        "exp_avg_sq": state_format.stored(parts),
+    }
+    if group["amsgrad"]:
+        made["max_exp_avg_sq"] = state_format.stored([torch.zeros_like(part) for part in parts])
+    return made
+
+
+def momentum_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """Precision of a parameter's first moment."""
+    chosen: torch.dtype | None = group["momentum_dtype"]
+    return param.dtype if chosen is None or param.is_complex() else chosen
+
+
+def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
+    """The options of a parameter group as an update takes them."""
+    beta1, beta2 = group["betas"]
+    return Hyperparameters(
+        lr=_scalar(group["lr"]),
+        beta1=_scalar(beta1),
+        beta2=_scalar(beta2),
+        eps=group["eps"],
+        weight_decay=_scalar(group["weight_decay"]),
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        stochastic_round=group["bf16_stochastic_round"],
+    )
+
+
+def _scalar(value: Scalar) -> Scalar:
+    return value.squeeze() if isinstance(value, Tensor) and value.dim() else value
+
+
+def rounding_seed(step: Tensor, name: str) -> int:
+    """A seed that only the step and the parameter's name decide, so that a resumed run repeats it."""
+    mixed = (int(step.item()) * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode()) * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
+    mixed ^= mixed >> 31
+    return mixed * 0x94D049BB133111EB >> 2 & (1 << 62) - 1
