@@ -320,7 +320,7 @@ def test_lightning_module_itself_gives_its_own_names() -> None:
     module = interop.TokenModule(interop.llama(), None)
     optimizer = SlimAdam(module, plan="rules")
     assert optimizer.plan["model.model.layers.0.mlp.down_proj.weight"] == Rule(
-        (0,), "mean", (16, 32), reason="the paper's rule for mlp_down", role="mlp_down"
+        (0,), "mean", (16, 32), reason="the paper's rule for mlp_down", role="mlp_down", fan_in=(1,)
     )
     with pytest.raises(PlanError, match=r"'model\.embed_tokens\.weight' matches no parameter"):
         SlimAdam(module, plan=CompressionPlan.from_rules(interop.llama()))
