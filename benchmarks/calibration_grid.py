@@ -21,6 +21,7 @@ class Grid:
         automatic_workload: Where AutoPlan decides by itself, at the first two learning rates.
         automatic_steps: After how many steps it does.
         finding_rates: Peak learning rates at which the paper's findings are looked for, the smallest first.
+        swept_rates: Learning rates at which the SNR is measured to see whether it falls.
         compared_steps: After how many steps its choice is compared with that of the whole run.
     """
 
@@ -32,6 +33,7 @@ class Grid:
     automatic_workload: str
     automatic_steps: tuple[int, ...]
     finding_rates: tuple[float, ...]
+    swept_rates: tuple[float, ...]
     compared_steps: tuple[int, ...]
 
     def short_settings(self) -> Iterator[Setting]:
@@ -66,6 +68,7 @@ FULL = Grid(
     automatic_workload="byte GPT",
     automatic_steps=(50, 100, 200),
     finding_rates=(1e-3, 3e-3),
+    swept_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     compared_steps=(40, 80, 120, 160, 200, 280, 400),
 )
 QUICK = Grid(
@@ -77,5 +80,6 @@ QUICK = Grid(
     automatic_workload="digits ResNet",
     automatic_steps=(1, 2),
     finding_rates=(1e-3,),
+    swept_rates=(1e-3, 1e-2),
     compared_steps=(2, 3),
 )

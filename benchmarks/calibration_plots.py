@@ -174,21 +174,17 @@ def _draw_role(axes: Axes, role: str, row: dict[str, Any]) -> None:
 
 
 def _draw_learning_rate(axes: Axes, found: dict[str, Any]) -> None:
-    for (key, label), colour in zip(
-        {
-            "snr_of_best_average": "best plain average",
-            "snr_of_row_and_column_averages": "row and column averages",
-        }.items(),
-        _COLOURS,
-        strict=False,
-    ):
-        axes.plot([float(lr) for lr in found[key]], list(found[key].values()), "o-", color=colour, label=label)
+    kinds = {"snr_of_best_average": "best plain average", "snr_of_row_and_column_averages": "row and column averages"}
+    for (beta2, row), style in zip(found["by_beta2"].items(), ("o-", "s--"), strict=True):
+        for (key, label), colour in zip(kinds.items(), _COLOURS, strict=False):
+            rates = [float(lr) for lr in row[key]]
+            axes.plot(rates, list(row[key].values()), style, color=colour, label=f"{label}, {beta2}")
     axes.set_xscale("log")
     axes.set_ylim(0, None)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("SNR, geometric mean of matrices")
     axes.set_title("SNR against the learning rate")
-    axes.legend(loc="best")
+    axes.legend(loc="best", fontsize=7)
 
 
 def _draw_vocabulary(axes: Axes, found: dict[str, Any]) -> None:

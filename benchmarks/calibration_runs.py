@@ -30,6 +30,7 @@ CHANGE_MEASUREMENTS = 8
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "byte GPT": lambda: Bytes(byte_gpt),
     "byte GPT, torch's initialisation": lambda: Bytes(byte_gpt_as_torch_initialises),
+    "byte GPT, torch's betas": lambda: Bytes(byte_gpt, betas=(0.9, 0.999)),
     "byte LSTM": lambda: Bytes(byte_lstm),
     "word GPT": lambda: Words(4096),
     "word GPT, 256 words": lambda: Words(256),

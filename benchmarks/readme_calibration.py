@@ -181,9 +181,12 @@ def _measured(finding: dict[str, Any]) -> str:
     if "by_role" in finding:
         roles = finding["by_role"].values()
         return f"{sum(role['agreeing'] for role in roles)} of {sum(role['matrices'] for role in roles)} matrices"
-    if "snr_of_best_average" in finding:
-        values = ", ".join(f"{value:.2f} at {lr}" for lr, value in finding["snr_of_best_average"].items())
-        return f"SNR of the best average {values}"
+    if "by_beta2" in finding:
+        return "; ".join(
+            f"{beta2}: SNR of the best average "
+            + ", ".join(f"{value:.2f} at {lr}" for lr, value in row["snr_of_best_average"].items())
+            for beta2, row in finding["by_beta2"].items()
+        )
     if "snr" in finding:
         words = {role: rows["dimension 0"] for role, rows in finding["snr"].items()}
         return "; ".join(
@@ -197,8 +200,10 @@ def _measured(finding: dict[str, Any]) -> str:
             form: fmean(row[form] for row in finding["same_choice"].values()) for form in ("averages", "best form")
         }
         return ", ".join(f"{share:.0%} of matrices ({form})" for form, share in shares.items())
-    initial = {label: value for label, value in finding.items() if isinstance(value, dict)}
-    return ", ".join(f"SNR {value['snr_of_best_average']:.2f} from {label}" for label, value in initial.items())
+    ratios = finding["from_torchs_default_against_0.02"]
+    return "SNR from torch's default against 0.02: " + ", ".join(
+        f"{role.replace('_', ' ')} {ratio:.2g} times" for role, ratio in ratios.items()
+    )
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {

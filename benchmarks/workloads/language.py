@@ -58,12 +58,13 @@ class Bytes:
 
     Args:
         build: Makes the model; called with the random generator seeded.
+        betas: Decay rates of both moments; None: the demo's.
     """
 
-    def __init__(self, build: Callable[[DemoSettings], nn.Module]) -> None:
+    def __init__(self, build: Callable[[DemoSettings], nn.Module], betas: tuple[float, float] | None = None) -> None:
         self._build = build
         self._settings = DemoSettings()
-        self.betas = self._settings.betas
+        self.betas = self._settings.betas if betas is None else betas
 
     @cached_property
     def _data(self) -> ByteData:
