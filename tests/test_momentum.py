@@ -18,7 +18,7 @@ from slimadam.functional import Entry, Hyperparameters, reference_update
 from tests.reference import Array, gradients, train
 
 FLOAT32 = np.finfo(np.float32)
-SIZES = [0, 1, 2, 255, 256, 257, 600, 256 * 4097 + 3]
+SIZES = [0, 1, 2, 255, 256, 257, 600, 256 * 1025 + 3]
 NARROW: list[Any] = [torch.bfloat16, "int8"]
 
 
@@ -130,6 +130,11 @@ def test_a_block_of_zeros_is_zero_and_one_that_is_not_finite_reads_as_nan() -> N
     assert not decoded[0].any()
     assert decoded[1:3].isnan().all()
     assert torch.equal(decoded[3], torch.ones(256))
+
+
+def test_a_gpus_nan_does_not_overflow_when_rounded_up() -> None:
+    all_ones = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    assert momentum._rounded_up(all_ones).isnan().all()
 
 
 def test_blocks_follow_the_memory_and_not_the_dimensions() -> None:
