@@ -103,6 +103,33 @@ def mixed_precision(result: dict[str, Any]) -> str:
     )
 
 
+def momentum(result: dict[str, Any]) -> str:
+    """What each precision of the first moment costs and holds."""
+    labels = list(result["gaps"])
+    sizes = [max(run["runs"][label]["bytes_per_parameter"] for run in result["runs"]) for label in labels]
+    losses = [
+        f"| held-out loss, seed {run['seed']} | "
+        + " | ".join(f"{run['runs'][label]['held_out_loss']:.4f}" for label in labels)
+        + " |"
+        for run in result["runs"]
+    ]
+    codes = ", ".join(f"{label} {error:.1%}" for label, error in result["codes"].items())
+    return "\n".join(
+        [
+            f"The demo's model after {result['steps']} steps, its plan calibrated once for each seed "
+            f"{origin(result['machine'])}, `python -m benchmarks.momentum`:",
+            "",
+            "| | " + " | ".join(labels) + " |",
+            "|---" * (len(labels) + 1) + "|",
+            "| bytes of state per parameter | " + " | ".join(f"{size:.2f}" for size in sizes) + " |",
+            *losses,
+            "| mean, against None | " + " | ".join(f"{result['gaps'][label]:+.2%}" for label in labels) + " |",
+            "",
+            f"Error of the update direction by code: {codes}.",
+        ]
+    )
+
+
 def torch_properties(result: dict[str, Any]) -> str:
     """The share of PyTorch's checks that hold, and those that cannot apply."""
     rows = [f"| {variant} | {x['passed']} of {x['applicable']} |" for variant, x in result["shares"].items()]
@@ -128,6 +155,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "parity": parity,
     "interop": interop,
     "mixed_precision": mixed_precision,
+    "momentum": momentum,
     "torch_properties": torch_properties,
     **readme_calibration.SECTIONS,
 }

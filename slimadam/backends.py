@@ -20,6 +20,9 @@ UPDATES: Mapping[Backend, Callable[[Sequence[Entry], Hyperparameters], None]] = 
     "blocked": blocked_update,
 }
 
+TAKES_CODES: frozenset[Backend] = frozenset()
+"""Implementations that read and write int8 first moments themselves; the others get them decoded."""
+
 _BLOCKED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimadam import momentum
 from slimadam import state as state_format
 from slimadam.functional import Entry, Hyperparameters, Scalar, initial_second_moment, second_moment_dtype
 from slimadam.rules import Rule
@@ -17,21 +18,29 @@ from slimadam.rules import Rule
 def entries_of(
     rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Iterator[Entry]:
-    """The tensors of a parameter's step, or of one for each of its parts; none of them a copy."""
+    """The tensors of a parameter's step, or of one for each of its parts; none of them a copy.
+
+    A part that does not consist of whole blocks of codes has no ``exp_avg_scale``: :func:`decoded` first.
+    """
     assert param.grad is not None
     ndim = param.dim()
     if rules[0].part is None:
         second = state_format.parts(state["exp_avg_sq"])
         largest = state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else ()
         dims = rules[0].averaged_dims(ndim)
-        yield Entry(param, param.grad, state["exp_avg"], second, largest, state["step"], dims)
+        scales = state.get("exp_avg_scale")
+        yield Entry(param, param.grad, state["exp_avg"], second, largest, state["step"], dims, exp_avg_scale=scales)
         return
     moments = state_format.by_rule(rules, state_format.parts(state["exp_avg_sq"]), ndim)
     maxima = state_format.by_rule(rules, state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (), ndim)
     for (rule, second), (_, largest) in zip(moments, maxima, strict=True):
         piece = rule.take(param)
         grad, exp_avg = rule.take(param.grad), rule.take(state["exp_avg"])
-        yield Entry(piece, grad, exp_avg, second, largest, state["step"], rule.averaged_dims(piece.dim()))
+        scales = state.get("exp_avg_scale")
+        if scales is not None:
+            scales = momentum.scales_of(exp_avg, state["exp_avg"], scales)
+        dims = rule.averaged_dims(piece.dim())
+        yield Entry(piece, grad, exp_avg, second, largest, state["step"], dims, exp_avg_scale=scales)
 
 
 def assembled(param: Tensor, rules: Sequence[Rule], pieces: Sequence[Tensor]) -> Tensor:
@@ -77,7 +86,7 @@ def initial_state(rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]
             dtype=state_format.step_dtype(),
             device=param.device if group["capturable"] else torch.device("cpu"),
         ),
-        "exp_avg": torch.zeros_like(param, dtype=momentum_dtype(param, group), memory_format=torch.preserve_format),
+        **initial_first_moment(param, group),
         "exp_avg_sq": state_format.stored(parts),
     }
     if group["amsgrad"]:
@@ -85,10 +94,45 @@ def initial_state(rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]
     return made
 
 
+def initial_first_moment(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A first moment of zero as the group stores it: a tensor, or codes and their scales."""
+    if group["momentum_dtype"] == momentum.INT8:
+        codes = momentum.new_codes(param)
+        return {"exp_avg": codes, "exp_avg_scale": momentum.new_scales(codes)}
+    dtype = momentum_dtype(param, group)
+    return {"exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)}
+
+
+def decoded(param: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameter's state with the first moment itself in the place of codes and scales."""
+    own = dict(state)
+    if "exp_avg_scale" in own:
+        value = momentum.decode(own["exp_avg"], own.pop("exp_avg_scale"))
+        own["exp_avg"] = torch.view_as_complex(value) if param.is_complex() else value
+    return own
+
+
+def encode(param: Tensor, exp_avg: Tensor, grad: Tensor, state: Mapping[str, Any]) -> None:
+    """Write a first moment to the codes and scales in the parameter's state, see :func:`slimadam.momentum.encode`."""
+    if param.is_complex():
+        exp_avg, grad = torch.view_as_real(exp_avg), torch.view_as_real(grad)
+    momentum.encode(exp_avg, grad, state["exp_avg"], state["exp_avg_scale"])
+
+
 def momentum_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """Precision of a parameter's first moment."""
-    chosen: torch.dtype | None = group["momentum_dtype"]
-    return param.dtype if chosen is None or param.is_complex() else chosen
+    """Precision in which updates see a parameter's first moment; codes are decoded for them."""
+    chosen = group["momentum_dtype"]
+    if chosen == momentum.INT8:
+        return torch.complex64 if param.is_complex() else torch.float32
+    return param.dtype if chosen is None or param.is_complex() else chosen  # there is no complex bfloat16
+
+
+def momentum_bytes(param: Tensor, group: Mapping[str, Any]) -> int:
+    """Bytes of a parameter's first moment, the scales of codes included."""
+    if group["momentum_dtype"] == momentum.INT8:
+        elements = param.numel() * (2 if param.is_complex() else 1)
+        return elements * torch.int8.itemsize + momentum.scale_count(elements) * torch.bfloat16.itemsize
+    return param.numel() * momentum_dtype(param, group).itemsize
 
 
 def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:

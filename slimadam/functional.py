@@ -49,6 +49,8 @@ class Entry(NamedTuple):
         step: Steps taken, this one included, 0-dimensional.
         averaged_dims: For each tensor in ``exp_avg_sq`` the dimensions it is averaged over.
         seed: Seed of this step's stochastic rounding.
+        exp_avg_scale: The scales of an ``exp_avg`` that holds codes, see :mod:`slimadam.momentum`. None: it holds
+            the first moment itself, which is all that most implementations take.
     """
 
     param: Tensor
@@ -59,6 +61,7 @@ class Entry(NamedTuple):
     step: Tensor
     averaged_dims: Sequence[Dims]
     seed: int = 0
+    exp_avg_scale: Tensor | None = None
 
 
 def slim_adamw(
@@ -113,7 +116,7 @@ def slim_adamw(
 def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     """Update each parameter in place, one after the other. Step counts have been advanced before."""
     for entry in entries:
-        param, grad, exp_avg, parts, maxima, step, dims, seed = entry
+        param, grad, exp_avg, parts, maxima, step, dims, seed, _ = entry
         grad = -grad if hyper.maximize else grad
         if param.is_complex():
             param, grad, exp_avg = map(torch.view_as_real, (param, grad, exp_avg))

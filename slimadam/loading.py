@@ -9,14 +9,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from slimadam import momentum
 from slimadam import state as state_format
+from slimadam.entries import decoded, encode, initial_first_moment, momentum_dtype
 from slimadam.functional import second_moment_dtype
 from slimadam.options import check_group
 from slimadam.rules import Rule
 
-_STATE_KEYS: Final = ("step", "exp_avg", *state_format.SECOND_MOMENTS)
-# What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on.
-_OF_ADAM: Final = ("params", "decoupled_weight_decay", "fused")
+_STATE_KEYS: Final = ("step", "exp_avg", "exp_avg_scale", *state_format.SECOND_MOMENTS)
+# What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on. How first moments
+# are stored is, like the plan, the choice of the optimizer that loads.
+_NOT_LOADED: Final = ("params", "decoupled_weight_decay", "fused", "momentum_dtype")
 
 
 def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -37,7 +40,7 @@ def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mappi
                 f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
                 f"group {index} has {len(saved['params'])} parameters, the optimizer's {len(group['params'])}"
             )
-        options = {key: value for key, value in saved.items() if key not in _OF_ADAM}
+        options = {key: value for key, value in saved.items() if key not in _NOT_LOADED}
         merged.append({**group, **deepcopy(options), "params": group["params"]})
         check_group(merged[-1])
     return merged
@@ -48,7 +51,6 @@ def loaded_state(
     rules: Sequence[Rule],
     param: Tensor,
     group: Mapping[str, Any],
-    momentum_dtype: torch.dtype,
     saved: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One parameter's saved state as its optimizer keeps it; every tensor is a copy.
@@ -58,7 +60,6 @@ def loaded_state(
         rules: Its rule, or one for each of its parts; full second moments are averaged by them.
         param: The parameter.
         group: Its group.
-        momentum_dtype: Precision of its first moment.
         saved: Its entry in the state dict.
 
     Raises:
@@ -74,15 +75,47 @@ def loaded_state(
     if group["amsgrad"] and "max_exp_avg_sq" not in saved:
         raise ValueError(f"{name!r}: amsgrad=True, but the state dict has no max_exp_avg_sq; set amsgrad=False")
     state_format.check_tensors(name, saved, param)
-    if saved["exp_avg"].shape != param.shape:
-        raise ValueError(
-            f"{name!r}: the state dict's exp_avg has shape {tuple(saved['exp_avg'].shape)}, the parameter "
-            f"{tuple(param.shape)}; load the state of the same model"
-        )
+    _check_first_moment(name, saved, param)
     device = param.device if group["capturable"] else torch.device("cpu")
     loaded["step"] = torch.as_tensor(saved["step"], dtype=state_format.step_dtype()).to(device, copy=True)
-    loaded["exp_avg"] = saved["exp_avg"].to(device=param.device, dtype=momentum_dtype, copy=True)
+    loaded.update(_first_moment(param, group, saved))
     for key in state_format.SECOND_MOMENTS:
         if key in saved:
             loaded[key] = state_format.convert(name, saved[key], param, rules, second_moment_dtype(param.dtype))
     return loaded
+
+
+def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
+    exp_avg, scales = saved["exp_avg"], saved.get("exp_avg_scale")
+    shape = tuple(param.shape)
+    if scales is None and exp_avg.dtype == torch.int8:
+        raise ValueError(f"{name!r}: the state dict's exp_avg holds int8 codes, but it has no exp_avg_scale for them")
+    if scales is not None:
+        count = momentum.scale_count(exp_avg.numel())
+        if exp_avg.dtype != torch.int8:
+            raise ValueError(f"{name!r}: the state dict has an exp_avg_scale, but its exp_avg is {exp_avg.dtype}")
+        if scales.shape != (count,) or scales.dtype != torch.bfloat16:
+            raise ValueError(
+                f"{name!r}: the state dict's exp_avg_scale is {scales.dtype} of shape {tuple(scales.shape)}, "
+                f"{exp_avg.numel()} codes need torch.bfloat16 of shape {(count,)}"
+            )
+        shape = (*shape, 2) if param.is_complex() else shape
+    if exp_avg.shape != shape:
+        raise ValueError(
+            f"{name!r}: the state dict's exp_avg has shape {tuple(exp_avg.shape)}, the parameter {shape}; load the "
+            "state of the same model"
+        )
+
+
+def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The saved first moment as the group stores it; codes that stay codes keep every bit."""
+    given = {key: saved[key].to(param.device) for key in ("exp_avg", "exp_avg_scale") if key in saved}
+    dtype = momentum_dtype(param, group)
+    if group["momentum_dtype"] != momentum.INT8:
+        return {"exp_avg": decoded(param, given)["exp_avg"].to(dtype, copy=True)}
+    made = initial_first_moment(param, group)
+    if "exp_avg_scale" in given and given["exp_avg"].stride() == made["exp_avg"].stride():
+        return {key: tensor.clone() for key, tensor in given.items()}
+    value = decoded(param, given)["exp_avg"].to(dtype)
+    encode(param, value, value, made)
+    return made

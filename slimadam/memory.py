@@ -12,7 +12,7 @@ class MemoryReport(Mapping[str, float]):
     """Bytes of optimizer state, computed from shapes and the plan; readable as attributes or as a mapping.
 
     Attributes:
-        exp_avg: First moments.
+        exp_avg: First moments; the scales of int8 codes count too.
         exp_avg_sq: Second moments.
         max_exp_avg_sq: Their running maxima, with amsgrad.
         step: Step counts.

@@ -18,13 +18,16 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
-from slimadam.backends import UPDATES, Backend, choose_backend, fits_in_memory_order
+from slimadam.backends import TAKES_CODES, UPDATES, Backend, choose_backend, fits_in_memory_order
 from slimadam.entries import (
     assembled,
     check_shapes,
+    decoded,
+    encode,
     entries_of,
     hyperparameters,
     initial_state,
+    momentum_bytes,
     momentum_dtype,
     rounding_seed,
 )
@@ -85,7 +88,10 @@ class SlimAdam(Optimizer):
             parameters of the model that this optimizer does not hold.
         variance_init: ``"zeros"``, or ``"gradient"`` to start second moments at the first squared
             gradient, bias correction kept (GI-Adam, arXiv 2406.09405).
-        momentum_dtype: Precision of the first moment; None is the parameter's own.
+        momentum_dtype: How the first moment is stored. None: in the parameter's precision, as AdamW.
+            ``torch.float32`` or ``torch.bfloat16``: in that (not that of complex parameters). ``"int8"``: in one
+            byte per element, and two for each 256, see :mod:`slimadam.momentum`; the update works on float32, for
+            which one parameter at a time is decoded. It is this optimizer's choice, also after ``load_state_dict``.
         bf16_stochastic_round: Round bfloat16 parameters up or down at random when they are written; the
             randomness depends on nothing but the step and the parameter's name.
         maximize: Ascend.
@@ -223,7 +229,7 @@ class SlimAdam(Optimizer):
             kept_shapes = state_format.state_shapes(self._rules[name], tuple(param.shape))
             stored = sum(map(math.prod, kept_shapes))
             size = second_moment_dtype(param.dtype).itemsize
-            moments += param.numel() * momentum_dtype(param, group).itemsize
+            moments += momentum_bytes(param, group)
             seconds += stored * size
             maxima += stored * size if group["amsgrad"] else 0
             steps += state_format.step_dtype().itemsize
@@ -276,8 +282,7 @@ class SlimAdam(Optimizer):
         for names, group in zip(self._names, self.param_groups, strict=True):
             self._init_group(group)
             self._advance_steps(group)
-            for backend, entries in self._entries(names, group).items():
-                UPDATES[backend](entries, hyperparameters(group))
+            self._update(names, group)
         if self._measuring is not None:
             self._measure()
         elif self._monitor is not None and not torch.compiler.is_compiling():
@@ -300,7 +305,7 @@ class SlimAdam(Optimizer):
             if param.grad is not None:
                 rules = self._rules[name]
                 state = self.state.get(param) or initial_state(rules, param, group)
-                state = {**state, "step": state["step"] + 1}
+                state = {**decoded(param, state), "step": state["step"] + 1}
                 directions = [
                     update_direction(entry, hyperparameters(group)) for entry in entries_of(rules, param, group, state)
                 ]
@@ -478,6 +483,11 @@ class SlimAdam(Optimizer):
                     f"{name!r}: `fused=True` requires all the params to be floating point and on a real device, "
                     f"not {param.dtype} on {param.device.type}; set fused=None"
                 )
+            if group["momentum_dtype"] == "int8" and type(param.data) is not Tensor:
+                raise RuntimeError(
+                    f"{name!r}: momentum_dtype='int8' does not support {type(param.data).__name__}, whose elements a "
+                    "block of 256 cannot follow; use torch.bfloat16"
+                )
             if param.grad.layout != torch.strided:
                 raise RuntimeError(
                     f"{name!r}: SlimAdam does not support sparse gradients; "
@@ -497,22 +507,40 @@ class SlimAdam(Optimizer):
         if steps:
             torch._foreach_add_(steps, 1)
 
-    def _entries(self, names: Sequence[str], group: dict[str, Any]) -> dict[Backend, list[Entry]]:
-        """The group's parameters, or parts of them, that have gradients, by the implementation that updates them."""
-        entries: dict[Backend, list[Entry]] = {}
+    def _update(self, names: Sequence[str], group: dict[str, Any]) -> None:
+        """Update the group's parameters that have gradients: together, or one by one where codes must be decoded."""
+        together: dict[Backend, list[Entry]] = defaultdict(list)
+        hyper = hyperparameters(group)
         for name, param in zip(names, group["params"], strict=True):
             if param.grad is None:
                 continue
-            rules, state = self._rules[name], self.state[param]
-            check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
-            for rule, entry in zip(rules, entries_of(rules, param, group, state), strict=True):
-                if group["bf16_stochastic_round"]:
-                    entry = entry._replace(seed=rounding_seed(entry.step, key_of(name, rule.part)))
-                backend = self._backend(rule, param, group)
-                if backend == "blocked" and not fits_in_memory_order(entry):
-                    backend = "reference"
-                entries.setdefault(backend, []).append(entry)
-        return entries
+            state = self.state[param]
+            check_shapes(name, self._rules[name], param, state_format.parts(state["exp_avg_sq"]))
+            entries = list(self._entries(name, param, group, state))
+            takes_codes = all(backend in TAKES_CODES and entry.exp_avg_scale is not None for backend, entry in entries)
+            if "exp_avg_scale" not in state or takes_codes:
+                for backend, entry in entries:
+                    together[backend].append(entry)
+                continue
+            own = decoded(param, state)
+            for backend, entry in self._entries(name, param, group, own):
+                UPDATES[backend]([entry], hyper)
+            encode(param, own["exp_avg"], param.grad, state)
+        for backend, batch in together.items():
+            UPDATES[backend](batch, hyper)
+
+    def _entries(
+        self, name: str, param: Tensor, group: dict[str, Any], state: Mapping[str, Any]
+    ) -> Iterator[tuple[Backend, Entry]]:
+        """A parameter, or each of its parts, with the implementation that updates it."""
+        rules = self._rules[name]
+        for rule, entry in zip(rules, entries_of(rules, param, group, state), strict=True):
+            if group["bf16_stochastic_round"]:
+                entry = entry._replace(seed=rounding_seed(entry.step, key_of(name, rule.part)))
+            backend = self._backend(rule, param, group)
+            if backend == "blocked" and not fits_in_memory_order(entry):
+                backend = "reference"
+            yield backend, entry
 
     def _backend(self, rule: Rule, param: Tensor, group: Mapping[str, Any]) -> Backend:
         piece = rule.take(param)
@@ -543,7 +571,7 @@ class SlimAdam(Optimizer):
         state: dict[int, dict[str, Any]] = {}
         for index, (name, param, _) in enumerate(self._parameters()):
             if index in packed["state"]:
-                state[index] = dict(packed["state"][index])
+                state[index] = decoded(param, packed["state"][index])
                 state[index]["exp_avg"] = state[index]["exp_avg"].to(param.dtype, copy=True)
                 for key in state_format.SECOND_MOMENTS:
                     if key in state[index]:
@@ -562,6 +590,7 @@ class SlimAdam(Optimizer):
         """Load a state dict of SlimAdam, ``torch.optim.AdamW`` or ``torch.optim.Adam``.
 
         Full second moments are averaged by this optimizer's plan; none is cast to the parameter's dtype.
+        First moments are stored as this optimizer's ``momentum_dtype`` says, whatever they were saved in.
         Tensors are copied. Options that the saved groups lack keep their present values.
 
         Args:
@@ -590,7 +619,7 @@ class SlimAdam(Optimizer):
         for saved_id, saved in state_dict["state"].items():
             if saved_id in owners:
                 name, param, group = owners[saved_id]
-                state[param] = loaded_state(name, rules[name], param, group, momentum_dtype(param, group), saved)
+                state[param] = loaded_state(name, rules[name], param, group, saved)
             else:
                 state[saved_id] = deepcopy(saved)
         monitor = self._loaded_monitor(rules, measuring, own)

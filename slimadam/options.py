@@ -28,7 +28,6 @@ def check_group(group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: An option has a value outside its range.
         TypeError: An option has the wrong type, or its name looks like a misspelt one.
-        NotImplementedError: The option is known but not built yet.
     """
     _check_names(group)
     _check_numbers(group)
@@ -84,8 +83,6 @@ def _check_scalar(name: str, value: Scalar, not_single: str) -> None:
 def _check_momentum_dtype(dtype: object) -> None:
     if not any(dtype is known or dtype == known for known in MOMENTUM_DTYPES):
         raise ValueError(f"momentum_dtype={dtype!r} must be None, torch.float32, torch.bfloat16 or 'int8'")
-    if dtype == "int8":
-        raise NotImplementedError("momentum_dtype='int8' comes with release 0.4; use torch.bfloat16 until then")
 
 
 def _check_combinations(group: Mapping[str, Any]) -> None:
@@ -93,6 +90,11 @@ def _check_combinations(group: Mapping[str, Any]) -> None:
         raise RuntimeError("`fused` does not support `differentiable`: set one of them to False")
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together: set one of them to None")
+    if group["momentum_dtype"] == "int8" and group["differentiable"]:
+        raise RuntimeError(
+            "momentum_dtype='int8' does not support `differentiable`: rounding to codes has no gradient; use "
+            "torch.bfloat16, or None"
+        )
     if group["foreach"] and not group["capturable"]:
         tensors = {"lr": group["lr"], "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}
         for name, value in tensors.items():

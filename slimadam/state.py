@@ -61,12 +61,13 @@ def check_tensors(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
     step = saved["step"]
     if not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)) or not step >= 0:
         raise ValueError(f"{name!r}: the state dict's step is {step!r}; it must be one number >= 0")
-    for key in ("exp_avg", *SECOND_MOMENTS):
+    for key in ("exp_avg", "exp_avg_scale", *SECOND_MOMENTS):
         value = saved.get(key, ())
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
                 raise ValueError(f"{name!r}: the state dict's {key} holds {type(tensor).__name__}, not a dense tensor")
-            if tensor.is_complex() != param.is_complex():
+            codes = key == "exp_avg_scale" or (key == "exp_avg" and tensor.dtype == torch.int8)
+            if not codes and tensor.is_complex() != param.is_complex():
                 raise ValueError(f"{name!r}: the state dict's {key} is {tensor.dtype}, the parameter {param.dtype}")
 
 

@@ -65,6 +65,7 @@ WRONG_USES = [
     _with(ValueError, r"variance_init='ones' must be 'zeros' or 'gradient'", variance_init="ones"),
     _with(ValueError, r"momentum_dtype=torch.float16 must be None, torch.float32", momentum_dtype=torch.float16),
     _with(ValueError, r"momentum_dtype='int4' must be", momentum_dtype="int4"),
+    _with(RuntimeError, r"momentum_dtype='int8' does not support `differentiable`.*use torch.bfloat16", momentum_dtype="int8", differentiable=True),
     _with(RuntimeError, r"`fused` and `foreach` cannot be `True` together: set one", fused=True, foreach=True),
     _with(RuntimeError, r"`fused` does not support `differentiable`: set one", fused=True, differentiable=True),
     _with(ValueError, r"lr as a Tensor is not supported for capturable=False and foreach=True", lr=TWO[:1], foreach=True),
@@ -133,14 +134,3 @@ def test_wrong_use_is_refused_and_changes_nothing(use: Use, error: type[Exceptio
         use(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert len(_global_optimizer_post_hooks) == hooks
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"plan": None, "momentum_dtype": "int8"}, "momentum_dtype='int8' comes with release .*; use torch.bfloat16"),
-    ],
-)
-def test_what_is_not_built_yet_says_so(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(NotImplementedError, match=message):
-        SlimAdam(nn.Linear(2, 2), **options)

@@ -1,0 +1,124 @@
+"""First moments in one byte per element: codes in int8, and a scale for each block of 256.
+
+A block's scale ``s`` is its absolute maximum, rounded up to bfloat16; an element ``m`` is stored as
+``q = sign(m) round(127 sqrt(|m| / s))`` and read as ``sign(q) (q / 127)**2 s``.
+
+Why the square: a first moment is divided by the root of the second, so that an element a hundred times smaller than
+its block's largest moves its parameter as far if its second moment is as much smaller. Evenly spaced codes give such an
+element one step of 127 and everything below half of it none. Squared codes are finest around zero: the smallest they
+know is ``s / 16129``, and the distance between neighbours, ``2 sqrt(|m| s) / 127``, shrinks with the element.
+``python -m benchmarks.momentum`` compares them with others on a training's own moments.
+
+Rounding to nearest has a trap: once decaying by ``beta1`` changes a code by less than a half, the code never changes
+again. A parameter that gets no gradient, such as an embedding's row whose token does not occur, would then move on for
+ever. Where the gradient is exactly zero, codes are therefore rounded down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+INT8 = "int8"
+"""The ``momentum_dtype`` that asks for codes."""
+
+BLOCK = 256
+"""Elements that share a scale."""
+
+_LARGEST = 127
+_BLOCKS_AT_ONCE = 1024  # one MiB of float32: arithmetic on them stays in cache and takes little memory
+
+
+def new_codes(param: Tensor) -> Tensor:
+    """Codes of a first moment that is zero: of the parameter's shape and layout, a complex one's parts apart."""
+    real = torch.view_as_real(param) if param.is_complex() else param
+    return torch.zeros_like(real, dtype=torch.int8, memory_format=torch.preserve_format)
+
+
+def new_scales(codes: Tensor) -> Tensor:
+    """Scales of a first moment that is zero, one for each block of the codes."""
+    return torch.zeros(scale_count(codes.numel()), dtype=torch.bfloat16, device=codes.device)
+
+
+def scale_count(elements: int) -> int:
+    """Number of blocks that hold a number of codes; the last may be shorter."""
+    return math.ceil(elements / BLOCK)
+
+
+def scales_of(piece: Tensor, codes: Tensor, scales: Tensor) -> Tensor | None:
+    """The scales of a piece of the codes, or None if it does not consist of whole blocks.
+
+    Args:
+        piece: A view of the codes, or the codes themselves.
+        codes: int8, all of a parameter.
+        scales: One for each block of them.
+    """
+    if piece is codes:
+        return scales
+    first = piece.storage_offset() - codes.storage_offset()
+    if first % BLOCK or piece.numel() % BLOCK or not (piece.is_contiguous() and codes.is_contiguous()):
+        return None
+    return scales[first // BLOCK : (first + piece.numel()) // BLOCK]
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """The first moment that codes stand for.
+
+    Args:
+        codes: int8, any shape, dense in memory.
+        scales: bfloat16, ``[ceil(codes.numel() / 256)]``, for blocks in the order in which the codes lie in memory.
+
+    Returns:
+        float32, with the shape and strides of ``codes``. A block that is not finite reads as NaN.
+    """
+    value = torch.empty_like(codes, dtype=torch.float32, memory_format=torch.preserve_format)
+    value.copy_(codes).div_(_LARGEST)
+    for (block,), scale in _blocks(codes, scales, value):
+        block.mul_(block.abs()).mul_(scale.float())
+    return value
+
+
+def encode(value: Tensor, grad: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Write a first moment to its codes and scales.
+
+    A block with an infinite element gets the scale infinity, one with a NaN the scale NaN, and both the codes zero.
+
+    Args:
+        value: float32, of the shape of ``codes``.
+        grad: The gradient just added to it, of that shape: where it is exactly zero, codes are rounded down. Pass
+            ``value`` itself to round every code to nearest.
+        codes: int8, dense in memory; written.
+        scales: bfloat16, as in :func:`decode`; written.
+    """
+    for (block, new, written), scale in _blocks(codes, scales, value, grad, codes):
+        magnitude = block.abs()
+        scale.copy_(_rounded_up(magnitude.amax(1, keepdim=True)))
+        # NaN, which zero over zero is too, becomes the code zero: as an integer it would be undefined.
+        root = magnitude.div_(scale.float()).sqrt_().mul_(_LARGEST).nan_to_num_(nan=0.0)
+        code = torch.where(new == 0, root.floor(), root.round())
+        written.copy_(code.copysign_(block))
+
+
+def _rounded_up(value: Tensor) -> Tensor:
+    """Non-negative float32 as the smallest bfloat16 that is not below."""
+    up = (value.view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
+    return torch.where(value.isnan(), value, up).to(torch.bfloat16)
+
+
+def _blocks(codes: Tensor, scales: Tensor, *tensors: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """The tensors as ``[some, 256]`` in the order of the codes in memory, some blocks at a time, then what is left.
+
+    With them come their scales, ``[some, 1]``. What is left is ``[1, fewer]``.
+    """
+    strides = codes.stride()
+    order = sorted(range(codes.dim()), key=lambda dim: -strides[dim])
+    flat = [tensor.permute(order).reshape(-1) for tensor in tensors]
+    whole, left = divmod(codes.numel(), BLOCK)
+    for first in range(0, whole, _BLOCKS_AT_ONCE):
+        end = min(first + _BLOCKS_AT_ONCE, whole)
+        yield [tensor[first * BLOCK : end * BLOCK].view(-1, BLOCK) for tensor in flat], scales[first:end].unsqueeze(1)
+    if left:
+        yield [tensor[whole * BLOCK :].unsqueeze(0) for tensor in flat], scales[whole:].unsqueeze(1)
