@@ -184,7 +184,7 @@ def _draw_learning_rate(axes: Axes, found: dict[str, Any]) -> None:
     axes.set_xlabel("learning rate")
     axes.set_ylabel("SNR, geometric mean of matrices")
     axes.set_title("SNR against the learning rate")
-    axes.legend(loc="best", fontsize=7)
+    _legend_below(axes, fontsize=7)
 
 
 def _draw_vocabulary(axes: Axes, found: dict[str, Any]) -> None:
