@@ -169,7 +169,8 @@ def _decoded(codes, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """float32 ``[ROWS, COLUMNS]`` from codes of that shape and scales ``[ROWS, COLUMNS // 256]``."""
     BLOCKS: tl.constexpr = COLUMNS // MOMENTUM_BLOCK
     root = tl.reshape(codes, (ROWS, BLOCKS, MOMENTUM_BLOCK)).to(tl.float32) / MOMENTUM_CODES
-    value = tl.where(root < 0, -root, root) * root * tl.expand_dims(scales.to(tl.float32), 2)
+    scale = (scales.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+    value = tl.where(root < 0, -root, root) * root * tl.expand_dims(scale, 2)
     return tl.reshape(value, (ROWS, COLUMNS))
 
 
@@ -180,17 +181,15 @@ def _encoded(value, grad, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     blocks = tl.reshape(value, (ROWS, BLOCKS, MOMENTUM_BLOCK))
     moving = tl.reshape(grad, (ROWS, BLOCKS, MOMENTUM_BLOCK)) != 0
     size = tl.abs(blocks)
-    largest = tl.max(tl.where(size == size, size, 0.0), axis=2)
-    broken = tl.max((size != size).to(tl.int32), axis=2) != 0
-    bits = (largest.to(tl.uint32, bitcast=True) + 0xFFFF) & 0xFFFF0000
-    scale = tl.where(broken, float("nan"), bits.to(tl.float32, bitcast=True))
-    wide = tl.expand_dims(tl.where(scale > 0, scale, 1.0), 2)
-    root = tl.sqrt_rn(tl.div_rn(size, wide + tl.zeros_like(size))) * MOMENTUM_CODES
+    largest = tl.max(tl.where(size == size, size, float("inf")), axis=2)
+    exponent = (largest.to(tl.uint32, bitcast=True) + 0x7FFFFF) >> 23
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    root = tl.sqrt_rn(size / tl.expand_dims(tl.where(scale > 0, scale, 1.0), 2)) * MOMENTUM_CODES
     root = tl.where(root <= MOMENTUM_CODES, root, 0.0)
     nearest = (root + 12582912.0) - 12582912.0
     code = tl.where(moving, nearest, tl.floor(root))
     code = tl.where(blocks < 0, -code, code).to(tl.int8)
-    return tl.reshape(code, (ROWS, COLUMNS)), scale.to(tl.bfloat16)
+    return tl.reshape(code, (ROWS, COLUMNS)), exponent.to(tl.uint8)
 
 
 @triton.jit
@@ -241,7 +240,7 @@ def _apply(
     moments = _pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED)
     loaded = _loaded(moments + offsets, mask)
     if MOMENT_DTYPE == tl.int8:
-        scales = _pointer(row, EXP_AVG_SCALE, tl.bfloat16, False)
+        scales = _pointer(row, EXP_AVG_SCALE, tl.uint8, False)
         old = _decoded(loaded, _loaded(scales + blocks, block_mask), LINES, COLUMNS)
         exp_avg = _first_moment(old, grad, beta1, COMPUTE)
         codes, new_scales = _encoded(exp_avg, grad, LINES, COLUMNS)

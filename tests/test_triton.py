@@ -416,11 +416,9 @@ def _codes(value: np.ndarray[Any, Any], grad: np.ndarray[Any, Any]) -> tuple[Any
     padded = np.zeros(-(-count // 256) * 256)
     padded[:count] = value.ravel()
     blocks = padded.reshape(-1, 256)
-    largest = torch.from_numpy(np.abs(blocks).max(1)).float()
-    scale = largest.to(torch.bfloat16)
-    low = scale.float() < largest
-    scale[low] = torch.nextafter(scale[low], torch.tensor(math.inf, dtype=torch.bfloat16))
-    wide = scale.double().numpy()[:, None]
+    largest = np.abs(blocks).max(1)
+    exponents = np.where(largest > 0, np.ceil(np.log2(np.where(largest > 0, largest, 1))) + 127, 0)
+    wide = np.where(largest > 0, 2.0 ** (exponents - 127), 0)[:, None]
     root = 127 * np.sqrt(np.divide(np.abs(blocks), wide, out=np.zeros_like(blocks), where=wide > 0))
     moving = np.zeros_like(padded)
     moving[:count] = grad.ravel()
@@ -428,12 +426,14 @@ def _codes(value: np.ndarray[Any, Any], grad: np.ndarray[Any, Any]) -> tuple[Any
     code = np.where(still, np.floor(root), np.round(root)) * np.sign(blocks)
     clear = np.abs((root - np.where(still, 0, 0.5)) - np.round(root - np.where(still, 0, 0.5))) > 1e-3
     code, clear = (array.ravel()[:count].reshape(value.shape) for array in (code, clear))
-    return code, scale, clear
+    return code, torch.from_numpy(exponents).to(torch.uint8), clear
 
 
 def _decode(codes: Tensor, scales: Tensor) -> np.ndarray[Any, Any]:
     root = codes.double().numpy().ravel() / 127
-    return (np.sign(root) * root**2 * np.repeat(scales.double().numpy(), 256)[: root.size]).reshape(codes.shape)
+    return (np.sign(root) * root**2 * np.repeat(2.0 ** (scales.double().numpy() - 127), 256)[: root.size]).reshape(
+        codes.shape
+    )
 
 
 @pytest.mark.parametrize(
@@ -468,14 +468,9 @@ def test_eight_bit_blocks_with_nan_infinity_and_nothing() -> None:
     one = _entry((4, 256), ())
     one.grad.zero_()
     one.grad[0, 3], one.grad[1, 5] = math.nan, math.inf
-    entry = one._replace(
-        exp_avg=torch.zeros(4, 256, dtype=torch.int8), exp_avg_scale=torch.zeros(4, dtype=torch.bfloat16)
-    )
+    entry = one._replace(exp_avg=torch.zeros(4, 256, dtype=torch.int8), exp_avg_scale=torch.zeros(4, dtype=torch.uint8))
     _run([entry], steps=1)
     assert entry.exp_avg_scale is not None
-    scales = entry.exp_avg_scale.float()
-    assert scales[0].isnan()
-    assert scales[1].isinf()
-    assert scales[2:].eq(0).all()
+    assert entry.exp_avg_scale.tolist() == [255, 255, 0, 0]
     assert entry.exp_avg[2:].eq(0).all()
     assert entry.param[2:].isfinite().all()
