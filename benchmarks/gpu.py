@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.gpu_page import page
-from benchmarks.gpu_stages import STAGES, LeftOut, Settings, Stage
+from benchmarks.gpu_stages import STAGES, NotApplicable, Settings, Stage
 
 GRACE_SECONDS = 30.0
 """What an item that has begun may take beyond its stage's budget before its process is ended."""
@@ -41,8 +41,8 @@ def run_stage(name: str, stage: Stage, settings: Settings, folder: Path) -> dict
         started = time.monotonic()
         try:
             found[label] = item()
-        except LeftOut as reason:
-            found[label] = {"left_out": str(reason)}
+        except NotApplicable as reason:
+            found[label] = {"not_applicable": str(reason)}
         except Exception:  # recorded, so that one failure does not lose the rest
             found[label] = {"failed": traceback.format_exc(limit=-6)}
         found[label]["seconds"] = round(time.monotonic() - started, 1)
@@ -87,8 +87,8 @@ def failures(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _state(item: Mapping[str, Any]) -> str:
     if "failed" in item:
         return f"FAILED: {item['failed'].strip().splitlines()[-1]}"
-    if "left_out" in item and isinstance(item["left_out"], str):
-        return f"left out: {item['left_out']}"
+    if "not_applicable" in item:
+        return f"not applicable: {item['not_applicable']}"
     return "done"
 
 

@@ -35,7 +35,11 @@ def _checks(items: Items) -> list[str]:
     rows = []
     for name, item in items.items():
         backends = ", ".join(f"{backend} {count}" for backend, count in item.get("backends", {}).items())
-        worst = f"{item['worst_share_of_rounding']:.2f}" if "backends" in item else f"left out: {item['left_out']}"
+        worst = (
+            f"{item['worst_share_of_rounding']:.2f}"
+            if "backends" in item
+            else f"not applicable: {item['not_applicable']}"
+        )
         rows.append([name.replace("_", " "), worst, backends, f"{item['seconds']:.1f} s"])
     intro = "Largest difference to the formula in float64, as a share of what rounding explains (1 is the limit)."
     return [intro, "", *_table(["check", "difference", "updated by", "time"], rows)]

@@ -97,7 +97,8 @@ def measure(
         gradients = max(map(math.prod, shapes.values())) if in_backward else count
         row.computed = (state + dtype.itemsize * (count + gradients)) / count
     if allocate:
-        gc.collect()
+        if stopwatch.is_cuda(device):
+            gc.collect()  # what an earlier row holds and frees later would be missing from the peak
         before = _cuda(torch.cuda.memory_allocated, device)
         model = skeleton(shapes, device, dtype)
         held, peak = (_train_in_backward if in_backward else _train)(model, contender, device)
@@ -137,11 +138,11 @@ def _computed_state(shapes: Shapes, contender: Contender, dtype: torch.dtype) ->
 
 
 def _train(model: nn.Module, contender: Contender, device: str) -> tuple[int, int]:
-    """Bytes held by a model, its gradients and its optimizer after two steps; between steps and at most."""
+    """Bytes held by a model, its gradients and its optimizer; between steps and at most."""
     optimizer = _quietly(contender, model)
     for param in model.parameters():
         param.grad = torch.full_like(param, 1e-3)
-    for _ in range(2):
+    for _ in range(_steps(device)):
         _cuda(torch.cuda.reset_peak_memory_stats, device)
         optimizer.step()
     held = stopwatch.tensor_bytes([*_values(model.parameters()), vars(optimizer)])
@@ -160,16 +161,24 @@ def _train_in_backward(model: nn.Module, contender: Contender, device: str) -> t
         param.grad = None
 
     own: dict[nn.Parameter, Optimizer] = {}
+    hooks = []
     for name, param in model.named_parameters():
         holder = nn.Module()
         register(holder, name, param)
         own[param] = _quietly(contender, holder)
-        param.register_post_accumulate_grad_hook(use)  # type: ignore[no-untyped-call]
-    for _ in range(2):
+        hooks.append(param.register_post_accumulate_grad_hook(use))  # type: ignore[no-untyped-call]
+    for _ in range(_steps(device)):
         _cuda(torch.cuda.reset_peak_memory_stats, device)
         torch.stack([param.sum() for param in model.parameters()]).sum().backward()  # type: ignore[no-untyped-call]
+    for hook in hooks:  # they keep the model alive
+        hook.remove()
     held = stopwatch.tensor_bytes([*_values(model.parameters()), *map(vars, own.values())])
     return held, held + largest
+
+
+def _steps(device: str) -> int:
+    """The first makes the state; on CUDA the peak of another one is read."""
+    return 2 if stopwatch.is_cuda(device) else 1
 
 
 def _quietly(contender: Contender, model: nn.Module) -> Optimizer:
@@ -188,16 +197,14 @@ def _cuda(read: Any, device: str) -> int:
     return int(read(device) or 0) if stopwatch.is_cuda(device) else 0
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """A line for each row."""
-    heads = ("held", "peak", "computed", "CUDA peak")
-    lines = [" " * 73 + "".join(f"{head:>11s}" for head in heads)]
-    for row in rows:
-        figures = (row.held, row.peak, row.computed, row.cuda_peak)
-        cells = "".join(f"{'' if figure is None else format(figure, '.3f'):>11s}" for figure in figures)
-        backward = "in backward" if row.in_backward else ""
-        lines.append(f"{row.recipe:15s}{row.optimizer:46s}{backward:12s}{cells}")
-    return lines
+HEADS = " " * 73 + "".join(f"{head:>11s}" for head in ("held", "peak", "computed", "CUDA peak"))
+
+
+def line(row: Row) -> str:
+    """A row of the printed table."""
+    figures = (row.held, row.peak, row.computed, row.cuda_peak)
+    cells = "".join(f"{'' if figure is None else format(figure, '.3f'):>11s}" for figure in figures)
+    return f"{row.recipe:15s}{row.optimizer:46s}{'in backward' if row.in_backward else '':12s}{cells}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -212,9 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = []
     for model in options.models:
         left_out: dict[str, str] = {}
-        rows = list(rows_of(model, options.device, options.peers, left_out))
-        print(f"{model}, {elements(MODELS[model]()):,} parameters, {options.device}, bytes per parameter")
-        print("\n".join([*table(rows), *(f"left out: {label}: {reason}" for label, reason in left_out.items())]))
+        print(f"{model}, {elements(MODELS[model]()):,} parameters, {options.device}, bytes per parameter\n{HEADS}")
+        rows = []
+        for row in rows_of(model, options.device, options.peers, left_out):
+            rows.append(row)
+            print(line(row), flush=True)
+        print("".join(f"left out: {label}: {reason}\n" for label, reason in left_out.items()), end="")
         wrong += [f"FAIL {model}, {row.recipe}, {row.optimizer}: {row.wrong()}" for row in rows if row.wrong()]
         figures["models"][model] = {"rows": list(map(asdict, rows)), "left_out": left_out}
     print("\n".join([*wrong, f"written: {machine.write('memory', figures, options.out)}"]))

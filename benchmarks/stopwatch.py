@@ -49,10 +49,15 @@ def lap(step: Callable[[], Any], device: str) -> Lap:
 
 
 def copier(device: str) -> tuple[Callable[[], Any], int]:
-    """A copy that is too large for any cache, to measure bandwidth with, and the bytes that it reads and writes."""
-    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source), 2 * COPIED_BYTES
+    """A copy that is too large for any cache, to measure bandwidth with, and the bytes that it reads and writes.
+
+    On a CPU it adds to its target: a plain copy there also reads what it overwrites, which an update in place needs
+    anyway.
+    """
+    source, target = (torch.zeros(COPIED_BYTES // 4, device=device) for _ in range(2))
+    if is_cuda(device):
+        return lambda: target.copy_(source), 2 * COPIED_BYTES
+    return lambda: target.add_(source), 3 * COPIED_BYTES
 
 
 def launches(step: Callable[[], Any]) -> int:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, memory, stopwatch, throughput
+from benchmarks import gpu, machine, memory, stopwatch, throughput
 from benchmarks.contenders import ours
 from benchmarks.exactness import WrongStepError
 from benchmarks.formula import Hyperparameters, follow
 from benchmarks.gpu_checks import CHECKS, NotOnThisDeviceError
-from benchmarks.gpu_stages import STAGES, LeftOut, Settings, Stage
+from benchmarks.gpu_page import page
+from benchmarks.gpu_stages import RULES, STAGES, NotApplicable, Settings, Stage, speed_bars
 from benchmarks.gpu_training import GPT2, TrainingSettings
 from benchmarks.workloads.shapes import gpt2_small
 from slimadam import Rule, SlimAdam
 
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = Settings("cpu", quick=True)
 
 
@@ -36,6 +42,35 @@ def test_a_quick_run_writes_results_and_a_page(tmp_path: Path, capsys: pytest.Ca
     assert all(f"## {name.capitalize()}" in page for name in STAGES)
 
 
+def _cuda_row(**figures: float) -> dict[str, Any]:
+    usual = {"milliseconds": 10.0, "ratio": 0.7, "gigabytes_per_second": 3000.0, "share_of_copy_bandwidth": 0.95}
+    usual |= {"state_bytes_per_parameter": 4.0, "peak_bytes_per_parameter": 4.1}
+    return {**usual, "host_milliseconds": 0.5, "launches": 4, **figures}
+
+
+@pytest.mark.parametrize(
+    ("figures", "missed"),
+    [
+        ({}, []),
+        ({"ratio": 0.76}, ["time of AdamW fused: 0.760, bar <= 0.75"]),
+        ({"launches": 7}, ["launches a step: 7, bar <= 6"]),
+        ({"host_milliseconds": 1.5}, ["host milliseconds: 1.500, bar < 1.000, AdamW fused"]),
+        ({"share_of_copy_bandwidth": 0.89}, ["copy bandwidth: 0.890, bar >= 0.9"]),
+    ],
+)
+def test_figures_from_a_gpu_are_held_against_the_bars_and_shown(figures: dict[str, float], missed: list[str]) -> None:
+    rows = {"AdamW (fused)": _cuda_row(ratio=1.0, host_milliseconds=1.0), RULES: _cuda_row(**figures)}
+    item = {"rows": rows, "elements": 1_235_814_400, "left_out": {"optimi AdamW": "not installed"}}
+    items = {"llama-1b, float32": {**item, "bars": speed_bars(rows, "llama-1b", "float32")}}
+    lines = gpu.failures({"throughput": items})
+    assert lines == [f"throughput: llama-1b, float32: {line}" for line in missed]
+    run = {"machine": machine.describe(), "device": "cuda", "quick": False, "seconds": 400, "missed": lines}
+    text = page(run, {"throughput": items, "training": {"SlimAdam (auto)": {"failed": "RuntimeError: broken"}}})
+    assert text.count("- FAIL: ") == len(missed)
+    assert "- left out: optimi AdamW: not installed" in text
+    assert "SlimAdam (auto) FAILED:" in text
+
+
 def test_without_cuda_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
@@ -44,20 +79,33 @@ def test_without_cuda_the_command_says_so(tmp_path: Path, capsys: pytest.Capture
     assert "finds no CUDA device; use --device cpu" in capsys.readouterr().err
 
 
+def test_the_repository_alone_is_enough(tmp_path: Path) -> None:
+    for folder in ("benchmarks", "slimadam", "kernels"):
+        left_out = shutil.ignore_patterns("kernels", "results", "__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=left_out)
+    # Without site, nothing that an editable installation has set up is there.
+    path = [str(tmp_path), *(entry for entry in sys.path if entry.endswith("site-packages"))]
+    program = "import benchmarks.gpu, slimadam.kernels.blocked as blocked; print(blocked.__file__)"
+    command = [sys.executable, "-S", "-c", program]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == str(tmp_path / "kernels" / "blocked.py")
+
+
 def _broken() -> dict[str, Any]:
     raise ValueError("broken on purpose")
 
 
-def _left_out() -> dict[str, Any]:
-    raise LeftOut("not on this device")
+def _not_applicable() -> dict[str, Any]:
+    raise NotApplicable("not on this device")
 
 
 def test_what_fails_or_is_late_is_recorded_and_the_rest_kept(tmp_path: Path) -> None:
     bar = {"name": "speed", "value": 0.9, "limit": "<= 0.75", "passed": False}
-    items = {"wrong": _broken, "absent": _left_out, "slow": lambda: {"bars": [bar]}}
+    items = {"wrong": _broken, "absent": _not_applicable, "slow": lambda: {"bars": [bar]}}
     found = gpu.run_stage("checks", Stage(60, lambda settings, deadline: items), QUICK, tmp_path)
     assert json.loads((tmp_path / "checks.json").read_text())["items"] == found
-    assert found["absent"]["left_out"] == "not on this device"
+    assert found["absent"]["not_applicable"] == "not on this device"
     assert gpu.failures({"checks": found}) == [
         "checks: wrong: ValueError: broken on purpose",
         "checks: slow: speed: 0.900, bar <= 0.75",
