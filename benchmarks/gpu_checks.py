@@ -111,16 +111,16 @@ def layouts_in_memory(device: str) -> Report:
 def empty_parameters(device: str) -> Report:
     """Parameters without elements, beside one that has some."""
     model = skeleton({"a.weight": (0, 4), "b.weight": (7, 5), "c.weight": (3, 0)}, device)
-    return _total(run(model, plan) for plan in (None, "factored"))
+    return _total(run(model, plan, options=options) for plan, options in itertools.product((None, "factored"), FUSED))
 
 
 def tensor_learning_rate(device: str) -> Report:
     """The learning rate as a tensor on the device."""
     hyper = Hyperparameters()
     reports = []
-    for capturable, rule in itertools.product((False, True), _rules(2)):
+    for capturable, rule, fused in itertools.product((False, True), _rules(2), FUSED):
         rate = torch.tensor(hyper.lr, device=device)
-        options = {"lr": rate, "capturable": capturable}
+        options = {"lr": rate, "capturable": capturable, **fused}
         reports.append(_run_one((33, 70), rule, device, torch.float32, options))
     return _total(reports)
 
@@ -128,9 +128,9 @@ def tensor_learning_rate(device: str) -> Report:
 def capturable(device: str) -> Report:
     """Step counts on the device."""
     return _total(
-        _run_one((33, 70), rule, device, dtype, {"capturable": True})
+        _run_one((33, 70), rule, device, dtype, {"capturable": True, **options})
         for dtype in (torch.float32, torch.bfloat16)
-        for rule in _rules(2)
+        for rule, options in itertools.product(_rules(2), FUSED)
     )
 
 
@@ -157,13 +157,13 @@ def stochastic_rounding(device: str) -> Report:
     """bfloat16 parameters rounded up or down at random: within one step of the grid each time, and without bias."""
     report = Report()
     hyper, steps = Hyperparameters(lr=3e-4, weight_decay=0.0), 8
-    for rule in _rules(2):
+    for rule, options in itertools.product(_rules(2), FUSED):
         layer = _module((512, 256), device, torch.bfloat16)
         with torch.no_grad():
             layer.w.fill_(1.0)
         start, grads = layer.w.detach().clone(), [grad.abs() for grad in gradients(layer.w, steps)]
         plan = CompressionPlan({"w": rule})
-        optimizer = SlimAdam(layer, plan=plan, bf16_stochastic_round=True, **vars(hyper))
+        optimizer = SlimAdam(layer, plan=plan, bf16_stochastic_round=True, **vars(hyper), **options)
         step_through(optimizer, {"w": grads})
         expected = follow(start, grads, [rule], hyper, torch.bfloat16)
         share = compare("w", start, layer.w, expected, steps, torch.bfloat16)

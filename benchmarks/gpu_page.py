@@ -78,13 +78,13 @@ def _memory(items: Items) -> list[str]:
             [row["optimizer"], "yes" if row["in_backward"] else "", *(_optional(row[key], ".3f") for key in _BYTES)]
             for row in item["rows"]
         ]
-        heads = ["", "in backward", "between steps", "peak", "computed", "CUDA's peak"]
+        heads = ["", "in backward", "between steps", "peak", "computed: between steps", "peak", "CUDA's peak"]
         lines += [f"### {name}", "", *_table(heads, rows), *_bars(item)]
         lines += ["", *(f"- left out: {label}: {reason}" for label, reason in item["left_out"].items()), ""]
     return lines
 
 
-_BYTES = ("held", "peak", "computed", "cuda_peak")
+_BYTES = ("held", "peak", "computed_held", "computed", "cuda_peak")
 
 
 def _training(items: Items) -> list[str]:

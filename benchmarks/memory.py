@@ -45,7 +45,8 @@ class Row:
         in_backward: Whether gradients are freed as soon as they have been used.
         held: Between steps: weights, state, and gradients unless they are freed.
         peak: During a step; with ``in_backward`` the largest gradient comes on top.
-        computed: The peak computed from shapes, where a formula is known.
+        computed_held: What is held, computed from shapes, where a formula is known.
+        computed: The peak, likewise.
         cuda_peak: The peak that CUDA's allocator saw.
     """
 
@@ -54,16 +55,16 @@ class Row:
     in_backward: bool
     held: float | None = None
     peak: float | None = None
+    computed_held: float | None = None
     computed: float | None = None
     cuda_peak: float | None = None
 
     def wrong(self) -> str | None:
         """Where what is allocated is not what was computed."""
-        if self.computed is None:
-            return None
-        if self.peak is not None and abs(self.peak / self.computed - 1) > LARGEST_DIFFERENCE:
-            return f"{self.peak:.4f} bytes per parameter are held, not {self.computed:.4f}"
-        if self.cuda_peak is not None and abs(self.cuda_peak / self.computed - 1) > LARGEST_CUDA_DIFFERENCE:
+        for held, computed in ((self.held, self.computed_held), (self.peak, self.computed)):
+            if held and computed and abs(held / computed - 1) > LARGEST_DIFFERENCE:
+                return f"{held:.4f} bytes per parameter are held, not {computed:.4f}"
+        if self.cuda_peak and self.computed and abs(self.cuda_peak / self.computed - 1) > LARGEST_CUDA_DIFFERENCE:
             return f"CUDA's peak is {self.cuda_peak:.4f} bytes per parameter, not {self.computed:.4f}"
         return None
 
@@ -96,6 +97,7 @@ def measure(
     if state is not None:
         gradients = max(map(math.prod, shapes.values())) if in_backward else count
         row.computed = (state + dtype.itemsize * (count + gradients)) / count
+        row.computed_held = (state + dtype.itemsize * count * (1 if in_backward else 2)) / count
     if allocate:
         if stopwatch.is_cuda(device):
             gc.collect()  # what an earlier row holds and frees later would be missing from the peak
@@ -197,12 +199,12 @@ def _cuda(read: Any, device: str) -> int:
     return int(read(device) or 0) if stopwatch.is_cuda(device) else 0
 
 
-HEADS = " " * 73 + "".join(f"{head:>11s}" for head in ("held", "peak", "computed", "CUDA peak"))
+HEADS = " " * 73 + "".join(f"{head:>11s}" for head in ("held", "peak", "computed:", "peak", "CUDA peak"))
 
 
 def line(row: Row) -> str:
     """A row of the printed table."""
-    figures = (row.held, row.peak, row.computed, row.cuda_peak)
+    figures = (row.held, row.peak, row.computed_held, row.computed, row.cuda_peak)
     cells = "".join(f"{'' if figure is None else format(figure, '.3f'):>11s}" for figure in figures)
     return f"{row.recipe:15s}{row.optimizer:46s}{'in backward' if row.in_backward else '':12s}{cells}"
 

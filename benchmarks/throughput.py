@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{title}, {torch.get_num_threads()} threads, medians of {options.rounds} steps")
     print("\n".join([*table(found), *missed]))
     print("written:", machine.write(name, figures, options.out))
-    print("drawn:", draw(found.rows, title, (PICTURES if usual else options.out) / f"{name}.png"))
+    pictures = PICTURES if usual and options.out == machine.RESULTS else options.out
+    print("drawn:", draw(found.rows, title, pictures / f"{name}.png"))
     return 1 if missed or found.refused else 0
 
 

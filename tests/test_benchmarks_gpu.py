@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, machine, memory, stopwatch, throughput
-from benchmarks.contenders import ours
+from benchmarks import comparison, gpu, machine, memory, stopwatch, throughput
+from benchmarks.contenders import ours, torch_own
 from benchmarks.exactness import WrongStepError
 from benchmarks.formula import Hyperparameters, follow
 from benchmarks.gpu_checks import CHECKS, NotOnThisDeviceError
 from benchmarks.gpu_page import page
 from benchmarks.gpu_stages import RULES, STAGES, NotApplicable, Settings, Stage, speed_bars
 from benchmarks.gpu_training import GPT2, TrainingSettings
-from benchmarks.workloads.shapes import gpt2_small
+from benchmarks.workloads.shapes import gpt2_small, tiny
 from slimadam import Rule, SlimAdam
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,6 +187,32 @@ def test_throughput_lists_what_it_leaves_out(tmp_path: Path, capsys: pytest.Capt
     assert set(figures["ratios"]) == {"AdamW (default)", "AdamW (fused)", "SlimAdam (rules)"}
     assert figures["ratios"]["AdamW (default)"] == 1
     assert (tmp_path / "throughput_tiny_cpu_float32.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("room_for", "sets", "left_out"), [(9, 1, 0), (1, 3, 0), (0, 3, 3)])
+def test_where_memory_is_short_contenders_are_timed_in_several_sets(
+    room_for: int, sets: int, left_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [one for one in torch_own() if not one.compiled]
+    in_set = 0
+    timed = comparison._time
+
+    def fits(*_: Any) -> bool:
+        nonlocal in_set
+        in_set += 1
+        return in_set <= room_for
+
+    def time_and_begin_anew(*arguments: Any) -> None:
+        nonlocal in_set
+        in_set = 0
+        timed(*arguments)
+
+    monkeypatch.setattr(comparison._Bench, "fits", fits)
+    monkeypatch.setattr(comparison, "_time", time_and_begin_anew)
+    found = comparison.compare(tiny(), chosen, rounds=2)
+    assert (found.batches, len(found.left_out)) == (sets, left_out)
+    assert len(found.rows) == len(chosen) - left_out
+    assert all(len(row["laps"]) == 2 for row in found.rows.values())
 
 
 def test_a_wrong_optimizer_gets_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
