@@ -25,6 +25,7 @@ def describe() -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.system(),
         "python": platform.python_version(),
+        "cuda": torch.version.cuda,
         "versions": {name: _version(name) for name in PACKAGES},
         "date": datetime.date.today().isoformat(),
     }

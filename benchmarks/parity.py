@@ -9,11 +9,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import machine
+from benchmarks.formula import Hyperparameters, follow
 from slimadam import CompressionPlan, Rule, SlimAdam
 from slimadam.snr import dimension_subsets
 
@@ -69,25 +68,8 @@ def _error(shape: tuple[int, ...], form: Any, implementation: dict[str, Any]) ->
     for grad in grads:
         param.grad = grad.clone()
         optimizer.step()
-    expected = _formula(start, grads, rule)
-    return float(np.abs(param.detach().double().numpy() - expected).max())
-
-
-def _formula(start: Tensor, grads: list[Tensor], rule: Rule) -> np.ndarray[Any, np.dtype[np.float64]]:
-    lr, (beta1, beta2), eps = (HYPERPARAMETERS[name] for name in ("lr", "betas", "eps"))
-    param, moment = start.double().numpy(), 0.0
-    averaged = rule.averaged_dims(start.dim())
-    second = [np.zeros(shape) for shape in rule.state_shapes(tuple(start.shape))]
-    for t, grad in enumerate((grad.double().numpy() for grad in grads), start=1):
-        moment = beta1 * moment + (1 - beta1) * grad
-        second = [
-            beta2 * part + (1 - beta2) * (grad**2).mean(axis=dims, keepdims=True)
-            for part, dims in zip(second, averaged, strict=True)
-        ]
-        whole = second[0] if len(second) == 1 else second[0] * second[1] / second[0].mean()
-        root = np.sqrt(whole / (1 - beta2**t)) + eps
-        param = param * (1 - lr * 0.1) - lr * moment / (1 - beta1**t) / root
-    return param
+    expected = follow(start, grads, [rule], Hyperparameters(weight_decay=0.1, **HYPERPARAMETERS)).param
+    return (param.detach() - expected).abs().max().item()
 
 
 def main() -> None:

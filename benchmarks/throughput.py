@@ -1,81 +1,112 @@
 """Time of one optimizer step, side by side: ``python -m benchmarks.throughput``.
 
-Every optimizer steps the same shapes in the same process, in turn, so that a busy machine slows all of them.
-Before anything is timed, each SlimAdam step is compared with the float64 formula; a wrong one stops the run.
+Every optimizer steps the same parameters in the same process, in turn, so that a busy machine slows all of them. Before
+one of ours is timed, it is compared with the float64 formula; a wrong one is refused. Bytes are those that must move:
+parameters and state read and written, gradients read.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
 
 import torch
 from slimadam.kernels import blocked
-from torch import Tensor
-from torch.optim import Optimizer
 
 from benchmarks import machine
-from benchmarks.parity import worst_error
-from benchmarks.workloads.shapes import MODELS, Shapes
-from slimadam import SlimAdam
+from benchmarks.comparison import Comparison, compare, ratios_to_default
+from benchmarks.contenders import DEFAULT, FUSED, PEERS, Contender, ours, torch_own
+from benchmarks.throughput_plot import draw
+from benchmarks.workloads.shapes import MODELS, elements
 
-Named = list[tuple[str, Tensor]]
-BASELINE = "AdamW (default)"
-OPTIMIZERS: dict[str, Callable[[Named], Optimizer]] = {
-    BASELINE: lambda named: torch.optim.AdamW([param for _, param in named]),
-    "AdamW (foreach)": lambda named: torch.optim.AdamW([param for _, param in named], foreach=True),
-    "AdamW (fused)": lambda named: torch.optim.AdamW([param for _, param in named], fused=True),
-    "SlimAdam (plan=None)": lambda named: SlimAdam(named, plan=None),
-    "SlimAdam (rules)": lambda named: SlimAdam(named, plan="rules"),
-    "SlimAdam (factored)": lambda named: SlimAdam(named, plan="factored"),
-}
-BARS = {"SlimAdam (rules)": 0.30}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PICTURES = Path(__file__).parent.parent / "docs"
+# On a CPU, GPT-2's shapes in float32: relative to which row of torch's, at most what.
+BARS = {"SlimAdam (rules)": (DEFAULT, 0.30), "SlimAdam (rules, fused=True)": (FUSED, 0.80)}
 
 
-def measure(shapes: Shapes, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each step of each optimizer, taken in turn."""
-    grads = {name: torch.randn(shape) * 1e-3 for name, shape in shapes.items()}
-    optimizers = {}
-    for label, make in OPTIMIZERS.items():
-        named = [(name, torch.randn(shape).mul_(0.02).requires_grad_()) for name, shape in shapes.items()]
-        for name, param in named:
-            param.grad = grads[name]
-        optimizers[label] = make(named)
-    times: dict[str, list[float]] = {label: [] for label in optimizers}
-    for turn in range(rounds + 2):
-        for label, optimizer in optimizers.items():
-            start = time.perf_counter()
-            optimizer.step()
-            if turn >= 2:
-                times[label].append(1e3 * (time.perf_counter() - start))
-    return times
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a table, write JSON and a picture; 1 if a bar is missed or one of ours is wrong."""
+    options = _parser().parse_args(arguments)
+    blocked.BLOCK_ELEMENTS = options.block
+    shapes = MODELS[options.model]()
+    found = compare(shapes, _chosen(options), options.device, DTYPES[options.dtype], options.rounds)
+    title = f"{options.model}, {options.dtype}, {elements(shapes):,} parameters, {options.device}"
+    figures: dict[str, Any] = {
+        "model": options.model,
+        "device": options.device,
+        "dtype": options.dtype,
+        "elements": elements(shapes),
+        "rounds": options.rounds,
+        "block": options.block,
+        **vars(found),
+        "ratios": ratios_to_default(found.rows),
+    }
+    usual = (options.model, options.device, options.dtype) == ("gpt2-small", "cpu", "float32")
+    name = "throughput" if usual else f"throughput_{options.model}_{options.device}_{options.dtype}"
+    missed = _missed(found) if usual else []
+    print(f"{title}, {torch.get_num_threads()} threads, medians of {options.rounds} steps")
+    print("\n".join([*table(found), *missed]))
+    print("written:", machine.write(name, figures, options.out))
+    pictures = PICTURES if usual and options.out == machine.RESULTS else options.out
+    print("drawn:", draw(found.rows, title, pictures / f"{name}.png"))
+    return 1 if missed or found.refused else 0
 
 
-def main() -> None:
-    """Measure, print a table, write ``results/throughput.json``; exit 1 if a bar is missed."""
+def table(found: Comparison) -> list[str]:
+    """A line for each row, and the reasons of those that have none."""
+    heads = ["ms", "of fused", "GB/s", "of copy", "state B/p", "allocated", "peak", "launches", "host ms"]
+    keys = {
+        "milliseconds": ".2f",
+        "ratio": ".3f",
+        "gigabytes_per_second": ".1f",
+        "share_of_copy_bandwidth": ".0%",
+        "state_bytes_per_parameter": ".3f",
+        "allocated_bytes_per_parameter": ".3f",
+        "peak_bytes_per_parameter": ".3f",
+        "launches": "d",
+        "host_milliseconds": ".2f",
+    }
+    lines = [" " * 40 + "".join(f"{head:>11s}" for head in heads)]
+    for label, row in found.rows.items():
+        cells = (format(row[key], style) if key in row else "" for key, style in keys.items())
+        lines.append(f"{label:40s}" + "".join(f"{cell:>11s}" for cell in cells))
+    lines += [f"left out: {label}: {reason}" for label, reason in found.left_out.items()]
+    return lines + [f"REFUSED: {label}: {reason}" for label, reason in found.refused.items()]
+
+
+def _missed(found: Comparison) -> list[str]:
+    missed = []
+    for label, (baseline, bar) in BARS.items():
+        if label not in found.rows or baseline not in found.rows:
+            missed.append(f"FAIL {label}: not measured; bar {bar:.2f} of {baseline}")
+            continue
+        ratio = found.rows[label]["ratio"] / found.rows[baseline]["ratio"]
+        if ratio > bar:
+            missed.append(f"FAIL {label}: {ratio:.3f} of {baseline}, bar {bar:.2f}")
+    return missed
+
+
+def _chosen(options: argparse.Namespace) -> list[Contender]:
+    every = [*torch_own(), *ours(), *(PEERS[name] for name in options.peers)]
+    return [one for one in every if one.label == FUSED or any(fnmatch(one.label, pattern) for pattern in options.only)]
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="gpt2-small")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each optimizer")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="other projects' optimizers")
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of labels; fused AdamW is always measured")
     parser.add_argument("--block", type=int, default=blocked.BLOCK_ELEMENTS, help="elements in a cache block")
-    arguments = parser.parse_args()
-    error = worst_error()
-    if error > 2e-5:
-        raise SystemExit(f"not timing a wrong step: it is off by {error:.1e} from float64")
-    blocked.BLOCK_ELEMENTS = arguments.block
-    shapes = MODELS[arguments.model]()
-    medians = {label: statistics.median(times) for label, times in measure(shapes, arguments.rounds).items()}
-    ratios = {label: value / medians[BASELINE] for label, value in medians.items()}
-    print(f"{arguments.model}, {torch.get_num_threads()} threads, medians of {arguments.rounds} steps")
-    for label, value in medians.items():
-        bar = f"   bar {BARS[label]}" if label in BARS else ""
-        print(f"{label:24s} {value:9.1f} ms   {ratios[label]:6.3f} of {BASELINE}{bar}")
-    figures = {"model": arguments.model, "block": arguments.block, "milliseconds": medians, "ratios": ratios}
-    print("written:", machine.write("throughput", figures))
-    if any(ratios[label] > bar for label, bar in BARS.items()):
-        raise SystemExit(1)
+    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,0 +1,126 @@
+"""The optimizers that are compared, ours and others', each built for the parameters of one module."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from slimadam import SlimAdam
+
+DEFAULT = "AdamW (default)"
+FUSED = "AdamW (fused)"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer in the comparison.
+
+    Attributes:
+        label: What it is called in tables.
+        make: Builds it for a module's parameters.
+        package: The distribution that it comes from.
+        compiled: Whether its step is run through ``torch.compile``.
+        settings: SlimAdam's plan and options; None for others' optimizers.
+    """
+
+    label: str
+    make: Callable[[nn.Module], Optimizer]
+    package: str = "torch"
+    compiled: bool = False
+    settings: Mapping[str, Any] | None = None
+
+    def missing(self) -> str | None:
+        """Why it cannot be built here, or None."""
+        try:
+            metadata.version(self.package)
+        except metadata.PackageNotFoundError:
+            return f"{self.package} is not installed; pip install 'slimadam[bench]'"
+        return None
+
+    def step_of(self, optimizer: Optimizer) -> Callable[[], Any]:
+        """What is timed."""
+        return torch.compile(optimizer.step) if self.compiled else optimizer.step
+
+
+def slimadam(label: str, settings: Mapping[str, Any]) -> Contender:
+    """SlimAdam with a plan and options."""
+    return Contender(f"SlimAdam ({label})", lambda model: SlimAdam(model, **settings), "slimadam", settings=settings)
+
+
+def ours() -> list[Contender]:
+    """SlimAdam's plans, each as it comes and with ``fused=True``, and the paper's rules with smaller first moments."""
+    plans: dict[str, dict[str, Any]] = {
+        "plan=None": {"plan": None},
+        "rules": {"plan": "rules"},
+        "factored": {"plan": "factored"},
+        "rules, bfloat16 momentum": {"plan": "rules", "momentum_dtype": torch.bfloat16},
+        "rules, int8 momentum": {"plan": "rules", "momentum_dtype": "int8"},
+    }
+    found = []
+    for label, settings in plans.items():
+        found.append(slimadam(label, settings))
+        found.append(slimadam(f"{label}, fused=True", {**settings, "fused": True}))
+    return found
+
+
+def torch_own() -> list[Contender]:
+    """What PyTorch ships, compiled AdamW last because compiling takes longest."""
+    return [
+        Contender(DEFAULT, lambda model: torch.optim.AdamW(model.parameters())),
+        Contender("AdamW (foreach)", lambda model: torch.optim.AdamW(model.parameters(), foreach=True)),
+        Contender(FUSED, lambda model: torch.optim.AdamW(model.parameters(), fused=True)),
+        Contender("Adafactor (torch)", lambda model: torch.optim.Adafactor(model.parameters())),
+        Contender("AdamW (compiled)", lambda model: torch.optim.AdamW(model.parameters()), compiled=True),
+    ]
+
+
+PEERS: dict[str, Contender] = {
+    "torchao-8bit": Contender(
+        "torchao AdamW8bit", lambda model: _class("torchao.optim", "AdamW8bit")(_params(model)), "torchao"
+    ),
+    "torchao-4bit": Contender(
+        "torchao AdamW4bit", lambda model: _class("torchao.optim", "AdamW4bit")(_params(model)), "torchao"
+    ),
+    "bitsandbytes": Contender(
+        "bitsandbytes AdamW8bit",
+        lambda model: _class("bitsandbytes.optim", "AdamW8bit")(_params(model)),
+        "bitsandbytes",
+    ),
+    "adam-mini": Contender("Adam-mini", lambda model: _adam_mini(model), "adam-mini"),
+    "flashoptim": Contender("FlashOptim FlashAdamW", lambda model: _flash_adamw(model), "flashoptim"),
+    "gefen": Contender("Gefen", lambda model: _class("gefen", "Gefen")(list(model.named_parameters())), "gefen"),
+    "optimi": Contender(
+        "optimi AdamW", lambda model: _class("optimi", "AdamW")(_params(model), lr=1e-3), "torch-optimi"
+    ),
+}
+
+
+def _class(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def _params(model: nn.Module) -> list[Tensor]:
+    return list(model.parameters())
+
+
+def _adam_mini(model: nn.Module) -> Optimizer:
+    """It wants to know the width and the number of heads; all models here have heads of 64."""
+    width = next(param.shape[-1] for param in model.parameters() if param.dim() == 2)
+    made: Optimizer = _class("adam_mini", "Adam_mini")(
+        list(model.named_parameters()), dim=width, n_heads=max(1, width // 64), weight_decay=0.01, verbose=False
+    )
+    return made
+
+
+def _flash_adamw(model: nn.Module) -> Optimizer:
+    """Its default, 24-bit weights, means something for 16-bit parameters only."""
+    bits = None if next(model.parameters()).dtype == torch.float32 else 24
+    made: Optimizer = _class("flashoptim", "FlashAdamW")(_params(model), master_weight_bits=bits)
+    return made

@@ -1,0 +1,119 @@
+"""Milliseconds, launches and bytes of an optimizer's step, on a CPU or on CUDA."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+COPIED_BYTES = 1 << 28
+_WITHOUT_TENSORS = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size, type)
+_CODE = (ModuleType, FunctionType, MethodType, BuiltinFunctionType)
+
+
+class Lap(NamedTuple):
+    """One run of a step, in milliseconds.
+
+    Attributes:
+        total: Until the work is done.
+        host: Until the call returned; the same on a CPU.
+    """
+
+    total: float
+    host: float
+
+
+def lap(step: Callable[[], Any], device: str) -> Lap:
+    """Time one call; on CUDA by events, nothing else running."""
+    if not is_cuda(device):
+        start = time.perf_counter()
+        step()
+        took = 1e3 * (time.perf_counter() - start)
+        return Lap(took, took)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize(device)
+    begin.record()
+    start = time.perf_counter()
+    step()
+    host = 1e3 * (time.perf_counter() - start)
+    end.record()
+    torch.cuda.synchronize(device)
+    return Lap(begin.elapsed_time(end), host)
+
+
+def copier(device: str) -> tuple[Callable[[], Any], int]:
+    """A copy that is too large for any cache, to measure bandwidth with, and the bytes that it reads and writes.
+
+    On a CPU it adds to its target: a plain copy there also reads what it overwrites, which an update in place needs
+    anyway.
+    """
+    source, target = (torch.zeros(COPIED_BYTES // 4, device=device) for _ in range(2))
+    if is_cuda(device):
+        return lambda: target.copy_(source), 2 * COPIED_BYTES
+    return lambda: target.add_(source), 3 * COPIED_BYTES
+
+
+def launches(step: Callable[[], Any]) -> int:
+    """Kernels that one step launches on CUDA, counted by the profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return sum(event.get("cat") == "kernel" for event in events)
+
+
+def tensor_bytes(values: Any) -> int:
+    """Bytes of all memory that tensors in a nested structure hold; memory that several share counts once."""
+    return sum(storage.nbytes() for storage in _storages(values).values())
+
+
+def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
+    found: dict[int, torch.UntypedStorage] = {}
+    for tensor in _tensors(values, {}):
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            found[storage.data_ptr()] = storage
+    return found
+
+
+def _tensors(values: Any, seen: dict[int, Any]) -> Iterable[Tensor]:
+    """The plain tensors in mappings, sequences, tensor subclasses and other objects' attributes."""
+    if isinstance(values, _WITHOUT_TENSORS + _CODE) or id(values) in seen:
+        return
+    seen[id(values)] = values  # an id is only a key while its object lives
+    if isinstance(values, Tensor) and hasattr(values, "__tensor_flatten__"):
+        names, _ = values.__tensor_flatten__()
+        for name in names:
+            yield from _tensors(getattr(values, name), seen)
+    elif isinstance(values, Tensor):
+        yield values
+    else:
+        inner = values.values() if isinstance(values, Mapping) else values
+        inner = inner if isinstance(inner, Iterable) else list(getattr(values, "__dict__", {}).values())
+        for value in inner:
+            yield from _tensors(value, seen)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that can still be had."""
+    if is_cuda(device):
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def is_cuda(device: str) -> bool:
+    """Whether a device is CUDA's."""
+    return torch.device(device).type == "cuda"

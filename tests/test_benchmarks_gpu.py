@@ -1,0 +1,243 @@
+"""The GPU run on a CPU with tiny sizes, and that what it relies on can tell right from wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import comparison, gpu, machine, memory, stopwatch, throughput
+from benchmarks.contenders import ours, torch_own
+from benchmarks.exactness import WrongStepError
+from benchmarks.formula import Hyperparameters, follow
+from benchmarks.gpu_checks import CHECKS, NotOnThisDeviceError
+from benchmarks.gpu_page import page
+from benchmarks.gpu_stages import RULES, STAGES, NotApplicable, Settings, Stage, speed_bars
+from benchmarks.gpu_training import GPT2, TrainingSettings
+from benchmarks.workloads.shapes import gpt2_small, tiny
+from slimadam import Rule, SlimAdam
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = Settings("cpu", quick=True)
+
+
+def test_a_quick_run_writes_results_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    assert (code, capsys.readouterr().out.splitlines()[-1]) == (0, "everything passed")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["stages"]) == list(STAGES)
+    rows = results["stages"]["throughput"]["tiny, float32"]["rows"]
+    assert rows["AdamW (fused)"]["moved_bytes_per_parameter"] == pytest.approx(28, abs=0.01)
+    losses = {label: item["losses"] for label, item in results["stages"]["training"].items()}
+    assert losses["SlimAdam (auto)"][:3] == pytest.approx(losses["AdamW (fused)"][:3], rel=1e-4)
+    page = (tmp_path / "results.md").read_text()
+    assert "Everything passed." in page
+    assert all(f"## {name.capitalize()}" in page for name in STAGES)
+
+
+def _cuda_row(**figures: float) -> dict[str, Any]:
+    usual = {"milliseconds": 10.0, "ratio": 0.7, "gigabytes_per_second": 3000.0, "share_of_copy_bandwidth": 0.95}
+    usual |= {"state_bytes_per_parameter": 4.0, "peak_bytes_per_parameter": 4.1}
+    return {**usual, "host_milliseconds": 0.5, "launches": 4, **figures}
+
+
+@pytest.mark.parametrize(
+    ("figures", "missed"),
+    [
+        ({}, []),
+        ({"ratio": 0.76}, ["time of AdamW fused: 0.760, bar <= 0.75"]),
+        ({"launches": 7}, ["launches a step: 7, bar <= 6"]),
+        ({"host_milliseconds": 1.5}, ["host milliseconds: 1.500, bar < 1.000, AdamW fused"]),
+        ({"share_of_copy_bandwidth": 0.89}, ["copy bandwidth: 0.890, bar >= 0.9"]),
+    ],
+)
+def test_figures_from_a_gpu_are_held_against_the_bars_and_shown(figures: dict[str, float], missed: list[str]) -> None:
+    rows = {"AdamW (fused)": _cuda_row(ratio=1.0, host_milliseconds=1.0), RULES: _cuda_row(**figures)}
+    item = {"rows": rows, "elements": 1_235_814_400, "left_out": {"optimi AdamW": "not installed"}}
+    items = {"llama-1b, float32": {**item, "bars": speed_bars(rows, "llama-1b", "float32")}}
+    lines = gpu.failures({"throughput": items})
+    assert lines == [f"throughput: llama-1b, float32: {line}" for line in missed]
+    run = {"machine": machine.describe(), "device": "cuda", "quick": False, "seconds": 400, "missed": lines}
+    text = page(run, {"throughput": items, "training": {"SlimAdam (auto)": {"failed": "RuntimeError: broken"}}})
+    assert text.count("- FAIL: ") == len(missed)
+    assert "- left out: optimi AdamW: not installed" in text
+    assert "SlimAdam (auto) FAILED:" in text
+
+
+def test_without_cuda_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert "finds no CUDA device; use --device cpu" in capsys.readouterr().err
+
+
+def test_the_repository_alone_is_enough(tmp_path: Path) -> None:
+    for folder in ("benchmarks", "slimadam", "kernels"):
+        left_out = shutil.ignore_patterns("kernels", "results", "__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=left_out)
+    # Without site, nothing that an editable installation has set up is there.
+    path = [str(tmp_path), *(entry for entry in sys.path if entry.endswith("site-packages"))]
+    program = "import benchmarks.gpu, slimadam.kernels.blocked as blocked; print(blocked.__file__)"
+    command = [sys.executable, "-S", "-c", program]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == str(tmp_path / "kernels" / "blocked.py")
+
+
+def _broken() -> dict[str, Any]:
+    raise ValueError("broken on purpose")
+
+
+def _not_applicable() -> dict[str, Any]:
+    raise NotApplicable("not on this device")
+
+
+def test_what_fails_or_is_late_is_recorded_and_the_rest_kept(tmp_path: Path) -> None:
+    bar = {"name": "speed", "value": 0.9, "limit": "<= 0.75", "passed": False}
+    items = {"wrong": _broken, "absent": _not_applicable, "slow": lambda: {"bars": [bar]}}
+    found = gpu.run_stage("checks", Stage(60, lambda settings, deadline: items), QUICK, tmp_path)
+    assert json.loads((tmp_path / "checks.json").read_text())["items"] == found
+    assert found["absent"]["not_applicable"] == "not on this device"
+    assert gpu.failures({"checks": found}) == [
+        "checks: wrong: ValueError: broken on purpose",
+        "checks: slow: speed: 0.900, bar <= 0.75",
+    ]
+    late = gpu.run_stage("checks", Stage(-1, lambda settings, deadline: items), QUICK, tmp_path)
+    assert len(gpu.failures({"checks": late})) == 3
+
+
+def test_a_stage_in_its_own_process_is_read_back_and_ended_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = gpu.run_isolated("training", STAGES["training"], QUICK, tmp_path)
+    assert [item["settings"]["steps"] for item in found.values()] == [12, 12, 12]
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.0)
+    ended = gpu.run_isolated("training", Stage(0.1, STAGES["training"].items), QUICK, tmp_path)
+    assert ended == {"training": {"failed": "the stage wrote nothing; its process was ended after 0 s"}}
+
+
+@pytest.mark.parametrize("name", CHECKS.keys() - {"whole_models", "grad_scaler", "as_adamw"})
+def test_checks_pass_on_a_cpu(name: str) -> None:
+    try:
+        report = CHECKS[name]("cpu")
+    except (NotOnThisDeviceError, NotImplementedError) as reason:
+        pytest.skip(str(reason))
+    assert 0 < report.worst <= 1
+
+
+WRONG = {"betas": (0.8, 0.96), "weight_decay": 0.11, "eps": 2e-3, "lr": 3.002e-3, "maximize": True}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_step_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = SlimAdam.__init__
+
+    def wrong(self: SlimAdam, *args: Any, **options: Any) -> None:
+        right(self, *args, **{**options, name: WRONG[name]})
+
+    monkeypatch.setattr(SlimAdam, "__init__", wrong)
+    with pytest.raises(WrongStepError, match="times what rounding explains"):
+        CHECKS["forms"]("cpu")
+
+
+def test_int8_first_moments_round_to_the_nearest_code_or_down_without_gradient() -> None:
+    # With beta1 = 0.5 the second step's first moment is half of what was stored plus half of the gradient, here 0.
+    hyper = Hyperparameters(lr=1.0, betas=(0.5, 0.0), eps=1.0, weight_decay=0.0)
+    grads = [torch.tensor([2.0, 0.3, 0.0]), torch.zeros(3)]
+    exact = [1.0, 0.15, 0.0]
+    # Codes of 1, 0.15 and 0 with scale 1: 127, round(127 sqrt(0.15)) = 49, 0.
+    stored = [1.0, (49 / 127) ** 2, 0.0]
+    first = [-2 * moment / (grad + 1) for moment, grad in zip(exact, [2.0, 0.3, 0.0], strict=True)]
+    expected = [update - moment * 0.5 / 0.75 for update, moment in zip(first, stored, strict=True)]
+    followed = follow(torch.zeros(3), grads, [Rule()], hyper, "int8").param
+    torch.testing.assert_close(followed, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
+    # Without gradient codes are rounded down: 127 sqrt(1/2) = 89.8 becomes 89 relative to a scale of 1.
+    decaying = [torch.tensor([2.0, 2.0]), torch.tensor([1.0, 0.0]), torch.zeros(2)]
+    followed = follow(torch.zeros(2), decaying, [Rule()], hyper, "int8").param[1]
+    updates = [2.0 / 3.0, 0.5 / 0.75, (89 / 127) ** 2 * 0.5 / 0.875]
+    assert followed.item() == pytest.approx(-sum(updates), rel=1e-7)
+
+
+def test_bytes_of_shared_and_nested_tensors_count_once() -> None:
+    weight = torch.zeros(10)
+    nested = {"a": [weight, weight[:5]], "b": (torch.zeros(3, dtype=torch.int8), None), "c": {"d": "text", "e": 1}}
+    assert stopwatch.tensor_bytes(nested) == 43
+
+
+def test_the_trained_model_has_the_shapes_of_gpt2() -> None:
+    with torch.device("meta"):
+        model = GPT2(TrainingSettings())
+    assert {name: tuple(param.shape) for name, param in model.named_parameters()} == gpt2_small()
+
+
+def test_throughput_lists_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "tiny", "--rounds", "1", "--only", "AdamW (default)", "SlimAdam (rules)", "*Flash*"]
+    assert throughput.main([*arguments, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: FlashOptim FlashAdamW: " in printed
+    figures = json.loads((tmp_path / "throughput_tiny_cpu_float32.json").read_text())
+    assert set(figures["ratios"]) == {"AdamW (default)", "AdamW (fused)", "SlimAdam (rules)"}
+    assert figures["ratios"]["AdamW (default)"] == 1
+    assert (tmp_path / "throughput_tiny_cpu_float32.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("room_for", "sets", "left_out"), [(9, 1, 0), (1, 3, 0), (0, 3, 3)])
+def test_where_memory_is_short_contenders_are_timed_in_several_sets(
+    room_for: int, sets: int, left_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [one for one in torch_own() if not one.compiled]
+    in_set = 0
+    timed = comparison._time
+
+    def fits(*_: Any) -> bool:
+        nonlocal in_set
+        in_set += 1
+        return in_set <= room_for
+
+    def time_and_begin_anew(*arguments: Any) -> None:
+        nonlocal in_set
+        in_set = 0
+        timed(*arguments)
+
+    monkeypatch.setattr(comparison._Bench, "fits", fits)
+    monkeypatch.setattr(comparison, "_time", time_and_begin_anew)
+    found = comparison.compare(tiny(), chosen, rounds=2)
+    assert (found.batches, len(found.left_out)) == (sets, left_out)
+    assert len(found.rows) == len(chosen) - left_out
+    assert all(len(row["laps"]) == 2 for row in found.rows.values())
+
+
+def test_a_wrong_optimizer_gets_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (rules,) = (one for one in ours() if one.label == "SlimAdam (rules)")
+    right = SlimAdam.__init__
+
+    def wrong(self: SlimAdam, *args: Any, **options: Any) -> None:
+        right(self, *args, **{**options, "weight_decay": 0.2})
+
+    monkeypatch.setattr(SlimAdam, "__init__", wrong)
+    assert throughput.main(["--model", "tiny", "--rounds", "1", "--only", rules.label, "--out", str(tmp_path)]) == 1
+    figures = json.loads((tmp_path / "throughput_tiny_cpu_float32.json").read_text())
+    assert list(figures["rows"]) == ["AdamW (fused)"]
+    assert "times what rounding explains" in figures["refused"][rules.label]
+
+
+def test_memory_is_what_shapes_say(tmp_path: Path) -> None:
+    assert memory.main(["--models", "tiny", "--peers", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "memory.json").read_text())["models"]["tiny"]["rows"]
+    by_label = {(row["recipe"], row["optimizer"], row["in_backward"]): row for row in rows}
+    adamw = by_label["float32", "AdamW", False]
+    assert adamw["held"] == adamw["computed"] == pytest.approx(16, abs=0.01)
+    # The table of 384 tokens is the largest of 27,104 parameters: its gradient is what is alive at once.
+    largest = 4 * 384 * 32 / 27104
+    freed = by_label["float32", "AdamW", True]
+    assert freed["peak"] - freed["held"] == pytest.approx(largest)
+    assert freed["held"] == pytest.approx(adamw["held"] - 4)
+    assert by_label["pure bfloat16", "SlimAdam (rules)", False]["held"] < 6.3
