@@ -19,10 +19,12 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 import triton
 import triton.language as tl
 from slimadam.kernels import triton_kernels as kernels
-from slimadam.kernels.triton_update import FINISHED_AT_ONCE, SETTINGS, STEPS_AT_ONCE, SUMS
+from slimadam.kernels.triton_update import FINISHED_AT_ONCE, MOST_REGISTERS, SETTINGS, STEPS_AT_ONCE, SUMS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -166,7 +168,7 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
         attrs=pointers,
     )
     made = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.num_warps}
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.num_warps, "maxnreg": MOST_REGISTERS}
     )
     resources = _resources(made.asm["cubin"])
     wide = [len(re.findall(rf"{what}\.global[\w.:]*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", made.asm["ptx"])) for what in ("ld", "st")]

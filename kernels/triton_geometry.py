@@ -92,7 +92,9 @@ def geometry(param: Tensor, averaged_dims: Sequence[Dims], codes: bool = False) 
         return Geometry("spread", pre, red, post, pitch, red * post, post, True, True)
     if not any(averaged_dims):
         return Geometry("full", pre, red, post, pitch, red * post, post, False, False)
-    if post == 1 and red > 1:
+    if red == 1 and pitch == post:
+        return Geometry("full", 1, 1, pre * post, pre * post, pre * post, pre * post, False, False)
+    if post == 1:
         return _rows(pre, red, pitch if pitch != post else red, codes)
     strips = pre * -(-post // STRIP)
     if codes or (strips < FEW and red > LONGEST_STRIP):
@@ -105,12 +107,6 @@ def _rows(pre: int, red: int, pitch: int, codes: bool) -> Geometry | None:
     if shared_out or (codes and red % MOMENTUM_BLOCK):
         return Geometry("spread", pre, -(-red // RUN), RUN, RUN, red, red, True, False)
     return Geometry("rows", pre, red, 1, pitch, red, red, True, False)
-
-
-def lies_in_order(param: Tensor, moments: Sequence[Tensor]) -> bool:
-    """Whether second moments lie in memory in the order in which a dense parameter does."""
-    found = layout(param, ())
-    return found is None or all(moment.permute(found.order).is_contiguous() for moment in moments)
 
 
 def _three_dimensional(param: Tensor, dims: Sequence[Dims]) -> tuple[int, int, int, int] | None:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from slimadam.kernels import triton_kernels as kernels
+from slimadam.kernels.layout import layout
 from slimadam.kernels.triton_geometry import STRIP, Geometry, Kind, geometry
 from torch import Tensor
 
-from slimadam.functional import Entry, Hyperparameters, Scalar
+from slimadam.functional import Dims, Entry, Hyperparameters, Scalar
 
 _DTYPES = {
     torch.float64: tl.float64,
@@ -23,6 +24,25 @@ _DTYPES = {
 }
 DTYPES = frozenset(_DTYPES) - {torch.int8}
 """Precisions of parameters and gradients."""
+
+
+def takes(param: Tensor, averaged_dims: Sequence[Dims], codes: bool) -> bool:
+    """Whether the kernels take a parameter.
+
+    Args:
+        param: The parameter, or a part of one.
+        averaged_dims: For each of its second moments, the dimensions it is averaged over.
+        codes: Whether its first moment is kept as 8-bit codes.
+    """
+    return param.dtype in DTYPES and geometry(param, averaged_dims, codes) is not None
+
+
+def lies_beside(entry: Entry) -> bool:
+    """Whether the step count and the second moments lie where the kernels look for them."""
+    found = layout(entry.param, ())
+    moments = [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
+    in_order = found is None or all(moment.permute(found.order).is_contiguous() for moment in moments)
+    return in_order and entry.step.device == entry.param.device
 
 
 class Settings(NamedTuple):
@@ -51,6 +71,8 @@ SETTINGS: dict[tuple[Kind, int], Settings] = {
 """By kernel and width of a tile."""
 SUMS = Settings(64, 128, 8)
 """Of the launches that sum for ``"spread"``; there ``columns`` must be a multiple of how a long run is folded."""
+MOST_REGISTERS = 255
+"""Allowed a thread: left to itself, ptxas spills a few to fit more threads in."""
 FINISHED_AT_ONCE = 1024
 """Second moments, or numbers of a slice, that a program of the finishing kernels works on at a time."""
 
@@ -110,7 +132,7 @@ class TritonStep:
     def __init__(self, entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         self._flags = _flags(hyper)
         self._addresses = _addresses(entries)
-        members = [Member(index, entry, _geometry(entry)) for index, entry in enumerate(map(_real, entries))]
+        members = [Member(index, entry, _geometry(entry)) for index, entry in enumerate(entries)]
         device = entries[0].param.device
         self.step_dtype = _DTYPES[entries[0].step.dtype]
         places = {address: index for index, address in enumerate(dict.fromkeys(self._addresses["step"]))}
@@ -195,6 +217,7 @@ class _Launch:
             "ALIGNED": key.aligned,
             "LINES": settings.lines,
             "num_warps": settings.num_warps,
+            "maxnreg": MOST_REGISTERS,
         }
         if key.kind in ("full", "spread"):
             options["PITCHED"] = key.pitched
@@ -217,7 +240,7 @@ class _Launch:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        shared = {"COMPUTE": self.compute, "num_warps": SUMS.num_warps}
+        shared = {"COMPUTE": self.compute, "num_warps": SUMS.num_warps, "maxnreg": MOST_REGISTERS}
         tile = {"LINES": SUMS.lines, "COLUMNS": SUMS.columns}
         if len(self.summing):
             kernels.sum_squares[(len(self.summing),)](
@@ -274,16 +297,6 @@ def _pinned(values: Tensor, device: torch.device) -> Tensor:
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
     return _pinned(values, device).to(device, non_blocking=True, copy=True)
-
-
-def _real(entry: Entry) -> Entry:
-    if not entry.param.is_complex():
-        return entry
-    param, grad, exp_avg = map(torch.view_as_real, (entry.param, entry.grad, entry.exp_avg))
-    second, largest = (
-        [torch.view_as_real(part) for part in parts] for parts in (entry.exp_avg_sq, entry.max_exp_avg_sq)
-    )
-    return entry._replace(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=second, max_exp_avg_sq=largest)
 
 
 def _geometry(entry: Entry) -> Geometry:

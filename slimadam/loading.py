@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimadam import momentum
 from slimadam import state as state_format
+from slimadam.backends import steps_on_device
 from slimadam.entries import decoded, encode, initial_first_moment, momentum_dtype
 from slimadam.functional import second_moment_dtype
 from slimadam.options import check_group
@@ -76,7 +77,7 @@ def loaded_state(
         raise ValueError(f"{name!r}: amsgrad=True, but the state dict has no max_exp_avg_sq; set amsgrad=False")
     state_format.check_tensors(name, saved, param)
     _check_first_moment(name, saved, param)
-    device = param.device if group["capturable"] else torch.device("cpu")
+    device = param.device if steps_on_device(param, group) else torch.device("cpu")
     loaded["step"] = torch.as_tensor(saved["step"], dtype=state_format.step_dtype()).to(device, copy=True)
     loaded.update(_first_moment(param, group, saved))
     for key in state_format.SECOND_MOMENTS:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import slimadam.optimizer
+import slimadam.stepping
 from slimadam import AutoPlan, CompressionPlan, Parts, Rule, SlimAdam, convert_state_dict, momentum
 from slimadam.functional import Entry, Hyperparameters, reference_update
 from tests.reference import Array, gradients, train
@@ -589,8 +589,8 @@ def test_an_implementation_that_takes_codes_gets_whole_blocks_of_parts(monkeypat
                         seen += entries
                         (_takes_codes if native else reference_update)(entries, hyper)
 
-                    patch.setattr(slimadam.optimizer, "TAKES_CODES", frozenset({"reference"}))
-                    patch.setitem(slimadam.optimizer.UPDATES, "reference", update)
+                    patch.setattr(slimadam.stepping, "TAKES_CODES", frozenset({"reference"}))
+                    patch.setitem(slimadam.stepping.UPDATES, "reference", update)
                 _run(model, optimizer, range(3))
             assert all((entry.exp_avg.dtype == torch.int8) == native for entry in seen)
             assert bool(seen) == replaced
