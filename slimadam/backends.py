@@ -10,14 +10,16 @@ from torch import Tensor
 
 from slimadam.foreach import foreach_update
 from slimadam.functional import Dims, Entry, Hyperparameters, reference_update
+from slimadam.kernels import compiled
 from slimadam.kernels.blocked import blocked_update, layouts
 
-Backend = Literal["reference", "foreach", "blocked"]
+Backend = Literal["reference", "foreach", "blocked", "compiled"]
 
 UPDATES: Mapping[Backend, Callable[[Sequence[Entry], Hyperparameters], None]] = {
     "reference": reference_update,
     "foreach": foreach_update,
     "blocked": blocked_update,
+    "compiled": compiled.compiled_update,
 }
 
 _BLOCKED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -30,7 +32,8 @@ def choose_backend(
 
     ``foreach=False``, ``fused=False``, ``differentiable``, ``capturable`` on a CPU, tracing and complex
     parameters take the readable reference. ``foreach=True``, and real parameters on accelerators by default,
-    take lists of tensors at once. On a CPU the default is blocks that stay in cache.
+    take lists of tensors at once. On a CPU the default is blocks that stay in cache, and ``fused=True`` one compiled
+    pass where a compiler is found.
 
     Args:
         param: The parameter.
@@ -49,6 +52,8 @@ def choose_backend(
         return "foreach" if listable else "reference"
     if group["capturable"] or param.dtype not in _BLOCKED_DTYPES:
         return "reference"
+    if group["fused"] and compiled.takes(param, exp_avg_dtype, averaged_dims):
+        return "compiled"
     return "blocked" if layouts(param, averaged_dims) is not None else "reference"
 
 

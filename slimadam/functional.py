@@ -43,12 +43,13 @@ class Entry(NamedTuple):
     Attributes:
         param: The parameter.
         grad: Its gradient, of the same shape.
-        exp_avg: First moment, of the same shape.
+        exp_avg: First moment, of the same shape; codes where ``exp_avg_scale`` is a tensor.
         exp_avg_sq: Second moment: one tensor (full, or size 1 in the averaged dimensions) or two (factored).
         max_exp_avg_sq: With amsgrad the running maxima, shaped as ``exp_avg_sq``; else empty.
         step: Steps taken, this one included, 0-dimensional.
         averaged_dims: For each tensor in ``exp_avg_sq`` the dimensions it is averaged over.
         seed: Seed of this step's stochastic rounding.
+        exp_avg_scale: None, or the scales of an 8-bit first moment, one for each block of 256 elements.
     """
 
     param: Tensor
@@ -59,6 +60,7 @@ class Entry(NamedTuple):
     step: Tensor
     averaged_dims: Sequence[Dims]
     seed: int = 0
+    exp_avg_scale: Tensor | None = None
 
 
 def slim_adamw(
@@ -113,7 +115,7 @@ def slim_adamw(
 def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     """Update each parameter in place, one after the other. Step counts have been advanced before."""
     for entry in entries:
-        param, grad, exp_avg, parts, maxima, step, dims, seed = entry
+        param, grad, exp_avg, parts, maxima, step, dims, seed, _ = entry
         grad = -grad if hyper.maximize else grad
         if param.is_complex():
             param, grad, exp_avg = map(torch.view_as_real, (param, grad, exp_avg))
