@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimadam.foreach import foreach_update
 from slimadam.functional import Dims, Entry, Hyperparameters, reference_update
+from slimadam.kernels import compiled
 from slimadam.kernels.blocked import blocked_update, layouts
 
 if TYPE_CHECKING:
@@ -21,15 +22,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("slimadam")
 
-Backend = Literal["reference", "foreach", "blocked", "triton"]
+Backend = Literal["reference", "foreach", "blocked", "compiled", "triton"]
 
 UPDATES: Mapping[Backend, Callable[[Sequence[Entry], Hyperparameters], None]] = {
     "reference": reference_update,
     "foreach": foreach_update,
     "blocked": blocked_update,
+    "compiled": compiled.compiled_update,
 }
 
-TAKES_CODES: frozenset[Backend] = frozenset({"triton"})
+TAKES_CODES: frozenset[Backend] = frozenset({"compiled", "triton"})
 """Implementations that read and write int8 first moments themselves; the others get them decoded."""
 
 _BLOCKED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -43,7 +45,7 @@ def choose_backend(
     ``foreach=False``, ``fused=False``, ``differentiable``, ``capturable`` on a CPU, tracing and complex
     parameters take the readable reference. ``foreach=True`` takes lists of tensors at once, and so do accelerators
     where Triton is not installed or averages are over dimensions that are not adjacent. The default on CUDA are Triton
-    kernels, on a CPU blocks that stay in cache.
+    kernels, on a CPU blocks that stay in cache; there ``fused=True`` is one compiled pass, where a compiler is found.
 
     Args:
         param: The parameter.
@@ -64,6 +66,8 @@ def choose_backend(
         return "foreach" if listable else "reference"
     if group["capturable"] or param.dtype not in _BLOCKED_DTYPES:
         return "reference"
+    if group["fused"] and compiled.takes(param, exp_avg_dtype, averaged_dims):
+        return "compiled"
     return "blocked" if layouts(param, averaged_dims) is not None else "reference"
 
 

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from typing import Any, overload
 
 import torch
@@ -96,8 +95,10 @@ class SlimAdam(Optimizer):
         foreach: True: lists of tensors at once. False: one at a time, by the readable reference.
         capturable: Keep step counts on the device.
         differentiable: Let autograd follow the step.
-        fused: False: never a fused or cache-blocked implementation. None: the fastest that applies. True: the
-            same until release 0.4 brings compiled and Triton kernels; that is said once.
+        fused: False: never a fused or cache-blocked implementation. None: the fastest that applies without a
+            compiler. True: on a CPU one compiled pass, built once for a machine by its C++ compiler (into
+            ``$SLIMADAM_CACHE_DIR``, else the user's cache folder); where that fails, one warning says why, and it
+            is as None.
         monitor: Keep watching a sample of each compressed parameter, at most 1% of what was saved, for
             :meth:`snr_check`. Steps under ``torch.compile`` and groups with ``capturable=True`` are not watched.
 
@@ -164,8 +165,6 @@ class SlimAdam(Optimizer):
         super().__init__(params, defaults)
         self._resolver.check_all_used()
         self._complete = True
-        if any(group["fused"] for group in self.param_groups):
-            _say_what_fused_runs()
 
     # -- groups and plan ---------------------------------------------------------------------------------
 
@@ -649,14 +648,6 @@ def _whole(rules: Sequence[Rule], reason: str) -> Rule:
     if rules[0].part is None:
         return replace(rules[0], reason=reason)
     return Rule(shape=rules[0].owner_shape, reason=reason)
-
-
-@cache
-def _say_what_fused_runs() -> None:
-    logger.warning(
-        "fused=True: compiled and Triton kernels come with release 0.4; until then it runs what fused=None picks, "
-        "see SlimAdam.backend"
-    )
 
 
 def _refuse_lazy(params: Sequence[Tensor]) -> None:
