@@ -132,7 +132,7 @@ def momentum_bytes(param: Tensor, group: Mapping[str, Any]) -> int:
     """Bytes of a parameter's first moment, the scales of codes included."""
     if group["momentum_dtype"] == momentum.INT8:
         elements = param.numel() * (2 if param.is_complex() else 1)
-        return elements * torch.int8.itemsize + momentum.scale_count(elements) * torch.bfloat16.itemsize
+        return elements * torch.int8.itemsize + momentum.scale_count(elements) * torch.uint8.itemsize
     return param.numel() * momentum_dtype(param, group).itemsize
 
 

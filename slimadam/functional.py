@@ -49,8 +49,9 @@ class Entry(NamedTuple):
         step: Steps taken, this one included, 0-dimensional.
         averaged_dims: For each tensor in ``exp_avg_sq`` the dimensions it is averaged over.
         seed: Seed of this step's stochastic rounding.
-        exp_avg_scale: The scales of an ``exp_avg`` that holds codes, see :mod:`slimadam.momentum`. None: it holds
-            the first moment itself, which is all that most implementations take.
+        exp_avg_scale: The scales of an ``exp_avg`` that holds codes, as uint8 exponents, see
+            :mod:`slimadam.momentum`. None: it holds the first moment itself, which is all that most
+            implementations take.
     """
 
     param: Tensor

@@ -95,10 +95,10 @@ def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> N
         count = momentum.scale_count(exp_avg.numel())
         if exp_avg.dtype != torch.int8:
             raise ValueError(f"{name!r}: the state dict has an exp_avg_scale, but its exp_avg is {exp_avg.dtype}")
-        if scales.shape != (count,) or scales.dtype != torch.bfloat16:
+        if scales.shape != (count,) or scales.dtype != torch.uint8:
             raise ValueError(
                 f"{name!r}: the state dict's exp_avg_scale is {scales.dtype} of shape {tuple(scales.shape)}, "
-                f"{exp_avg.numel()} codes need torch.bfloat16 of shape {(count,)}"
+                f"{exp_avg.numel()} codes need torch.uint8 of shape {(count,)}"
             )
         shape = (*shape, 2) if param.is_complex() else shape
     if exp_avg.shape != shape:

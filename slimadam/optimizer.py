@@ -87,7 +87,7 @@ class SlimAdam(Optimizer):
             gradient, bias correction kept (GI-Adam, arXiv 2406.09405).
         momentum_dtype: How the first moment is stored. None: in the parameter's precision, as AdamW.
             ``torch.float32`` or ``torch.bfloat16``: in that (not that of complex parameters). ``"int8"``: in one
-            byte per element, and two for each 256, see :mod:`slimadam.momentum`; the update works on float32, for
+            byte per element, and one for each 256, see :mod:`slimadam.momentum`; the update works on float32, for
             which one parameter at a time is decoded. It is this optimizer's choice, also after ``load_state_dict``.
         bf16_stochastic_round: Round bfloat16 parameters up or down at random when they are written; the
             randomness depends on nothing but the step and the parameter's name.
