@@ -5,8 +5,8 @@ several 8-bit codes, decoded, moved by the gradient and encoded again at every s
 direction, ``m / (1 - beta1**t) / (sqrt(v / (1 - beta2**t)) + eps)``.
 
 Does it hold? The demo's model is calibrated once for each seed and trained on the same batches with ``momentum_dtype``
-None, bfloat16 and int8. Bars: at most 4.05, 2.05 and 1.06 bytes of state per parameter, embeddings and vectors
-included, and a mean held-out loss of the smaller ones within 1% of None's.
+None, bfloat16 and int8. Bars, for figures that are not rounded: below 4.1, below 2.1 and at most 1.06 bytes of state
+per parameter, embeddings and vectors included, and a mean held-out loss of the smaller ones within 1% of None's.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from slimadam.functional import stand_in
 from slimadam.state import parts
 
 DTYPES: dict[str, torch.dtype | str | None] = {"None": None, "bfloat16": torch.bfloat16, "int8": "int8"}
-MOST_BYTES = {"None": 4.05, "bfloat16": 2.05, "int8": 1.06}
-"""Bars in bytes per parameter, for figures rounded to two places."""
+BYTES_BELOW = {"None": 4.1, "bfloat16": 2.1}
+"""Bars in bytes per parameter that must not be reached."""
+MOST_BYTES = {"int8": 1.06}
+"""Bars in bytes per parameter that may be reached."""
 LARGEST_GAP = 0.01
 Requantise = Callable[[Tensor, Tensor], Tensor]
 """What a first moment reads as once it is encoded, given the gradient just added to it."""
@@ -188,12 +190,14 @@ def mean_gap(runs: list[dict[str, Any]], label: str) -> float:
 def bars(runs: list[dict[str, Any]], gaps: dict[str, float]) -> dict[str, bool]:
     """Which promises were kept."""
     held = {}
+    size = {label: max(run["runs"][label]["bytes_per_parameter"] for run in runs) for label in DTYPES}
+    for label, below in BYTES_BELOW.items():
+        held[f"{label}: {size[label]:.6f} bytes per parameter, below {below}"] = size[label] < below
     for label, most in MOST_BYTES.items():
-        largest = max(run["runs"][label]["bytes_per_parameter"] for run in runs)
-        held[f"{label}: {largest:.2f} bytes per parameter, at most {most}"] = round(largest, 2) <= most
-        held[f"{label}: mean held-out loss {gaps[label]:+.2%}, within {LARGEST_GAP:.0%}"] = (
-            abs(gaps[label]) <= LARGEST_GAP
-        )
+        held[f"{label}: {size[label]:.6f} bytes per parameter, at most {most}"] = size[label] <= most
+    for label in ("bfloat16", "int8"):
+        within = abs(gaps[label]) <= LARGEST_GAP
+        held[f"{label}: mean held-out loss {gaps[label]:+.2%}, within {LARGEST_GAP:.0%}"] = within
     return held
 
 

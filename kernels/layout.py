@@ -35,11 +35,14 @@ def layout(tensor: Tensor, dims: tuple[int, ...]) -> Layout | None:
     Returns:
         The layout, or None if the tensor has holes or ``dims`` are not adjacent in memory.
     """
-    return _layout(tuple(tensor.shape), tensor.stride(), tensor.is_contiguous(), dims)
+    return layout_of(tuple(tensor.shape), tensor.stride(), tensor.is_contiguous(), dims)
 
 
 @lru_cache(maxsize=4096)
-def _layout(shape: tuple[int, ...], strides: tuple[int, ...], contiguous: bool, dims: tuple[int, ...]) -> Layout | None:
+def layout_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], contiguous: bool, dims: tuple[int, ...]
+) -> Layout | None:
+    """:func:`layout` of a tensor of this shape and these strides."""
     order = tuple(range(len(shape)))
     if not contiguous:
         order = tuple(sorted(order, key=lambda dim: -strides[dim]))

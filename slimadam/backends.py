@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from slimadam.foreach import foreach_update
 from slimadam.functional import Dims, Entry, Hyperparameters, reference_update
+from slimadam.kernels import compiled
 from slimadam.kernels.blocked import blocked_update, layouts
 
-Backend = Literal["reference", "foreach", "blocked"]
+if TYPE_CHECKING:
+    from slimadam.kernels.triton_update import TritonStep
+
+logger = logging.getLogger("slimadam")
+
+Backend = Literal["reference", "foreach", "blocked", "compiled", "triton"]
 
 UPDATES: Mapping[Backend, Callable[[Sequence[Entry], Hyperparameters], None]] = {
     "reference": reference_update,
     "foreach": foreach_update,
     "blocked": blocked_update,
+    "compiled": compiled.compiled_update,
 }
 
-TAKES_CODES: frozenset[Backend] = frozenset()
+TAKES_CODES: frozenset[Backend] = frozenset({"compiled", "triton"})
 """Implementations that read and write int8 first moments themselves; the others get them decoded."""
 
 _BLOCKED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -32,8 +43,9 @@ def choose_backend(
     """The implementation for one parameter.
 
     ``foreach=False``, ``fused=False``, ``differentiable``, ``capturable`` on a CPU, tracing and complex
-    parameters take the readable reference. ``foreach=True``, and real parameters on accelerators by default,
-    take lists of tensors at once. On a CPU the default is blocks that stay in cache.
+    parameters take the readable reference. ``foreach=True`` takes lists of tensors at once, and so do accelerators
+    where Triton is not installed or averages are over dimensions that are not adjacent. The default on CUDA are Triton
+    kernels, on a CPU blocks that stay in cache; there ``fused=True`` is one compiled pass, where a compiler is found.
 
     Args:
         param: The parameter.
@@ -48,19 +60,59 @@ def choose_backend(
         return "foreach" if listable else "reference"
     if group["foreach"] is False or group["fused"] is False:
         return "reference"
+    if runs_triton(param.device) and _triton().takes(param, averaged_dims, group["momentum_dtype"] == "int8"):
+        return "triton"
     if param.device.type != "cpu":
         return "foreach" if listable else "reference"
     if group["capturable"] or param.dtype not in _BLOCKED_DTYPES:
         return "reference"
+    if group["fused"] and compiled.takes(param, exp_avg_dtype, averaged_dims):
+        return "compiled"
     return "blocked" if layouts(param, averaged_dims) is not None else "reference"
 
 
-def fits_in_memory_order(entry: Entry) -> bool:
-    """Whether what has the parameter's shape lies in memory as it does, so that one view serves all."""
+@cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device; where one should but Triton is missing, that is said once."""
+    if device.type != "cuda":
+        return False
+    if importlib.util.find_spec("triton") is None:
+        logger.warning("Triton is not installed, so steps take lists of tensors at once; pip install triton")
+        return False
+    return True
+
+
+def steps_on_device(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether the step count of a parameter lies beside it, as with ``torch.optim.AdamW(fused=True)``."""
+    default = group["foreach"] is None and group["fused"] is not False and not group["differentiable"]
+    return bool(group["capturable"]) or (default and param.is_floating_point() and runs_triton(param.device))
+
+
+def triton_step(entries: Sequence[Entry], hyper: Hyperparameters) -> TritonStep:
+    """The tables of a step by Triton, to be kept while they fit."""
+    return _triton().TritonStep(entries, hyper)
+
+
+def _triton() -> ModuleType:
+    """Imported late: where no kernel runs, nobody waits for Triton."""
+    return importlib.import_module("slimadam.kernels.triton_update")
+
+
+def fits(backend: Backend, entry: Entry) -> bool:
+    """Whether an implementation takes these tensors, whose memory it reads as the parameter's lies.
+
+    Args:
+        backend: What :func:`choose_backend` said.
+        entry: The tensors.
+    """
+    if backend in ("reference", "foreach"):
+        return True
     param = entry.param
     same_shape = [entry.grad, entry.exp_avg]
     if not any(entry.averaged_dims):
         same_shape += [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
     if param.is_contiguous():
-        return all(tensor.is_contiguous() for tensor in same_shape)
-    return all(tensor.stride() == param.stride() for tensor in same_shape)
+        lies_alike = all(tensor.is_contiguous() for tensor in same_shape)
+    else:
+        lies_alike = all(tensor.stride() == param.stride() for tensor in same_shape)
+    return lies_alike and (backend != "triton" or _triton().lies_beside(entry))

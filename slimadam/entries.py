@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimadam import momentum
 from slimadam import state as state_format
+from slimadam.backends import steps_on_device
 from slimadam.functional import Entry, Hyperparameters, Scalar, initial_second_moment, second_moment_dtype
 from slimadam.rules import Rule
 
@@ -84,7 +85,7 @@ def initial_state(rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]
         "step": torch.zeros(
             (),
             dtype=state_format.step_dtype(),
-            device=param.device if group["capturable"] else torch.device("cpu"),
+            device=param.device if steps_on_device(param, group) else torch.device("cpu"),
         ),
         **initial_first_moment(param, group),
         "exp_avg_sq": state_format.stored(parts),
@@ -131,7 +132,7 @@ def momentum_bytes(param: Tensor, group: Mapping[str, Any]) -> int:
     """Bytes of a parameter's first moment, the scales of codes included."""
     if group["momentum_dtype"] == momentum.INT8:
         elements = param.numel() * (2 if param.is_complex() else 1)
-        return elements * torch.int8.itemsize + momentum.scale_count(elements) * torch.bfloat16.itemsize
+        return elements * torch.int8.itemsize + momentum.scale_count(elements) * torch.uint8.itemsize
     return param.numel() * momentum_dtype(param, group).itemsize
 
 

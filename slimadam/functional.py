@@ -43,14 +43,15 @@ class Entry(NamedTuple):
     Attributes:
         param: The parameter.
         grad: Its gradient, of the same shape.
-        exp_avg: First moment, of the same shape.
+        exp_avg: First moment, of the same shape; codes where ``exp_avg_scale`` is a tensor.
         exp_avg_sq: Second moment: one tensor (full, or size 1 in the averaged dimensions) or two (factored).
         max_exp_avg_sq: With amsgrad the running maxima, shaped as ``exp_avg_sq``; else empty.
         step: Steps taken, this one included, 0-dimensional.
         averaged_dims: For each tensor in ``exp_avg_sq`` the dimensions it is averaged over.
         seed: Seed of this step's stochastic rounding.
-        exp_avg_scale: The scales of an ``exp_avg`` that holds codes, see :mod:`slimadam.momentum`. None: it holds
-            the first moment itself, which is all that most implementations take.
+        exp_avg_scale: The scales of an ``exp_avg`` that holds codes, as uint8 exponents, see
+            :mod:`slimadam.momentum`. None: it holds the first moment itself, which is all that most
+            implementations take.
     """
 
     param: Tensor

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimadam import momentum
 from slimadam import state as state_format
+from slimadam.backends import steps_on_device
 from slimadam.entries import decoded, encode, initial_first_moment, momentum_dtype
 from slimadam.functional import second_moment_dtype
 from slimadam.options import check_group
@@ -76,7 +77,7 @@ def loaded_state(
         raise ValueError(f"{name!r}: amsgrad=True, but the state dict has no max_exp_avg_sq; set amsgrad=False")
     state_format.check_tensors(name, saved, param)
     _check_first_moment(name, saved, param)
-    device = param.device if group["capturable"] else torch.device("cpu")
+    device = param.device if steps_on_device(param, group) else torch.device("cpu")
     loaded["step"] = torch.as_tensor(saved["step"], dtype=state_format.step_dtype()).to(device, copy=True)
     loaded.update(_first_moment(param, group, saved))
     for key in state_format.SECOND_MOMENTS:
@@ -94,10 +95,10 @@ def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> N
         count = momentum.scale_count(exp_avg.numel())
         if exp_avg.dtype != torch.int8:
             raise ValueError(f"{name!r}: the state dict has an exp_avg_scale, but its exp_avg is {exp_avg.dtype}")
-        if scales.shape != (count,) or scales.dtype != torch.bfloat16:
+        if scales.shape != (count,) or scales.dtype != torch.uint8:
             raise ValueError(
                 f"{name!r}: the state dict's exp_avg_scale is {scales.dtype} of shape {tuple(scales.shape)}, "
-                f"{exp_avg.numel()} codes need torch.bfloat16 of shape {(count,)}"
+                f"{exp_avg.numel()} codes need torch.uint8 of shape {(count,)}"
             )
         shape = (*shape, 2) if param.is_complex() else shape
     if exp_avg.shape != shape:

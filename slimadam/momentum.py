@@ -1,7 +1,12 @@
 """First moments in one byte per element: codes in int8, and a scale for each block of 256.
 
-A block's scale ``s`` is its absolute maximum, rounded up to bfloat16; an element ``m`` is stored as
+A block's scale ``s`` is its absolute maximum, rounded up to a power of two; an element ``m`` is stored as
 ``q = sign(m) round(127 sqrt(|m| / s))`` and read as ``sign(q) (q / 127)**2 s``.
+
+Why a power of two: it is a float32's exponent and nothing else, one byte, and dividing by it and multiplying with it
+round nothing. Less than twice the maximum, it leaves at most the codes above 89 unused; only where the maximum is below
+``2**-126``, float32's smallest power with an exponent, it leaves more. The exponent 255 is infinity's: a block with an
+element above ``2**127``, or with one that is not finite, reads as NaN.
 
 Why the square: a first moment is divided by the root of the second, so that an element a hundred times smaller than
 its block's largest moves its parameter as far if its second moment is as much smaller. Evenly spaced codes give such an
@@ -40,7 +45,7 @@ def new_codes(param: Tensor) -> Tensor:
 
 def new_scales(codes: Tensor) -> Tensor:
     """Scales of a first moment that is zero, one for each block of the codes."""
-    return torch.zeros(scale_count(codes.numel()), dtype=torch.bfloat16, device=codes.device)
+    return torch.zeros(scale_count(codes.numel()), dtype=torch.uint8, device=codes.device)
 
 
 def scale_count(elements: int) -> int:
@@ -69,7 +74,8 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
 
     Args:
         codes: int8, any shape, dense in memory.
-        scales: bfloat16, ``[ceil(codes.numel() / 256)]``, for blocks in the order in which the codes lie in memory.
+        scales: uint8, ``[ceil(codes.numel() / 256)]``, for blocks in the order in which the codes lie in memory: the
+            biased exponents of float32 powers of two. 0 reads as zero, 255 as infinity.
 
     Returns:
         float32, with the shape and strides of ``codes``. A block that is not finite reads as NaN.
@@ -77,35 +83,44 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
     value = torch.empty_like(codes, dtype=torch.float32, memory_format=torch.preserve_format)
     value.copy_(codes).div_(_LARGEST)
     for (block,), scale in _blocks(codes, scales, value):
-        block.mul_(block.abs()).mul_(scale.float())
+        block.mul_(block.abs()).mul_(_power_of_two(scale))
     return value
 
 
 def encode(value: Tensor, grad: Tensor, codes: Tensor, scales: Tensor) -> None:
     """Write a first moment to its codes and scales.
 
-    A block with an infinite element gets the scale infinity, one with a NaN the scale NaN, and both the codes zero.
+    A block with a NaN, an infinity or an element above ``2**127`` gets the scale infinity and codes of zero.
 
     Args:
         value: float32, of the shape of ``codes``.
         grad: The gradient just added to it, of that shape: where it is exactly zero, codes are rounded down. Pass
             ``value`` itself to round every code to nearest.
         codes: int8, dense in memory; written.
-        scales: bfloat16, as in :func:`decode`; written.
+        scales: uint8, as in :func:`decode`; written.
     """
     for (block, new, written), scale in _blocks(codes, scales, value, grad, codes):
         magnitude = block.abs()
-        scale.copy_(_rounded_up(magnitude.amax(1, keepdim=True)))
+        scale.copy_(_exponent_above(magnitude.amax(1, keepdim=True)))
         # NaN, which zero over zero is too, becomes the code zero: as an integer it would be undefined.
-        root = magnitude.div_(scale.float()).sqrt_().mul_(_LARGEST).nan_to_num_(nan=0.0)
+        root = magnitude.div_(_power_of_two(scale)).sqrt_().mul_(_LARGEST).nan_to_num_(nan=0.0)
         code = torch.where(new == 0, root.floor(), root.round())
         written.copy_(code.copysign_(block))
 
 
-def _rounded_up(value: Tensor) -> Tensor:
-    """Non-negative float32 as the smallest bfloat16 that is not below."""
-    up = (value.view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
-    return torch.where(value.isnan(), value, up).to(torch.bfloat16)
+def _exponent_above(largest: Tensor) -> Tensor:
+    """Biased exponents, as int32, of the smallest powers of two not below non-negative float32; overwrites those.
+
+    0 for zero, at least 1 for everything else, 255 for what is above ``2**127`` or not a number.
+    """
+    # The bits of a NaN would overflow.
+    bits = largest.nan_to_num_(nan=math.inf, posinf=math.inf).view(torch.int32)
+    return bits.add_(0x7FFFFF).bitwise_right_shift_(23)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """float32 with biased exponents and nothing else."""
+    return exponent.to(torch.int32).bitwise_left_shift_(23).view(torch.float32)
 
 
 def _blocks(codes: Tensor, scales: Tensor, *tensors: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from typing import Any, overload
 
 import torch
@@ -18,18 +17,15 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
-from slimadam.backends import TAKES_CODES, UPDATES, Backend, choose_backend, fits_in_memory_order
+from slimadam.backends import Backend
 from slimadam.entries import (
     assembled,
-    check_shapes,
     decoded,
-    encode,
     entries_of,
     hyperparameters,
     initial_state,
     momentum_bytes,
     momentum_dtype,
-    rounding_seed,
 )
 from slimadam.functional import (
     Entry,
@@ -54,6 +50,7 @@ from slimadam.planning import (
 )
 from slimadam.roles import canonical_name
 from slimadam.rules import Rule, fit_rules
+from slimadam.stepping import Stepper, backend_of
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
 
@@ -90,7 +87,7 @@ class SlimAdam(Optimizer):
             gradient, bias correction kept (GI-Adam, arXiv 2406.09405).
         momentum_dtype: How the first moment is stored. None: in the parameter's precision, as AdamW.
             ``torch.float32`` or ``torch.bfloat16``: in that (not that of complex parameters). ``"int8"``: in one
-            byte per element, and two for each 256, see :mod:`slimadam.momentum`; the update works on float32, for
+            byte per element, and one for each 256, see :mod:`slimadam.momentum`; the update works on float32, for
             which one parameter at a time is decoded. It is this optimizer's choice, also after ``load_state_dict``.
         bf16_stochastic_round: Round bfloat16 parameters up or down at random when they are written; the
             randomness depends on nothing but the step and the parameter's name.
@@ -98,8 +95,10 @@ class SlimAdam(Optimizer):
         foreach: True: lists of tensors at once. False: one at a time, by the readable reference.
         capturable: Keep step counts on the device.
         differentiable: Let autograd follow the step.
-        fused: False: never a fused or cache-blocked implementation. None: the fastest that applies. True: the
-            same until release 0.4 brings compiled and Triton kernels; that is said once.
+        fused: False: never a fused or cache-blocked implementation. None: the fastest that applies without a
+            compiler. True: on a CPU one compiled pass, built once for a machine by its C++ compiler (into
+            ``$SLIMADAM_CACHE_DIR``, else the user's cache folder); where that fails, one warning says why, and it
+            is as None.
         monitor: Keep watching a sample of each compressed parameter, at most 1% of what was saved, for
             :meth:`snr_check`. Steps under ``torch.compile`` and groups with ``capturable=True`` are not watched.
 
@@ -162,11 +161,10 @@ class SlimAdam(Optimizer):
         self._measuring = Measuring(self._resolver.plan) if isinstance(self._resolver.plan, AutoPlan) else None
         self._monitor = Monitor(self._resolver.cutoff) if monitor else None
         self._complete = False
+        self._stepper = Stepper()
         super().__init__(params, defaults)
         self._resolver.check_all_used()
         self._complete = True
-        if any(group["fused"] for group in self.param_groups):
-            _say_what_fused_runs()
 
     # -- groups and plan ---------------------------------------------------------------------------------
 
@@ -219,7 +217,7 @@ class SlimAdam(Optimizer):
         """
         for name, held, group in self._parameters():
             if held is param or name == param:
-                return self._backend(self._rules[name][0], held, group)
+                return backend_of(self._rules[name][0], held, group)
         raise KeyError(f"{param!r} is not a parameter of this optimizer")
 
     def memory(self) -> MemoryReport:
@@ -279,10 +277,10 @@ class SlimAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for names, group in zip(self._names, self.param_groups, strict=True):
             self._init_group(group)
-            self._advance_steps(group)
-            self._update(names, group)
+            self._stepper.update(names, group, self._rules, self.state, grad_scale, found_inf)
         if self._measuring is not None:
             self._measure()
         elif self._monitor is not None and not torch.compiler.is_compiling():
@@ -362,6 +360,7 @@ class SlimAdam(Optimizer):
                 if key in self.state.get(param, {}):
                     averaged = state_format.average(self.state[param][key], self._rules[name])
                     self.state[param][key] = state_format.stored(averaged)
+        self._stepper.forget()
         self._measuring = None
         after = self.memory()
         logger.info(
@@ -436,6 +435,7 @@ class SlimAdam(Optimizer):
                 ]
                 self.state[param][key] = state_format.stored([moment for moments in kept for moment in moments])
         self._rules[name] = after
+        self._stepper.forget()
         if self._monitor is not None:
             for key in keys:
                 self._monitor.drop(key)
@@ -501,51 +501,6 @@ class SlimAdam(Optimizer):
             for name, param, owner in self._parameters():
                 if owner is group and param in missing:
                     self.state[param].update(initial_state(self._rules[name], param, group))
-
-    def _advance_steps(self, group: dict[str, Any]) -> None:
-        steps = [self.state[param]["step"] for param in group["params"] if param.grad is not None]
-        if steps:
-            torch._foreach_add_(steps, 1)
-
-    def _update(self, names: Sequence[str], group: dict[str, Any]) -> None:
-        """Update the group's parameters that have gradients: together, or one by one where codes must be decoded."""
-        together: dict[Backend, list[Entry]] = defaultdict(list)
-        hyper = hyperparameters(group)
-        for name, param in zip(names, group["params"], strict=True):
-            if param.grad is None:
-                continue
-            state = self.state[param]
-            check_shapes(name, self._rules[name], param, state_format.parts(state["exp_avg_sq"]))
-            entries = list(self._entries(name, param, group, state))
-            takes_codes = all(backend in TAKES_CODES and entry.exp_avg_scale is not None for backend, entry in entries)
-            if "exp_avg_scale" not in state or takes_codes:
-                for backend, entry in entries:
-                    together[backend].append(entry)
-                continue
-            own = decoded(param, state)
-            for backend, entry in self._entries(name, param, group, own):
-                UPDATES[backend]([entry], hyper)
-            encode(param, own["exp_avg"], param.grad, state)
-        for backend, batch in together.items():
-            UPDATES[backend](batch, hyper)
-
-    def _entries(
-        self, name: str, param: Tensor, group: dict[str, Any], state: Mapping[str, Any]
-    ) -> Iterator[tuple[Backend, Entry]]:
-        """A parameter, or each of its parts, with the implementation that updates it."""
-        rules = self._rules[name]
-        for rule, entry in zip(rules, entries_of(rules, param, group, state), strict=True):
-            if group["bf16_stochastic_round"]:
-                entry = entry._replace(seed=rounding_seed(entry.step, key_of(name, rule.part)))
-            backend = self._backend(rule, param, group)
-            if backend == "blocked" and not fits_in_memory_order(entry):
-                backend = "reference"
-            yield backend, entry
-
-    def _backend(self, rule: Rule, param: Tensor, group: Mapping[str, Any]) -> Backend:
-        piece = rule.take(param)
-        dims = rule.averaged_dims(piece.dim())
-        return choose_backend(piece, momentum_dtype(param, group), dims, group)
 
     # -- state dicts -------------------------------------------------------------------------------------
 
@@ -682,6 +637,7 @@ class SlimAdam(Optimizer):
         if "_plan" in state:
             self._resolver = Resolver(state.pop("_plan"), None)
         resumed = "_resolver" not in self.__dict__ or "_names" in state
+        self._stepper = Stepper()
         super().__setstate__(state)
         if resumed:
             self._resolver.resume((name, param) for name, param, _ in self._parameters())
@@ -692,14 +648,6 @@ def _whole(rules: Sequence[Rule], reason: str) -> Rule:
     if rules[0].part is None:
         return replace(rules[0], reason=reason)
     return Rule(shape=rules[0].owner_shape, reason=reason)
-
-
-@cache
-def _say_what_fused_runs() -> None:
-    logger.warning(
-        "fused=True: compiled and Triton kernels come with release 0.4; until then it runs what fused=None picks, "
-        "see SlimAdam.backend"
-    )
 
 
 def _refuse_lazy(params: Sequence[Tensor]) -> None:

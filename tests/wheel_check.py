@@ -19,7 +19,7 @@ import pathlib, sys
 import slimadam, slimadam.kernels.blocked, slimadam.report
 root = pathlib.Path(slimadam.__file__).parent
 assert root.is_relative_to(sys.prefix), root
-for file in ("py.typed", "plan.schema.json", "report/report.html.j2", "report/style.css"):
+for file in ("py.typed", "plan.schema.json", "report/report.html.j2", "report/style.css", "kernels/compiled.cpp"):
     assert (root / file).is_file(), file
 print("wheel: slimadam", slimadam.__version__, "imports from the installed package")
 """

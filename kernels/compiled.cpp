@@ -1,0 +1,595 @@
+// One step of AdamW with second moments in full, averaged or factored, over a table of CPU tensors.
+//
+// The definition is slimadam/functional.py, in the same order of operations: arithmetic in float32 (float64 for
+// float64 parameters), each value rounded once, when it is written. compiled.py builds the table, build.py compiles
+// this file. A tensor is seen as [pre, red, post], averaged over the middle (layout.py); one [red, post] is a unit.
+//
+// What is summed and in which order depends on shapes alone, never on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kCodeBlock = 256;       // elements that share a scale, as slimadam.momentum.BLOCK
+constexpr int64_t kTask = 1 << 16;        // elements that a thread takes at a time
+constexpr int64_t kSmallUnit = 1 << 15;   // a unit of so few elements stays in one core's cache
+constexpr int64_t kSumBlock = 1024;       // elements summed in a row before their sum is added to others
+constexpr int64_t kColumnBlock = 2048;    // columns whose sums stay close at hand
+constexpr int64_t kRowBlock = 64;         // rows of a column summed before their sum is added to others
+constexpr int64_t kSerial = 1 << 14;      // fewer elements than this are not worth waking threads
+
+enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16, kInt8 };
+
+struct Entry {  // one row of the table
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  uint8_t* exp_avg_scale;  // exponents, with int8 exp_avg
+  void* exp_avg_sq;         // factored: the row averages
+  void* columns;            // factored: the column averages; else null
+  void* max_exp_avg_sq;     // amsgrad; else null
+  const void* step;
+  int64_t step_dtype, dtype, exp_avg_dtype;
+  int64_t pre, red, post;
+  uint64_t seed;
+};
+
+struct Hyper {
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t maximize, stochastic_round;
+};
+
+// -- number formats -------------------------------------------------------------------------------------------
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float load(float value) { return value; }
+inline double load(double value) { return value; }
+inline float load(bfloat16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
+inline float load(float16 value) {
+  const uint32_t magnitude = value.bits & 0x7fffu, sign = (value.bits & 0x8000u) << 16;
+  const uint32_t finite = bits_of(from_bits(magnitude << 13) * 0x1p112f);
+  return from_bits((magnitude >= 0x7c00u ? magnitude << 13 | 0x7f800000u : finite) | sign);
+}
+
+inline void store(float& target, double value) { target = static_cast<float>(value); }
+inline void store(float& target, float value) { target = value; }
+inline void store(double& target, double value) { target = value; }
+inline void store(bfloat16& target, float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  target.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+inline void store(float16& target, float value) {
+  const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
+  const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  const uint32_t subnormal = bits_of(from_bits(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  target.bits = static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? special : finite));
+}
+inline void store(bfloat16& target, double value) { store(target, static_cast<float>(value)); }
+
+inline uint64_t mixed(uint64_t x) {
+  x = (x ^ x >> 31) * 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 29) * 0xd1342543de82ef95u;
+  return x ^ x >> 32;
+}
+
+// Up or down at random, so that the expectation is the value; the random bits depend on key and index alone.
+inline void store_stochastically(bfloat16& target, float value, uint32_t low_key, uint32_t high_key, uint32_t index) {
+  uint32_t noise = index * 0x9e3779b9u + low_key;
+  noise = (noise ^ noise >> 16) * 0x7feb352du + high_key;
+  noise = (noise ^ noise >> 15) * 0x846ca68bu;
+  const uint32_t bits = bits_of(value);
+  bfloat16 nearest;
+  store(nearest, value);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  target.bits = static_cast<uint16_t>(finite ? (bits + (noise >> 16)) >> 16 : nearest.bits);
+}
+
+template <class P>
+using Arithmetic = std::conditional_t<std::is_same_v<P, double>, double, float>;
+
+template <class A>
+inline A maximum(A a, A b) {  // NaN if one of them is
+  return a >= b || a != a ? a : b;
+}
+
+// -- momentum in 8 bits ---------------------------------------------------------------------------------------
+
+void decode(const int8_t* codes, const uint8_t* scales, float* value, int64_t n) {
+  for (int64_t start = 0; start < n; start += kCodeBlock, ++scales) {
+    const float scale = from_bits(uint32_t{*scales} << 23);
+    const int64_t end = std::min(n, start + kCodeBlock);
+#pragma omp simd
+    for (int64_t k = start; k < end; ++k) {
+      const float root = static_cast<float>(codes[k]) / 127.0f;
+      value[k] = root * std::fabs(root) * scale;
+    }
+  }
+}
+
+template <class P>
+void encode(const float* value, const P* grad, int8_t* codes, uint8_t* scales, int64_t n) {
+  for (int64_t start = 0; start < n; start += kCodeBlock, ++scales) {
+    const int64_t end = std::min(n, start + kCodeBlock);
+    uint32_t largest = 0;  // compared as integers, a NaN is the largest
+#pragma omp simd reduction(max : largest)
+    for (int64_t k = start; k < end; ++k) largest = std::max(largest, bits_of(value[k]) & 0x7fffffffu);
+    *scales = static_cast<uint8_t>(std::min(255u, (largest + 0x7fffffu) >> 23));
+    const float scale = from_bits(uint32_t{*scales} << 23);
+#pragma omp simd
+    for (int64_t k = start; k < end; ++k) {
+      const float root = 127.0f * std::sqrt(std::fabs(value[k]) / scale);
+      const float whole = load(grad[k]) == 0 ? std::trunc(root) : std::nearbyint(root);
+      const int32_t code = whole <= 127.0f ? static_cast<int32_t>(whole) : 0;  // 0 / 0 is no number
+      codes[k] = static_cast<int8_t>(value[k] < 0 ? -code : code);
+    }
+  }
+}
+
+// -- what is added to a parameter, by the form of its second moment -------------------------------------------
+
+template <class A>
+struct Numbers {
+  A gradient_sign, lerp_weight, beta2, second_weight, decay, negative_step_size, root, eps;
+  A lerp_from_gradient;  // 1 or 0; a number, because with a bool compilers do not vectorise
+
+  Numbers(const Hyper& hyper, double step)
+      : gradient_sign(static_cast<A>(hyper.maximize ? -1 : 1)),
+        lerp_weight(static_cast<A>(1 - hyper.beta1)),
+        beta2(static_cast<A>(hyper.beta2)),
+        second_weight(static_cast<A>(1 - hyper.beta2)),
+        decay(static_cast<A>(1 - hyper.lr * hyper.weight_decay)),
+        negative_step_size(static_cast<A>(-(hyper.lr / (1 - std::pow(hyper.beta1, step))))),
+        root(static_cast<A>(std::sqrt(1 - std::pow(hyper.beta2, step)))),
+        eps(static_cast<A>(hyper.eps)),
+        lerp_from_gradient(lerp_weight >= A(0.5) ? 1 : 0) {
+    lerp_weight -= lerp_from_gradient;
+  }
+
+  A coefficient(A second_moment) const { return negative_step_size / (std::sqrt(second_moment) / root + eps); }
+};
+
+template <class A>
+struct OneForAll {
+  A coefficient;
+  A operator()(A exp_avg, A, int64_t) const { return coefficient * exp_avg; }
+};
+
+template <class A>
+struct OnePerColumn {
+  const A* coefficients;
+  A operator()(A exp_avg, A, int64_t k) const { return coefficients[k] * exp_avg; }
+};
+
+template <class A>
+struct Factored {
+  Numbers<A> x;
+  A row_root;
+  const A* column_roots;
+  A operator()(A exp_avg, A, int64_t k) const {
+    return x.negative_step_size * exp_avg / (row_root * column_roots[k] + x.eps);
+  }
+};
+
+template <class A>
+struct Full {
+  Numbers<A> x;
+  A* second;
+  A operator()(A exp_avg, A grad, int64_t k) const {
+    const A moment = second[k] * x.beta2 + x.second_weight * grad * grad;
+    second[k] = moment;
+    return x.negative_step_size * exp_avg / (std::sqrt(moment) / x.root + x.eps);
+  }
+};
+
+template <class A>
+struct FullMaximum {
+  Numbers<A> x;
+  A* second;
+  A* largest;
+  A operator()(A exp_avg, A grad, int64_t k) const {
+    const A moment = second[k] * x.beta2 + x.second_weight * grad * grad;
+    second[k] = moment;
+    const A used = maximum(largest[k], moment);
+    largest[k] = used;
+    return x.negative_step_size * exp_avg / (std::sqrt(used) / x.root + x.eps);
+  }
+};
+
+// -- one parameter --------------------------------------------------------------------------------------------
+
+template <class A>
+A* scratch(int which, int64_t count) {  // of this thread, valid until its next call for the same one
+  thread_local std::vector<A> held[3];
+  if (static_cast<int64_t>(held[which].size()) < count) held[which].resize(static_cast<size_t>(count));
+  return held[which].data();
+}
+
+template <class P, class M>
+class Update {
+  using A = Arithmetic<P>;
+  static constexpr bool kCodes = std::is_same_v<M, int8_t>;
+  using Moment = std::conditional_t<kCodes, float, M>;  // as the arithmetic sees it
+
+ public:
+  Update(const Entry& entry, const Hyper& hyper)
+      : entry_(entry),
+        x_(hyper, entry.step_dtype == kFloat64 ? *static_cast<const double*>(entry.step)
+                                               : static_cast<double>(*static_cast<const float*>(entry.step))),
+        rounds_(hyper.stochastic_round && std::is_same_v<P, bfloat16>),
+        param_(static_cast<P*>(entry.param)),
+        grad_(static_cast<const P*>(entry.grad)),
+        exp_avg_(static_cast<M*>(entry.exp_avg)),
+        second_(static_cast<A*>(entry.exp_avg_sq)),
+        columns_(static_cast<A*>(entry.columns)),
+        largest_(static_cast<A*>(entry.max_exp_avg_sq)),
+        red_(entry.red),
+        post_(entry.post) {}
+
+  // Elements [first, last) with a second moment of their own.
+  void full(int64_t first, int64_t last) const {
+    over(first, last, [&](int64_t start, int64_t end, Moment* exp_avg) {
+      if (largest_) {
+        run(start, end, exp_avg, FullMaximum<A>{x_, second_ + start, largest_ + start});
+      } else {
+        run(start, end, exp_avg, Full<A>{x_, second_ + start});
+      }
+    });
+  }
+
+  // Units [first, last), each read while it is in cache.
+  void units(int64_t first, int64_t last) const {
+    const int64_t size = red_ * post_;
+    const int64_t aligned = kCodes ? kCodeBlock / std::gcd(size, kCodeBlock) : 1;  // blocks of codes stay whole
+    const int64_t together = aligned * std::max<int64_t>(1, 2048 / (size * aligned));
+    for (int64_t start = first; start < last; start += together) {
+      const int64_t end = std::min(last, start + together);
+      A* coefficients = scratch<A>(0, (end - start) * post_);
+      A* row_roots = columns_ ? scratch<A>(1, (end - start) * red_) : nullptr;
+      for (int64_t unit = start; unit < end; ++unit) {
+        A* own = coefficients + (unit - start) * post_;
+        if (columns_) {
+          row_averages(unit, 0, red_);
+          column_sums(grad_ + unit * size, red_, post_, own);
+          factors(unit, own, row_roots + (unit - start) * red_);
+        } else {
+          if (post_ == 1) {
+            own[0] = sum_of_squares(grad_ + unit * size, red_);
+          } else {
+            column_sums(grad_ + unit * size, red_, post_, own);
+          }
+          average(unit, 0, post_, own);
+        }
+      }
+      range(start * size, end * size, start, coefficients, row_roots);
+    }
+  }
+
+  // A unit too large for one thread, as its whole team sees it: sums of blocks of rows, then everything else.
+  void together(int64_t unit, A* partial, A* coefficients, A* row_roots) const {
+    const int64_t size = red_ * post_, rows = rows_in_block(red_, post_), blocks = (red_ + rows - 1) / rows;
+#pragma omp for schedule(dynamic)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * rows, last = std::min(red_, first + rows);
+      const P* grad = grad_ + unit * size + first * post_;
+      if (columns_) row_averages(unit, first, last);
+      if (post_ == 1) {
+        partial[block] = sum_of_squares(grad, last - first);
+      } else {
+        column_sums(grad, last - first, post_, partial + block * post_);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < post_; start += kSumBlock) {
+      const int64_t end = std::min(post_, start + kSumBlock);
+      std::fill(coefficients + start, coefficients + end, A(0));
+      for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t k = start; k < end; ++k) coefficients[k] += partial[block * post_ + k];
+      if (!columns_) average(unit, start, end, coefficients + start);
+    }
+    if (columns_) {
+#pragma omp single
+      factors(unit, coefficients, row_roots);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task <= (size - 1) / kTask; ++task)
+      range(unit * size + task * kTask, unit * size + std::min(size, (task + 1) * kTask), unit, coefficients, row_roots);
+  }
+
+  // Bounded by a number of blocks, or of sums in all, to bound the memory for partial sums.
+  static int64_t rows_in_block(int64_t red, int64_t post) {
+    const int64_t most_blocks = std::max<int64_t>(32, (1 << 20) / post);
+    return std::max((kTask + post - 1) / post, (red + most_blocks - 1) / most_blocks);
+  }
+
+ private:
+  // Calls step(start, end, exp_avg of start) for [first, last), which starts with a block of codes.
+  template <class Step>
+  void over(int64_t first, int64_t last, Step step) const {
+    if constexpr (kCodes) {
+      constexpr int64_t kChunk = 4 * kCodeBlock;
+      float decoded[kChunk];
+      for (int64_t start = first; start < last; start += kChunk) {
+        const int64_t end = std::min(last, start + kChunk);
+        uint8_t* scales = entry_.exp_avg_scale + start / kCodeBlock;
+        decode(exp_avg_ + start, scales, decoded, end - start);
+        step(start, end, decoded);
+        encode(decoded, grad_ + start, exp_avg_ + start, scales, end - start);
+      }
+    } else {
+      step(first, last, exp_avg_ + first);
+    }
+  }
+
+  // Elements [first, last) of units from `unit` on, whose coefficients (factored: roots) are known.
+  void range(int64_t first, int64_t last, int64_t unit, const A* coefficients, const A* row_roots) const {
+    const int64_t width = columns_ || post_ > 1 ? post_ : red_;
+    over(first, last, [&](int64_t start, int64_t end, Moment* exp_avg) {
+      int64_t row = start / width, stop = 0;
+      for (int64_t from = start; from < end; from = stop, ++row) {
+        stop = std::min(end, (row + 1) * width);
+        Moment* own = exp_avg + (from - start);
+        const int64_t column = from - row * width;
+        if (columns_) {
+          const A* roots = coefficients + (row / red_ - unit) * post_ + column;
+          run(from, stop, own, Factored<A>{x_, row_roots[row - unit * red_], roots});
+        } else if (post_ > 1) {
+          run(from, stop, own, OnePerColumn<A>{coefficients + (row / red_ - unit) * post_ + column});
+        } else {
+          run(from, stop, own, OneForAll<A>{coefficients[row - unit]});
+        }
+      }
+    });
+  }
+
+  template <class Step>
+  void run(int64_t first, int64_t last, Moment* exp_avg, Step step) const {
+    if constexpr (std::is_same_v<P, bfloat16>) {
+      if (rounds_) return run<true>(first, last, exp_avg, step);
+    }
+    run<false>(first, last, exp_avg, step);
+  }
+
+  // First moment, weight decay and update of elements [first, last).
+  template <bool kRounds, class Step>
+  void run(int64_t first, int64_t last, Moment* __restrict__ exp_avg, Step step) const {
+    P* __restrict__ param = param_ + first;
+    const P* __restrict__ grad = grad_ + first;
+    const Numbers<A> x = x_;
+    const uint64_t key = kRounds ? mixed(entry_.seed + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(first >> 32)) : 0;
+    const uint32_t low_key = static_cast<uint32_t>(key), high_key = static_cast<uint32_t>(key >> 32);
+    const uint32_t index = static_cast<uint32_t>(first);
+    const int64_t count = last - first;
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) {
+      const A g = x.gradient_sign * load(grad[k]);
+      const A before = load(exp_avg[k]);
+      store(exp_avg[k], (x.lerp_from_gradient != 0 ? g : before) + x.lerp_weight * (g - before));
+      const A value = load(param[k]) * x.decay + step(static_cast<A>(load(exp_avg[k])), g, k);
+      if constexpr (kRounds) {
+        store_stochastically(param[k], value, low_key, high_key, index + static_cast<uint32_t>(k));
+      } else {
+        store(param[k], value);
+      }
+    }
+  }
+
+  static A sum_of_squares(const P* grad, int64_t count) {
+    double total = 0;
+    for (int64_t start = 0; start < count; start += kSumBlock) {
+      const int64_t end = std::min(count, start + kSumBlock);
+      A sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t k = start; k < end; ++k) sum += static_cast<A>(load(grad[k])) * load(grad[k]);
+      total += sum;
+    }
+    return static_cast<A>(total);
+  }
+
+  // Sums of squares of `width` columns of rows that are post_ elements apart.
+  void column_sums(const P* grad, int64_t rows, int64_t width, A* total) const {
+    std::fill(total, total + width, A(0));
+    for (int64_t top = 0; top < rows; top += kRowBlock)
+      for (int64_t left = 0; left < width; left += kColumnBlock)
+        add_block_sums(grad + top * post_ + left, std::min(kRowBlock, rows - top), std::min(kColumnBlock, width - left),
+                       total + left);
+  }
+
+  void add_block_sums(const P* grad, int64_t rows, int64_t width, A* total) const {
+    A sums[kColumnBlock];
+    std::fill(sums, sums + width, A(0));
+    const int64_t quarter = rows / 4;  // four long streams: with four adjacent rows prefetching starts anew at each
+    for (int64_t row = 0; row < quarter; ++row) {
+      const P *a = grad + row * post_, *b = a + quarter * post_, *c = b + quarter * post_, *d = c + quarter * post_;
+#pragma omp simd
+      for (int64_t k = 0; k < width; ++k) sums[k] += (square(a[k]) + square(b[k])) + (square(c[k]) + square(d[k]));
+    }
+    for (int64_t row = 4 * quarter; row < rows; ++row) {
+      const P* a = grad + row * post_;
+#pragma omp simd
+      for (int64_t k = 0; k < width; ++k) sums[k] += square(a[k]);
+    }
+    for (int64_t k = 0; k < width; ++k) total[k] += sums[k];
+  }
+
+  static A square(P value) { return static_cast<A>(load(value)) * static_cast<A>(load(value)); }
+
+  // Second moments of columns [first, last) of a unit from the sums of their squares, which become coefficients.
+  void average(int64_t unit, int64_t first, int64_t last, A* sums) const {
+    A* second = second_ + unit * post_ + first;
+    for (int64_t k = 0; k < last - first; ++k) {
+      A moment = second[k] * x_.beta2 + x_.second_weight * (sums[k] / static_cast<A>(red_));
+      second[k] = moment;
+      if (largest_) {
+        A& largest = largest_[unit * post_ + first + k];
+        largest = moment = maximum(largest, moment);
+      }
+      sums[k] = x_.coefficient(moment);
+    }
+  }
+
+  void row_averages(int64_t unit, int64_t first, int64_t last) const {
+    for (int64_t row = unit * red_ + first; row < unit * red_ + last; ++row) {
+      const A mean = sum_of_squares(grad_ + row * post_, post_) / static_cast<A>(post_);
+      second_[row] = second_[row] * x_.beta2 + x_.second_weight * mean;
+    }
+  }
+
+  // Column averages from the sums of their squares, which become roots; and the roots of r / mean(r).
+  void factors(int64_t unit, A* sums, A* row_roots) const {
+    A* columns = columns_ + unit * post_;
+    for (int64_t k = 0; k < post_; ++k) {
+      columns[k] = columns[k] * x_.beta2 + x_.second_weight * (sums[k] / static_cast<A>(red_));
+      sums[k] = std::sqrt(columns[k]) / x_.root;
+    }
+    const A* rows = second_ + unit * red_;
+    const double total = std::accumulate(rows, rows + red_, 0.0);
+    A mean = static_cast<A>(total / static_cast<double>(red_));
+    mean = mean < std::numeric_limits<A>::min() ? std::numeric_limits<A>::min() : mean;
+    for (int64_t row = 0; row < red_; ++row) row_roots[row] = std::sqrt(rows[row] / mean);
+  }
+
+  const Entry& entry_;
+  const Numbers<A> x_;
+  const bool rounds_;
+  P* const param_;
+  const P* const grad_;
+  M* const exp_avg_;
+  A *const second_, *const columns_, *const largest_;
+  const int64_t red_, post_;
+};
+
+// -- the table ------------------------------------------------------------------------------------------------
+
+template <class P, class Call>
+void with_momentum(const Entry& entry, const Hyper& hyper, Call call) {
+  if (entry.exp_avg_dtype == kInt8) return call(Update<P, int8_t>(entry, hyper));
+  if (entry.exp_avg_dtype == entry.dtype) return call(Update<P, P>(entry, hyper));
+  if constexpr (!std::is_same_v<P, float>) {
+    if (entry.exp_avg_dtype == kFloat32) return call(Update<P, float>(entry, hyper));
+  }
+  if constexpr (!std::is_same_v<P, bfloat16>) call(Update<P, bfloat16>(entry, hyper));
+}
+
+template <class Call>
+void with_types(const Entry& entry, const Hyper& hyper, Call call) {
+  switch (entry.dtype) {
+    case kFloat32: return with_momentum<float>(entry, hyper, call);
+    case kFloat64: return with_momentum<double>(entry, hyper, call);
+    case kBfloat16: return with_momentum<bfloat16>(entry, hyper, call);
+    default: return with_momentum<float16>(entry, hyper, call);
+  }
+}
+
+bool is_full(const Entry& entry) { return entry.red == 1 && !entry.columns; }
+
+struct Task {
+  const Entry* entry;
+  int64_t first, last;  // elements if nothing is averaged, else units
+};
+
+struct Work {
+  std::vector<Task> alone;          // for one thread each
+  std::vector<const Entry*> shared;  // for the whole team, one after the other
+  std::vector<double> partial, coefficients, row_roots;  // for what is shared
+  int64_t elements = 0;
+
+  void clear() {
+    alone.clear();
+    shared.clear();
+    elements = 0;
+  }
+
+  void add(const Entry& entry) {
+    const int64_t unit = entry.red * entry.post, total = unit * entry.pre;
+    if (total == 0) return;
+    elements += total;
+    if (is_full(entry)) return cut(entry, total, kTask);
+    const bool whole_blocks = entry.exp_avg_dtype != kInt8 || entry.pre == 1 || unit % kCodeBlock == 0;
+    if (unit <= kSmallUnit || !whole_blocks) return cut(entry, entry.pre, units_in_task(unit));
+    share(entry);
+  }
+
+ private:
+  static int64_t units_in_task(int64_t unit) {
+    const int64_t aligned = kCodeBlock / std::gcd(unit, kCodeBlock);
+    return aligned * std::max<int64_t>(1, kTask / (unit * aligned));
+  }
+
+  void cut(const Entry& entry, int64_t count, int64_t each) {
+    for (int64_t first = 0; first < count; first += each)
+      alone.push_back({&entry, first, std::min(count, first + each)});
+  }
+
+  void share(const Entry& entry) {
+    const int64_t rows = Update<float, float>::rows_in_block(entry.red, entry.post);
+    const int64_t blocks = (entry.red + rows - 1) / rows;
+    grow(partial, blocks * entry.post);
+    grow(coefficients, entry.post);
+    grow(row_roots, entry.columns ? entry.red : 0);
+    shared.push_back(&entry);
+  }
+
+  static void grow(std::vector<double>& held, int64_t count) {
+    if (static_cast<int64_t>(held.size()) < count) held.resize(static_cast<size_t>(count));
+  }
+};
+
+void run_alone(const Task& task, const Hyper& hyper) {
+  with_types(*task.entry, hyper, [&](const auto& update) {
+    is_full(*task.entry) ? update.full(task.first, task.last) : update.units(task.first, task.last);
+  });
+}
+
+template <class P, class M>
+void run_together(const Update<P, M>& update, const Entry& entry, Work& work) {
+  using A = Arithmetic<P>;
+  for (int64_t unit = 0; unit < entry.pre; ++unit)
+    update.together(unit, reinterpret_cast<A*>(work.partial.data()), reinterpret_cast<A*>(work.coefficients.data()),
+                    reinterpret_cast<A*>(work.row_roots.data()));
+}
+
+}  // namespace
+
+// Updates every tensor of the table in place; step counts have been advanced before.
+extern "C" void slimadam_step(const Entry* table, int64_t count, const Hyper* hyper, int64_t threads) {
+  thread_local Work held;  // kept, so that a step allocates nothing
+  Work& work = held;
+  work.clear();
+  for (int64_t index = 0; index < count; ++index) work.add(table[index]);
+  const int64_t tasks = static_cast<int64_t>(work.alone.size());
+#pragma omp parallel num_threads(static_cast<int>(threads)) if (work.elements > kSerial)
+  {
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t index = 0; index < tasks; ++index) run_alone(work.alone[static_cast<size_t>(index)], *hyper);
+    for (const Entry* entry : work.shared)
+      with_types(*entry, *hyper, [&](const auto& update) { run_together(update, *entry, work); });
+  }
+}

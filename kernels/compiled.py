@@ -1,0 +1,131 @@
+"""The update as one compiled pass on the CPU (``fused=True``).
+
+The arithmetic is in ``compiled.cpp``; here a table tells it where the tensors lie. Each tensor is read from memory
+once (averages over rows) or a second time out of the cache (averages over columns): 20 bytes per float32 parameter,
+AdamW 28. The plain reference beside it is :func:`slimadam.functional.reference_update`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from slimadam.kernels.blocked import layouts
+from slimadam.kernels.build import library
+from slimadam.kernels.layout import layout_of
+from torch import Tensor
+
+from slimadam.functional import Dims, Entry, Hyperparameters
+
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}
+_PARAM_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+
+_forked = False
+
+
+def _remember_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_remember_fork)
+
+
+class _Hyper(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        *((name, ctypes.c_int64) for name in ("maximize", "stochastic_round")),
+    )
+
+
+def takes(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dims]) -> bool:
+    """Whether the compiled step takes a parameter; the first question builds it, or warns that it cannot be built.
+
+    Args:
+        param: A real CPU parameter.
+        exp_avg_dtype: Precision of its first moment, ``torch.int8`` for codes.
+        averaged_dims: For each of its second moments, the averaged dimensions.
+    """
+    if param.dtype not in _PARAM_DTYPES or exp_avg_dtype not in (param.dtype, *_MOMENTUM_DTYPES):
+        return False
+    return layouts(param, averaged_dims) is not None and library() is not None
+
+
+def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
+    """Update every parameter in place. For each, :func:`takes` must have said yes, and all must lie as it does."""
+    compiled = library()
+    assert compiled is not None
+    aside: list[tuple[Tensor, Tensor]] = []
+    rows = [_row(entry, aside) for entry in entries]
+    table = np.array(rows, dtype=np.int64)
+    numbers = _Hyper(
+        float(hyper.lr),
+        float(hyper.beta1),
+        float(hyper.beta2),
+        hyper.eps,
+        float(hyper.weight_decay),
+        hyper.maximize,
+        hyper.stochastic_round,
+    )
+    threads = 1 if _forked else torch.get_num_threads()
+    compiled.slimadam_step(
+        ctypes.c_void_p(table.ctypes.data), ctypes.c_int64(len(rows)), ctypes.byref(numbers), ctypes.c_int64(threads)
+    )
+    for moment, ordered in aside:
+        moment.copy_(ordered)
+
+
+def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
+    """One row of the table, as ``struct Entry`` in the source; ``aside`` gets second moments to copy back."""
+    param, grad, exp_avg, parts, maxima, step, dims, seed, scale = entry
+    order, pre, red, post = _geometry(tuple(param.shape), param.stride(), param.is_contiguous(), tuple(dims))
+    if order:
+        parts, maxima = [[_in_order(part, order, aside) for part in moments] for moments in (parts, maxima)]
+    return (
+        param.data_ptr(),
+        grad.data_ptr(),
+        exp_avg.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        parts[0].data_ptr(),
+        parts[1].data_ptr() if len(parts) == 2 else 0,
+        maxima[0].data_ptr() if maxima else 0,
+        step.data_ptr(),
+        _CODES[step.dtype],
+        _CODES[param.dtype],
+        _CODES[exp_avg.dtype],
+        pre,
+        red,
+        post,
+        seed,
+    )
+
+
+def _in_order(moment: Tensor, order: tuple[int, ...], aside: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """A second moment in the parameter's memory order: itself, or a copy where strides demand one."""
+    view = moment.permute(order)
+    ordered = view.contiguous()
+    if ordered.data_ptr() != view.data_ptr():
+        aside.append((view, ordered))
+    return ordered
+
+
+@lru_cache(maxsize=4096)
+def _geometry(
+    shape: tuple[int, ...], strides: tuple[int, ...], contiguous: bool, averaged_dims: tuple[Dims, ...]
+) -> tuple[tuple[int, ...], int, int, int]:
+    """Memory order of the dimensions (empty: as they are), and ``[pre, red, post]``; zeros for an empty tensor."""
+    if 0 in shape:
+        return (), 0, 0, 0
+    if len(averaged_dims) == 2:
+        (row_dim,) = averaged_dims[1]
+        return (), math.prod(shape[:row_dim]), shape[row_dim], math.prod(shape[row_dim + 1 :])
+    found = layout_of(shape, strides, contiguous, averaged_dims[0])
+    assert found is not None
+    return (() if contiguous else found.order), found.pre, found.red, found.post

@@ -1,0 +1,220 @@
+"""Taking a step: from a group's parameters to the implementations that update them.
+
+What does not change from step to step is put together once for each parameter and kept as long as it holds.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimadam import state as state_format
+from slimadam.backends import TAKES_CODES, UPDATES, Backend, choose_backend, fits, triton_step
+from slimadam.entries import (
+    check_shapes,
+    decoded,
+    encode,
+    entries_of,
+    hyperparameters,
+    momentum_dtype,
+    rounding_seed,
+)
+from slimadam.functional import Entry, Hyperparameters
+from slimadam.parts import key_of
+from slimadam.rules import Rule
+
+_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_scale")
+_OPTIONS = (
+    "amsgrad", "foreach", "fused", "capturable", "differentiable", "momentum_dtype", "bf16_stochastic_round",
+)  # fmt: skip
+
+
+class Piece(NamedTuple):
+    """A parameter, or a part of one, and how it is updated.
+
+    Attributes:
+        key: What it goes by in plans.
+        rule: Its rule.
+        backend: Which implementation updates it.
+        entry: Its tensors.
+    """
+
+    key: str
+    rule: Rule
+    backend: Backend
+    entry: Entry
+
+
+class _Prepared(NamedTuple):
+    """A parameter's pieces, and what they rest on. Their gradients are those of no step: nothing keeps one alive."""
+
+    rests_on: tuple[Any, ...]
+    held: tuple[Any, ...]
+    pieces: list[Piece]
+    takes_codes: bool
+
+
+class Stepper:
+    """The step of every parameter group of an optimizer."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[Tensor, _Prepared] = {}
+        self._triton: dict[tuple[int, torch.device], Any] = {}
+
+    def forget(self) -> None:
+        """Let go of the state's tensors, which are about to be replaced."""
+        self._prepared.clear()
+        self._triton.clear()
+
+    def update(
+        self,
+        names: Sequence[str],
+        group: Mapping[str, Any],
+        all_rules: Mapping[str, list[Rule]],
+        states: Mapping[Tensor, MutableMapping[str, Any]],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Count a step of every parameter of a group that has a gradient, and update it.
+
+        Args:
+            names: Of the group's parameters.
+            group: The group.
+            all_rules: By name.
+            states: By parameter.
+            grad_scale: What gradients are still scaled by; only for parameters that Triton updates.
+            found_inf: Not zero: leave everything as it is; only for them.
+        """
+        options = tuple(group[option] for option in _OPTIONS)
+        work = []
+        for name, param in zip(names, group["params"], strict=True):
+            if param.grad is not None:
+                rules, state = all_rules[name], states[param]
+                work.append((name, param, state, self._prepare(name, param, group, options, rules, state)))
+        steps = [state["step"] for _, _, state, prepared in work if not _counts_itself(prepared)]
+        if steps:
+            torch._foreach_add_(steps, 1)
+        hyper = hyperparameters(group)
+        together: dict[Backend, list[Entry]] = defaultdict(list)
+        for name, param, state, prepared in work:
+            if prepared.takes_codes or "exp_avg_scale" not in state:
+                for piece in prepared.pieces:
+                    together[piece.backend].append(_with_gradient(piece, param.grad, hyper))
+            else:
+                _update_decoded(name, param, group, all_rules[name], state, hyper)
+        for backend, entries in together.items():
+            if backend == "triton":
+                self._update_by_triton(id(group), entries, hyper, grad_scale, found_inf)
+            else:
+                UPDATES[backend](entries, hyper)
+
+    def _prepare(
+        self,
+        name: str,
+        param: Tensor,
+        group: Mapping[str, Any],
+        options: tuple[Any, ...],
+        rules: list[Rule],
+        state: Mapping[str, Any],
+    ) -> _Prepared:
+        grad = param.grad
+        assert grad is not None
+        rests_on = (options, param.data_ptr(), param.shape, param.dtype, grad.dtype, grad.stride())
+        held = (rules, *(state.get(key) for key in _STATE))
+        found = self._prepared.get(param)
+        if found is not None and found.rests_on == rests_on and all(map(_is_same, found.held, held)):
+            return found
+        check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
+        pieces = list(_pieces(name, param, group, rules, state))
+        takes_codes = all(piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces)
+        without = [piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces]
+        made = _Prepared(rests_on, held, without, takes_codes)
+        if not torch.compiler.is_compiling():
+            self._prepared[param] = made
+        return made
+
+    def _update_by_triton(
+        self,
+        group: int,
+        entries: list[Entry],
+        hyper: Hyperparameters,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        by_device: dict[torch.device, list[Entry]] = defaultdict(list)
+        for entry in entries:
+            by_device[entry.param.device].append(entry)
+        for device, there in by_device.items():
+            prepared = self._triton.get((group, device))
+            if prepared is None or not prepared.fits(there, hyper):
+                prepared = self._triton[group, device] = triton_step(there, hyper)
+            scale, found = (None if value is None else value.to(device) for value in (grad_scale, found_inf))
+            prepared.run(hyper, scale, found)
+
+
+def _counts_itself(prepared: _Prepared) -> bool:
+    return all(piece.backend == "triton" for piece in prepared.pieces)
+
+
+def _is_same(one: object, other: object) -> bool:
+    return one is other
+
+
+def _with_gradient(piece: Piece, grad: Tensor, hyper: Hyperparameters) -> Entry:
+    own = grad if piece.rule.part is None else piece.rule.take(grad)
+    if not hyper.stochastic_round:
+        return piece.entry._replace(grad=own)
+    counts = piece.backend == "triton"
+    seed = zlib.crc32(piece.key.encode()) if counts else rounding_seed(piece.entry.step, piece.key)
+    return piece.entry._replace(grad=own, seed=seed)
+
+
+def _update_decoded(
+    name: str,
+    param: Tensor,
+    group: Mapping[str, Any],
+    rules: Sequence[Rule],
+    state: Mapping[str, Any],
+    hyper: Hyperparameters,
+) -> None:
+    """Update a parameter whose codes its implementation does not read, one at a time so that little is decoded."""
+    assert param.grad is not None
+    own = decoded(param, state)
+    for piece in _pieces(name, param, group, rules, own, counted=True):
+        UPDATES[piece.backend]([_with_gradient(piece, param.grad, hyper)], hyper)
+    encode(param, own["exp_avg"], param.grad, state)
+
+
+def _pieces(
+    name: str,
+    param: Tensor,
+    group: Mapping[str, Any],
+    rules: Sequence[Rule],
+    state: Mapping[str, Any],
+    counted: bool = False,
+) -> Iterator[Piece]:
+    """A parameter, or each of its parts, with the implementation that updates it.
+
+    Triton's counts the step itself: it takes all parts of a parameter, or none.
+    """
+    entries = list(entries_of(rules, param, group, state))
+    backends = [backend_of(rule, param, group) for rule in rules]
+    fitting = [
+        backend if fits(backend, entry) else "reference"
+        for backend, entry in zip(backends, entries, strict=True)
+    ]
+    if "triton" in fitting and (counted or set(fitting) != {"triton"}):
+        fitting = ["reference"] * len(fitting)
+    for rule, backend, entry in zip(rules, fitting, entries, strict=True):
+        yield Piece(key_of(name, rule.part), rule, backend, entry)
+
+
+def backend_of(rule: Rule, param: Tensor, group: Mapping[str, Any]) -> Backend:
+    """The implementation for one rule of a parameter."""
+    piece = rule.take(param)
+    return choose_backend(piece, momentum_dtype(param, group), rule.averaged_dims(piece.dim()), group)

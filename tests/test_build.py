@@ -1,0 +1,120 @@
+"""How the compiled step's library is built, cached and loaded, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+
+STEP = """
+import logging, sys, torch
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
+import slimadam.kernels.build as build
+build.FLAGS = ("-std=c++17", "-O0", "-fopenmp", "-shared", "-fPIC")
+from slimadam import SlimAdam
+
+def step():
+    weight = torch.ones(160, 160, requires_grad=True)
+    weight.grad = torch.full((160, 160), 0.5)
+    optimizer = SlimAdam([("w", weight)], plan="factored", fused=True, lr=0.1, weight_decay=0.0)
+    optimizer.step()
+    torch.testing.assert_close(weight, torch.full((160, 160), 0.9))
+    return optimizer.backend("w")
+"""
+
+
+def _start(script: str, cache: Path, **environment: str) -> subprocess.Popen[str]:
+    surroundings = {**os.environ, "SLIMADAM_CACHE_DIR": str(cache), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", STEP + script],
+        env={key: value for key, value in surroundings.items() if key != "CXX" or "CXX" in environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _run(script: str, cache: Path, **environment: str) -> str:
+    process = _start(script, cache, **environment)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_built_once_then_loaded_and_rebuilt_where_damaged(tmp_path: Path) -> None:
+    racing = [_start("print(step())", tmp_path / "new") for _ in range(2)]
+    for process in racing:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert output.splitlines()[-1] == "compiled"
+    (built,) = (tmp_path / "new").iterdir()
+    assert "compiling" not in _run("print(step())", tmp_path / "new")
+    content = built.read_bytes()
+    built.write_bytes(content[: len(content) // 2])
+    output = _run("print(step())", tmp_path / "new")
+    assert "INFO compiling the step for fused=True" in output
+    assert output.splitlines()[-1] == "compiled"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [built.name]
+
+
+def test_a_whole_file_that_is_no_library_is_rebuilt(tmp_path: Path) -> None:
+    script = """
+import hashlib
+from pathlib import Path
+compiler = build._compiler()
+path = build._path(compiler)
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_bytes(b"not a library" + hashlib.sha256(b"not a library").digest())
+print(step())
+"""
+    assert _run(script, tmp_path).splitlines()[-1] == "compiled"
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"PATH": ""}, "no C++ compiler on PATH; install one"),
+        ({"CXX": "false", "PATH": "/bin:/usr/bin"}, "false failed (exit status 1); name a C++17 compiler"),
+    ],
+    ids=str,
+)
+def test_without_a_working_compiler_the_default_runs_and_one_warning_says_why(
+    tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
+    output = _run("print(step(), step())", tmp_path, **environment)
+    assert output.count("WARNING") == 1
+    assert reason in output
+    assert output.splitlines()[-1] == "blocked blocked"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    output = _run("print(step())", occupied)
+    assert "set SLIMADAM_CACHE_DIR to a folder that can be written" in output
+    assert output.splitlines()[-1] == "blocked"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_steps_too(tmp_path: Path) -> None:
+    """The threads of the parent do not exist in the child; waiting for them would never end.
+
+    The tensors are large enough for this step to use threads, and too small for torch's own operations.
+    """
+    script = """
+import os
+torch.set_num_threads(2)
+step()
+child = os.fork()
+if child == 0:
+    os._exit(0 if step() == "compiled" else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("both")
+"""
+    assert _run(script, tmp_path).splitlines()[-1] == "both"
