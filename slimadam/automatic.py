@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from slimadam.choosing import Forms, applicable, check_choice, check_keep
+from slimadam.errors import shown
 from slimadam.history import SNRHistory
-from slimadam.parts import Parts
+from slimadam.parts import Parts, check_declared
 from slimadam.plan import CompressionPlan
 from slimadam.recording import record
 from slimadam.rules import Rule
@@ -59,11 +60,7 @@ class AutoPlan:
         if not isinstance(self.keep, tuple):
             raise ValueError(f"keep={self.keep!r} must be a tuple of patterns, such as ('*norm*',)")
         check_keep(self.keep)
-        for pattern, parts in dict(self.parts).items():
-            if not isinstance(pattern, str) or not isinstance(parts, Parts):
-                raise ValueError(
-                    f"parts={{{pattern!r}: {parts!r}}} must give a slimadam.Parts for each pattern of names"
-                )
+        check_declared(self.parts)
 
     def measures(self, step: int) -> bool:
         """Whether to measure after optimizer step ``step`` (from 1)."""
@@ -73,6 +70,9 @@ class AutoPlan:
         count = min(self.measurements, self.calibration_steps)
         number = round(step * count / self.calibration_steps)
         return number >= 1 and round(number * self.calibration_steps / count) == step
+
+
+Moment = tuple[str, Rule, Tensor, Sequence[str]]
 
 
 class Measuring:
@@ -92,12 +92,14 @@ class Measuring:
         self.history = SNRHistory()
         self.steps = 0
 
-    def after_step(self, moments: Iterable[tuple[str, Rule, Tensor]], forms: Forms) -> CompressionPlan | None:
+    def after_step(self, moments: Iterable[Moment], forms: Forms) -> CompressionPlan | None:
         """Count a step, measure if it is time, and decide after the last. Without any moments it does not count.
 
+        Where more steps were done before than these settings ask for, the first step here measures and decides.
+
         Args:
-            moments: For each piece of a parameter that has a second moment: its key and rule, and the parameter's
-                full second moment.
+            moments: For each piece of a parameter that has a second moment: its key and rule, the parameter's full
+                second moment, and all names of the parameter.
             forms: The forms to choose among, as in :class:`AutoPlan`.
 
         Returns:
@@ -108,10 +110,11 @@ class Measuring:
         if first is None:
             return None
         self.steps += 1
-        if self.settings.measures(self.steps):
-            for key, rule, second_moment in itertools.chain([first], moments):
-                record(self.history, self.steps, key, rule, second_moment)
-        if self.steps < self.settings.calibration_steps:
+        last = self.steps >= self.settings.calibration_steps
+        if last or self.settings.measures(self.steps):
+            for key, rule, second_moment, names in itertools.chain([first], moments):
+                record(self.history, self.steps, key, rule, second_moment, names)
+        if not last:
             return None
         choice = self.settings
         keep = applicable(choice.keep, self.history)
@@ -155,7 +158,7 @@ class Measuring:
         """
         measuring = cls(settings)
         try:
-            measuring.steps = int(data["steps"])
+            measuring.steps = _step_count(data["steps"])
             for parameter in data["measured"]:
                 name, shape = parameter["name"], tuple(parameter["shape"])
                 rule = plan.get(name, Rule())
@@ -166,3 +169,9 @@ class Measuring:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the state dict's record of plan='auto' is damaged ({error!r})") from error
         return measuring
+
+
+def _step_count(steps: object) -> int:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"steps={shown(steps)} must be an integer >= 0")
+    return steps

@@ -17,6 +17,7 @@ from torch import nn
 from slimadam.cli.console import output_path, percent
 from slimadam.errors import PlanError
 from slimadam.plan import CompressionPlan
+from slimadam.roles import names_of
 from slimadam.rules import Rule, fit_rules
 from slimadam.snr import FACTORED, Candidate
 from slimadam.transfer import NO_COUNTERPART
@@ -158,7 +159,7 @@ def _describe(rule: Rule, other: Rule) -> str:
 
 def _same_storage(a: Rule, b: Rule) -> bool:
     shapes_agree = a.shape == b.shape or a.shape is None or b.shape is None
-    return (a.form, a.dims, a.part, a.batch_dims) == (b.form, b.dims, b.part, b.batch_dims) and shapes_agree
+    return a.storage == b.storage and shapes_agree
 
 
 def _storage(rule: Rule) -> dict[str, Any]:
@@ -189,11 +190,12 @@ def _build(builder: str) -> nn.Module:
 def _check_fit(checked: CompressionPlan, model: nn.Module) -> int:
     """How many of the model's parameters have a rule, after checking that every rule fits one."""
     found = {}
-    for name, parameter in model.named_parameters():
-        keys = checked.keys_of(name)
-        if keys:
-            fit_rules(name, [checked[key] for key in keys], tuple(parameter.shape))
-            found.update(dict.fromkeys(keys, name))
+    for parameter, names in names_of(model).items():
+        for name in names:
+            keys = checked.keys_of(name)
+            if keys:
+                fit_rules(name, [checked[key] for key in keys], tuple(parameter.shape))
+                found.update(dict.fromkeys(keys, parameter))
     unknown = [name for name in checked if name not in found]
     if unknown:
         raise PlanError(
