@@ -16,7 +16,7 @@ from torch import Tensor
 from slimadam.choosing import Forms, applicable, check_choice, check_keep
 from slimadam.errors import shown
 from slimadam.history import SNRHistory
-from slimadam.parts import Parts, check_declared
+from slimadam.parts import Part, Parts, check_declared
 from slimadam.plan import CompressionPlan
 from slimadam.recording import record
 from slimadam.rules import Rule
@@ -133,6 +133,7 @@ class Measuring:
             {
                 "name": name,
                 "role": parameter.role,
+                "part": _place(parameter.part),
                 "shape": list(parameter.shape),
                 "values": [
                     [step, [[candidate if candidate == FACTORED else list(candidate), value]
@@ -146,7 +147,7 @@ class Measuring:
 
     @classmethod
     def from_dict(cls, settings: AutoPlan, data: Mapping[str, Any], plan: CompressionPlan) -> Measuring:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`. Measurements of parts that are not parts now are left out, which is told.
 
         Args:
             settings: How to measure and decide.
@@ -159,16 +160,30 @@ class Measuring:
         measuring = cls(settings)
         try:
             measuring.steps = _step_count(data["steps"])
+            others = []
             for parameter in data["measured"]:
                 name, shape = parameter["name"], tuple(parameter["shape"])
                 rule = plan.get(name, Rule())
+                if parameter["part"] != _place(rule.part):
+                    others.append(name)
+                    continue
                 measuring.history.record(0, name, shape, {}, parameter["role"], rule.part, rule.batch_dims, rule.fan_in)
                 for step, values in parameter["values"]:
                     found = {normalize_candidate(candidate, len(shape)): float(value) for candidate, value in values}
                     measuring.history.record(step, name, shape, found)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the state dict's record of plan='auto' is damaged ({error!r})") from error
+        if others:
+            logger.warning(
+                "plan='auto': the state dict's measurements of %s are left out: the parameter has other parts here",
+                ", ".join(map(repr, others)),
+            )
         return measuring
+
+
+def _place(part: Part | None) -> list[object] | None:
+    """Where a part lies in its parameter."""
+    return None if part is None else [list(part.of), list(part.view), part.dim, part.start, part.size]
 
 
 def _step_count(steps: object) -> int:

@@ -177,8 +177,8 @@ class Resolver:
                 hint = did_you_mean(unused[0], known)
                 raise PlanError(
                     f"the plan's entry {unused[0]!r} matches no parameter of the optimizer "
-                    f"({len(unused)} of {len(plan)} entries do not). {hint + ' ' if hint else ''}Calibrate this model, or pass "
-                    "model=model if this optimizer holds only part of it"
+                    f"({len(unused)} of {len(plan)} entries do not). {hint + ' ' if hint else ''}Calibrate this "
+                    "model, or pass model=model if this optimizer holds only part of it"
                 )
 
     def _given_name(self, group: Mapping[str, Any], index: int) -> str | None:

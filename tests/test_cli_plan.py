@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from slimadam import CompressionPlan, Rule, __version__
+from slimadam import CompressionPlan, Parts, Rule, __version__
 from slimadam.cli import cli
 
 SHOWN = CompressionPlan(
@@ -158,3 +158,37 @@ def test_help_lists_every_command_without_loading_any() -> None:
     assert result.stdout.endswith("[]\n")
     assert CliRunner().invoke(cli, ["--version"]).stdout == f"slimadam, version {__version__}\n"
     assert CliRunner().invoke(cli, ["no-such-command"]).exit_code == 2
+
+
+def test_check_refuses_parts_that_are_not_the_whole_parameter() -> None:
+    divided = Parts({"a": 4, "b": 4}).divide("w", (8, 6))
+    rules = {f"w[{part.label}]": Rule((1,), "mean", part.shape, part=part) for part in divided}
+    CompressionPlan(rules).save("whole.json")
+    assert plan("check", "whole.json").exit_code == 0
+    CompressionPlan({"w[b]": rules["w[b]"]}).save("half.json")
+    overlapping = CompressionPlan(rules).to_dict()
+    overlapping["parameters"]["w[b]"]["part"]["start"] = 3
+    Path("overlap.json").write_text(json.dumps(overlapping))
+    CompressionPlan({**rules, "w": Rule(shape=(8, 6))}).save("both.json")
+    for file, message in (
+        ("half.json", "'w': its part 'b' starts at 4"),
+        ("overlap.json", "'w': its part 'b' starts at 3 with size 4, where 4 is next"),
+        ("both.json", "'w': the plan has a rule for the whole parameter and one for its part"),
+    ):
+        result = plan("check", file)
+        assert (result.exit_code, message in result.stderr) == (1, True)
+
+
+def test_check_against_a_model_knows_both_names_of_a_tied_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("tied_model.py").write_text(
+        "from torch import nn\n"
+        "def tied():\n"
+        "    model = nn.ModuleDict({'a': nn.Embedding(6, 4), 'b': nn.Linear(4, 6, bias=False)})\n"
+        "    model['b'].weight = model['a'].weight\n"
+        "    return model\n"
+    )
+    for name in ("a.weight", "b.weight"):
+        CompressionPlan({name: Rule((1,), "mean", (6, 4))}).save("tied.json")
+        result = plan("check", "tied.json", "--model", "tied_model:tied")
+        assert result.exit_code == 0
+        assert "1 of the model's 1 parameters have a rule" in result.stdout
