@@ -192,3 +192,32 @@ def test_check_against_a_model_knows_both_names_of_a_tied_weight(monkeypatch: py
         result = plan("check", "tied.json", "--model", "tied_model:tied")
         assert result.exit_code == 0
         assert "1 of the model's 1 parameters have a rule" in result.stdout
+
+
+def test_diff_says_how_parts_and_stacks_differ() -> None:
+    for file, sizes in (("ab.json", {"a": 4, "b": 4}), ("ba.json", {"b": 4, "a": 4})):
+        rules = [Rule((1,), "mean", part.shape, part=part) for part in Parts(sizes).divide("w", (8, 6))]
+        CompressionPlan.of_parameters({"w": rules}).save(file)
+    lines = plan("diff", "ab.json", "ba.json").stdout.splitlines()
+    assert lines[0] == (
+        "w[a]: mean over 1, from 0 along dimension 0 of (8, 6) -> mean over 1, from 4 along dimension 0 of (8, 6)"
+    )
+    told = json.loads(plan("diff", "ab.json", "ba.json", "--json").stdout)["changed"]["w[a]"]
+    assert (told["a"]["part"]["start"], told["b"]["part"]["start"]) == (0, 4)
+    for file, batch_dims in (("one.json", 1), ("none.json", 0)):
+        CompressionPlan({"w": Rule((), "factored", (4, 6, 6), batch_dims=batch_dims)}).save(file)
+    result = plan("diff", "one.json", "none.json")
+    assert result.stdout == "w: factored with 1 batch dimensions -> factored with 0 batch dimensions\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_reader_that_stops_early_is_no_error(arguments: list[str]) -> None:
+    rule = Rule((1,), "mean", (64, 64), reason="as long a reason as it takes to fill a pipe")
+    CompressionPlan({f"layers.{index}.weight": rule for index in range(2000)}).save("long.json")
+    command = [sys.executable, "-m", "slimadam", "plan", "show", *arguments, "long.json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""

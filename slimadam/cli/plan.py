@@ -17,6 +17,7 @@ from torch import nn
 from slimadam.cli.console import output_path, percent
 from slimadam.errors import PlanError
 from slimadam.plan import CompressionPlan
+from slimadam.plan_json import rule_to_dict
 from slimadam.roles import names_of
 from slimadam.rules import Rule, fit_rules
 from slimadam.snr import FACTORED, Candidate
@@ -152,9 +153,14 @@ def _decision(rule: Rule) -> str:
 
 
 def _describe(rule: Rule, other: Rule) -> str:
-    if rule.shape is None or rule.shape == other.shape:
-        return _decision(rule)
-    return f"{_decision(rule)} of shape {rule.shape}"
+    told = _decision(rule)
+    if rule.shape is not None and rule.shape != other.shape:
+        told += f" of shape {rule.shape}"
+    if rule.batch_dims != other.batch_dims:
+        told += f" with {rule.batch_dims} batch dimensions"
+    if rule.part is not None and rule.part != other.part:
+        told += f", from {rule.part.start} along dimension {rule.part.dim} of {rule.part.view}"
+    return told
 
 
 def _same_storage(a: Rule, b: Rule) -> bool:
@@ -163,10 +169,12 @@ def _same_storage(a: Rule, b: Rule) -> bool:
 
 
 def _storage(rule: Rule) -> dict[str, Any]:
+    told = {key: value for key, value in rule_to_dict(rule).items() if key in ("part", "batch_dims")}
     return {
         "form": rule.form,
         "dims": list(rule.dims),
         "shape": None if rule.shape is None else list(rule.shape),
+        **told,
     }
 
 
