@@ -23,7 +23,8 @@ from benchmarks import machine
 from slimadam import CompressionPlan, SlimAdam, snr
 from slimadam.demo.data import ByteData, load
 from slimadam.demo.training import DemoSettings, calibrate
-from slimadam.monitoring import MEASUREMENTS, SHORTEST_INTERVAL, Monitor
+from slimadam.monitoring import SHORTEST_INTERVAL, Monitor
+from slimadam.samples import MEASUREMENTS
 from slimadam.state import parts
 
 LARGEST_MEMORY_SHARE = 0.01

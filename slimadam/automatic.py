@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from slimadam.choosing import Forms, applicable, check_choice, check_keep
+from slimadam.errors import shown
 from slimadam.history import SNRHistory
-from slimadam.parts import Parts
+from slimadam.parts import Part, Parts, check_declared
 from slimadam.plan import CompressionPlan
 from slimadam.recording import record
 from slimadam.rules import Rule
@@ -59,11 +60,7 @@ class AutoPlan:
         if not isinstance(self.keep, tuple):
             raise ValueError(f"keep={self.keep!r} must be a tuple of patterns, such as ('*norm*',)")
         check_keep(self.keep)
-        for pattern, parts in dict(self.parts).items():
-            if not isinstance(pattern, str) or not isinstance(parts, Parts):
-                raise ValueError(
-                    f"parts={{{pattern!r}: {parts!r}}} must give a slimadam.Parts for each pattern of names"
-                )
+        check_declared(self.parts)
 
     def measures(self, step: int) -> bool:
         """Whether to measure after optimizer step ``step`` (from 1)."""
@@ -73,6 +70,9 @@ class AutoPlan:
         count = min(self.measurements, self.calibration_steps)
         number = round(step * count / self.calibration_steps)
         return number >= 1 and round(number * self.calibration_steps / count) == step
+
+
+Moment = tuple[str, Rule, Tensor, Sequence[str]]
 
 
 class Measuring:
@@ -92,12 +92,14 @@ class Measuring:
         self.history = SNRHistory()
         self.steps = 0
 
-    def after_step(self, moments: Iterable[tuple[str, Rule, Tensor]], forms: Forms) -> CompressionPlan | None:
+    def after_step(self, moments: Iterable[Moment], forms: Forms) -> CompressionPlan | None:
         """Count a step, measure if it is time, and decide after the last. Without any moments it does not count.
 
+        Where more steps were done before than these settings ask for, the first step here measures and decides.
+
         Args:
-            moments: For each piece of a parameter that has a second moment: its key and rule, and the parameter's
-                full second moment.
+            moments: For each piece of a parameter that has a second moment: its key and rule, the parameter's full
+                second moment, and all names of the parameter.
             forms: The forms to choose among, as in :class:`AutoPlan`.
 
         Returns:
@@ -108,10 +110,11 @@ class Measuring:
         if first is None:
             return None
         self.steps += 1
-        if self.settings.measures(self.steps):
-            for key, rule, second_moment in itertools.chain([first], moments):
-                record(self.history, self.steps, key, rule, second_moment)
-        if self.steps < self.settings.calibration_steps:
+        last = self.steps >= self.settings.calibration_steps
+        if last or self.settings.measures(self.steps):
+            for key, rule, second_moment, names in itertools.chain([first], moments):
+                record(self.history, self.steps, key, rule, second_moment, names)
+        if not last:
             return None
         choice = self.settings
         keep = applicable(choice.keep, self.history)
@@ -130,6 +133,7 @@ class Measuring:
             {
                 "name": name,
                 "role": parameter.role,
+                "part": _place(parameter.part),
                 "shape": list(parameter.shape),
                 "values": [
                     [step, [[candidate if candidate == FACTORED else list(candidate), value]
@@ -143,7 +147,7 @@ class Measuring:
 
     @classmethod
     def from_dict(cls, settings: AutoPlan, data: Mapping[str, Any], plan: CompressionPlan) -> Measuring:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`. Measurements of parts that are not parts now are left out, which is told.
 
         Args:
             settings: How to measure and decide.
@@ -155,14 +159,34 @@ class Measuring:
         """
         measuring = cls(settings)
         try:
-            measuring.steps = int(data["steps"])
+            measuring.steps = _step_count(data["steps"])
+            others = []
             for parameter in data["measured"]:
                 name, shape = parameter["name"], tuple(parameter["shape"])
                 rule = plan.get(name, Rule())
+                if parameter["part"] != _place(rule.part):
+                    others.append(name)
+                    continue
                 measuring.history.record(0, name, shape, {}, parameter["role"], rule.part, rule.batch_dims, rule.fan_in)
                 for step, values in parameter["values"]:
                     found = {normalize_candidate(candidate, len(shape)): float(value) for candidate, value in values}
                     measuring.history.record(step, name, shape, found)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the state dict's record of plan='auto' is damaged ({error!r})") from error
+        if others:
+            logger.warning(
+                "plan='auto': the state dict's measurements of %s are left out: the parameter has other parts here",
+                ", ".join(map(repr, others)),
+            )
         return measuring
+
+
+def _place(part: Part | None) -> list[object] | None:
+    """Where a part lies in its parameter."""
+    return None if part is None else [list(part.of), list(part.view), part.dim, part.start, part.size]
+
+
+def _step_count(steps: object) -> int:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"steps={shown(steps)} must be an integer >= 0")
+    return steps

@@ -130,8 +130,9 @@ class SNRRecorder:
             self._names = NamedParameters.of_optimizer(self._optimizer, parts=self._parts)
             name = self._names.name(parameter)
             assert name is not None
+        names = self._names.all_names(parameter)
         for piece in self._names.pieces(parameter):
-            record(self.history, self.steps, key_of(name, piece.part), full_rule(piece, ""), second_moment)
+            record(self.history, self.steps, key_of(name, piece.part), full_rule(piece, ""), second_moment, names)
 
 
 def calibrate(

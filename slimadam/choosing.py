@@ -10,15 +10,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from slimadam.history import ParameterSNR, SNRHistory
 from slimadam.parts import owner_of
-from slimadam.roles import BIAS, NORM, role_from_name
+from slimadam.roles import BIAS, NORM, canonical_name, role_from_name
 from slimadam.rules import Rule
 from slimadam.snr import FACTORED, MAX_NDIM, Candidate
 
 Forms = Literal["mean", "best"]
+
+KEPT: Final = "kept in full as asked"
+EXPANDED: Final = "returned to a full second moment by expand()"
 
 
 def check_choice(cutoff: float, forms: str, budget: float | None = None) -> None:
@@ -58,7 +61,7 @@ def _role_by_key(key: str, measured: ParameterSNR) -> str:
 
 def applicable(keep: Iterable[str], history: SNRHistory) -> tuple[str, ...]:
     """The patterns that name something measured."""
-    idle = idle_patterns(keep, measured_rules(history))
+    idle = idle_patterns(keep, history)
     return tuple(pattern for pattern in keep if pattern not in idle)
 
 
@@ -68,30 +71,53 @@ def check_keep(keep: Iterable[str]) -> tuple[str, ...]:
     Raises:
         ValueError: It is no sequence of texts.
     """
-    patterns = (keep,) if isinstance(keep, str) else tuple(keep)
-    if isinstance(keep, str) or not all(isinstance(pattern, str) for pattern in patterns):
+    listed = isinstance(keep, Iterable) and not isinstance(keep, str)
+    patterns = tuple(keep) if listed else ()
+    if not listed or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"keep={keep!r} must be a list or tuple of patterns, such as ('*norm*',)")
     return patterns
 
 
-def keeps(pattern: str, key: str, rule: Rule) -> bool:
-    """Whether a pattern names a piece: by its key, by its parameter's name, or by its role."""
-    names = (key, owner_of(key, rule.part))
-    return pattern in (*names, rule.role) or any(fnmatchcase(name, pattern) for name in names)
+def keeps(pattern: str, key: str, rule: Rule, all_names: Iterable[str] = ()) -> bool:
+    """Whether a pattern names a piece: by its key, by a name of its parameter, or by its role.
+
+    Brackets at the end of a pattern are those of a key, ``"*.c_attn.weight[key]"``: what is in them is matched with the
+    label of a part.
+
+    Args:
+        pattern: The pattern, with or without wrapper prefixes.
+        key: What the piece goes by.
+        rule: Says what it is, and which part.
+        all_names: The names of its parameter, where it has several.
+    """
+    names = {owner_of(key, rule.part), *all_names}
+    if pattern in (*names, key, rule.role):
+        return True
+    pattern = canonical_name(pattern)
+    owner_pattern, bracket, label_pattern = pattern.removesuffix("]").rpartition("[")
+    if not bracket or not pattern.endswith("]"):
+        return any(fnmatchcase(name, pattern) for name in (*names, key))
+    named = any(fnmatchcase(name, owner_pattern) for name in names)
+    return named and rule.part is not None and fnmatchcase(rule.part.label, label_pattern)
 
 
-def idle_patterns(keep: Iterable[str], rules: Mapping[str, Rule]) -> list[str]:
-    """The patterns that name nothing among the rules."""
-    return [pattern for pattern in keep if not any(keeps(pattern, key, rule) for key, rule in rules.items())]
+def idle_patterns(keep: Iterable[str], history: SNRHistory) -> list[str]:
+    """The patterns that name nothing measured."""
+    rules = measured_rules(history)
+    return [
+        pattern
+        for pattern in keep
+        if not any(keeps(pattern, key, rule, history[key].all_names) for key, rule in rules.items())
+    ]
 
 
-def refuse_idle(keep: Iterable[str], rules: Mapping[str, Rule]) -> None:
+def refuse_idle(keep: Iterable[str], history: SNRHistory) -> None:
     """Refuse patterns that name nothing.
 
     Raises:
         ValueError: Names the pattern.
     """
-    for pattern in idle_patterns(keep, rules):
+    for pattern in idle_patterns(keep, history):
         raise ValueError(f"keep: no parameter has the name or role {pattern!r}; correct or remove the pattern")
 
 
@@ -103,12 +129,17 @@ def choose_by_cutoff(undecided: Mapping[str, Rule], cutoff: float, forms: Forms)
 def keep_full(rule: Rule, kept: str | None) -> Rule | None:
     """The rule with the reason why it stays in full whatever was measured, or None."""
     if kept is not None:
-        return replace(rule, reason=f"kept in full as asked (keep={kept!r})")
+        return replace(rule, reason=f"{KEPT} (keep={kept!r})")
     if len(rule.shape or ()) < 2:
         return replace(rule, reason="fewer than two dimensions: nothing worth saving")
     if rule.role in (NORM, BIAS):
         return replace(rule, reason=f"{rule.role}: never compressed by default")
     return None
+
+
+def asked_for(rule: Rule) -> bool:
+    """Whether a rule is in full because somebody asked for it."""
+    return rule.form == "full" and rule.reason.startswith((KEPT, EXPANDED))
 
 
 def _choose(rule: Rule, cutoff: float, forms: Forms) -> Rule:

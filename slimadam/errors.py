@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 
 class PlanError(ValueError):
@@ -10,6 +12,12 @@ class PlanError(ValueError):
 
     The message names the parameter or file, the value found, and what to do about it.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """``"did you mean 'weight'?"`` for a name that looks like a slip, else nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 _SHORT = reprlib.Repr()

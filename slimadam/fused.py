@@ -6,15 +6,15 @@ plan or ``parts={"pattern": Parts(...)}`` can declare what it is made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from slimadam.errors import PlanError
-from slimadam.parts import Parts, Piece, pieces
+from slimadam.errors import PlanError, shown
+from slimadam.parts import Parts, Piece, check_declared, pieces
 from slimadam.role_patterns import WRAPPERS
-from slimadam.roles import ParameterRole, canonical_name, roles_of
+from slimadam.roles import ParameterRole, canonical_name, names_of, roles_of
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_local_kv_heads", "num_query_groups")
@@ -22,12 +22,16 @@ _INTERLEAVED_PER_HEAD = ("GPTNeoX", "Bloom")
 _ORDER_UNKNOWN = ("Falcon", "CodeGen")
 
 
-def pieces_of(model: nn.Module, parts: Mapping[str, Parts]) -> dict[str, list[Piece]]:
+def pieces_of(
+    model: nn.Module, parts: Mapping[str, Parts], roles: Mapping[str, ParameterRole] | None = None
+) -> dict[str, list[Piece]]:
     """The logical matrices of each parameter.
 
     Args:
         model: Any module, wrapped or not.
-        parts: What parameters are made of, by pattern (``fnmatch``) of their names; goes before what modules say.
+        parts: What parameters are made of, by pattern (``fnmatch``) of any of their names; goes before what modules
+            say.
+        roles: What :func:`~slimadam.roles.roles_of` returns, where at hand.
 
     Returns:
         For each name of ``model.named_parameters()`` its pieces: one where it is a single matrix.
@@ -35,17 +39,41 @@ def pieces_of(model: nn.Module, parts: Mapping[str, Parts]) -> dict[str, list[Pi
     Raises:
         PlanError: Declared parts do not fit a parameter.
     """
-    roles = roles_of(model)
-    modules = dict(model.named_modules())
+    roles = roles_of(model) if roles is None else roles
+    modules, names = dict(model.named_modules()), names_of(model)
     found = {}
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        pattern = next((pattern for pattern in parts if fnmatchcase(canonical_name(name), pattern)), None)
-        split = parts[pattern] if pattern else None
+        split = declared_parts(parts, names[parameter])
         if split is None and parameter.numel() and not parameter.is_complex():
             split = _parts_from_modules(modules, name, shape, roles[name])
         found[name] = pieces(name, shape, roles[name], split)
     return found
+
+
+def declared_parts(parts: Mapping[str, Parts], names: Sequence[str]) -> Parts | None:
+    """The parts declared by the first pattern that one of a parameter's names matches; None without one."""
+    return next((found for pattern, found in parts.items() if matches_any(pattern, names)), None)
+
+
+def matches_any(pattern: str, names: Iterable[str]) -> bool:
+    """Whether one of the names matches."""
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def pieces_of_target(model: nn.Module, parts: Mapping[str, Parts] | None) -> dict[str, list[Piece]]:
+    """:func:`pieces_of` the model that a plan is made for, after checking both arguments.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``parts`` is no mapping from patterns to :class:`~slimadam.Parts`.
+        PlanError: A pattern matches nothing, or declared parts do not fit a parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={shown(model)} must be an nn.Module, the one that the plan is for")
+    parts = check_declared(parts)
+    refuse_unmatched(parts, (name for names in names_of(model).values() for name in names))
+    return pieces_of(model, parts)
 
 
 def refuse_unmatched(parts: Mapping[str, Parts], names: Iterable[str]) -> None:
@@ -56,7 +84,7 @@ def refuse_unmatched(parts: Mapping[str, Parts], names: Iterable[str]) -> None:
     """
     known = [canonical_name(name) for name in names]
     for pattern in parts:
-        if not any(fnmatchcase(name, pattern) for name in known):
+        if not matches_any(pattern, known):
             raise PlanError(f"parts: the pattern {pattern!r} matches no parameter of the model; correct or remove it")
 
 

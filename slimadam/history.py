@@ -1,7 +1,7 @@
 """The SNR of every parameter over training, and its CSV file. What is read is untrusted: every cell is checked.
 
-The file is the authors' of arXiv 2503.01843, ``step,key,shape,compress_dims,snr``; a history with parts of parameters
-has columns for them besides.
+The file is the authors' of arXiv 2503.01843, ``step,key,shape,compress_dims,snr``, with further columns where it
+is known what the parameters are: the part (``of,view,dim,start``), ``batch_dims``, ``role`` and ``fan_in``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ CSV_COLUMNS = ("step", "key", "shape", "compress_dims", "snr")
 MAX_NAME_LENGTH = 1000
 MAX_SIZE = 1 << 62
 _PART_COLUMNS = ("of", "view", "dim", "start", "batch_dims")
+_LAYOUT_COLUMNS = ("role", "fan_in")
 _MAX_CSV_BYTES = 1 << 30
 _MAX_STEP = 1 << 53
 _INTEGER_TUPLE = re.compile(r"(?:torch\.Size)?[\d\s,()\[\]]*")
@@ -37,6 +38,7 @@ class ParameterSNR:
         batch_dims: Number of leading dimensions that count separate matrices.
         fan_in: Dimensions that the forward pass sums over, where known.
         values: For each measured optimizer step (from 1), the SNR of each candidate.
+        all_names: Every name of the parameter where it has several, as a tied one; not in the CSV file.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +47,7 @@ class ParameterSNR:
     batch_dims: int = 0
     fan_in: tuple[int, ...] = ()
     values: dict[int, dict[Candidate, float]] = field(default_factory=dict)
+    all_names: tuple[str, ...] = ()
 
     def series(self, candidate: Candidate) -> list[tuple[int, float]]:
         """``(step, snr)`` of one candidate, in the order of the steps."""
@@ -96,6 +99,7 @@ class SNRHistory(Mapping[str, ParameterSNR]):
         part: Part | None = None,
         batch_dims: int = 0,
         fan_in: tuple[int, ...] = (),
+        all_names: Sequence[str] = (),
     ) -> None:
         """Add one measurement.
 
@@ -108,6 +112,7 @@ class SNRHistory(Mapping[str, ParameterSNR]):
             part: Which part of a parameter it is.
             batch_dims: Number of leading dimensions that count separate matrices.
             fan_in: Dimensions that the forward pass sums over, where known.
+            all_names: Every name of the whole parameter, where known.
 
         Raises:
             ValueError: The parameter was recorded before with another shape.
@@ -116,6 +121,8 @@ class SNRHistory(Mapping[str, ParameterSNR]):
         parameter = self._parameters.setdefault(name, ParameterSNR(shape, role, part, batch_dims, fan_in))
         if parameter.shape != shape:
             raise ValueError(f"{name!r} was recorded with shape {parameter.shape}, now with {shape}")
+        if all_names:
+            parameter.all_names = tuple(all_names)
         if values:
             parameter.values.setdefault(int(step), {}).update(values)
 
@@ -125,15 +132,24 @@ class SNRHistory(Mapping[str, ParameterSNR]):
             del self._parameters[name]
 
     def save_csv(self, path: str | Path) -> None:
-        """Write one row per measurement: ``step,key,shape,compress_dims,snr``, and what parts there are."""
-        with_parts = any(parameter.part or parameter.batch_dims for parameter in self.values())
+        """Write one row per measurement.
+
+        The columns are ``step,key,shape,compress_dims,snr`` and, where anything is known of them,
+        ``of,view,dim,start,batch_dims`` (parts), ``role`` and ``fan_in``.
+
+        Args:
+            path: The file to write.
+        """
+        known = any(
+            parameter.part or parameter.batch_dims or parameter.role or parameter.fan_in for parameter in self.values()
+        )
         with Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
-            writer.writerow([*CSV_COLUMNS, *_PART_COLUMNS] if with_parts else CSV_COLUMNS)
+            writer.writerow([*CSV_COLUMNS, *_PART_COLUMNS, *_LAYOUT_COLUMNS] if known else CSV_COLUMNS)
             for name, parameter in self.items():
                 part = parameter.part
                 place = [part.of, part.view, part.dim, part.start] if part else [""] * 4
-                layout = [*place, parameter.batch_dims] if with_parts else []
+                layout = [*place, parameter.batch_dims, parameter.role, parameter.fan_in or ""] if known else []
                 for step, measured in sorted(parameter.values.items()):
                     for candidate, value in measured.items():
                         writer.writerow([step, name, parameter.shape, candidate, repr(value), *layout])
@@ -143,8 +159,8 @@ class SNRHistory(Mapping[str, ParameterSNR]):
         """Read measurements written by :meth:`save_csv` or by the authors' own analysis code.
 
         Args:
-            path: A CSV file with the columns ``step,key,shape,compress_dims,snr``; those of :meth:`save_csv` for
-                parts are read too, others are ignored.
+            path: A CSV file with the columns ``step,key,shape,compress_dims,snr``; the further ones of
+                :meth:`save_csv` are read where they are there, others are ignored.
 
         Raises:
             PlanError: The file is not such a table; the message names the line.
@@ -181,7 +197,8 @@ def _read_row(history: SNRHistory, row: Mapping[str, str | None]) -> None:
         if not 0 <= number < _MAX_STEP or ratio < 0:
             raise ValueError(f"step={shown(step)}, snr={shown(value)} must be >= 0, and the step below 2**53")
         part, batch_dims = _part_and_batch_dims(name, shape, *map(row.get, _PART_COLUMNS))
-        history.record(number, name, shape, {candidate: ratio}, "", part, batch_dims)
+        role, fan_in = _role_and_fan_in(shape, *map(row.get, _LAYOUT_COLUMNS))
+        history.record(number, name, shape, {candidate: ratio}, role, part, batch_dims, fan_in)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from error
 
@@ -211,6 +228,16 @@ def _part_and_batch_dims(
     if along >= len(part.view) or part.shape != shape:
         raise ValueError(f"view={part.view} has no part of shape {shape} along dimension {along}")
     return part, leading
+
+
+@functools.lru_cache(maxsize=1024)
+def _role_and_fan_in(shape: tuple[int, ...], role: str | None, fan_in: str | None) -> tuple[str, tuple[int, ...]]:
+    if len(role or "") > MAX_NAME_LENGTH:
+        raise ValueError(f"role={shown(role)} must not be longer than {MAX_NAME_LENGTH} characters")
+    dims = _integers("fan_in", fan_in) if fan_in else ()
+    if any(dim >= len(shape) for dim in dims):
+        raise ValueError(f"fan_in={dims} must be dimensions of the shape {shape}")
+    return role or "", dims
 
 
 def _integers(column: str, text: str | None) -> tuple[int, ...]:

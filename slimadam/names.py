@@ -6,15 +6,14 @@ import gc
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slimadam.errors import PlanError
-from slimadam.fused import pieces_of, refuse_unmatched
-from slimadam.parts import Parts, Piece, pieces
-from slimadam.roles import ParameterRole, canonical_name
+from slimadam.fused import matches_any, pieces_of, refuse_unmatched
+from slimadam.parts import Parts, Piece, check_declared, pieces
+from slimadam.roles import ParameterRole, canonical_name, names_of, roles_of
 
 logger = logging.getLogger("slimadam")
 
@@ -31,35 +30,46 @@ class NamedParameters:
         matched: The patterns of ``parts`` that match a name.
 
     Raises:
+        ValueError: ``parts`` is of the wrong type.
         PlanError: Declared parts do not fit a parameter.
     """
 
     def __init__(self, models: Iterable[nn.Module] = (), parts: Mapping[str, Parts] | None = None) -> None:
         self._names: dict[int, str] = {}
         self._pieces: dict[int, list[Piece]] = {}
+        self._roles: dict[int, ParameterRole] = {}
+        self._all_names: dict[int, list[str]] = {}
         # An id is only a key while its tensor lives.
         self._tensors: list[Tensor] = []
         taken: set[str] = set()
+        parts = check_declared(parts)
         for model in models:
-            found = self._pieces_in(model, parts or {})
+            roles, found = self._layout_of(model, parts)
+            names = names_of(model)
             for name, parameter in model.named_parameters():
                 if id(parameter) in self._names:
                     continue
                 shown = _free_name(canonical_name(name), type(model).__name__, taken)
                 taken.add(shown)
                 self._add(parameter, shown, found.get(name))
-
-        self.matched = {pattern for pattern in parts or {} if any(fnmatchcase(name, pattern) for name in taken)}
+                self._all_names[id(parameter)] = names[parameter]
+                if name in roles:
+                    self._roles[id(parameter)] = roles[name]
+        known = taken.union(*self._all_names.values())
+        self.matched = {pattern for pattern in parts if matches_any(pattern, known)}
 
     @staticmethod
-    def _pieces_in(model: nn.Module, parts: Mapping[str, Parts]) -> Mapping[str, list[Piece]]:
+    def _layout_of(
+        model: nn.Module, parts: Mapping[str, Parts]
+    ) -> tuple[Mapping[str, ParameterRole], Mapping[str, list[Piece]]]:
         try:
-            return pieces_of(model, parts)
+            roles = roles_of(model)
+            return roles, pieces_of(model, parts, roles)
         except PlanError:
             raise
         except Exception as error:  # a module class of others may do anything; names are enough to go on
             logger.warning("the layers of %s cannot be told from its modules (%r)", type(model).__name__, error)
-            return {}
+            return {}, {}
 
     def _add(self, parameter: Tensor, name: str, found: list[Piece] | None = None) -> None:
         self._names[id(parameter)] = name
@@ -78,6 +88,14 @@ class NamedParameters:
         """The parameter's logical matrices; without a role if no module owns it."""
         found = self._pieces.get(id(parameter))
         return pieces("", tuple(parameter.shape), ParameterRole(""), None) if found is None else found
+
+    def role(self, parameter: Tensor) -> ParameterRole | None:
+        """Role and layout of the parameter as a whole, or None if no module owns it."""
+        return self._roles.get(id(parameter))
+
+    def all_names(self, parameter: Tensor) -> list[str]:
+        """Every name that its module has for the parameter: several where it is tied, none if no module owns it."""
+        return self._all_names.get(id(parameter), [])
 
     def owned(self, parameter: Tensor) -> bool:
         """Whether a module owns it."""
@@ -107,8 +125,8 @@ class NamedParameters:
                 named._add(parameter, canonical_name(name))
         else:
             named = cls(owning_modules(parameters), parts)
-        if named.matched != set(parts or {}):
-            refuse_unmatched(parts or {}, named._names.values())
+        unmatched = {pattern: found for pattern, found in (parts or {}).items() if pattern not in named.matched}
+        refuse_unmatched(unmatched, named._names.values())
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
                 if named.name(parameter) is None:

@@ -18,6 +18,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
 from slimadam.backends import Backend
+from slimadam.choosing import EXPANDED
 from slimadam.entries import (
     assembled,
     decoded,
@@ -27,6 +28,7 @@ from slimadam.entries import (
     momentum_bytes,
     momentum_dtype,
 )
+from slimadam.errors import did_you_mean, shown
 from slimadam.functional import (
     Entry,
     Scalar,
@@ -41,7 +43,6 @@ from slimadam.parts import key_of
 from slimadam.plan import CompressionPlan
 from slimadam.planning import (
     DECIDED_BEFORE,
-    EXPANDED,
     MEASURING,
     PlanArgument,
     Resolver,
@@ -216,7 +217,7 @@ class SlimAdam(Optimizer):
             KeyError: The optimizer does not hold it.
         """
         for name, held, group in self._parameters():
-            if held is param or name == param:
+            if held is param or (isinstance(param, str) and name == canonical_name(param)):
                 return backend_of(self._rules[name][0], held, group)
         raise KeyError(f"{param!r} is not a parameter of this optimizer")
 
@@ -335,7 +336,7 @@ class SlimAdam(Optimizer):
             if rule.reason == MEASURING and rule.shape != param.shape:  # exchanged for another parameter
                 self._rules[name] = self._measured[name] = [replace(rule, shape=tuple(param.shape), batch_dims=0)]
         moments = (
-            (key_of(name, rule.part), rule, self.state[param]["exp_avg_sq"])
+            (key_of(name, rule.part), rule, self.state[param]["exp_avg_sq"], self._resolver.all_names(name))
             for name, param, _ in self._parameters()
             if self._rules[name][0].reason == MEASURING and self.state.get(param)
             for rule in self._measured[name]
@@ -401,9 +402,12 @@ class SlimAdam(Optimizer):
             name: A parameter's name, or a part's (``"attn.c_attn.weight[query]"``), as in ``plan``.
 
         Raises:
-            KeyError: The optimizer holds no such parameter.
+            TypeError: ``name`` is no text.
+            KeyError: The optimizer holds no such parameter; the closest name is told.
             RuntimeError: ``plan="auto"`` is still measuring.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name={shown(name)} must be a parameter's name, one of those in optimizer.plan")
         if self._measuring is not None:
             raise RuntimeError(
                 f"expand({name!r}): nothing is compressed while plan='auto' measures; wait for its decision"
@@ -413,7 +417,7 @@ class SlimAdam(Optimizer):
             if canonical_name(name) == held or canonical_name(name) in keys:
                 self._expand_pieces(held, param, set(keys) & {canonical_name(name)} or set(keys))
                 return
-        raise KeyError(f"{name!r} is not a parameter of this optimizer")
+        raise KeyError(f"{name!r} is not a parameter of this optimizer; {did_you_mean(name, self.plan)}".rstrip("; "))
 
     def _expand_pieces(self, name: str, param: Tensor, keys: set[str]) -> None:
         before = self._rules[name]
@@ -555,7 +559,8 @@ class SlimAdam(Optimizer):
             ValueError: Groups or shapes do not match, or a later release wrote it.
             PlanError: It was saved under another plan. The optimizer is as it was after any error.
         """
-        state_dict = state_dict.copy()
+        state_format.check_is_mapping(state_dict)
+        state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         state_format.check_layout(state_dict)

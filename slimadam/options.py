@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimadam.errors import did_you_mean
 from slimadam.functional import Scalar
 
 FLAGS = ("amsgrad", "maximize", "capturable", "differentiable", "bf16_stochastic_round")
@@ -47,9 +47,9 @@ def _check_names(group: Mapping[str, Any]) -> None:
     # Schedulers and trainers keep entries of their own in a group; only what looks like a slip is refused.
     for name in group:
         if name not in OPTIONS:
-            close = difflib.get_close_matches(str(name), OPTIONS, n=1, cutoff=0.85)
-            if close:
-                raise TypeError(f"unknown option {name!r} in a parameter group; did you mean {close[0]!r}?")
+            hint = did_you_mean(str(name), OPTIONS, cutoff=0.85)
+            if hint:
+                raise TypeError(f"unknown option {name!r} in a parameter group; {hint}")
 
 
 def _check_numbers(group: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from slimadam.errors import PlanError
+from slimadam.errors import PlanError, shown
 from slimadam.roles import ParameterRole
 
 Shape = tuple[int, ...]
@@ -63,7 +63,7 @@ class Parts:
         batch_dims: Number of leading dimensions of the view that count separate matrices.
 
     Raises:
-        ValueError: ``sizes`` is no mapping from labels to integers.
+        ValueError: A value has another type than these.
     """
 
     sizes: Mapping[str, int]
@@ -72,8 +72,17 @@ class Parts:
     batch_dims: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sizes, Mapping) or not all(isinstance(size, int) for size in self.sizes.values()):
+        if not isinstance(self.sizes, Mapping) or not all(
+            isinstance(label, str) and _is_integer(size) for label, size in self.sizes.items()
+        ):
             raise ValueError(f"sizes={self.sizes!r} must give each part's label and length, such as {{'query': 768}}")
+        for name in ("dim", "batch_dims"):
+            if not _is_integer(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer")
+        if self.view is not None and not (
+            isinstance(self.view, (tuple, list)) and all(_is_integer(size) for size in self.view)
+        ):
+            raise ValueError(f"view={self.view!r} must be a tuple of integers, such as (12, 64, 768), or None")
 
     def divide(self, name: str, shape: Shape) -> list[Part]:
         """The parts of a parameter.
@@ -99,6 +108,28 @@ class Parts:
             start += size
         check_parts(name, parts, shape)
         return parts
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_declared(parts: object) -> Mapping[str, Parts]:
+    """The ``parts`` argument: what parameters are made of, by pattern of their names; None is nothing.
+
+    Raises:
+        ValueError: It is no mapping from patterns to :class:`Parts`.
+    """
+    if parts is None:
+        return {}
+    if not isinstance(parts, Mapping) or not all(
+        isinstance(pattern, str) and isinstance(value, Parts) for pattern, value in parts.items()
+    ):
+        raise ValueError(
+            f"parts={shown(parts)} must give a slimadam.Parts for each pattern of names, such as "
+            "{'*.qkv.weight': Parts({'query': 768, 'key': 768, 'value': 768})}"
+        )
+    return parts
 
 
 class Piece(NamedTuple):

@@ -25,7 +25,7 @@ from slimadam.choosing import (
 from slimadam.errors import PlanError, shown
 from slimadam.expectation import Expectation, expectation
 from slimadam.files import write_whole
-from slimadam.fused import pieces_of, refuse_unmatched
+from slimadam.fused import pieces_of_target
 from slimadam.history import SNRHistory
 from slimadam.parts import Parts, Piece, key_of, owner_of
 from slimadam.plan_json import (
@@ -38,7 +38,7 @@ from slimadam.plan_json import (
     rule_to_dict,
 )
 from slimadam.roles import canonical_name
-from slimadam.rules import Rule, check_rule, factored_rule, in_order, paper_rule
+from slimadam.rules import Rule, check_rule, check_together, factored_rule, in_order, paper_rule
 from slimadam.transfer import rules_for_model
 
 FORMAT: Final = "slimadam.plan"
@@ -188,7 +188,8 @@ class CompressionPlan(Mapping[str, Rule]):
             cutoff: SNR that a candidate must exceed.
             budget: Share of all second moments to save, in 0..1; the cutoff is not used then.
             forms: ``"mean"``: only averages, as in the paper. ``"best"``: the factored form competes too.
-            keep: Patterns (``fnmatch``) of names or roles that stay in full; a parameter's name keeps all its parts.
+            keep: Patterns (``fnmatch``) of names or roles that stay in full; a parameter's name keeps all its parts,
+                ``"*.c_attn.weight[key]"`` one of them. What is in brackets at the end is always a part's label.
 
         Raises:
             ValueError: An option is out of range, a pattern of ``keep`` matches nothing, the budget cannot be met, or
@@ -199,10 +200,11 @@ class CompressionPlan(Mapping[str, Rule]):
         if not history:
             raise ValueError("the SNR history is empty: no Adam-like optimizer was measured")
         measured = measured_rules(history)
-        refuse_idle(keep, measured)
+        refuse_idle(keep, history)
         undecided, kept = {}, {}
         for key, rule in measured.items():
-            full = keep_full(rule, next((pattern for pattern in keep if keeps(pattern, key, rule)), None))
+            names = history[key].all_names
+            full = keep_full(rule, next((pattern for pattern in keep if keeps(pattern, key, rule, names)), None))
             if full is None:
                 undecided[key] = rule
             else:
@@ -245,8 +247,7 @@ class CompressionPlan(Mapping[str, Rule]):
             rule: Called with each :class:`~slimadam.parts.Piece`.
             parts: How parameters fall into parts, by pattern, where the model does not say; as in :class:`AutoPlan`.
         """
-        found = pieces_of(model, parts or {})
-        refuse_unmatched(parts or {}, found)
+        found = pieces_of_target(model, parts)
         return cls({key_of(name, piece.part): rule(piece) for name, pieces in found.items() for piece in pieces})
 
     def for_model(self, model: nn.Module, parts: Mapping[str, Parts] | None = None) -> CompressionPlan:
@@ -263,7 +264,7 @@ class CompressionPlan(Mapping[str, Rule]):
         Raises:
             PlanError: No kind of layer is common to the plan and the model, or a pattern matches nothing.
         """
-        return CompressionPlan(rules_for_model(self._rules, self.cutoff, model, parts or {}), cutoff=self.cutoff)
+        return CompressionPlan(rules_for_model(self._rules, self.cutoff, model, parts), cutoff=self.cutoff)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON (schema: ``slimadam/plan.schema.json``). Replaces the file in one move."""
@@ -330,4 +331,7 @@ class CompressionPlan(Mapping[str, Rule]):
         if cutoff is not None and not (is_nonnegative_number(cutoff) and cutoff < math.inf):
             raise PlanError(f"cutoff={shown(cutoff)}: expected a number >= 0")
         rules = {name: rule_from_dict(name, value) for name, value in parameters.items()}
-        return cls(rules, cutoff=None if cutoff is None else float(cutoff))
+        plan = cls(rules, cutoff=None if cutoff is None else float(cutoff))
+        for name, found in plan.by_parameter().items():
+            check_together(name, found)
+        return plan

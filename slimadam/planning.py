@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from torch import Tensor, nn
 
 from slimadam.automatic import AutoPlan
-from slimadam.errors import PlanError
-from slimadam.fused import refuse_unmatched
+from slimadam.errors import PlanError, did_you_mean
+from slimadam.fused import declared_parts, refuse_unmatched
 from slimadam.names import NamedParameters, owning_modules
 from slimadam.parts import Piece, pieces
 from slimadam.plan import CompressionPlan
-from slimadam.roles import UNKNOWN, ParameterRole, canonical_name, role_from_name
+from slimadam.roles import UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
 from slimadam.rules import Rule, factored_rule, fit_rules, full_rule, paper_rule
 
 PlanArgument = str | Path | CompressionPlan | AutoPlan | None
 ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
 
 DECIDED_BEFORE: Final = "added after plan='auto' had decided"
-EXPANDED: Final = "returned to a full second moment by expand()"
 MEASURING: Final = "plan='auto' is still measuring: as AdamW until it has decided"
 NOT_IN_THE_PLAN: Final = "not in the plan"
 logger = logging.getLogger("slimadam")
@@ -50,10 +47,9 @@ def read_plan(plan: object) -> ResolvedPlan:
             "the path of one"
         )
     if not Path(plan).is_file():
-        raise PlanError(
-            f"plan={str(plan)!r} is neither a file nor one of 'auto', 'rules' and 'factored'; "
-            "write one with slimadam calibrate or CompressionPlan.save"
-        )
+        hint = did_you_mean(str(plan), ("auto", "rules", "factored"))
+        hint = hint or "write one with slimadam calibrate or CompressionPlan.save"
+        raise PlanError(f"plan={str(plan)!r} is neither a file nor one of 'auto', 'rules' and 'factored'; {hint}")
     return CompressionPlan.load(plan)
 
 
@@ -76,10 +72,8 @@ class Resolver:
         self._named = NamedParameters([] if model is None else [model], self._declared)
         self._known = self._named
         self._matched = set(self._named.matched)
-        self._aliases: dict[Tensor, list[str]] = {}
-        for name, param in [] if model is None else model.named_parameters(remove_duplicate=False):
-            self._aliases.setdefault(param, []).append(canonical_name(name))
-        self._model_names = {name for names in self._aliases.values() for name in names}
+        self._model_names = {name for names in ({} if model is None else names_of(model)).values() for name in names}
+        self._all_names: dict[str, list[str]] = {}
         self._used: list[tuple[CompressionPlan, set[str]]] = []
         self._owner: dict[str, Tensor] = {}
 
@@ -131,6 +125,7 @@ class Resolver:
             self._look_for_owners(group["params"])
         found = []
         for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
+            self._all_names[name] = self._known.all_names(param)
             rules = self._rules_of(resolved, name, param, self._given_name(group, index))
             if param.numel() == 0 and any(rule.form != "full" for rule in rules):
                 rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason="no elements")]
@@ -142,6 +137,10 @@ class Resolver:
             _tell_uncovered(names, found)
         self._known = self._named  # what was looked up keeps other parameters of its modules alive
         return found
+
+    def all_names(self, name: str) -> list[str]:
+        """Every name that the module has for the parameter of that name; none where it is not known."""
+        return self._all_names.get(name, [])
 
     def _look_for_owners(self, params: Sequence[Tensor]) -> None:
         if not all(self._known.owned(param) for param in params):
@@ -175,12 +174,11 @@ class Resolver:
             unused = [key for key in plan if key not in used and canonical_name(key) not in self._model_names]
             if unused:
                 known = sorted({key for _, keys in self._used for key in keys} | self._model_names)
-                close = difflib.get_close_matches(unused[0], known, n=1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
+                hint = did_you_mean(unused[0], known)
                 raise PlanError(
                     f"the plan's entry {unused[0]!r} matches no parameter of the optimizer "
-                    f"({len(unused)} of {len(plan)} entries do not). {hint}Calibrate this model, or pass "
-                    "model=model if this optimizer holds only part of it"
+                    f"({len(unused)} of {len(plan)} entries do not). {hint + ' ' if hint else ''}Calibrate this "
+                    "model, or pass model=model if this optimizer holds only part of it"
                 )
 
     def _given_name(self, group: Mapping[str, Any], index: int) -> str | None:
@@ -201,7 +199,7 @@ class Resolver:
             if given is None and not self._known.owned(param):
                 raise PlanError(_unnamed("plan='rules' goes by layer role"))
             return [paper_rule(piece) for piece in found]
-        known_as = [name, *([given] if given else []), *self._aliases.get(param, [])]
+        known_as = [name, *([given] if given else []), *self._named.all_names(param)]
         keys = next((found for found in map(plan.keys_of, known_as) if found), [])
         if not keys and given is None:
             raise PlanError(_unnamed("the plan goes by parameter names"))
@@ -211,13 +209,11 @@ class Resolver:
         return fit_rules(name, [plan[key] for key in keys], shape)
 
     def _pieces(self, param: Tensor, given: str | None) -> list[Piece]:
-        shape = tuple(param.shape)
-        if given is None:
+        declared = None if given is None else declared_parts(self._declared, [given])
+        if given is None or (self._known.owned(param) and declared is None):
             return self._known.pieces(param)
-        declared = next((parts for pattern, parts in self._declared.items() if fnmatchcase(given, pattern)), None)
-        if self._known.owned(param) and declared is None:
-            return self._known.pieces(param)
-        return pieces(given, shape, _role_by_name(given, len(shape)), declared)
+        role = self._known.role(param) or _role_by_name(given, param.dim())
+        return pieces(given, tuple(param.shape), role, declared)
 
     def _note_use(self, plan: CompressionPlan, keys: Sequence[str]) -> None:
         used = next((keys for known, keys in self._used if known is plan), None)

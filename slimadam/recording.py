@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from slimadam.history import SNRHistory
@@ -9,7 +11,9 @@ from slimadam.rules import Rule
 from slimadam.snr import measure
 
 
-def record(history: SNRHistory, step: int, key: str, rule: Rule, second_moment: Tensor | None) -> None:
+def record(
+    history: SNRHistory, step: int, key: str, rule: Rule, second_moment: Tensor | None, all_names: Sequence[str]
+) -> None:
     """Measure what a rule is for and add it to a history.
 
     Args:
@@ -18,8 +22,9 @@ def record(history: SNRHistory, step: int, key: str, rule: Rule, second_moment: 
         key: What the parameter, or its part, goes by.
         rule: Says which part of the parameter to take, and what it is.
         second_moment: Of the whole parameter's shape; None to make it known without a measurement.
+        all_names: Every name of the whole parameter, where known.
     """
     assert rule.shape is not None
     values = {} if second_moment is None else measure(rule.take(second_moment), rule.batch_dims)
     history.forget_if_reshaped(key, rule.shape)
-    history.record(step, key, rule.shape, values, rule.role, rule.part, rule.batch_dims, rule.fan_in)
+    history.record(step, key, rule.shape, values, rule.role, rule.part, rule.batch_dims, rule.fan_in, all_names)

@@ -141,6 +141,7 @@ _PROJECTIONS = _compiled(
 _NORMS = re.compile(r"(^|\.)(\w*norm(?!al(?!i[sz]))\w*|ln(_?[a-z0-9]+)*|(\w+_)?bn\d*)(\.(gamma|scale|g))?$")
 LINEARS = SQUEEZE_EXCITE + PATCH_EMBEDDINGS + _OUTPUTS + ATTENTION_PARTS + _FEED_FORWARD_PARTS + _PROJECTIONS
 STACKS = ATTENTION_PARTS + _FEED_FORWARD_PARTS
+MATRIX_ROLES = frozenset(role for _, role in LINEARS + TABLES)
 
 
 def search(patterns: Iterable[tuple[re.Pattern[str], str]], bare: str) -> str:

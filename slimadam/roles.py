@@ -30,6 +30,7 @@ __all__ = [
     "UNKNOWN",
     "ParameterRole",
     "canonical_name",
+    "names_of",
     "recommended_dims",
     "role_from_name",
     "roles_of",
@@ -91,6 +92,18 @@ def roles_of(model: nn.Module) -> dict[str, ParameterRole]:
     """
     graph = _Graph(model)
     return {name: graph.role_of(name, parameter) for name, parameter in model.named_parameters()}
+
+
+def names_of(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Every name of each parameter, without wrapper prefixes: several where it is tied, that of the first module first.
+
+    Args:
+        model: Any module, wrapped or not.
+    """
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(canonical_name(name))
+    return names
 
 
 class _Linear(NamedTuple):

@@ -65,6 +65,11 @@ class Rule:
         return sum(math.prod(kept) for kept in self.state_shapes(shape))
 
     @property
+    def storage(self) -> tuple[Form, Dims, Part | None, int]:
+        """What decides how a second moment is stored, without what explains it."""
+        return self.form, self.dims, self.part, self.batch_dims
+
+    @property
     def owner_shape(self) -> tuple[int, ...] | None:
         """Shape of the whole parameter."""
         return self.shape if self.part is None else self.part.of
@@ -113,6 +118,19 @@ def factored_rule(piece: Piece) -> Rule:
     ):
         return full_rule(piece, "not a matrix that factoring makes smaller")
     return rule
+
+
+def check_together(name: str, rules: Sequence[Rule]) -> None:
+    """Refuse the rules of one parameter that are not exactly one for the whole, or one for each of its parts.
+
+    Raises:
+        PlanError: Says which part does not fit, and how.
+    """
+    parts = [rule.part for rule in rules if rule.part is not None]
+    if parts and len(parts) != len(rules):
+        raise PlanError(f"{name!r}: the plan has a rule for the whole parameter and one for its part; remove one")
+    if parts:
+        check_parts(name, parts, parts[0].of)
 
 
 def fit_rules(name: str, rules: Sequence[Rule], shape: tuple[int, ...]) -> list[Rule]:

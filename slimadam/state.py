@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from slimadam.errors import PlanError
+from slimadam.errors import PlanError, shown
 from slimadam.functional import stand_in
 from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule, fit_rules
@@ -35,6 +35,16 @@ def stored(moments: Sequence[Tensor]) -> StoredMoment:
     return moments[0] if len(moments) == 1 else list(moments)
 
 
+def check_is_mapping(state_dict: object) -> None:
+    """Refuse what is no dict.
+
+    Raises:
+        TypeError: Says what it should be.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict={shown(state_dict)} must be what an optimizer's state_dict() returned")
+
+
 def check_layout(state_dict: Mapping[str, Any]) -> None:
     """Refuse what is no optimizer state dict, or one that a later release wrote.
 
@@ -46,6 +56,12 @@ def check_layout(state_dict: Mapping[str, Any]) -> None:
             raise ValueError(f"the state dict's {key!r} is {type(state_dict.get(key)).__name__}; pass an optimizer's")
     if not isinstance(state_dict.get(KEY, {}), Mapping):
         raise ValueError(f"the state dict's {KEY!r} is {state_dict[KEY]!r}; pass what SlimAdam.state_dict() returned")
+    own = state_dict.get(KEY)
+    if own and not isinstance(own.get("plan"), Mapping):
+        raise ValueError(
+            f"the state dict's {KEY!r} has plan={shown(own.get('plan'))}; pass what SlimAdam.state_dict() returned, or "
+            f"remove {KEY!r} to load it as that of AdamW"
+        )
     for saved_id, saved in state_dict["state"].items():
         if not isinstance(saved, Mapping):
             raise ValueError(f"the state dict's state of parameter {saved_id!r} is {type(saved).__name__}, not a dict")
@@ -170,10 +186,14 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
         plan: The plan to convert to; None keeps every second moment in full.
 
     Raises:
+        TypeError: An argument is of the wrong type.
         ValueError: The state dict does not carry a plan, as that of AdamW (which needs no conversion).
         PlanError: The plan does not fit the saved parameters.
     """
-    check_version(state_dict)
+    if not (plan is None or isinstance(plan, CompressionPlan)):
+        raise TypeError(f"plan={shown(plan)} must be a CompressionPlan, such as CompressionPlan.load(path), or None")
+    check_is_mapping(state_dict)
+    check_layout(state_dict)
     if KEY not in state_dict:
         raise ValueError(
             "the state dict carries no plan: it is not SlimAdam's; one of Adam or AdamW is loaded as it is"
@@ -184,7 +204,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
     state = dict(state_dict["state"])
     for saved_id, (name, rules) in zip(saved_ids, new.items(), strict=True):
         before = old.by_parameter()[name]
-        if saved_id in state and rules != before:
+        if saved_id in state and [rule.storage for rule in rules] != [rule.storage for rule in before]:
             state[saved_id] = _with_rules(state[saved_id], before, rules)
     own = {"format_version": FORMAT_VERSION, "plan": CompressionPlan.of_parameters(new).to_dict()}
     return {**state_dict, "state": state, KEY: own}

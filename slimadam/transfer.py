@@ -11,11 +11,12 @@ from typing import Final
 
 from torch import nn
 
-from slimadam.choosing import Forms, choose_by_cutoff, keep_full
+from slimadam.choosing import Forms, asked_for, choose_by_cutoff, keep_full
 from slimadam.errors import PlanError
-from slimadam.fused import pieces_of, refuse_unmatched
-from slimadam.parts import Parts, Piece, key_of
-from slimadam.roles import UNKNOWN, canonical_name, role_from_name
+from slimadam.fused import pieces_of_target
+from slimadam.parts import Part, Parts, Piece, key_of
+from slimadam.role_patterns import MATRIX_ROLES
+from slimadam.roles import UNKNOWN, canonical_name, names_of, role_from_name
 from slimadam.rules import Rule, full_rule
 from slimadam.snr import FACTORED, average_snr
 
@@ -25,13 +26,14 @@ Kind = tuple[str, int]
 
 
 def rules_for_model(
-    rules: Mapping[str, Rule], cutoff: float | None, model: nn.Module, parts: Mapping[str, Parts]
+    rules: Mapping[str, Rule], cutoff: float | None, model: nn.Module, parts: Mapping[str, Parts] | None
 ) -> dict[str, Rule]:
     """A rule for each logical matrix of a model, from rules that were chosen for another.
 
     Layers of the same role and number of dimensions count as one kind; those of unknown role by their name without
     layer numbers. With a cutoff, the SNR of each candidate is averaged over the layers of a kind and decides anew;
-    without one (chosen by budget, or not measured) the most common rule of the kind holds.
+    without one (chosen by budget, or not measured) the most common rule of the kind holds. What was kept in full, or
+    returned to it, because somebody asked for it stays so under the same name.
 
     Args:
         rules: The rules to carry over, by key.
@@ -42,16 +44,21 @@ def rules_for_model(
     Raises:
         PlanError: Nothing carries over, or a pattern of ``parts`` matches nothing.
     """
+    found = pieces_of_target(model, parts)
     kinds: dict[Kind, list[Rule]] = {}
+    kept: dict[str, Rule] = {}
     for key, rule in rules.items():
-        kinds.setdefault(_kind(key, rule.role, _ndim(key, rule)), []).append(rule)
-    found = pieces_of(model, parts)
-    refuse_unmatched(parts, found)
-    carried = {
-        key_of(name, piece.part): _carried(name, piece, kinds, cutoff)
-        for name, pieces in found.items()
-        for piece in pieces
-    }
+        kinds.setdefault(_kind(key, rule.role, _ndim(key, rule), rule.part), []).append(rule)
+        if asked_for(rule):
+            kept[canonical_name(key)] = rule
+    all_names, parameters = names_of(model), dict(model.named_parameters())
+    carried = {}
+    for name, pieces in found.items():
+        names = all_names[parameters[name]]
+        for piece in pieces:
+            keys = [key for key in (key_of(one, piece.part) for one in names) if key in kept]
+            rule = full_rule(piece, kept[keys[0]].reason) if keys else _carried(names, piece, kinds, cutoff)
+            carried[key_of(name, piece.part)] = rule
     matrices = [rule for rule in carried.values() if len(rule.shape or ()) > 1]
     if matrices and all(rule.reason.startswith(NO_COUNTERPART) for rule in matrices):
         raise PlanError(
@@ -65,28 +72,42 @@ def _ndim(key: str, rule: Rule) -> int:
     return len(rule.shape) if rule.shape is not None else max([2, *(dim + 1 for dim in rule.dims)])
 
 
-def _kind(key: str, role: str, ndim: int) -> Kind:
+def _kind(key: str, role: str, ndim: int, part: Part | None) -> Kind:
     role = role or role_from_name(key, ndim)
-    return (re.sub(r"(?<![^.])\d+(?![^.])", "*", canonical_name(key)) if role == UNKNOWN else role), ndim
+    says_nothing = role == UNKNOWN if part is None else role not in MATRIX_ROLES  # a label may be any word
+    return (re.sub(r"(?<![^.])\d+(?![^.])", "*", canonical_name(key)) if says_nothing else role), ndim
 
 
-def _carried(name: str, piece: Piece, kinds: Mapping[Kind, Sequence[Rule]], cutoff: float | None) -> Rule:
-    key, ndim = key_of(name, piece.part), len(piece.shape)
-    kind = _kind(key, piece.role.role, ndim)
-    if piece.part is not None and piece.part.view == piece.part.of and kind not in kinds:
-        kind = _kind(name, "", ndim)  # rules for the weight as a whole
+def _kinds_of(names: Sequence[str], piece: Piece) -> list[Kind]:
+    """What kind a piece of a parameter may count as, the best first: for a tied one, by each of its names."""
+    ndim, keys = len(piece.shape), [key_of(name, piece.part) for name in names]
+    found = [_kind(keys[0], piece.role.role, ndim, piece.part)]
+    if piece.part is None:
+        return found + [_kind(key, "", ndim, None) for key in keys[1:]]
+    found += [_kind(key, piece.role.role, ndim, piece.part) for key in keys[1:]]
+    if piece.part.view == piece.part.of:
+        found += [_kind(name, "", ndim, None) for name in names]  # rules for the weight as a whole
+    return found
+
+
+def _carried(names: Sequence[str], piece: Piece, kinds: Mapping[Kind, Sequence[Rule]], cutoff: float | None) -> Rule:
+    possible = _kinds_of(names, piece)
+    kind = next((kind for kind in possible if kind in kinds), possible[0])
     empty = full_rule(piece, f"{NO_COUNTERPART}{kind[0].replace('_', ' ')}")
     found = [_in_layout_of(piece, rule) for rule in kinds.get(kind, [])]
     kept = keep_full(empty, None)
     if kept is not None or not found:
         return kept or empty
     origin = f"carried over from {len(found)} {kind[0].replace('_', ' ')}"
+    kept_count = sum(map(asked_for, found))
+    if kept_count:
+        origin += f" ({kept_count} of {len(found)} were kept in full as asked)"
     if all(rule.form == "full" for rule in found):
         return replace(empty, snr=average_snr(rule.snr for rule in found), reason=f"{origin}, all in full")
     if cutoff is None or not any(rule.snr for rule in found):
         return _most_common(empty, found, origin)
     forms: Forms = "best" if any(rule.form == FACTORED for rules in kinds.values() for rule in rules) else "mean"
-    chosen = choose_by_cutoff({key: replace(empty, snr=average_snr(rule.snr for rule in found))}, cutoff, forms)[key]
+    chosen = choose_by_cutoff({"": replace(empty, snr=average_snr(rule.snr for rule in found))}, cutoff, forms)[""]
     return replace(chosen, reason=f"{origin}: {chosen.reason}")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import AutoPlan, CompressionPlan, PlanError, SlimAdam
+from slimadam import AutoPlan, CompressionPlan, Parts, PlanError, SlimAdam
 from slimadam.snr import measure
 
 AUTO = AutoPlan(calibration_steps=6, measurements=3)
@@ -302,3 +302,48 @@ def test_every_rank_of_ddp_decides_alike(tmp_path: Path) -> None:
     assert forms == other_forms
     assert forms["0.weight"][0] != "full"
     assert all((one == other).all() for one, other in zip(params, other_params, strict=True))
+
+
+def test_resuming_with_fewer_steps_decides_in_the_next_one() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan=AutoPlan(calibration_steps=200))
+    _train(model, optimizer, range(60))
+    assert not any(parameter.values for parameter in optimizer._measuring.history.values())  # type: ignore[union-attr]
+    fewer = SlimAdam(model, plan=AutoPlan(calibration_steps=50))
+    fewer.load_state_dict(optimizer.state_dict())
+    _train(model, fewer, range(60, 61))
+    assert fewer.plan.second_moments_saved > 0.5
+    assert fewer.plan["0.weight"].snr == pytest.approx(measure(optimizer.state[model[0].weight]["exp_avg_sq"]), rel=0.2)
+    _train(model, fewer, range(61, 64))
+
+
+@pytest.mark.parametrize("steps", [-4, 2.0, "3", None, True])
+def test_a_wrong_count_of_steps_is_refused(steps: Any) -> None:
+    optimizer = SlimAdam(_model(), plan=AUTO)
+    saved = optimizer.state_dict()
+    saved["slimadam"]["measuring"]["steps"] = steps
+    with pytest.raises(
+        ValueError, match=rf"record of plan='auto' is damaged .*steps={steps!r} must be an integer >= 0"
+    ):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("now", [{"b": 8, "a": 8}, {"a": 4, "b": 12}, {"c": 16}, None])
+def test_measurements_of_other_parts_are_left_out(now: dict[str, int] | None, caplog: pytest.LogCaptureFixture) -> None:
+    def settings(sizes: dict[str, int] | None) -> AutoPlan:
+        return AutoPlan(6, measurements=6, parts={"0.weight": Parts(sizes)} if sizes else {})
+
+    model = _model()
+    optimizer = SlimAdam(model, plan=settings({"a": 8, "b": 8}))
+    _train(model, optimizer, range(4))
+    other = SlimAdam(model, plan=settings(now))
+    other.load_state_dict(optimizer.state_dict())
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "'0.weight[a]', '0.weight[b]' are left out" in message
+    history = other._measuring.history  # type: ignore[union-attr]
+    assert not any(key.startswith("0.weight[") for key in history)
+    assert len(history["2.weight"].values) == 4
+    _train(model, other, range(4, 6))
+    chosen = [rule for key, rule in other.plan.items() if key.startswith("0.weight")]
+    assert len(chosen) == len(now or [0])
+    assert all(rule.snr for rule in chosen)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from slimadam import CompressionPlan, Rule, __version__
+from slimadam import CompressionPlan, Parts, Rule, __version__
 from slimadam.cli import cli
 
 SHOWN = CompressionPlan(
@@ -158,3 +158,66 @@ def test_help_lists_every_command_without_loading_any() -> None:
     assert result.stdout.endswith("[]\n")
     assert CliRunner().invoke(cli, ["--version"]).stdout == f"slimadam, version {__version__}\n"
     assert CliRunner().invoke(cli, ["no-such-command"]).exit_code == 2
+
+
+def test_check_refuses_parts_that_are_not_the_whole_parameter() -> None:
+    divided = Parts({"a": 4, "b": 4}).divide("w", (8, 6))
+    rules = {f"w[{part.label}]": Rule((1,), "mean", part.shape, part=part) for part in divided}
+    CompressionPlan(rules).save("whole.json")
+    assert plan("check", "whole.json").exit_code == 0
+    CompressionPlan({"w[b]": rules["w[b]"]}).save("half.json")
+    overlapping = CompressionPlan(rules).to_dict()
+    overlapping["parameters"]["w[b]"]["part"]["start"] = 3
+    Path("overlap.json").write_text(json.dumps(overlapping))
+    CompressionPlan({**rules, "w": Rule(shape=(8, 6))}).save("both.json")
+    for file, message in (
+        ("half.json", "'w': its part 'b' starts at 4"),
+        ("overlap.json", "'w': its part 'b' starts at 3 with size 4, where 4 is next"),
+        ("both.json", "'w': the plan has a rule for the whole parameter and one for its part"),
+    ):
+        result = plan("check", file)
+        assert (result.exit_code, message in result.stderr) == (1, True)
+
+
+def test_check_against_a_model_knows_both_names_of_a_tied_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("tied_model.py").write_text(
+        "from torch import nn\n"
+        "def tied():\n"
+        "    model = nn.ModuleDict({'a': nn.Embedding(6, 4), 'b': nn.Linear(4, 6, bias=False)})\n"
+        "    model['b'].weight = model['a'].weight\n"
+        "    return model\n"
+    )
+    for name in ("a.weight", "b.weight"):
+        CompressionPlan({name: Rule((1,), "mean", (6, 4))}).save("tied.json")
+        result = plan("check", "tied.json", "--model", "tied_model:tied")
+        assert result.exit_code == 0
+        assert "1 of the model's 1 parameters have a rule" in result.stdout
+
+
+def test_diff_says_how_parts_and_stacks_differ() -> None:
+    for file, sizes in (("ab.json", {"a": 4, "b": 4}), ("ba.json", {"b": 4, "a": 4})):
+        rules = [Rule((1,), "mean", part.shape, part=part) for part in Parts(sizes).divide("w", (8, 6))]
+        CompressionPlan.of_parameters({"w": rules}).save(file)
+    lines = plan("diff", "ab.json", "ba.json").stdout.splitlines()
+    assert lines[0] == (
+        "w[a]: mean over 1, from 0 along dimension 0 of (8, 6) -> mean over 1, from 4 along dimension 0 of (8, 6)"
+    )
+    told = json.loads(plan("diff", "ab.json", "ba.json", "--json").stdout)["changed"]["w[a]"]
+    assert (told["a"]["part"]["start"], told["b"]["part"]["start"]) == (0, 4)
+    for file, batch_dims in (("one.json", 1), ("none.json", 0)):
+        CompressionPlan({"w": Rule((), "factored", (4, 6, 6), batch_dims=batch_dims)}).save(file)
+    result = plan("diff", "one.json", "none.json")
+    assert result.stdout == "w: factored with 1 batch dimensions -> factored with 0 batch dimensions\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_reader_that_stops_early_is_no_error(arguments: list[str]) -> None:
+    rule = Rule((1,), "mean", (64, 64), reason="as long a reason as it takes to fill a pipe")
+    CompressionPlan({f"layers.{index}.weight": rule for index in range(2000)}).save("long.json")
+    command = [sys.executable, "-m", "slimadam", "plan", "show", *arguments, "long.json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""

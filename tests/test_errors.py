@@ -33,6 +33,12 @@ def _plan(rules: dict[str, Any]) -> CompressionPlan:
     )
 
 
+def _measured() -> SNRHistory:
+    history = SNRHistory()
+    history.record(1, "w", (2, 2), {(0,): 2.0})
+    return history
+
+
 TWO = torch.tensor([0.1, 0.2])
 WRONG_USES = [
     # numbers
@@ -70,7 +76,7 @@ WRONG_USES = [
     _with(RuntimeError, r"`fused` does not support `differentiable`: set one", fused=True, differentiable=True),
     _with(ValueError, r"lr as a Tensor is not supported for capturable=False and foreach=True", lr=TWO[:1], foreach=True),
     # plans
-    _with(PlanError, r"plan='ruels' is neither a file nor one of 'auto', 'rules' and 'factored'", plan="ruels"),
+    _with(PlanError, r"plan='ruels' is neither a file nor one of 'auto', 'rules' and 'factored'; did you mean 'rules'", plan="ruels"),
     _with(PlanError, r"plan='missing/plan.json' is neither a file", plan=Path("missing/plan.json")),
     _with(TypeError, r"plan=5 must be None, 'auto', 'rules', 'factored', an AutoPlan, a CompressionPlan or the path", plan=5),
     _with(PlanError, r"'0.wieght' matches no parameter.*did you mean '0.weight'\?", plan=_plan({"0.weight": (1,), "0.wieght": (1,)})),
@@ -117,6 +123,28 @@ WRONG_USES = [
     _use(ValueError, "the SNR history is empty", lambda model: CompressionPlan.from_snr(SNRHistory())),
     _use(ValueError, "cutoff=-1 must be a number >= 0", lambda model: CompressionPlan.from_snr(SNRHistory(), -1)),
     _use(PlanError, "'w': only form='mean' has dims|'w': form='full' with dims", lambda model: _plan({"w": Rule((1,), "full")})),
+    _use(ValueError, "keep=5 must be a list or tuple of patterns", lambda model: CompressionPlan.from_snr(_measured(), keep=5)),  # type: ignore[arg-type]
+    _use(ValueError, "keep=None must be a list or tuple of patterns", lambda model: CompressionPlan.from_snr(_measured(), keep=None)),  # type: ignore[arg-type]
+    _use(TypeError, "model='gpt' must be an nn.Module, the one that the plan is for",
+         lambda model: CompressionPlan.from_rules(model).for_model("gpt")),  # type: ignore[arg-type]
+    _use(TypeError, "model=None must be an nn.Module", lambda model: CompressionPlan.factored(None)),  # type: ignore[arg-type]
+    _use(ValueError, r"parts=5 must give a slimadam.Parts for each pattern",
+         lambda model: slimadam.calibrate(model, lambda: torch.ones(()), 1, parts=5)),  # type: ignore[arg-type]
+    _use(ValueError, r"sizes=\{1: 4\} must give each part's label", lambda model: slimadam.Parts({1: 4})),  # type: ignore[dict-item]
+    _use(ValueError, r"sizes=\{'a': True\} must give each part's label", lambda model: slimadam.Parts({"a": True})),
+    _use(ValueError, "dim='0' must be an integer", lambda model: slimadam.Parts({"a": 4}, "0")),  # type: ignore[arg-type]
+    _use(ValueError, "dim=False must be an integer", lambda model: slimadam.Parts({"a": 4}, False)),
+    _use(ValueError, "batch_dims=None must be an integer", lambda model: slimadam.Parts({"a": 4}, batch_dims=None)),  # type: ignore[arg-type]
+    _use(ValueError, "view=5 must be a tuple of integers", lambda model: slimadam.Parts({"a": 4}, view=5)),  # type: ignore[arg-type]
+    _use(ValueError, r"view=\(4.0, 2\) must be a tuple of integers", lambda model: slimadam.Parts({"a": 4}, view=(4.0, 2))),  # type: ignore[arg-type]
+    # state dicts
+    _use(TypeError, "plan='rules' must be a CompressionPlan",
+         lambda model: slimadam.convert_state_dict(SlimAdam(model).state_dict(), "rules")),  # type: ignore[arg-type]
+    _use(TypeError, "state_dict=None must be what an optimizer's state_dict\\(\\) returned",
+         lambda model: SlimAdam(model).load_state_dict(None)),  # type: ignore[arg-type]
+    _use(TypeError, "state_dict=5 must be what", lambda model: slimadam.convert_state_dict(5, None)),  # type: ignore[arg-type]
+    _use(ValueError, "the state dict's 'slimadam' has plan=None; pass what",
+         lambda model: SlimAdam(model).load_state_dict({**SlimAdam(model).state_dict(), "slimadam": {"format_version": 1}})),
     _use(PlanError, "'w': dims=\\(1, 1\\) names a dimension twice", lambda model: _plan({"w": (1, 1)})),
 ]  # fmt: skip
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from slimadam import snr
-from slimadam.monitoring import Monitor, filling, place, thinning
+from slimadam.monitoring import Monitor
 from slimadam.rules import Rule
+from slimadam.samples import filling, looks_at, place, thinning
 
 
 def _mean(*dims: int) -> Rule:
@@ -225,7 +226,9 @@ def test_goes_on_from_the_true_second_moment() -> None:
     monitor.start("w", before)
     index = monitor.state_dict()["samples"]["w"]["phase"] * 150 // 16
     _run(monitor, [{"w": after}] * 201, 0.99)
-    true = 0.99**201 * before + (1 - 0.99**201) * after**2
+    seen = 3 * sum(looks_at(step, 3) for step in range(200))
+    assert 197 < seen < 203
+    true = 0.99**seen * before + (1 - 0.99**seen) * after**2
     assert monitor.check()["w"].snr == pytest.approx(snr(true[index::150], 1), rel=1e-4)
 
 
@@ -312,6 +315,71 @@ def test_no_warning_where_nothing_changes(level: float, caplog: pytest.LogCaptur
     assert not caplog.records
 
 
+def _occasional(kind: str, runs: int, generator: torch.Generator) -> Tensor:
+    """Samples of the second moments of heavy-tailed gradients at beta2 = 0.95, one for each of many runs."""
+    moment = torch.zeros(runs, 2, 200)
+    for _ in range(60 if kind == "student" else 160):
+        square = torch.randn(runs, 2, 200, generator=generator) ** 2
+        if kind == "student":
+            square /= torch.randn(3, runs, 2, 200, generator=generator).square().mean(0)
+        else:
+            square *= torch.where(torch.rand(runs, 1, 1, generator=generator) < 0.01, 900, 1)
+        moment.lerp_(square, 0.05)
+    return moment
+
+
+@pytest.mark.parametrize("kind", ["student", "bursts"])
+def test_rare_large_gradients_are_no_decline(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    generator = torch.Generator().manual_seed(0)
+    monitors = [_watched() for _ in range(40)]
+    low = 0
+    for _ in range(30):
+        for monitor, moment in zip(monitors, _occasional(kind, len(monitors), generator), strict=True):
+            grad = torch.zeros(300, 200)
+            grad[75::150] = moment.sqrt()
+            _run(monitor, [{"w": grad}] * monitor.interval, 0.5)
+            low += monitor.check()["w"].snr < 1
+    assert 40 * 30 * 0.1 < low < 40 * 30 * 0.9
+    assert not caplog.records
+
+
+def test_factored_parameter_without_averages_is_passed_over() -> None:
+    monitor = Monitor(shortest_interval=6)
+    monitor.add("w", FACTORED, torch.zeros(300, 200))
+    _run(monitor, [{"w": torch.randn(300, 200)}] * 6, 0.5)
+    assert not monitor.check()["w"].ready
+    _run(monitor, [{"w": torch.randn(300, 200)}] * 6, 0.5, w=((1,), (0,)))
+    assert monitor.check()["w"].ready
+
+
+@pytest.mark.parametrize(("beta2", "period", "at"), [(0.999, 2, 0), (0.999, 2, 1), (0.999, 10, 3), (0.95, 2, 1)])
+def test_periodic_gradients_are_followed(beta2: float, period: int, at: int) -> None:
+    """The sample sees its share of them, and forgets what came before as the true second moment does."""
+    before, after = torch.rand(300, 200) ** 4, torch.rand(300, 200)
+    monitor, steps = Monitor(), round(3 / (1 - beta2)) * period
+    steps += -steps % monitor.interval + (200 if beta2 < 0.99 else 0)
+    monitor.add("w", _mean(1), before)
+    for step in range(2 * steps):
+        grad = (before if step < steps else after) if step % period == at else None
+        monitor.update([("w", grad)], beta2)
+        monitor.watch(dict)
+    placement = place(_mean(1), (300, 200))
+    assert placement is not None
+    kept = beta2 ** (steps / period)
+    true = kept * placement.take(before**2) + (1 - kept) * placement.take(after**2)
+    assert monitor.check()["w"].snr == pytest.approx(snr(true, 1), rel=0.02)
+
+
+def test_looks_are_one_in_every_so_many_steps_and_meet_each_remainder() -> None:
+    for every in (1, 2, 3, 30):
+        looks = [step for step in range(600 * every) if looks_at(step, every)]
+        assert len(looks) == 600
+        for period in (2, 3, 7, 10):
+            for remainder in range(period):
+                met = sum(look % period == remainder for look in looks)
+                assert met == pytest.approx(600 / period, rel=0.15)
+
+
 def test_a_decline_that_stays_above_the_cutoff_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
     monitor = _watched()
     _noisy_run(monitor, 20.0, 4)
@@ -365,11 +433,44 @@ def test_damaged_state_is_refused_and_changes_nothing() -> None:
     for running in (monitor, other):
         _run(running, [{"w": torch.randn(300, 200)}] * 6, 0.5)
     before = monitor.check()
-    with pytest.raises(ValueError, match=r"'w': the saved sample is .*\[300, 1\].*this plan's has shape \(2, 200\)"):
+    with pytest.raises(
+        ValueError, match=r"'w': the saved sample is of shape \(300, 1\), this plan's has shape \(2, 200\)"
+    ):
         monitor.load_state_dict(other.state_dict())
-    for damaged in ({}, {**monitor.state_dict(), "samples": {"w": {}}}, {**monitor.state_dict(), "samples": None}):
-        with pytest.raises(ValueError, match="the saved monitor is damaged"):
-            monitor.load_state_dict(damaged)
+    with pytest.raises(ValueError, match="the saved monitor is damaged"):
+        monitor.load_state_dict(None)  # type: ignore[arg-type]
+    assert monitor.check() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("steps", (-5, "x", math.nan, True)),
+        ("longest_memory", ("x", math.nan, math.inf, -1.0)),
+        ("warned", ("x", 1)),
+        ("samples", ([], 5, None)),
+        ("phase", (16, -3, "x", 2.5)),
+        ("window", (-2, "x")),
+        ("measured", (None, 0.5, -2)),
+        ("unfilled", ("x", None, 1.5, math.nan)),
+        ("arrived", ("x", -0.5)),
+        ("latest", ("x", None, -1.0)),
+        ("lowest", ("x", -1.0)),
+        ("usual", (["x"], None, [math.nan], [1.0] * 9)),
+        ("recent", ([None], "abc", [math.inf])),
+        ("moment", (5, torch.zeros(2, 200, dtype=torch.complex64))),
+    ],
+)
+def test_each_damaged_field_is_named(field: str, values: Sequence[Any]) -> None:
+    monitor = _watched()
+    _run(monitor, [{"w": torch.randn(300, 200)}] * 6, 0.5)
+    before = monitor.check()
+    for value in [*values, ...]:
+        state = monitor.state_dict()
+        holder = state if field in state else state["samples"]["w"]
+        holder.pop(field) if value is ... else holder.update({field: value})
+        with pytest.raises(ValueError, match=rf"the saved monitor is damaged \(.*{field}.*=.*; pass what state_dict"):
+            monitor.load_state_dict(state)
     assert monitor.check() == before
 
 

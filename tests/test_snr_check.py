@@ -268,3 +268,35 @@ def test_wrapper_prefixes_do_not_matter_to_expand() -> None:
 )
 def test_the_plan_in_force_knows_its_cutoff(plan: Any, cutoff: float | None) -> None:
     assert SlimAdam(network(), plan=plan).plan.cutoff == cutoff
+
+
+@pytest.mark.parametrize("how", ["cleared", "loaded without it"])
+def test_a_factored_parameter_without_state_is_passed_over(how: str) -> None:
+    model = network()
+    optimizer = SlimAdam(model, plan="factored", betas=BETAS)
+    feed(model, optimizer, range(210), even)
+    if how == "cleared":
+        optimizer.state.clear()
+    else:
+        saved = optimizer.state_dict()
+        saved["state"].pop(1)
+        optimizer.load_state_dict(saved)
+    before = optimizer.snr_check()["1.weight"]
+    model[1].weight.requires_grad_(False)
+    for step in range(210, 420):
+        model[0].weight.grad = torch.randn(120, 160, generator=torch.Generator().manual_seed(step))
+        model[1].weight.grad = None
+        optimizer.step()
+    assert optimizer.snr_check()["1.weight"] == before
+    assert optimizer.snr_check()["0.weight"].ready
+
+
+def test_names_with_prefixes_and_slips() -> None:
+    model = network()
+    optimizer = SlimAdam(model, plan="factored")
+    assert optimizer.backend("module.0.weight") == optimizer.backend("0.weight")
+    with pytest.raises(KeyError, match=r"'0.wieght' is not a parameter of this optimizer; did you mean '0.weight'\?"):
+        optimizer.expand("0.wieght")
+    for wrong in (None, 5, b"x"):
+        with pytest.raises(TypeError, match=r"name=.* must be a parameter's name"):
+            optimizer.expand(wrong)  # type: ignore[arg-type]

@@ -251,3 +251,15 @@ def test_killed_at_20_random_steps_training_ends_bitwise_the_same() -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "20 kills, bitwise equal" in done.stdout
+
+
+def test_converting_to_what_is_stored_alike_changes_no_tensor() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan="factored")
+    _train(model, optimizer, range(5))
+    saved = optimizer.state_dict()
+    alike = CompressionPlan({key: Rule(rule.dims, rule.form, rule.shape) for key, rule in optimizer.plan.items()})
+    converted = convert_state_dict(saved, alike)["state"]
+    for index, state in saved["state"].items():
+        for before, after in zip(_tensors(state), _tensors(converted[index]), strict=True):
+            assert torch.equal(before, after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from slimadam import CompressionPlan, PlanError, Rule, SlimAdam
+from slimadam import CompressionPlan, Parts, PlanError, Rule, SlimAdam
 from slimadam.cli import cli
 from slimadam.demo.model import ByteGPT
 from slimadam.history import SNRHistory
+from slimadam.parts import Piece
+from slimadam.rules import full_rule
 
 SMALL, LARGE = (2, 8), (5, 24)
 
@@ -185,3 +188,53 @@ def test_a_plan_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "no kind of layer in common" in result.output
     assert not (tmp_path / "out.json").exists()
+
+
+def test_what_was_kept_or_expanded_stays_so_under_its_name() -> None:
+    history = _history({"query.weight": [{(0,): 9.0, (1,): 2.0}, {(0,): 9.0, (1,): 3.0}]})
+    plan = CompressionPlan.from_snr(history, keep=["blocks.0.*"])
+    kept, other = _names(plan, "query")
+    carried = plan.for_model(large_model())
+    assert (carried[kept].form, carried[kept].reason) == ("full", "kept in full as asked (keep='blocks.0.*')")
+    assert carried[kept].shape == (24, 24)
+    assert carried[other].dims == (0,)
+    assert carried[other].reason == (
+        "carried over from 2 query (1 of 2 were kept in full as asked): averaging over dimension 0 has the highest "
+        "SNR, 9, above the cutoff 1"
+    )
+    model = _model(*SMALL)
+    optimizer = SlimAdam(model, plan="factored")
+    optimizer.expand(kept)
+    assert optimizer.plan.for_model(large_model())[kept].reason == optimizer.plan[kept].reason
+
+
+def test_labels_that_are_no_roles_are_not_mixed() -> None:
+    class Two(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.x = nn.Linear(width, 2 * width, bias=False)
+            self.y = nn.Linear(width, 2 * width, bias=False)
+
+    def parts(width: int) -> dict[str, Parts]:
+        return {"*.weight": Parts({"a": width, "key": width})}
+
+    def rule(piece: Piece) -> Rule:
+        return replace(full_rule(piece, ""), form="mean", dims=(next(dims),))
+
+    dims = iter((0, 0, 1, 0))
+    carried = CompressionPlan.by_piece(Two(4), rule, parts(4)).for_model(Two(8), parts(8))
+    assert {key: rule.dims for key, rule in carried.items()} == {
+        "x.weight[a]": (0,), "x.weight[key]": (0,), "y.weight[a]": (1,), "y.weight[key]": (0,)
+    }  # fmt: skip
+    assert "from 1 x.weight[a]" in carried["x.weight[a]"].reason
+    assert "from 2 key" in carried["y.weight[key]"].reason
+
+
+def test_a_history_from_a_file_carries_over_to_the_other_layout(tmp_path: Path) -> None:
+    history = SNRHistory()
+    history.record(1, "block.fc.weight", (4, 8), {(0,): 9.0, (1,): 1.5}, "mlp_up", None, 0, (0,))
+    history.save_csv(tmp_path / "snr.csv")
+    loaded = SNRHistory.load_csv(tmp_path / "snr.csv")
+    assert loaded["block.fc.weight"] == history["block.fc.weight"]
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"c_fc": nn.Linear(4, 8), "c_proj": nn.Linear(8, 4)})})
+    assert CompressionPlan.from_snr(loaded).for_model(model)["mlp.c_fc.weight"].dims == (1,)

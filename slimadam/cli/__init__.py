@@ -46,6 +46,8 @@ class _LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # click ends quietly: whoever reads has read enough
         except (PlanError, OSError) as error:
             click.echo(f"slimadam: {error}", err=True)
             ctx.exit(2)

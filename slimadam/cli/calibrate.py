@@ -137,7 +137,7 @@ def calibrate(
         if plan.expectation is not None:
             console.print(f"slimadam: {plan.expectation}")
         _summarize(console, result, measured, lr_scale)
-        _warn_of_idle_patterns(console, keep, plan)
+        _warn_of_idle_patterns(console, keep, measured)
     if as_json and is_main_rank():
         click.echo(json.dumps(result), file=stdout)
     ctx.exit(_exit_code(console, observer, outcome))
@@ -222,8 +222,8 @@ def _summarize(console: Console, result: dict[str, Any], history: SNRHistory, lr
         )
 
 
-def _warn_of_idle_patterns(console: Console, keep: tuple[str, ...], plan: CompressionPlan) -> None:
-    for pattern in idle_patterns(keep, plan):
+def _warn_of_idle_patterns(console: Console, keep: tuple[str, ...], measured: SNRHistory) -> None:
+    for pattern in idle_patterns(keep, measured):
         console.print(f"slimadam: --keep {pattern}: no parameter has such a name or role")
 
 

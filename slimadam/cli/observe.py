@@ -87,7 +87,15 @@ class Observer:
                 if name in ambiguous:
                     name = next(free for free in prefixed(watched.prefix, name) if free not in merged)
                 merged.record(
-                    0, name, measured.shape, {}, measured.role, measured.part, measured.batch_dims, measured.fan_in
+                    0,
+                    name,
+                    measured.shape,
+                    {},
+                    measured.role,
+                    measured.part,
+                    measured.batch_dims,
+                    measured.fan_in,
+                    measured.all_names,
                 )
                 done = max(merged[name].values, default=0)
                 for step, values in measured.values.items():

@@ -17,6 +17,8 @@ from torch import nn
 from slimadam.cli.console import output_path, percent
 from slimadam.errors import PlanError
 from slimadam.plan import CompressionPlan
+from slimadam.plan_json import rule_to_dict
+from slimadam.roles import names_of
 from slimadam.rules import Rule, fit_rules
 from slimadam.snr import FACTORED, Candidate
 from slimadam.transfer import NO_COUNTERPART
@@ -151,21 +153,28 @@ def _decision(rule: Rule) -> str:
 
 
 def _describe(rule: Rule, other: Rule) -> str:
-    if rule.shape is None or rule.shape == other.shape:
-        return _decision(rule)
-    return f"{_decision(rule)} of shape {rule.shape}"
+    told = _decision(rule)
+    if rule.shape is not None and rule.shape != other.shape:
+        told += f" of shape {rule.shape}"
+    if rule.batch_dims != other.batch_dims:
+        told += f" with {rule.batch_dims} batch dimensions"
+    if rule.part is not None and rule.part != other.part:
+        told += f", from {rule.part.start} along dimension {rule.part.dim} of {rule.part.view}"
+    return told
 
 
 def _same_storage(a: Rule, b: Rule) -> bool:
     shapes_agree = a.shape == b.shape or a.shape is None or b.shape is None
-    return (a.form, a.dims, a.part, a.batch_dims) == (b.form, b.dims, b.part, b.batch_dims) and shapes_agree
+    return a.storage == b.storage and shapes_agree
 
 
 def _storage(rule: Rule) -> dict[str, Any]:
+    told = {key: value for key, value in rule_to_dict(rule).items() if key in ("part", "batch_dims")}
     return {
         "form": rule.form,
         "dims": list(rule.dims),
         "shape": None if rule.shape is None else list(rule.shape),
+        **told,
     }
 
 
@@ -189,11 +198,12 @@ def _build(builder: str) -> nn.Module:
 def _check_fit(checked: CompressionPlan, model: nn.Module) -> int:
     """How many of the model's parameters have a rule, after checking that every rule fits one."""
     found = {}
-    for name, parameter in model.named_parameters():
-        keys = checked.keys_of(name)
-        if keys:
-            fit_rules(name, [checked[key] for key in keys], tuple(parameter.shape))
-            found.update(dict.fromkeys(keys, name))
+    for parameter, names in names_of(model).items():
+        for name in names:
+            keys = checked.keys_of(name)
+            if keys:
+                fit_rules(name, [checked[key] for key in keys], tuple(parameter.shape))
+                found.update(dict.fromkeys(keys, parameter))
     unknown = [name for name in checked if name not in found]
     if unknown:
         raise PlanError(
