@@ -121,7 +121,7 @@ def momentum(result: dict[str, Any]) -> str:
             "",
             "| | " + " | ".join(labels) + " |",
             "|---" * (len(labels) + 1) + "|",
-            "| bytes of state per parameter | " + " | ".join(f"{size:.2f}" for size in sizes) + " |",
+            "| bytes of state per parameter | " + " | ".join(f"{size:.3f}" for size in sizes) + " |",
             *losses,
             "| mean, against None | " + " | ".join(f"{result['gaps'][label]:+.2%}" for label in labels) + " |",
             "",
