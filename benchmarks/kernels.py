@@ -167,24 +167,37 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=pointers,
     )
-    made = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.num_warps, "maxnreg": MOST_REGISTERS}
-    )
+    options = {"num_warps": variant.num_warps, "maxnreg": MOST_REGISTERS}
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     resources = _resources(made.asm["cubin"])
-    wide = [len(re.findall(rf"{what}\.global[\w.:]*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", made.asm["ptx"])) for what in ("ld", "st")]
+    wide_loads, wide_stores = (_wide_accesses(what, made.asm["ptx"]) for what in ("ld", "st"))
     spilled = resources["STACK"] + resources["LOCAL"]
-    good = spilled == 0 and wide[0] >= variant.wide_loads and wide[1] >= variant.wide_stores
+    good = spilled == 0 and wide_loads >= variant.wide_loads and wide_stores >= variant.wide_stores
     return Compiled(
-        variant.kernel.__name__, variant.precision, variant.flags, architecture, resources["REG"], spilled,
-        resources["SHARED"], *wide, variant.bytes_per_parameter, good,
-    )  # fmt: skip
+        kernel=variant.kernel.__name__,
+        precision=variant.precision,
+        flags=variant.flags,
+        architecture=architecture,
+        registers=resources["REG"],
+        spilled_bytes=spilled,
+        shared_bytes=resources["SHARED"],
+        wide_loads=wide_loads,
+        wide_stores=wide_stores,
+        bytes_per_parameter=variant.bytes_per_parameter,
+        is_good=good,
+    )
+
+
+def _wide_accesses(instruction: str, ptx: str) -> int:
+    """How often 16 bytes are read or written at once."""
+    return len(re.findall(rf"{instruction}\.global[\w.:]*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", ptx))
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
@@ -204,8 +217,8 @@ def main() -> None:
             moved = "" if found.bytes_per_parameter is None else f"{found.bytes_per_parameter:.2f}"
             print(
                 f"{found.kernel:15s} {found.precision:20s} {found.flags:36s} {architecture} {found.registers:9d} "
-                f"{found.spilled_bytes:8d} {found.shared_bytes:7d} {found.wide_loads:7d}/{found.wide_stores:<4d}{moved:>9s}"
-                f"{'' if found.is_good else '   FAIL'}",
+                f"{found.spilled_bytes:8d} {found.shared_bytes:7d} {found.wide_loads:7d}/{found.wide_stores:<4d}"
+                f"{moved:>9s}{'' if found.is_good else '   FAIL'}",
                 flush=True,
             )
     figures = {"triton": triton.__version__, "variants": [asdict(found) for found in made]}

@@ -116,7 +116,7 @@ class LaunchKey(NamedTuple):
 class Member(NamedTuple):
     """A tensor of a launch: its number in the step's table, its tensors and how the kernel sees them."""
 
-    index: int
+    number: int
     entry: Entry
     geometry: Geometry
 
@@ -132,7 +132,7 @@ class TritonStep:
     def __init__(self, entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         self._flags = _flags(hyper)
         self._addresses = _addresses(entries)
-        members = [Member(index, entry, _geometry(entry)) for index, entry in enumerate(entries)]
+        members = [Member(number, entry, _geometry(entry)) for number, entry in enumerate(entries)]
         device = entries[0].param.device
         self.step_dtype = _DTYPES[entries[0].step.dtype]
         places = {address: index for index, address in enumerate(dict.fromkeys(self._addresses["step"]))}
@@ -173,7 +173,7 @@ class TritonStep:
         """
         values = _numbers(hyper, self.table.device)
         count = len(self._steps)
-        kernels.advance_steps[(-(-count // STEPS_AT_ONCE),)](
+        kernels.advance_steps[(_ceil(count, STEPS_AT_ONCE),)](
             self._steps, count, self._corrections, values.beta1, values.beta2, found_inf,
             STEP_DTYPE=self.step_dtype, BLOCK=STEPS_AT_ONCE,
         )  # fmt: skip
@@ -370,7 +370,7 @@ def _allocate_scratch(members: Sequence[Member], rows: list[list[int]], device: 
         if found.kind != "spread":
             continue
         dtype = torch.float64 if member.entry.param.dtype == torch.float64 else torch.float32
-        row_tiles, column_tiles = -(-found.red // SUMS.lines), -(-found.post // SUMS.columns)
+        row_tiles, column_tiles = _ceil(found.red, SUMS.lines), _ceil(found.post, SUMS.columns)
         sizes = {kernels.COLUMN_SUMS.value: found.pre * row_tiles * found.post}
         if found.by_row and found.by_column:
             sizes[kernels.ROW_SUMS.value] = found.pre * found.red * column_tiles
@@ -384,7 +384,7 @@ def _allocate_scratch(members: Sequence[Member], rows: list[list[int]], device: 
 def _programs(members: Sequence[Member], count: Callable[[Geometry], int], device: torch.device) -> Tensor:
     """int32 ``[programs, 2]``: of each program the tensor and the part of its work."""
     counts = torch.tensor([count(member.geometry) if member.entry.param.numel() else 0 for member in members])
-    tensors = torch.tensor([member.index for member in members]).repeat_interleave(counts)
+    tensors = torch.tensor([member.number for member in members]).repeat_interleave(counts)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
     parts = torch.arange(len(tensors)) - starts
     return _on_device(torch.stack([tensors, parts], dim=1).to(torch.int32), device)
@@ -392,16 +392,20 @@ def _programs(members: Sequence[Member], count: Callable[[Geometry], int], devic
 
 def _tiles(found: Geometry, settings: Settings) -> int:
     if found.kind == "rows":
-        return -(-found.pre // settings.lines)
+        return _ceil(found.pre, settings.lines)
     if found.kind == "columns":
-        return found.pre * -(-found.post // settings.columns)
-    return -(-found.pre * found.slice_count // (settings.lines * 256))
+        return int(found.pre * _ceil(found.post, settings.columns))
+    return _ceil(found.pre * found.slice_count, settings.lines * 256)
 
 
 def _tiles_summed(found: Geometry) -> int:
-    return found.pre * -(-found.red // SUMS.lines) * -(-found.post // SUMS.columns)
+    return int(found.pre * _ceil(found.red, SUMS.lines) * _ceil(found.post, SUMS.columns))
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)
 
 
 def _finishing(found: Geometry) -> int:
-    by_row = -(-found.pre * found.red // FINISHED_AT_ONCE) if found.by_row and found.by_column else 0
-    return by_row + (-(-found.pre * found.post // FINISHED_AT_ONCE) if found.by_column else 0)
+    by_row = _ceil(found.pre * found.red, FINISHED_AT_ONCE) if found.by_row and found.by_column else 0
+    return by_row + (_ceil(found.pre * found.post, FINISHED_AT_ONCE) if found.by_column else 0)

@@ -26,11 +26,9 @@ from slimadam.entries import (
     hyperparameters,
     initial_state,
     momentum_bytes,
-    momentum_dtype,
 )
 from slimadam.errors import did_you_mean, shown
 from slimadam.functional import (
-    Entry,
     Scalar,
     second_moment_dtype,
     update_direction,

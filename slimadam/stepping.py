@@ -205,8 +205,7 @@ def _pieces(
     entries = list(entries_of(rules, param, group, state))
     backends = [backend_of(rule, param, group) for rule in rules]
     fitting = [
-        backend if fits(backend, entry) else "reference"
-        for backend, entry in zip(backends, entries, strict=True)
+        backend if fits(backend, entry) else "reference" for backend, entry in zip(backends, entries, strict=True)
     ]
     if "triton" in fitting and (counted or set(fitting) != {"triton"}):
         fitting = ["reference"] * len(fitting)

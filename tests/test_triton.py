@@ -22,7 +22,6 @@ from slimadam.kernels.triton_update import TritonStep
 
 from slimadam import CompressionPlan, Parts, Rule, SlimAdam, backends
 from slimadam.functional import Entry, Hyperparameters, reference_update, second_moment_dtype
-
 from tests.reference import gradients, slim_adamw_float64
 
 HYPER = Hyperparameters(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1)
