@@ -21,7 +21,7 @@ constexpr int64_t kCodeBlock = 256;       // elements that share a scale, as sli
 constexpr int64_t kTask = 1 << 16;        // elements that a thread takes at a time
 constexpr int64_t kSmallUnit = 1 << 15;   // a unit of so few elements stays in one core's cache
 constexpr int64_t kSumBlock = 1024;       // elements summed in a row before their sum is added to others
-constexpr int64_t kColumnBlock = 2048;    // columns whose sums stay close at hand
+constexpr int64_t kColumnBlock = 4096;    // columns whose sums stay close at hand
 constexpr int64_t kRowBlock = 64;         // rows of a column summed before their sum is added to others
 constexpr int64_t kSerial = 1 << 14;      // fewer elements than this are not worth waking threads
 
@@ -266,6 +266,9 @@ class Update {
 
   // Units [first, last), each read while it is in cache.
   void units(int64_t first, int64_t last) const {
+    if constexpr (!kCodes && !std::is_same_v<P, bfloat16>) {
+      if (post_ == 1 && !columns_ && red_ >= kSumBlock / 4) return long_rows(first, last);
+    }
     const int64_t size = red_ * post_;
     const int64_t aligned = kCodes ? kCodeBlock / std::gcd(size, kCodeBlock) : 1;  // blocks of codes stay whole
     const int64_t together = aligned * std::max<int64_t>(1, 2048 / (size * aligned));
@@ -290,6 +293,39 @@ class Update {
       }
       range(start * size, end * size, start, coefficients, row_roots);
     }
+  }
+
+  // Rows [first, last), each updated while the next one's squares are summed: memory streams without a pause.
+  void long_rows(int64_t first, int64_t last) const {
+    double sum = sum_of_squares(grad_ + first * red_, red_);
+    for (int64_t row = first; row < last; ++row) {
+      A coefficient = static_cast<A>(sum);
+      average(row, 0, 1, &coefficient);
+      const P* next = row + 1 < last ? grad_ + (row + 1) * red_ : nullptr;
+      sum = 0;
+      for (int64_t start = 0; start < red_; start += kSumBlock) {
+        const int64_t from = row * red_ + start, count = std::min(kSumBlock, red_ - start);
+        sum += static_cast<double>(update_and_sum(from, count, coefficient, next ? next + start : grad_ + from));
+      }
+    }
+  }
+
+  // Elements [first, first + count) with one coefficient; returns the sum of `other`'s squares.
+  A update_and_sum(int64_t first, int64_t count, A coefficient, const P* __restrict__ other) const {
+    P* __restrict__ param = param_ + first;
+    M* __restrict__ exp_avg = exp_avg_ + first;
+    const P* __restrict__ grad = grad_ + first;
+    const Numbers<A> x = x_;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < count; ++k) {
+      const A g = x.gradient_sign * load(grad[k]);
+      const A before = load(exp_avg[k]);
+      store(exp_avg[k], (x.lerp_from_gradient != 0 ? g : before) + x.lerp_weight * (g - before));
+      store(param[k], load(param[k]) * x.decay + coefficient * static_cast<A>(load(exp_avg[k])));
+      sum += static_cast<A>(load(other[k])) * load(other[k]);
+    }
+    return sum;
   }
 
   // A unit too large for one thread, as its whole team sees it: sums of blocks of rows, then everything else.

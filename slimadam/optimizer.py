@@ -219,6 +219,15 @@ class SlimAdam(Optimizer):
                 return backend_of(self._rules[name][0], held, group)
         raise KeyError(f"{param!r} is not a parameter of this optimizer")
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves unscaling, and leaving out a step, to the step itself, as with fused AdamW.
+
+        Not while gradients are also measured or watched: those must be unscaled.
+        """
+        watches = self._measuring is not None or self._monitor is not None
+        return not watches and all(self.backend(param) == "triton" for _, param, _ in self._parameters())
+
     def memory(self) -> MemoryReport:
         """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`."""
         moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0

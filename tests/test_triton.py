@@ -561,3 +561,27 @@ def test_parts_of_a_fused_weight() -> None:
         singles = [grad.float().double().numpy()[rows] for grad in grads]
         expected = slim_adamw_float64(start[rows], singles, each, lr=1e-2, weight_decay=0.1)
         np.testing.assert_allclose(weight.detach().double().numpy()[rows], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_grad_scaler_leaves_scaling_to_the_step() -> None:
+    param = torch.ones(4, 8).requires_grad_()
+    optimizer = SlimAdam([("w", param)], plan="factored", monitor=False)
+    assert optimizer._step_supports_amp_scaling
+    assert not SlimAdam([("w", param)], plan="factored")._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale((param * torch.tensor(math.inf)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(param, torch.ones(4, 8))
+    assert optimizer.state[param]["step"] == 0
+    optimizer.zero_grad()
+    weight = torch.arange(32.0).view(4, 8)
+    scaler.scale((param * weight).sum()).backward()
+    scaler.step(optimizer)
+    expected = torch.ones(4, 8).requires_grad_()
+    unscaled = SlimAdam([("w", expected)], plan="factored", monitor=False)
+    expected.grad = weight.clone()
+    unscaled.step()
+    torch.testing.assert_close(param, expected, rtol=0, atol=1e-7)
+    assert optimizer.state[param]["step"] == 1
