@@ -115,7 +115,5 @@ def _blocks(values: Tensor) -> Tensor:
 
 
 def _rounded_up(values: Tensor) -> Tensor:
-    """The smallest bfloat16 that is not below each value, none of which is negative."""
-    bits = values.float().view(torch.int32)
-    exact = bits.bitwise_and(0xFFFF) == 0
-    return torch.where(exact, bits, (bits | 0xFFFF) + 1).view(torch.float32).double()
+    """The smallest power of two that is not below each value, none of which is negative; zero for zero."""
+    return torch.where(values > 0, torch.exp2(values.log2().ceil()), torch.zeros_like(values))
