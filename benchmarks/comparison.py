@@ -213,19 +213,20 @@ def _check(contender: Contender, device: str, dtype: torch.dtype) -> float:
 
 
 def _time(bench: _Bench, built: list[_Built], rounds: int, found: Comparison) -> None:
-    fused, *others = built
+    fused = built[0]
     slow: set[str] = set()
+    limit = math.inf
     for turn in range(rounds + WARMUP_TURNS):
         counts = turn >= WARMUP_TURNS
-        taken = stopwatch.lap(fused.step, bench.device)
-        fused.laps += [taken] if counts else []
-        limit = SLOW * taken.total
-        for one in others:
+        first = turn % len(built)  # none always runs after the same one: caches and the machine's clock remember it
+        for one in [*built[first:], *built[:first]]:
             if one.contender.label in slow and not WARMUP_TURNS <= turn < WARMUP_TURNS + SLOW_ROUNDS:
                 continue
             taken = stopwatch.lap(one.step, bench.device)
             one.laps += [taken] if counts else []
-            if taken.total > limit:
+            if one is fused:
+                limit = SLOW * taken.total
+            elif taken.total > limit:
                 slow.add(one.contender.label)
         copied = stopwatch.lap(bench.copy, bench.device)
         found.copies += [copied.total] if counts else []

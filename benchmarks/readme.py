@@ -18,16 +18,90 @@ SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def throughput(result: dict[str, Any]) -> str:
-    """Time of a step, as ratios to AdamW's default."""
-    rows = [f"| {label} | {ratio:.2f} |" for label, ratio in result["ratios"].items()]
+    """Time of a step and bytes of state, each against fused AdamW's."""
+    lines = [
+        f"| {label} | {row['ratio']:.2f} | {row['state_bytes_per_parameter']:.2f} | "
+        f"{row['share_of_copy_bandwidth']:.0%} |"
+        for label, row in result["rows"].items()
+    ]
+    left_out = [f"- {label}: {reason}" for label, reason in result["left_out"].items()]
     return "\n".join(
         [
-            "Time of one step over the shapes of GPT-2 124M in float32 on a CPU, as a ratio to `torch.optim.AdamW`, "
-            f"{result['machine']['threads']} threads, medians of one run {origin(result['machine'])}:",
+            "One step over the shapes of GPT-2 124M in float32 on a CPU, every optimizer in turn in one run: time "
+            f"against fused AdamW's ({result['rows']['AdamW (fused)']['milliseconds']:.0f} ms), bytes of state for each "
+            f"parameter, and the bandwidth reached by the bytes that must move, against a copy's; "
+            f"{result['machine']['threads']} threads, medians of {result['rounds']} {origin(result['machine'])}, "
+            "`python -m benchmarks.throughput`:",
             "",
-            "| | time |",
-            "|---|---|",
-            *rows,
+            "| | time | state | of copy |",
+            "|---|---|---|---|",
+            *lines,
+            *(["", "Not measured:", "", *left_out] if left_out else []),
+        ]
+    )
+
+
+def throughput_in_short(result: dict[str, Any]) -> str:
+    """The rows that decide, for the README."""
+    rows = {
+        label: row for label, row in result["rows"].items()
+        if label.startswith(("AdamW", "SlimAdam (rules", "SlimAdam (factored"))
+    }  # fmt: skip
+    return throughput({**result, "rows": rows, "left_out": {}})
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Bytes of training per parameter: kept between steps, and at most."""
+    rows = result["models"]["gpt2-small"]["rows"]
+    cells = {(row["recipe"], row["optimizer"], row["in_backward"]): row for row in rows}
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    lines = [
+        f"| {optimizer} | "
+        + " | ".join(_bytes(cells.get((recipe, optimizer, after))) for recipe in recipes for after in (False, True))
+        + " |"
+        for optimizer in dict.fromkeys(row["optimizer"] for row in rows)
+    ]
+    heads = [f"{recipe}{after}" for recipe in recipes for after in ("", ", in backward")]
+    left_out = result["models"]["gpt2-small"]["left_out"].items()
+    return "\n".join(
+        [
+            f"GPT-2 124M, bytes per parameter {origin(result['machine'])}, `python -m benchmarks.memory`; in brackets "
+            "the peak, where it is higher than what is kept between steps:",
+            "",
+            "| | " + " | ".join(heads) + " |",
+            "|---" * (len(heads) + 1) + "|",
+            *lines,
+            *(["", "Not measured:", "", *(f"- {label}: {reason}" for label, reason in left_out)] if left_out else []),
+        ]
+    )
+
+
+def _bytes(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    held, peak = row["held"], row["peak"]
+    return f"{held:.2f}" if peak < 1.005 * held else f"{held:.2f} ({peak:.2f})"
+
+
+def kernels(result: dict[str, Any]) -> str:
+    """What the Triton kernels compile to: the largest of each kernel's variants."""
+    by_kernel: dict[str, list[dict[str, Any]]] = {}
+    for variant in result["variants"]:
+        by_kernel.setdefault(variant["kernel"], []).append(variant)
+    lines = [
+        f"| `{name}` | {len(found)} | {min(one['registers'] for one in found)} to "
+        f"{max(one['registers'] for one in found)} | {sum(one['spilled_bytes'] for one in found)} | "
+        f"{max(one['shared_bytes'] for one in found)} |"
+        for name, found in by_kernel.items()
+    ]
+    return "\n".join(
+        [
+            f"Compiled for sm_80 and sm_90 by Triton {result['triton']} without a GPU, `python -m benchmarks.kernels` "
+            f"{origin(result['machine'])}:",
+            "",
+            "| kernel | variants | registers a thread | bytes spilled | shared memory, bytes |",
+            "|---|---|---|---|---|",
+            *lines,
         ]
     )
 
@@ -152,6 +226,9 @@ def torch_properties(result: dict[str, Any]) -> str:
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "throughput": throughput,
+    "throughput_in_short": throughput_in_short,
+    "kernels": kernels,
+    "memory": memory,
     "parity": parity,
     "interop": interop,
     "mixed_precision": mixed_precision,
@@ -165,7 +242,7 @@ def filled(text: str) -> str:
     """The README's text with each marked section made anew from its result file."""
 
     def section(match: re.Match[str]) -> str:
-        result = json.loads((RESULTS / f"{match[2]}.json").read_text(encoding="utf-8"))
+        result = json.loads((RESULTS / f"{match[2].removesuffix('_in_short')}.json").read_text(encoding="utf-8"))
         return f"{match[1]}\n{SECTIONS[match[2]](result)}\n\n{match[3]}"
 
     return SECTION.sub(section, text)

@@ -94,10 +94,10 @@ class SlimAdam(Optimizer):
         foreach: True: lists of tensors at once. False: one at a time, by the readable reference.
         capturable: Keep step counts on the device.
         differentiable: Let autograd follow the step.
-        fused: False: never a fused or cache-blocked implementation. None: the fastest that applies without a
-            compiler. True: on a CPU one compiled pass, built once for a machine by its C++ compiler (into
+        fused: False: never a fused or cache-blocked implementation. None: Triton kernels on CUDA, on a CPU blocks that
+            stay in cache. True: on a CPU one compiled pass, built once for a machine by its C++ compiler (into
             ``$SLIMADAM_CACHE_DIR``, else the user's cache folder); where that fails, one warning says why, and it
-            is as None.
+            is as None. :meth:`backend` says what runs.
         monitor: Keep watching a sample of each compressed parameter, at most 1% of what was saved, for
             :meth:`snr_check`. Steps under ``torch.compile`` and groups with ``capturable=True`` are not watched.
 

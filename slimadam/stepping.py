@@ -53,17 +53,46 @@ class Piece(NamedTuple):
 class _Prepared(NamedTuple):
     """A parameter's pieces, and what they rest on. Their gradients are those of no step: nothing keeps one alive."""
 
-    rests_on: tuple[Any, ...]
-    held: tuple[Any, ...]
+    param: Tensor
+    rules: list[Rule]
+    options: tuple[Any, ...]
+    address: int
+    shape: torch.Size
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    grad_stride: tuple[int, ...]
+    state: tuple[Any, ...]
     pieces: list[Piece]
     takes_codes: bool
+    counts_itself: bool
+
+    def holds(
+        self, param: Tensor, grad: Tensor, rules: list[Rule], options: tuple[Any, ...], state: Mapping[str, Any]
+    ) -> bool:
+        """Whether nothing has changed that the pieces rest on."""
+        step, exp_avg, exp_avg_sq, largest, scale = self.state
+        return (
+            self.param is param
+            and self.rules is rules
+            and state.get("exp_avg") is exp_avg
+            and state.get("exp_avg_sq") is exp_avg_sq
+            and state.get("step") is step
+            and state.get("max_exp_avg_sq") is largest
+            and state.get("exp_avg_scale") is scale
+            and self.address == param.data_ptr()
+            and self.grad_stride == grad.stride()
+            and self.grad_dtype is grad.dtype
+            and self.shape == param.shape
+            and self.dtype is param.dtype
+            and self.options == options
+        )
 
 
 class Stepper:
     """The step of every parameter group of an optimizer."""
 
     def __init__(self) -> None:
-        self._prepared: dict[Tensor, _Prepared] = {}
+        self._prepared: dict[int, _Prepared] = {}
         self._triton: dict[tuple[int, torch.device], Any] = {}
 
     def forget(self) -> None:
@@ -96,7 +125,7 @@ class Stepper:
             if param.grad is not None:
                 rules, state = all_rules[name], states[param]
                 work.append((name, param, state, self._prepare(name, param, group, options, rules, state)))
-        steps = [state["step"] for _, _, state, prepared in work if not _counts_itself(prepared)]
+        steps = [state["step"] for _, _, state, prepared in work if not prepared.counts_itself]
         if steps:
             torch._foreach_add_(steps, 1)
         hyper = hyperparameters(group)
@@ -124,18 +153,27 @@ class Stepper:
     ) -> _Prepared:
         grad = param.grad
         assert grad is not None
-        rests_on = (options, param.data_ptr(), param.shape, param.dtype, grad.dtype, grad.stride())
-        held = (rules, *(state.get(key) for key in _STATE))
-        found = self._prepared.get(param)
-        if found is not None and found.rests_on == rests_on and all(map(_is_same, found.held, held)):
+        found = self._prepared.get(id(param))
+        if found is not None and found.holds(param, grad, rules, options, state):
             return found
         check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
         pieces = list(_pieces(name, param, group, rules, state))
-        takes_codes = all(piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces)
-        without = [piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces]
-        made = _Prepared(rests_on, held, without, takes_codes)
+        made = _Prepared(
+            param=param,
+            rules=rules,
+            options=options,
+            address=param.data_ptr(),
+            shape=param.shape,
+            dtype=param.dtype,
+            grad_dtype=grad.dtype,
+            grad_stride=grad.stride(),
+            state=tuple(state.get(key) for key in _STATE),
+            pieces=[piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces],
+            takes_codes=all(piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces),
+            counts_itself=all(piece.backend == "triton" for piece in pieces),
+        )
         if not torch.compiler.is_compiling():
-            self._prepared[param] = made
+            self._prepared[id(param)] = made
         return made
 
     def _update_by_triton(
@@ -155,14 +193,6 @@ class Stepper:
                 prepared = self._triton[group, device] = triton_step(there, hyper)
             scale, found = (None if value is None else value.to(device) for value in (grad_scale, found_inf))
             prepared.run(hyper, scale, found)
-
-
-def _counts_itself(prepared: _Prepared) -> bool:
-    return all(piece.backend == "triton" for piece in prepared.pieces)
-
-
-def _is_same(one: object, other: object) -> bool:
-    return one is other
 
 
 def _with_gradient(piece: Piece, grad: Tensor, hyper: Hyperparameters) -> Entry:
