@@ -27,8 +27,9 @@ def throughput(result: dict[str, Any]) -> str:
     left_out = [f"- {label}: {reason}" for label, reason in result["left_out"].items()]
     return "\n".join(
         [
-            "One step over the shapes of GPT-2 124M in float32 on a CPU, every optimizer in turn in one run: time "
-            f"against fused AdamW's ({result['rows']['AdamW (fused)']['milliseconds']:.0f} ms), bytes of state for each "
+            "One step over the shapes of GPT-2 124M in float32 on a CPU, all optimizers in turn in one run: time "
+            f"against that of fused AdamW "
+            f"({result['rows']['AdamW (fused)']['milliseconds']:.0f} ms), bytes of state for each "
             f"parameter, and the bandwidth reached by the bytes that must move, against a copy's; "
             f"{result['machine']['threads']} threads, medians of {result['rounds']} {origin(result['machine'])}, "
             "`python -m benchmarks.throughput`:",

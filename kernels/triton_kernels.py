@@ -74,14 +74,16 @@ def _loaded(pointers, mask):
     """What lies there, and 0 where ``mask`` says no; None: everything is inside."""
     if mask is None:
         return tl.load(pointers)
-    return tl.load(pointers, mask=mask, other=0)
+    else:
+        return tl.load(pointers, mask=mask, other=0)
 
 
 @triton.jit
 def _skipped(found_inf):
     if found_inf is None:
         return False
-    return tl.load(found_inf) != 0
+    else:
+        return tl.load(found_inf) != 0
 
 
 @triton.jit
@@ -123,17 +125,19 @@ def _first_moment(exp_avg, grad, beta1, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _denominator(second_moment, root, eps, COMPUTE: tl.constexpr):
-    if tl.float64 == COMPUTE:
+    if COMPUTE == tl.float64:
         return tl.sqrt(second_moment) / root + eps
-    return tl.div_rn(tl.sqrt_rn(second_moment), root.to(COMPUTE)) + eps.to(COMPUTE)
+    else:
+        return tl.div_rn(tl.sqrt_rn(second_moment), root.to(COMPUTE)) + eps.to(COMPUTE)
 
 
 @triton.jit
 def _stepped(param, exp_avg, denominator, decay, step_size, COMPUTE: tl.constexpr):
     decayed = param.to(COMPUTE) * decay.to(COMPUTE)
-    if tl.float64 == COMPUTE:
+    if COMPUTE == tl.float64:
         return decayed - step_size * (exp_avg / denominator)
-    return decayed - step_size.to(COMPUTE) * tl.div_rn(exp_avg, denominator)
+    else:
+        return decayed - step_size.to(COMPUTE) * tl.div_rn(exp_avg, denominator)
 
 
 @triton.jit
@@ -154,9 +158,10 @@ def _stored(value, index, row, STEP_DTYPE: tl.constexpr, PARAM_DTYPE: tl.constex
         bits = (value.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
         finite = tl.abs(value) < float("inf")
         return tl.where(finite, bits.to(tl.float32, bitcast=True), value).to(PARAM_DTYPE)
-    if tl.float64 == PARAM_DTYPE:
+    elif PARAM_DTYPE == tl.float64:
         return value
-    return value.to(tl.float32).to(PARAM_DTYPE)
+    else:
+        return value.to(tl.float32).to(PARAM_DTYPE)
 
 
 @triton.jit
@@ -234,14 +239,14 @@ def _apply(
     """First moment, weight decay and step of one tile, whose gradient and denominator are known."""
     moments = _pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED)
     loaded = _loaded(moments + offsets, mask)
-    if tl.int8 == MOMENT_DTYPE:
+    if MOMENT_DTYPE == tl.int8:
         scales = _pointer(row, EXP_AVG_SCALE, tl.uint8, False)
         old = _decoded(loaded, _loaded(scales + blocks, block_mask), LINES, COLUMNS)
         exp_avg = _first_moment(old, grad, beta1, COMPUTE)
         codes, new_scales = _encoded(exp_avg, grad, LINES, COLUMNS)
         tl.store(moments + offsets, codes, mask=mask)
         tl.store(scales + blocks, new_scales, mask=block_mask)
-    elif tl.float64 == MOMENT_DTYPE:
+    elif MOMENT_DTYPE == tl.float64:
         exp_avg = _first_moment(loaded, grad, beta1, COMPUTE)
         tl.store(moments + offsets, exp_avg, mask=mask)
     else:
@@ -326,7 +331,7 @@ def update_rows(
     inside = line < _field(row, PRE)
     first = line[:, None] * pitch
     column = tl.arange(0, COLUMNS)[None, :]
-    block = tl.arange(0, COLUMNS // 256 if tl.int8 == MOMENT_DTYPE else 1)[None, :]
+    block = tl.arange(0, COLUMNS // 256 if MOMENT_DTYPE == tl.int8 else 1)[None, :]
     grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
 
     mask = inside[:, None] & (column < red)
@@ -463,7 +468,7 @@ def finish_sums(
         row_sums = _pointer(row, ROW_SUMS, COMPUTE, False)
         index = part * BLOCK + tl.arange(0, BLOCK)
         inside = index < rows
-        for tile in range(column_tiles):
+        for tile in range(0, column_tiles):
             total += tl.load(row_sums + index * column_tiles + tile, mask=inside, other=0)
         _second_moment(row, ROWS_SQ, ROWS_MAX, index, inside, total / post.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False)
     else:
@@ -471,7 +476,7 @@ def finish_sums(
         index = (part - row_parts) * BLOCK + tl.arange(0, BLOCK)
         inside = index < pre * post
         first = index // post * row_tiles * post + index % post
-        for tile in range(row_tiles):
+        for tile in range(0, row_tiles):
             total += tl.load(column_sums + first + tile * post, mask=inside, other=0)
         _second_moment(
             row, COLUMNS_SQ, COLUMNS_MAX, index, inside, total / red.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False
@@ -537,9 +542,9 @@ def _spread_tile(
     factored = flat < tl.where(_field(row, ROW_MEANS) != 0, count, 0)
     second = tl.load(rows + line, mask=has_rows, other=1)
     mean = tl.load(means + slice_index, mask=factored, other=1)
-    smallest: tl.constexpr = 2.2250738585072014e-308 if tl.float64 == COMPUTE else 1.1754943508222875e-38
+    smallest: tl.constexpr = 2.2250738585072014e-308 if COMPUTE == tl.float64 else 1.1754943508222875e-38
     mean = tl.maximum(mean, smallest, propagate_nan=tl.PropagateNan.ALL)
-    second = second / mean if tl.float64 == COMPUTE else tl.div_rn(second, mean)
+    second = second / mean if COMPUTE == tl.float64 else tl.div_rn(second, mean)
     second *= tl.load(columns + slice_index * width + column, mask=has_columns, other=1)
     offsets = line.to(tl.int64) * _field(row, PITCH) + column if PITCHED else flat
     grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
