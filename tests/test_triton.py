@@ -17,9 +17,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is only installed on Linux")
 
 import slimadam.kernels.triton_geometry as triton_geometry
+import slimadam.kernels.triton_update as triton_update
 from slimadam.kernels.triton_geometry import geometry
 from slimadam.kernels.triton_update import TritonStep
 
+from benchmarks import launch_settings
 from slimadam import CompressionPlan, Parts, Rule, SlimAdam, backends
 from slimadam.functional import Entry, Hyperparameters, reference_update, second_moment_dtype
 from tests.reference import gradients, slim_adamw_float64
@@ -585,3 +587,11 @@ def test_grad_scaler_leaves_scaling_to_the_step() -> None:
     unscaled.step()
     torch.testing.assert_close(param, expected, rtol=0, atol=1e-7)
     assert optimizer.state[param]["step"] == 1
+
+
+def test_launch_settings_are_measured_and_put_back() -> None:
+    before = dict(triton_update.SETTINGS)
+    found = launch_settings.measure("rows", 256, torch.float32, "cpu", copies=1, rounds=1)
+    assert len(found) == len(launch_settings.candidates("rows", 256)) > 5
+    assert all(milliseconds > 0 for milliseconds in found.values())
+    assert before == triton_update.SETTINGS
