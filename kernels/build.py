@@ -79,9 +79,16 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _path(compiler: str) -> Path:
-    chosen = os.environ.get("SLIMADAM_CACHE_DIR")
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimadam"
-    return (Path(chosen) if chosen else users) / f"step-{_key(compiler)}.so"
+    return _folder() / f"step-{_key(compiler)}.so"
+
+
+def _folder() -> Path:
+    if chosen := os.environ.get("SLIMADAM_CACHE_DIR"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimadam"
+    except RuntimeError as error:  # a user without an entry and without HOME, as in containers
+        raise BuildError(f"{error}; set SLIMADAM_CACHE_DIR to a folder that can be written") from error
 
 
 def _key(compiler: str) -> str:
@@ -132,7 +139,7 @@ def _build(compiler: str, path: Path) -> None:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run ({error}); name a C++17 compiler in CXX") from error
     if done.returncode:

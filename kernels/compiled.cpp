@@ -531,7 +531,9 @@ void with_momentum(const Entry& entry, const Hyper& hyper, Call call) {
   if constexpr (!std::is_same_v<P, float>) {
     if (entry.exp_avg_dtype == kFloat32) return call(Update<P, float>(entry, hyper));
   }
-  if constexpr (!std::is_same_v<P, bfloat16>) call(Update<P, bfloat16>(entry, hyper));
+  if constexpr (!std::is_same_v<P, bfloat16>) {
+    if (entry.exp_avg_dtype == kBfloat16) return call(Update<P, bfloat16>(entry, hyper));
+  }
 }
 
 template <class Call>

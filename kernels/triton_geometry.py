@@ -82,18 +82,18 @@ def geometry(param: Tensor, averaged_dims: Sequence[Dims], codes: bool = False) 
         averaged_dims: For each of its second moments, the dimensions it is averaged over.
         codes: Whether its first moment is kept as 8-bit codes.
     """
+    if codes and not param.is_contiguous():
+        return None
+    if len(averaged_dims) == 1 and all(param.shape[dim] == 1 for dim in averaged_dims[0]):
+        averaged_dims = ((),)
     found = _three_dimensional(param, averaged_dims)
     if found is None:
         return None
     pre, red, post, pitch = found
-    if codes and not param.is_contiguous():
-        return None
     if len(averaged_dims) == 2:
         return Geometry("spread", pre, red, post, pitch, red * post, post, True, True)
     if not any(averaged_dims):
         return Geometry("full", pre, red, post, pitch, red * post, post, False, False)
-    if red == 1 and pitch == post:
-        return Geometry("full", 1, 1, pre * post, pre * post, pre * post, pre * post, False, False)
     if post == 1:
         return _rows(pre, red, pitch if pitch != post else red, codes)
     strips = pre * -(-post // STRIP)

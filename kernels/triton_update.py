@@ -42,7 +42,8 @@ def lies_beside(entry: Entry) -> bool:
     found = layout(entry.param, ())
     moments = [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
     in_order = found is None or all(moment.permute(found.order).is_contiguous() for moment in moments)
-    return in_order and entry.step.device == entry.param.device
+    seen = geometry(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None)
+    return seen is not None and in_order and entry.step.device == entry.param.device
 
 
 class Settings(NamedTuple):
@@ -278,6 +279,7 @@ def _addresses(entries: Sequence[Entry]) -> dict[str, list[int]]:
         for entry in entries
         for tensor in (entry.param, entry.exp_avg, *entry.exp_avg_sq, *entry.max_exp_avg_sq)
     ]
+    state += [entry.exp_avg_scale.data_ptr() for entry in entries if entry.exp_avg_scale is not None]
     steps = [entry.step.data_ptr() for entry in entries]
     return {"state": state, "step": steps, "grad": [entry.grad.data_ptr() for entry in entries]}
 

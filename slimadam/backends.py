@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slimadam.foreach import foreach_update
-from slimadam.functional import Dims, Entry, Hyperparameters, reference_update
+from slimadam.functional import Dims, Entry, Hyperparameters, reference_update, second_moment_dtype
 from slimadam.kernels import compiled
 from slimadam.kernels.blocked import blocked_update, layouts
 
@@ -107,12 +107,26 @@ def fits(backend: Backend, entry: Entry) -> bool:
     """
     if backend in ("reference", "foreach"):
         return True
+    return _dtypes_fit(backend, entry) and _lies_alike(entry) and (backend != "triton" or _triton().lies_beside(entry))
+
+
+def _dtypes_fit(backend: Backend, entry: Entry) -> bool:
+    """Whether state and gradient have the precisions that go with the parameter's; it may have changed its own."""
+    dtype, second = entry.param.dtype, second_moment_dtype(entry.param.dtype)
+    if any(moment.dtype != second for moment in (*entry.exp_avg_sq, *entry.max_exp_avg_sq)):
+        return False
+    if entry.exp_avg_scale is None and entry.exp_avg.dtype not in (dtype, torch.float32, torch.bfloat16):
+        return False
+    return entry.grad.dtype in ({dtype} if backend == "compiled" else _BLOCKED_DTYPES)
+
+
+def _lies_alike(entry: Entry) -> bool:
     param = entry.param
     same_shape = [entry.grad, entry.exp_avg]
     if not any(entry.averaged_dims):
         same_shape += [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
+    if any(tensor.shape != param.shape or tensor.device != param.device for tensor in same_shape):
+        return False
     if param.is_contiguous():
-        lies_alike = all(tensor.is_contiguous() for tensor in same_shape)
-    else:
-        lies_alike = all(tensor.stride() == param.stride() for tensor in same_shape)
-    return lies_alike and (backend != "triton" or _triton().lies_beside(entry))
+        return all(tensor.is_contiguous() for tensor in same_shape)
+    return all(tensor.stride() == param.stride() for tensor in same_shape)

@@ -70,6 +70,21 @@ def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Seque
         )
 
 
+def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
+    """Refuse a first moment of another shape than the parameter.
+
+    Raises:
+        RuntimeError: Names the parameter and both shapes.
+    """
+    exp_avg = state["exp_avg"]
+    wanted = (*param.shape, 2) if "exp_avg_scale" in state and param.is_complex() else tuple(param.shape)
+    if tuple(exp_avg.shape) != wanted:
+        raise RuntimeError(
+            f"{name!r}: its exp_avg has shape {tuple(exp_avg.shape)}, the parameter {tuple(param.shape)}; a parameter "
+            "must keep its shape: build a new optimizer for one that has changed"
+        )
+
+
 def initial_state(rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's state before its first step; second moments start at zero, or at the first squared gradient."""
     dtype = second_moment_dtype(param.dtype)

@@ -226,7 +226,7 @@ class SlimAdam(Optimizer):
         Not while gradients are also measured or watched: those must be unscaled.
         """
         watches = self._measuring is not None or self._monitor is not None
-        return not watches and all(self.backend(param) == "triton" for _, param, _ in self._parameters())
+        return not watches and any(self.backend(param) == "triton" for _, param, _ in self._parameters())
 
     def memory(self) -> MemoryReport:
         """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`."""
@@ -285,10 +285,15 @@ class SlimAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scaling != (None, None) and not self._takes_scaled_gradients():
+            if self._unscale(*scaling):
+                return loss
+            scaling = None, None
         for names, group in zip(self._names, self.param_groups, strict=True):
             self._init_group(group)
-            self._stepper.update(names, group, self._rules, self.state, grad_scale, found_inf)
+            self._stepper.update(names, group, self._rules, self.state, *scaling)
+        self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
         if self._measuring is not None:
             self._measure()
         elif self._monitor is not None and not torch.compiler.is_compiling():
@@ -504,6 +509,28 @@ class SlimAdam(Optimizer):
                     f"{name!r}: SlimAdam does not support sparse gradients; "
                     "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"
                 )
+
+    def _takes_scaled_gradients(self) -> bool:
+        """Whether the kernels divide by GradScaler's scale, and leave a step out, for every parameter."""
+        if any(group["variance_init"] == "gradient" for group in self.param_groups):
+            return False
+        for group in self.param_groups:
+            self._init_group(group)
+        return all(
+            self._stepper.is_on_triton(names, group, self._rules, self.state)
+            for names, group in zip(self._names, self.param_groups, strict=True)
+        )
+
+    @torch.no_grad()
+    def _unscale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """Do what GradScaler left to the step; True: a gradient was not finite, and the step is left out."""
+        if found_inf is not None and found_inf.item():
+            return True
+        if grad_scale is not None:
+            for _, param, _ in self._parameters():
+                if param.grad is not None:
+                    param.grad.div_(grad_scale.to(param.grad.device))
+        return False
 
     def _init_group(self, group: dict[str, Any]) -> None:
         """Make missing state. ``torch.compile`` runs a method of this name and signature untraced, once."""

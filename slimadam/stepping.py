@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from slimadam import state as state_format
 from slimadam.backends import TAKES_CODES, UPDATES, Backend, choose_backend, fits, triton_step
 from slimadam.entries import (
+    check_first_moment,
     check_shapes,
     decoded,
     encode,
@@ -60,8 +61,10 @@ class _Prepared(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     grad_dtype: torch.dtype
+    stride: tuple[int, ...]
     grad_stride: tuple[int, ...]
     state: tuple[Any, ...]
+    moments: tuple[Tensor, ...]
     pieces: list[Piece]
     takes_codes: bool
     counts_itself: bool
@@ -80,11 +83,14 @@ class _Prepared(NamedTuple):
             and state.get("max_exp_avg_sq") is largest
             and state.get("exp_avg_scale") is scale
             and self.address == param.data_ptr()
+            and self.stride == param.stride()
             and self.grad_stride == grad.stride()
+            and grad.shape == param.shape
             and self.grad_dtype is grad.dtype
             and self.shape == param.shape
             and self.dtype is param.dtype
             and self.options == options
+            and all(map(_is_same, self.moments, _moments(state)))
         )
 
 
@@ -93,12 +99,34 @@ class Stepper:
 
     def __init__(self) -> None:
         self._prepared: dict[int, _Prepared] = {}
-        self._triton: dict[tuple[int, torch.device], Any] = {}
+        self._triton: dict[tuple[int, torch.device, torch.dtype], Any] = {}
 
     def forget(self) -> None:
         """Let go of the state's tensors, which are about to be replaced."""
         self._prepared.clear()
         self._triton.clear()
+
+    def keep_only(self, params: Iterable[Tensor]) -> None:
+        """Let go of parameters that no group holds any more."""
+        known = {id(param) for param in params}
+        if len(self._prepared) > len(known):
+            self._prepared = {key: prepared for key, prepared in self._prepared.items() if key in known}
+            self._triton.clear()
+
+    def is_on_triton(
+        self,
+        names: Sequence[str],
+        group: Mapping[str, Any],
+        all_rules: Mapping[str, list[Rule]],
+        states: Mapping[Tensor, MutableMapping[str, Any]],
+    ) -> bool:
+        """Whether Triton updates every parameter of a group that has a gradient; arguments as in :meth:`update`."""
+        options = _options(group)
+        return all(
+            self._prepare(name, param, group, options, all_rules[name], states[param]).counts_itself
+            for name, param in zip(names, group["params"], strict=True)
+            if param.grad is not None
+        )
 
     def update(
         self,
@@ -116,10 +144,10 @@ class Stepper:
             group: The group.
             all_rules: By name.
             states: By parameter.
-            grad_scale: What gradients are still scaled by; only for parameters that Triton updates.
-            found_inf: Not zero: leave everything as it is; only for them.
+            grad_scale: What gradients are still scaled by; only where :meth:`is_on_triton`.
+            found_inf: Not zero: leave everything as it is; only there.
         """
-        options = tuple(group[option] for option in _OPTIONS)
+        options = _options(group)
         work = []
         for name, param in zip(names, group["params"], strict=True):
             if param.grad is not None:
@@ -157,6 +185,7 @@ class Stepper:
         if found is not None and found.holds(param, grad, rules, options, state):
             return found
         check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
+        check_first_moment(name, param, state)
         pieces = list(_pieces(name, param, group, rules, state))
         made = _Prepared(
             param=param,
@@ -166,7 +195,9 @@ class Stepper:
             shape=param.shape,
             dtype=param.dtype,
             grad_dtype=grad.dtype,
+            stride=param.stride(),
             grad_stride=grad.stride(),
+            moments=_moments(state),
             state=tuple(state.get(key) for key in _STATE),
             pieces=[piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces],
             takes_codes=all(piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces),
@@ -174,6 +205,7 @@ class Stepper:
         )
         if not torch.compiler.is_compiling():
             self._prepared[id(param)] = made
+            self._triton.clear()  # tables tell tensors by address alone
         return made
 
     def _update_by_triton(
@@ -184,15 +216,29 @@ class Stepper:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        by_device: dict[torch.device, list[Entry]] = defaultdict(list)
+        alike: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
         for entry in entries:
-            by_device[entry.param.device].append(entry)
-        for device, there in by_device.items():
-            prepared = self._triton.get((group, device))
+            alike[entry.param.device, entry.step.dtype].append(entry)
+        for (device, step_dtype), there in alike.items():
+            prepared = self._triton.get((group, device, step_dtype))
             if prepared is None or not prepared.fits(there, hyper):
-                prepared = self._triton[group, device] = triton_step(there, hyper)
+                prepared = self._triton[group, device, step_dtype] = triton_step(there, hyper)
             scale, found = (None if value is None else value.to(device) for value in (grad_scale, found_inf))
             prepared.run(hyper, scale, found)
+
+
+def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (torch.compiler.is_compiling(), *(group[option] for option in _OPTIONS))
+
+
+def _moments(state: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The tensors in the lists that a state holds; one may have been exchanged."""
+    second = state["exp_avg_sq"]
+    return () if isinstance(second, Tensor) else (*second, *state.get("max_exp_avg_sq", ()))
+
+
+def _is_same(one: object, other: object) -> bool:
+    return one is other
 
 
 def _with_gradient(piece: Piece, grad: Tensor, hyper: Hyperparameters) -> Entry:

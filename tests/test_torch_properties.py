@@ -58,23 +58,24 @@ class IgnoresGroupOptions(SlimAdam):
 
 
 class ReplacesState(SlimAdam):
-    def _entries(self, group: Any) -> Any:
+    def _init_group(self, group: Any) -> None:
+        super()._init_group(group)
         for state in self.state.values():
             state.update({key: copy.deepcopy(value) for key, value in state.items()})
-        return super()._entries(group)
 
 
 class StopsGradients(SlimAdam):
-    def _entries(self, group: Any) -> Any:
-        found = super()._entries(group)
-        return {key: [one._replace(grad=one.grad.detach()) for one in entries] for key, entries in found.items()}
+    def _init_group(self, group: Any) -> None:
+        super()._init_group(group)
+        for param in group["params"]:
+            param.grad = None if param.grad is None else param.grad.detach()
 
 
 class TakesNoneForZero(SlimAdam):
-    def _entries(self, group: Any) -> Any:
+    def _init_group(self, group: Any) -> None:
         for param in group["params"]:
             param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-        return super()._entries(group)
+        super()._init_group(group)
 
 
 @pytest.mark.parametrize(

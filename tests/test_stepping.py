@@ -1,0 +1,211 @@
+"""What a prepared step rests on may change between steps; each change is noticed, by every implementation."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimadam import CompressionPlan, Rule, SlimAdam, backends
+from slimadam.parts import Part
+
+FUSED = ["reference", "blocked", "compiled", "triton"]
+
+
+@pytest.fixture(params=FUSED)
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool | None:
+    """The option that picks the implementation; Triton's runs in its interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is only installed on Linux")
+        monkeypatch.setattr(backends, "runs_triton", lambda device: True)
+    return {"reference": False, "blocked": None, "compiled": True, "triton": None}[request.param]
+
+
+def _optimizer(param: Tensor, dims: Any = (1,), **options: Any) -> SlimAdam:
+    rule = Rule(form="factored") if dims == "factored" else Rule(dims, "mean" if dims else "full")
+    plan = CompressionPlan({"w": rule})
+    return SlimAdam([("w", param)], lr=1e-2, weight_decay=0.1, monitor=False, plan=plan, **options)
+
+
+def _step(param: Tensor, optimizer: SlimAdam, seed: int, dtype: torch.dtype | None = None) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    param.grad = torch.randn(param.shape, generator=generator).to(dtype or param.dtype)
+    optimizer.step()
+
+
+def _change(param: Tensor, data: Tensor) -> None:
+    param.grad = None
+    param.data = data
+
+
+def _both(change: Callable[[Tensor, SlimAdam], None], fused: bool | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """The parameter after a step, a change and a step; by the reference and by an implementation."""
+    found = []
+    for which in (False, fused):
+        torch.manual_seed(1)
+        param = torch.randn(8, 8).to(options.get("dtype", torch.float32)).requires_grad_()
+        optimizer = _optimizer(param, fused=which, **{key: value for key, value in options.items() if key != "dtype"})
+        _step(param, optimizer, 0)
+        change(param, optimizer)
+        _step(param, optimizer, 1)
+        found.append(param.detach().double())
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("dims", [(), (1,), "factored"], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float16, torch.float32)],
+    ids=str,
+)
+def test_a_parameter_may_change_its_precision(
+    dims: Any, before: torch.dtype, after: torch.dtype, fused: bool | None
+) -> None:
+    expected, found = _both(lambda param, _: _change(param, param.data.to(after)), fused, dims=dims, dtype=before)
+    coarsest = max(torch.finfo(before).eps, 16 * torch.finfo(torch.float32).eps)  # a first step may round either way
+    torch.testing.assert_close(found, expected, rtol=1.01 * coarsest, atol=coarsest)
+
+
+@pytest.mark.parametrize("dims", [(), (0,), (1,), "factored"], ids=str)
+def test_a_parameter_may_change_its_strides(dims: Any, fused: bool | None) -> None:
+    expected, found = _both(lambda param, _: _change(param, param.data.t()), fused, dims=dims)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_parameter_that_changes_its_shape_is_refused(fused: bool | None) -> None:
+    param = torch.randn(8, 16).requires_grad_()
+    optimizer = _optimizer(param, fused=fused)
+    _step(param, optimizer, 0)
+    _change(param, torch.randn(8, 32))
+    with pytest.raises(RuntimeError, match=r"'w': its exp_avg has shape \(8, 16\), the parameter \(8, 32\)"):
+        _step(param, optimizer, 1)
+
+
+def test_gradients_of_another_precision(fused: bool | None) -> None:
+    found = []
+    for which in (False, fused):
+        torch.manual_seed(1)
+        param = torch.randn(8, 16).to(torch.bfloat16).requires_grad_()
+        param.grad_dtype = torch.float32
+        optimizer = _optimizer(param, fused=which)
+        _step(param, optimizer, 0, torch.float32)
+        found.append(param.detach().double())
+    torch.testing.assert_close(found[1], found[0], rtol=2**-7, atol=0)
+
+
+def test_exchanged_state_is_used(fused: bool | None) -> None:
+    def exchange(param: Tensor, optimizer: SlimAdam) -> None:
+        state = optimizer.state[param]
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = copy.deepcopy(state[key]) * 3
+
+    expected, found = _both(exchange, fused)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_an_exchanged_element_of_a_list_is_used(fused: bool | None) -> None:
+    def exchange(param: Tensor, optimizer: SlimAdam) -> None:
+        optimizer.state[param]["exp_avg_sq"][0] = torch.full((8, 1), 7.0)
+
+    expected, found = _both(exchange, fused, dims="factored")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_exchanged_scales_of_codes_are_used(fused: bool | None) -> None:
+    def exchange(param: Tensor, optimizer: SlimAdam) -> None:
+        scales = optimizer.state[param]["exp_avg_scale"]
+        optimizer.state[param]["exp_avg_scale"] = scales + 1
+        scales.fill_(255)
+
+    expected, found = _both(exchange, fused, momentum_dtype="int8")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_moments_that_lie_in_another_order(fused: bool | None) -> None:
+    found = []
+    for which in (False, fused):
+        torch.manual_seed(1)
+        param = torch.randn(4, 5, 6).requires_grad_()
+        optimizer = _optimizer(param, fused=which)
+        _step(param, optimizer, 0)
+        saved = optimizer.state_dict()
+        moment = saved["state"][0]["exp_avg_sq"]
+        saved["state"][0]["exp_avg_sq"] = moment.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        optimizer.load_state_dict(saved)
+        _step(param, optimizer, 1)
+        found.append(param.detach().clone())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+
+
+def test_codes_of_parts_that_are_no_whole_blocks(fused: bool | None) -> None:
+    found = []
+    for which in (False, fused):
+        torch.manual_seed(1)
+        param = torch.randn(30, 10).requires_grad_()
+        rules = {
+            f"w[{label}]": Rule((1,), "mean", (10, 10), part=Part(label, (30, 10), (30, 10), 0, 10 * index, 10))
+            for index, label in enumerate("abc")
+        }
+        optimizer = SlimAdam(
+            [("w", param)], plan=CompressionPlan(rules), momentum_dtype="int8", monitor=False, fused=which
+        )
+        for seed in range(3):
+            _step(param, optimizer, seed)
+        assert optimizer.state[param]["step"] == 3
+        found.append(param.detach().clone())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+
+
+def test_a_part_one_column_wide_is_not_averaged(fused: bool | None) -> None:
+    param = torch.ones(4, 3).requires_grad_()
+    rules = {
+        f"w[{label}]": Rule((1,), "mean", (4, size), part=Part(label, (4, 3), (4, 3), 1, start, size))
+        for label, start, size in (("a", 0, 1), ("b", 1, 2))
+    }
+    optimizer = SlimAdam(
+        [("w", param)], lr=1e-2, weight_decay=0.0, monitor=False, plan=CompressionPlan(rules), fused=fused
+    )
+    param.grad = torch.tensor([[1.0, 1, 1], [10, 1, 1], [100, 1, 1], [1000, 1, 1]])
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.full((4, 3), 0.99), rtol=0, atol=1e-6)
+
+
+def test_parameters_that_left_are_let_go() -> None:
+    param, other = torch.randn(4, 4).requires_grad_(), torch.randn(4, 4).requires_grad_()
+    optimizer = _optimizer(param)
+    _step(param, optimizer, 0)
+    moment = weakref.ref(optimizer.state[param]["exp_avg"])
+    optimizer.param_groups[0]["params"][0] = other
+    optimizer.state.pop(param)
+    _step(other, optimizer, 1)
+    gc.collect()
+    assert moment() is None
+
+
+def test_grad_scaler_where_triton_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of another layout, which the kernels do not take: unscaled, and an infinite step left out."""
+    pytest.importorskip("triton", reason="Triton is only installed on Linux")
+    monkeypatch.setattr(backends, "runs_triton", lambda device: True)
+    for variance_init in ("zeros", "gradient"):
+        param = torch.ones(6, 8).requires_grad_()
+        optimizer = _optimizer(param, variance_init=variance_init)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        scaler.scale(torch.zeros(()))
+        param.grad = torch.full((8, 6), torch.inf).t()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(param, torch.ones(6, 8))
+        scale = scaler.get_scale()
+        param.grad = (torch.arange(48.0).view(8, 6) * scale).t()
+        scaler.step(optimizer)
+        expected = torch.ones(6, 8).requires_grad_()
+        plain = _optimizer(expected, variance_init=variance_init, fused=False)
+        expected.grad = torch.arange(48.0).view(8, 6).t()
+        plain.step()
+        torch.testing.assert_close(param, expected, rtol=0, atol=1e-6)
