@@ -177,7 +177,7 @@ class CompressionPlan(Mapping[str, Rule]):
     ) -> CompressionPlan:
         """Choose for each parameter the candidate with the highest averaged SNR strictly above the cutoff.
 
-        With a budget instead: save at least that share of all second moments and lose the least SNR, by
+        With a budget instead: save at least that share of all second moments at the least loss (elements over SNR), by
         :func:`slimadam.choosing.choose_by_budget`.
 
         Vectors and norm scales are kept in full. Candidates that would save nothing are not considered;
