@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimadam.automatic import AutoPlan
 from slimadam.errors import PlanError, did_you_mean
 from slimadam.fused import declared_parts, refuse_unmatched
-from slimadam.names import NamedParameters, owning_modules
+from slimadam.names import NamedParameters, is_position, owning_modules, position_name
 from slimadam.parts import Piece, pieces
 from slimadam.plan import CompressionPlan
 from slimadam.roles import UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
@@ -98,9 +98,9 @@ class Resolver:
         names = []
         for index, param in enumerate(params):
             given = self._given_name(group, index)
-            name = given or f"param_groups.{group_index}.params.{index}"
+            name = given or position_name(group_index, index)
             if self._owner.setdefault(name, param) is not param:
-                name = f"param_groups.{group_index}.params.{index}.{given}"
+                name = f"{position_name(group_index, index)}.{given}"
             names.append(name)
         return names
 
@@ -172,6 +172,12 @@ class Resolver:
         refuse_unmatched(unmatched, self._owner)
         for plan, used in self._used:
             unused = [key for key in plan if key not in used and canonical_name(key) not in self._model_names]
+            if unused and all(map(is_position, plan)):
+                raise PlanError(
+                    f"the plan goes by positions such as {unused[0]!r}, since it was made by an optimizer without "
+                    "names, and the parameters of this one are others or have names; make it again with "
+                    "model.named_parameters() or model=model"
+                )
             if unused:
                 known = sorted({key for _, keys in self._used for key in keys} | self._model_names)
                 hint = did_you_mean(unused[0], known)
