@@ -278,8 +278,8 @@ class CompressionPlan(Mapping[str, Rule]):
         positions = [key for key in self if is_position(key)]
         if positions:
             logger.warning(
-                "%s: %d of %d names are positions (%s, ...), which only an optimizer of the same parameters in the same "
-                "order understands; SlimAdam(model.named_parameters()) or model=model gives real names",
+                "%s: %d of %d names are positions (%s, ...), which fit only an optimizer of the same parameters in the "
+                "same order; SlimAdam(model.named_parameters()) or model=model gives real names",
                 path, len(positions), len(self), positions[0],
             )  # fmt: skip
         write_whole(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
