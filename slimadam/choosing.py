@@ -153,7 +153,8 @@ def _choose(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     value, best = max(options, key=lambda option: (option[0], -option[1].stored_elements(shape)))
     label = _describe_rule(best)
     if value > cutoff:
-        return replace(best, reason=f"{label} has the highest SNR, {value:.3g}, above the cutoff {cutoff:g}")
+        has = "have" if best.form == FACTORED else "has"
+        return replace(best, reason=f"{label} {has} the highest SNR, {value:.3g}, above the cutoff {cutoff:g}")
     return replace(rule, reason=f"the highest SNR, {value:.3g} ({label}), is not above the cutoff {cutoff:g}")
 
 
