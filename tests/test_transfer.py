@@ -199,8 +199,8 @@ def test_what_was_kept_or_expanded_stays_so_under_its_name() -> None:
     assert carried[kept].shape == (24, 24)
     assert carried[other].dims == (0,)
     assert carried[other].reason == (
-        "carried over from 2 matrices (query) (1 of 2 were kept in full as asked): averaging over dimension 0 has the highest "
-        "SNR, 9, above the cutoff 1"
+        "carried over from 2 matrices (query) (1 of 2 were kept in full as asked): averaging over dimension 0 has the "
+        "highest SNR, 9, above the cutoff 1"
     )
     model = _model(*SMALL)
     optimizer = SlimAdam(model, plan="factored")
@@ -226,7 +226,7 @@ def test_labels_that_are_no_roles_are_not_mixed() -> None:
     assert {key: rule.dims for key, rule in carried.items()} == {
         "x.weight[a]": (0,), "x.weight[key]": (0,), "y.weight[a]": (1,), "y.weight[key]": (0,)
     }  # fmt: skip
-    assert "from 1 x.weight[a]" in carried["x.weight[a]"].reason
+    assert "from 1 matrix (x.weight[a])" in carried["x.weight[a]"].reason
     assert "from 2 key" in carried["y.weight[key]"].reason
 
 
