@@ -197,8 +197,8 @@ class Resolver:
                 )
 
         if self._by_role is not None:
-            known = {name: rules for name, rules in self._by_role.items() if name in self._owner}
-            self._by_role = None if _tell_without_rule(known) else known
+            held = {name: rules for name, rules in self._by_role.items() if name in self._owner}
+            self._by_role = None if _tell_without_rule(held) else held
 
     def _given_name(self, group: Mapping[str, Any], index: int) -> str | None:
         if "param_names" in group:

@@ -227,7 +227,7 @@ def test_labels_that_are_no_roles_are_not_mixed() -> None:
         "x.weight[a]": (0,), "x.weight[key]": (0,), "y.weight[a]": (1,), "y.weight[key]": (0,)
     }  # fmt: skip
     assert "from 1 matrix (x.weight[a])" in carried["x.weight[a]"].reason
-    assert "from 2 key" in carried["y.weight[key]"].reason
+    assert "from 2 matrices (key)" in carried["y.weight[key]"].reason
 
 
 def test_a_history_from_a_file_carries_over_to_the_other_layout(tmp_path: Path) -> None:
