@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is import
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -343,8 +343,9 @@ def check(label: str, new_model: Callable[[], nn.Module]) -> Outcome:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run every integration on every model, print a table, write ``results/interop.json``; exit 1 below a bar."""
+    out = machine.results_folder(__doc__, arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -357,7 +358,7 @@ def main() -> None:
         {"integration": label, "model": model, **asdict(outcome)} for (label, model), outcome in outcomes.items()
     ]
     versions = {name: metadata.version(name) for name in ("transformers", "accelerate", "lightning")}
-    print("written:", machine.write("interop", {"bar": BAR, "libraries": versions, "runs": figures}))
+    print("written:", machine.write("interop", {"bar": BAR, "libraries": versions, "runs": figures}, out))
     if any(outcome.difference > BAR or outcome.matched < outcome.parameters for outcome in outcomes.values()):
         raise SystemExit(1)
 

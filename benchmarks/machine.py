@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,14 @@ def describe() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "date": datetime.date.today().isoformat(),
     }
+
+
+def results_folder(description: str | None, arguments: Sequence[str] | None) -> Path:
+    """The folder for results from the command line of a benchmark that takes nothing else."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    folder: Path = parser.parse_args(arguments).out
+    return folder
 
 
 def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:

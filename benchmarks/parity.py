@@ -7,6 +7,7 @@ and against the formula in float64 with every shape and form (12 steps, the larg
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,14 +73,15 @@ def _error(shape: tuple[int, ...], form: Any, implementation: dict[str, Any]) ->
     return (param.detach() - expected).abs().max().item()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the largest differences and write ``results/parity.json``; exit 1 if a bar is missed."""
+    out = machine.results_folder(__doc__, arguments)
     ulps = {str(dtype): worst_ulps(dtype) for dtype in (torch.float32, torch.float64)}
     error = worst_error()
     for dtype, value in ulps.items():
         print(f"plan=None against torch.optim.AdamW, {dtype}, 25 steps: {value:.1f} ulp (bar: 4)")
     print(f"compressed against float64, 12 float32 steps: {error:.1e} (bar: 2e-5)")
-    print("written:", machine.write("parity", {"ulps": ulps, "float64_error": error}))
+    print("written:", machine.write("parity", {"ulps": ulps, "float64_error": error}, out))
     if max(ulps.values()) > 4 or error > 2e-5:
         raise SystemExit(1)
 

@@ -133,7 +133,14 @@ def demo(result: dict[str, Any]) -> str:
     versions = {"python": result["versions"]["python"], "versions": result["versions"]}
     header = ["| | " + " | ".join(f"seed {run['seed']}" for run in runs) + " |", "|---" * (len(runs) + 1) + "|"]
     lines = [f"| {label} | " + " | ".join(show(run) for run in runs) + " |" for label, show in rows]
-    return "\n".join([f"What it prints, for three seeds {origin({**machine, **versions})}:", "", *header, *lines])
+    return "\n".join(
+        [
+            f"What `slimadam demo` prints with `--seed` 0, 1 and 2 {origin({**machine, **versions})}:",
+            "",
+            *header,
+            *lines,
+        ]
+    )
 
 
 def _times(run: dict[str, Any], plan: str) -> str:

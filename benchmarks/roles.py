@@ -7,6 +7,7 @@ table says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -44,8 +45,9 @@ def count(found: list[Finding]) -> dict[str, int]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, write ``results/roles.json``; exit 1 if anything is wrong."""
+    out = machine.results_folder(__doc__, arguments)
     transformers.logging.set_verbosity_error()
     sources: dict[str, dict[str, Architecture]] = {"transformers": ARCHITECTURES, "written": MODULES}
     result: dict[str, Any] = {"transformers": metadata.version("transformers"), "architectures": []}
@@ -61,7 +63,7 @@ def main() -> None:
     total = count(everything)
     named = f"{total['named']} of {total['matrices']} matrices named"
     print(f"\n{named}, {total['unknown']} unknown, {total['wrong']} wrong")
-    print("written:", machine.write("roles", {"total": total, **result}))
+    print("written:", machine.write("roles", {"total": total, **result}, out))
     if total["wrong"] or total["wrong_vectors"]:
         raise SystemExit(1)
 

@@ -6,6 +6,7 @@ SlimAdam with and without compression.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ def share(outcomes: dict[str, str]) -> dict[str, Any]:
     return {"passed": len(passed), "applicable": len(applicable), "share": len(passed) / len(applicable)}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, write ``results/torch_properties.json``; exit 1 if a property fails."""
+    out = machine.results_folder(__doc__, arguments)
     torch.set_num_threads(1)
     table = {name: {variant: outcome(name, variant) for variant in VARIANTS} for name in PROPERTIES}
     print(f"{'':50s}" + "".join(f"{variant:>28s}" for variant in VARIANTS))
@@ -53,7 +55,7 @@ def main() -> None:
     for variant, figures in shares.items():
         print(f"{variant}: {figures['passed']} of {figures['applicable']} properties hold ({figures['share']:.1%})")
     figures = {"shares": shares, "outcomes": outcomes, "reasons": reasons, "not_on_a_cpu": dict(NOT_ON_A_CPU)}
-    print("written:", machine.write("torch_properties", figures))
+    print("written:", machine.write("torch_properties", figures, out))
     if any(result == FAILS for results in outcomes.values() for result in results.values()):
         raise SystemExit(1)
 

@@ -65,10 +65,13 @@ def _load_or_build() -> ctypes.CDLL:
 
 
 def _compiler() -> str:
-    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+    asked_for = os.environ.get("CXX")
+    for name in (asked_for,) if asked_for else ("c++", "g++", "clang++"):
         found = shutil.which(name)
         if found is not None:
             return found
+    if asked_for:
+        raise BuildError(f"CXX={asked_for!r} is no program on PATH; name a C++17 compiler with OpenMP, or unset CXX")
     raise BuildError("no C++ compiler on PATH; install one (Debian: apt install g++) or name it in CXX")
 
 

@@ -33,7 +33,7 @@ class AutoPlan:
         calibration_steps: Optimizer steps as AdamW, after which the second moments shrink.
         measurements: How many times the SNR is measured in these steps, at equal distances, the last at their end.
         cutoff: SNR that a candidate must exceed.
-        budget: Share of the measured second moments to save instead, losing the least SNR.
+        budget: Share of the measured second moments to save instead, at the least loss (elements over SNR).
         forms: ``"best"``: averages and the factored form compete. ``"mean"``: averages only, as in the paper.
         keep: Patterns of names or roles that stay in full.
         parts: What parameters are made of, by pattern of their names, where their modules do not say, such as

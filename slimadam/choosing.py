@@ -5,14 +5,14 @@ Source of the cutoff rule: arXiv 2503.01843 (the candidate with the highest aver
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Final, Literal, get_args
 
 from slimadam.history import ParameterSNR, SNRHistory
+from slimadam.knapsack import least_loss
 from slimadam.parts import owner_of
 from slimadam.roles import BIAS, NORM, canonical_name, role_from_name
 from slimadam.rules import Rule
@@ -22,6 +22,9 @@ Forms = Literal["mean", "best"]
 
 KEPT: Final = "kept in full as asked"
 EXPANDED: Final = "returned to a full second moment by expand()"
+
+SMALLEST_SNR: Final = 1e-100
+"""Nothing that loses more is chosen by budget."""
 
 
 def check_choice(cutoff: float, forms: str, budget: float | None = None) -> None:
@@ -150,7 +153,8 @@ def _choose(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     value, best = max(options, key=lambda option: (option[0], -option[1].stored_elements(shape)))
     label = _describe_rule(best)
     if value > cutoff:
-        return replace(best, reason=f"{label} has the highest SNR, {value:.3g}, above the cutoff {cutoff:g}")
+        has = "have" if best.form == FACTORED else "has"
+        return replace(best, reason=f"{label} {has} the highest SNR, {value:.3g}, above the cutoff {cutoff:g}")
     return replace(rule, reason=f"the highest SNR, {value:.3g} ({label}), is not above the cutoff {cutoff:g}")
 
 
@@ -175,9 +179,7 @@ def choose_by_budget(undecided: Mapping[str, Rule], elements: int, budget: float
     """Save at least a share of all second moments and lose the least.
 
     What a candidate loses is the noise it averages away, ``elements / SNR``, so that halving the SNR of a large
-    matrix weighs more than that of a small one. This is a knapsack with one choice for each parameter: the
-    steps along each parameter's convex hull of loss against saving are taken from the cheapest on, and the last
-    is exchanged for the cheapest single change that also meets the budget.
+    matrix weighs more than that of a small one. No plan by cutoff that saves as much loses less.
 
     Args:
         undecided: Rules of the parameters that may be compressed, with what was measured.
@@ -188,91 +190,57 @@ def choose_by_budget(undecided: Mapping[str, Rule], elements: int, budget: float
     Raises:
         ValueError: Not even the smallest forms save so much; says how much they do.
     """
-    curves = {name: _curve(rule, forms) for name, rule in undecided.items()}
+    choices = {name: _choices(rule, forms) for name, rule in undecided.items()}
     needed = math.ceil(budget * elements - 1e-9)
-    possible = sum(curve[-1][0] for curve in curves.values())
+    possible = sum(max(saved for saved, _, _ in found) for found in choices.values())
     if possible < needed:
         share = possible / elements if elements else 0.0
         raise ValueError(f"budget={budget}: at most {share:.4f} of the second moments can be saved; ask for less")
-    taken = _greedy(curves, needed)
-    chosen = {}
-    for name, rule in undecided.items():
-        _, loss, best = curves[name][taken[name]]
-        if best is rule:
-            chosen[name] = replace(
-                rule, reason=f"stays in full: the budget of {budget:.1%} is met at less loss elsewhere"
-            )
-        else:
-            value = _elements(rule) / loss if loss else math.inf
-            label = _describe_rule(best)
-            reason = f"{label}, SNR {value:.3g}: part of the cheapest way to save {budget:.1%}"
-            chosen[name] = replace(best, reason=reason)
-    return chosen
+    classes = [[(saved, loss) for saved, loss, _ in found] for found in choices.values()]
+    taken = least_loss(classes, needed, _by_highest_snr(list(choices.values()), needed))
+    return {
+        name: _with_reason(rule, found[index], budget, len(found) > 1)
+        for (name, rule), found, index in zip(undecided.items(), choices.values(), taken, strict=True)
+    }
 
 
-Point = tuple[int, float, Rule]
+def _with_reason(rule: Rule, choice: Choice, budget: float, could_save: bool) -> Rule:
+    _, loss, best = choice
+    if best is rule:
+        elsewhere = f"stays in full: the budget of {budget:.1%} is met at less loss elsewhere"
+        return replace(rule, reason=elsewhere if could_save else _why_without_options(rule))
+    value = _elements(rule) / loss if loss else math.inf
+    reason = f"{_describe_rule(best)}, SNR {value:.3g}: part of the cheapest way to save {budget:.1%}"
+    return replace(best, reason=reason)
+
+
+Choice = tuple[int, float, Rule]
 
 
 def _elements(rule: Rule) -> int:
     return math.prod(rule.shape or ())
 
 
-def _curve(rule: Rule, forms: Forms) -> list[Point]:
-    """``(saved, loss, rule)`` along the lower convex hull, from nothing saved on."""
+def _choices(rule: Rule, forms: Forms) -> list[Choice]:
+    """``(saved, loss, rule)`` of staying in full, then of each candidate."""
     total = _elements(rule)
-    points: list[Point] = [(0, 0.0, rule)]
+    found: list[Choice] = [(0, 0.0, rule)]
     for value, option in _options(rule, forms):
-        loss = 0.0 if math.isinf(value) else total / value if value > 0 else math.inf
-        if math.isfinite(loss):
-            points.append((total - option.stored_elements(rule.shape or ()), loss, option))
-    points.sort(key=lambda point: (point[0], point[1]))
-    hull: list[Point] = []
-    for point in points:
-        if hull and point[0] == hull[-1][0]:
-            continue
-        while hull and point[1] <= hull[-1][1] and len(hull) > 1:
-            hull.pop()
-        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(point)
-    return hull
+        if value > SMALLEST_SNR:
+            found.append((total - option.stored_elements(rule.shape or ()), total / value, option))
+    return found
 
 
-def _slope(first: Point, second: Point) -> float:
-    return (second[1] - first[1]) / (second[0] - first[0])
-
-
-def _greedy(curves: Mapping[str, list[Point]], needed: int) -> dict[str, int]:
-    """How far to go along each curve."""
-    taken = dict.fromkeys(curves, 0)
-    saved = 0
-    steps = [(_slope(curve[0], curve[1]), name) for name, curve in curves.items() if len(curve) > 1]
-    heapq.heapify(steps)
-    while saved < needed:
-        _, name = heapq.heappop(steps)
-        curve, at = curves[name], taken[name]
-        gain = curve[at + 1][0] - curve[at][0]
-        if saved + gain >= needed:
-            name, to = _cheapest_finish(curves, taken, needed - saved)
-            taken[name] = to
-            break
-        taken[name] = at + 1
-        saved += gain
-        if at + 2 < len(curve):
-            heapq.heappush(steps, (_slope(curve[at + 1], curve[at + 2]), name))
-    return taken
-
-
-def _cheapest_finish(curves: Mapping[str, list[Point]], taken: Mapping[str, int], missing: int) -> tuple[str, int]:
-    """The single change that saves what is still missing at the least loss."""
-    options = [
-        (point[1] - curve[taken[name]][1], name, index)
-        for name, curve in curves.items()
-        for index, point in enumerate(curve)
-        if point[0] - curve[taken[name]][0] >= missing
-    ]
-    _, name, index = min(options)
-    return name, index
+def _by_highest_snr(choices: Sequence[Sequence[Choice]], needed: int) -> list[list[int]]:
+    """What the highest cutoff chooses at which enough is saved, if there is one."""
+    best = [min(range(len(found)), key=lambda i: (i == 0, found[i][1], -found[i][0])) for found in choices]
+    noise = [found[index][1] / max(1, _elements(found[0][2])) for found, index in zip(choices, best, strict=True)]
+    taken, saved = [0] * len(choices), 0
+    for at in sorted(range(len(choices)), key=noise.__getitem__):
+        if saved < needed:
+            taken[at] = best[at]
+            saved += choices[at][best[at]][0]
+    return [taken] if saved >= needed else []
 
 
 def _describe_rule(rule: Rule) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -16,6 +17,18 @@ from slimadam.parts import Parts, Piece, check_declared, pieces
 from slimadam.roles import ParameterRole, canonical_name, names_of, roles_of
 
 logger = logging.getLogger("slimadam")
+
+_POSITION = re.compile(r"param_groups\.\d+\.params\.\d+(\[.*\])?")
+
+
+def position_name(group: int, index: int) -> str:
+    """What a parameter without a name is called: by its place in the optimizer."""
+    return f"param_groups.{group}.params.{index}"
+
+
+def is_position(key: str) -> bool:
+    """Whether a parameter, or a part of one, is called by its place in the optimizer."""
+    return _POSITION.fullmatch(key) is not None
 
 
 class NamedParameters:
@@ -130,7 +143,7 @@ class NamedParameters:
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
                 if named.name(parameter) is None:
-                    named._add(parameter, f"param_groups.{group_index}.params.{index}")
+                    named._add(parameter, position_name(group_index, index))
         return named
 
 

@@ -229,7 +229,10 @@ class SlimAdam(Optimizer):
         return not watches and any(self.backend(param) == "triton" for _, param, _ in self._parameters())
 
     def memory(self) -> MemoryReport:
-        """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`."""
+        """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`.
+
+        ``total`` does not include the samples for :meth:`snr_check`; they come on top, as ``monitor``.
+        """
         moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
         for name, param, group in self._parameters():
             kept_shapes = state_format.state_shapes(self._rules[name], tuple(param.shape))
@@ -394,7 +397,8 @@ class SlimAdam(Optimizer):
 
         Returns:
             By parameter, or part: what was found, and what to make of it in words. Empty while ``plan="auto"``
-            measures.
+            measures. Before a sample is ready ``ready`` is False and ``snr`` NaN; so it stays, with the reason
+            "too small to monitor", where 1% of what was saved is too few elements for a sample.
 
         Raises:
             RuntimeError: The optimizer was built with ``monitor=False``.

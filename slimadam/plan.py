@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -27,6 +28,7 @@ from slimadam.expectation import Expectation, expectation
 from slimadam.files import write_whole
 from slimadam.fused import pieces_of_target
 from slimadam.history import SNRHistory
+from slimadam.names import is_position
 from slimadam.parts import Parts, Piece, key_of, owner_of
 from slimadam.plan_json import (
     is_nonnegative_number,
@@ -40,6 +42,8 @@ from slimadam.plan_json import (
 from slimadam.roles import canonical_name
 from slimadam.rules import Rule, check_rule, check_together, factored_rule, in_order, paper_rule
 from slimadam.transfer import rules_for_model
+
+logger = logging.getLogger("slimadam")
 
 FORMAT: Final = "slimadam.plan"
 FORMAT_VERSION: Final = 1
@@ -177,7 +181,7 @@ class CompressionPlan(Mapping[str, Rule]):
     ) -> CompressionPlan:
         """Choose for each parameter the candidate with the highest averaged SNR strictly above the cutoff.
 
-        With a budget instead: save at least that share of all second moments and lose the least SNR, by
+        With a budget instead: save at least that share of all second moments at the least loss (elements over SNR), by
         :func:`slimadam.choosing.choose_by_budget`.
 
         Vectors and norm scales are kept in full. Candidates that would save nothing are not considered;
@@ -267,7 +271,17 @@ class CompressionPlan(Mapping[str, Rule]):
         return CompressionPlan(rules_for_model(self._rules, self.cutoff, model, parts), cutoff=self.cutoff)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON (schema: ``slimadam/plan.schema.json``). Replaces the file in one move."""
+        """Write the plan as JSON (schema: ``slimadam/plan.schema.json``). Replaces the file in one move.
+
+        One warning says if the names in it are only places in an optimizer that was given no names.
+        """
+        positions = [key for key in self if is_position(key)]
+        if positions:
+            logger.warning(
+                "%s: %d of %d names are positions (%s, ...), which fit only an optimizer of the same parameters in the "
+                "same order; SlimAdam(model.named_parameters()) or model=model gives real names",
+                path, len(positions), len(self), positions[0],
+            )  # fmt: skip
         write_whole(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     @classmethod

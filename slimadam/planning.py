@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from slimadam.automatic import AutoPlan
 from slimadam.errors import PlanError, did_you_mean
 from slimadam.fused import declared_parts, refuse_unmatched
-from slimadam.names import NamedParameters, owning_modules
-from slimadam.parts import Piece, pieces
+from slimadam.names import NamedParameters, is_position, owning_modules, position_name
+from slimadam.parts import Piece, key_of, pieces
 from slimadam.plan import CompressionPlan
-from slimadam.roles import UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
-from slimadam.rules import Rule, factored_rule, fit_rules, full_rule, paper_rule
+from slimadam.roles import BIAS, NORM, UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
+from slimadam.rules import NO_RULE, Rule, factored_rule, fit_rules, full_rule, paper_rule
 
 PlanArgument = str | Path | CompressionPlan | AutoPlan | None
 ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
@@ -24,6 +25,8 @@ ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
 DECIDED_BEFORE: Final = "added after plan='auto' had decided"
 MEASURING: Final = "plan='auto' is still measuring: as AdamW until it has decided"
 NOT_IN_THE_PLAN: Final = "not in the plan"
+LARGEST_SHARE_WITHOUT_RULE: Final = 0.1
+NAMES_IN_WARNING: Final = 3
 logger = logging.getLogger("slimadam")
 _DEFAULT: Final = object()
 
@@ -76,6 +79,8 @@ class Resolver:
         self._all_names: dict[str, list[str]] = {}
         self._used: list[tuple[CompressionPlan, set[str]]] = []
         self._owner: dict[str, Tensor] = {}
+        # With plan="rules", until it was said once what they leave in full.
+        self._by_role: dict[str, list[Rule]] | None = {}
 
     @property
     def cutoff(self) -> float:
@@ -98,9 +103,9 @@ class Resolver:
         names = []
         for index, param in enumerate(params):
             given = self._given_name(group, index)
-            name = given or f"param_groups.{group_index}.params.{index}"
+            name = given or position_name(group_index, index)
             if self._owner.setdefault(name, param) is not param:
-                name = f"param_groups.{group_index}.params.{index}.{given}"
+                name = f"{position_name(group_index, index)}.{given}"
             names.append(name)
         return names
 
@@ -133,6 +138,8 @@ class Resolver:
             for rule in rules:
                 refuse_factored_amsgrad(name, rule, group)
             found.append(rules)
+        if resolved == "rules" and self._by_role is not None:
+            self._by_role.update(zip(names, found, strict=True))
         if isinstance(resolved, CompressionPlan):
             _tell_uncovered(names, found)
         self._known = self._named  # what was looked up keeps other parameters of its modules alive
@@ -165,6 +172,8 @@ class Resolver:
     def check_all_used(self) -> None:
         """Refuse a plan with an entry that matches no parameter of the optimizer, or of the model if known.
 
+        Where the paper's rules leave much in full, one warning says so.
+
         Raises:
             PlanError: Names the entry and the closest parameter.
         """
@@ -172,6 +181,12 @@ class Resolver:
         refuse_unmatched(unmatched, self._owner)
         for plan, used in self._used:
             unused = [key for key in plan if key not in used and canonical_name(key) not in self._model_names]
+            if unused and all(map(is_position, plan)):
+                raise PlanError(
+                    f"the plan goes by positions such as {unused[0]!r}, since it was made by an optimizer without "
+                    "names, and the parameters of this one are others or have names; make it again with "
+                    "model.named_parameters() or model=model"
+                )
             if unused:
                 known = sorted({key for _, keys in self._used for key in keys} | self._model_names)
                 hint = did_you_mean(unused[0], known)
@@ -180,6 +195,10 @@ class Resolver:
                     f"({len(unused)} of {len(plan)} entries do not). {hint + ' ' if hint else ''}Calibrate this "
                     "model, or pass model=model if this optimizer holds only part of it"
                 )
+
+        if self._by_role is not None:
+            held = {name: rules for name, rules in self._by_role.items() if name in self._owner}
+            self._by_role = None if _tell_without_rule(held) else held
 
     def _given_name(self, group: Mapping[str, Any], index: int) -> str | None:
         if "param_names" in group:
@@ -283,3 +302,26 @@ def _tell_uncovered(names: Sequence[str], found: Sequence[Sequence[Rule]]) -> No
             len(missing),
             missing[0],
         )
+
+
+def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]]) -> bool:
+    """Warn if the paper's rules leave matrices in full that are more than a small share of all elements."""
+    sized = [(name, rule, math.prod(rule.shape or ())) for name, rules in by_name.items() for rule in rules]
+    left = {
+        key_of(name, rule.part): elements
+        for name, rule, elements in sized
+        if rule.reason.startswith(NO_RULE) and len(rule.shape or ()) > 1 and rule.role not in (NORM, BIAS)
+    }
+    share = sum(left.values()) / max(1, sum(elements for *_, elements in sized))
+    if share <= LARGEST_SHARE_WITHOUT_RULE:
+        return False
+    logger.warning(
+        "plan='rules': the paper has no rule for %d matrices (%s%s), %.0f%% of all elements: their second moments stay "
+        "in full; plan='auto' measures them, plan='factored' averages their rows and columns, a plan of yours may do "
+        "either",
+        len(left),
+        ", ".join(list(left)[:NAMES_IN_WARNING]),
+        ", ..." if len(left) > NAMES_IN_WARNING else "",
+        100 * share,
+    )
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from slimadam.errors import PlanError, shown
 from slimadam.parts import Part, Piece, check_parts, owner_of
 from slimadam.roles import BIAS, NORM, recommended_dims
 from slimadam.snr import FACTORED, MAX_NDIM, Candidate
+
+NO_RULE: Final = "the paper has no rule for"
 
 Dims = tuple[int, ...]
 Form = Literal["full", "mean", "factored"]
@@ -101,7 +103,7 @@ def paper_rule(piece: Piece) -> Rule:
     """The paper's recommendation for a role, where it has one and it saves anything."""
     dims = recommended_dims(piece.role)
     if not dims:
-        return full_rule(piece, f"the paper has no rule for {piece.role.role}")
+        return full_rule(piece, f"{NO_RULE} {piece.role.role}")
     if math.prod(reduced_shape(piece.shape, dims)) >= math.prod(piece.shape):
         return full_rule(piece, "too small to save anything")
     return replace(full_rule(piece, f"the paper's rule for {piece.role.role}"), dims=dims, form="mean")

@@ -98,7 +98,8 @@ def _carried(names: Sequence[str], piece: Piece, kinds: Mapping[Kind, Sequence[R
     kept = keep_full(empty, None)
     if kept is not None or not found:
         return kept or empty
-    origin = f"carried over from {len(found)} {kind[0].replace('_', ' ')}"
+    matrices = "matrix" if len(found) == 1 else "matrices"
+    origin = f"carried over from {len(found)} {matrices} ({kind[0].replace('_', ' ')})"
     kept_count = sum(map(asked_for, found))
     if kept_count:
         origin += f" ({kept_count} of {len(found)} were kept in full as asked)"

@@ -80,6 +80,7 @@ print(step())
     ("environment", "reason"),
     [
         ({"PATH": ""}, "no C++ compiler on PATH; install one"),
+        ({"CXX": "no-such-c++"}, "CXX='no-such-c++' is no program on PATH; name a C++17 compiler"),
         ({"CXX": "false", "PATH": "/bin:/usr/bin"}, "false failed (exit status 1); name a C++17 compiler"),
     ],
     ids=str,

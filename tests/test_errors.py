@@ -162,3 +162,24 @@ def test_wrong_use_is_refused_and_changes_nothing(use: Use, error: type[Exceptio
         use(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert len(_global_optimizer_post_hooks) == hooks
+
+
+def test_a_plan_of_positions_says_so_when_saved_and_where_names_are_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    path = tmp_path / "plan.json"
+    SlimAdam(model.parameters(), plan="factored").plan.save(path)
+    (record,) = caplog.records
+    assert record.name == "slimadam"
+    assert record.levelname == "WARNING"
+    assert "4 of 4 names are positions (param_groups.0.params.0, ...)" in record.getMessage()
+    assert "SlimAdam(model.named_parameters()) or model=model gives real names" in record.getMessage()
+    assert SlimAdam(model.parameters(), plan=path).plan["param_groups.0.params.0"].form == "factored"
+    with pytest.raises(
+        PlanError, match=r"positions such as 'param_groups\.0\.params\.0'.*make it again with model\.named"
+    ):
+        SlimAdam(model.named_parameters(), plan=path)
+    caplog.clear()
+    SlimAdam(model.named_parameters(), plan="factored").plan.save(path)
+    assert not caplog.records

@@ -56,7 +56,7 @@ def test_the_average_over_depth_decides() -> None:
     assert all(rule.snr == pytest.approx({(0,): 1.45, (1,): 1.55}) and rule.dims == (1,) for rule in queries)
     assert all(rule.shape == (24, 24) for rule in queries)
     assert queries[0].reason == (
-        "carried over from 2 query: averaging over dimension 1 has the highest SNR, 1.55, above the cutoff 1"
+        "carried over from 2 matrices (query): averaging over dimension 1 has the highest SNR, 1.55, above the cutoff 1"
     )
 
 
@@ -64,7 +64,7 @@ def test_below_the_cutoff_and_without_counterpart_stay_full() -> None:
     history = _history({"query.weight": [{(0,): 0.9}, {(0,): 0.7}]})
     carried = CompressionPlan.from_snr(history).for_model(large_model())
     assert {rule.form for rule in carried.values()} == {"full"}
-    assert carried["blocks.0.attention.query.weight"].reason == "carried over from 2 query, all in full"
+    assert carried["blocks.0.attention.query.weight"].reason == "carried over from 2 matrices (query), all in full"
     assert carried["blocks.0.attention.key.weight"].reason == "the plan has no key"
     assert "two dimensions" in carried["final_norm.weight"].reason
 
@@ -199,8 +199,8 @@ def test_what_was_kept_or_expanded_stays_so_under_its_name() -> None:
     assert carried[kept].shape == (24, 24)
     assert carried[other].dims == (0,)
     assert carried[other].reason == (
-        "carried over from 2 query (1 of 2 were kept in full as asked): averaging over dimension 0 has the highest "
-        "SNR, 9, above the cutoff 1"
+        "carried over from 2 matrices (query) (1 of 2 were kept in full as asked): averaging over dimension 0 has the "
+        "highest SNR, 9, above the cutoff 1"
     )
     model = _model(*SMALL)
     optimizer = SlimAdam(model, plan="factored")
@@ -226,8 +226,8 @@ def test_labels_that_are_no_roles_are_not_mixed() -> None:
     assert {key: rule.dims for key, rule in carried.items()} == {
         "x.weight[a]": (0,), "x.weight[key]": (0,), "y.weight[a]": (1,), "y.weight[key]": (0,)
     }  # fmt: skip
-    assert "from 1 x.weight[a]" in carried["x.weight[a]"].reason
-    assert "from 2 key" in carried["y.weight[key]"].reason
+    assert "from 1 matrix (x.weight[a])" in carried["x.weight[a]"].reason
+    assert "from 2 matrices (key)" in carried["y.weight[key]"].reason
 
 
 def test_a_history_from_a_file_carries_over_to_the_other_layout(tmp_path: Path) -> None:

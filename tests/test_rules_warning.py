@@ -1,0 +1,48 @@
+"""plan="rules" says once what the paper has no rule for, where that is much of a model."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from slimadam import SlimAdam
+
+
+def _messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "the paper has no rule" in record.getMessage()]
+
+
+def test_matrices_without_a_rule_are_named_once_with_share_and_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(4)))
+    groups = [{"params": list(layer.named_parameters(f"{index}"))} for index, layer in enumerate(model)]
+    optimizer = SlimAdam(groups, plan="rules")
+    (message,) = _messages(caplog)
+    assert "no rule for 4 matrices (0.weight, 1.weight, 2.weight, ...), 91% of all elements" in message
+    assert "plan='auto' measures them, plan='factored'" in message
+    assert caplog.records[-1].levelname == "WARNING"
+    optimizer.add_param_group({"params": [("more.weight", nn.Linear(10, 10).weight)]})
+    assert len(_messages(caplog)) == 1
+
+
+def test_convolutions_have_no_rule(caplog: pytest.LogCaptureFixture) -> None:
+    SlimAdam(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)), plan="rules")
+    assert len(_messages(caplog)) == 1
+
+
+@pytest.mark.parametrize("plan", ["factored", "auto", None])
+def test_other_plans_say_nothing(plan: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    SlimAdam(nn.Sequential(nn.Linear(10, 10)), plan=plan)
+    assert not _messages(caplog)
+
+
+def test_language_models_have_rules(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("transformers")
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=40, n_positions=64))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
+    for model in (gpt2, llama):
+        SlimAdam(model, plan="rules")
+        SlimAdam(model.named_parameters(), plan="rules")
+    assert not _messages(caplog)
