@@ -8,6 +8,7 @@ from slimadam.optimizer import SlimAdam
 from slimadam.parts import Parts
 from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule
+from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.snr import snr
 from slimadam.state import convert_state_dict
 
@@ -16,11 +17,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoPlan",
     "CompressionPlan",
+    "CriticalSharpness",
     "Parts",
     "PlanError",
     "Rule",
     "SNRHistory",
     "SNRRecorder",
+    "SharpnessMeasurement",
     "SlimAdam",
     "calibrate",
     "convert_state_dict",

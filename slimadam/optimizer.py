@@ -31,7 +31,8 @@ from slimadam.errors import did_you_mean, shown
 from slimadam.functional import (
     Scalar,
     second_moment_dtype,
-    update_direction,
+    update_without_decay,
+    with_decay,
 )
 from slimadam.loading import loaded_state, merged_groups
 from slimadam.memory import MemoryReport
@@ -314,6 +315,19 @@ class SlimAdam(Optimizer):
         Raises:
             RuntimeError: A gradient is sparse.
         """
+        for param, group, direction in self.updates_without_decay():
+            yield param, with_decay(direction, param, hyperparameters(group).weight_decay)
+
+    @torch.no_grad()
+    def updates_without_decay(self) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
+        """As :meth:`update_direction`, but of gradients and state alone: the parameters' values play no part.
+
+        Yields:
+            ``(parameter, group, m_hat / (sqrt(v_hat) + eps))``.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
         self._check_gradients()
         for name, param, group in self._parameters():
             if param.grad is not None:
@@ -321,9 +335,10 @@ class SlimAdam(Optimizer):
                 state = self.state.get(param) or initial_state(rules, param, group)
                 state = {**decoded(param, state), "step": state["step"] + 1}
                 directions = [
-                    update_direction(entry, hyperparameters(group)) for entry in entries_of(rules, param, group, state)
+                    update_without_decay(entry, hyperparameters(group))
+                    for entry in entries_of(rules, param, group, state)
                 ]
-                yield param, assembled(param, rules, directions)
+                yield param, group, assembled(param, rules, directions)
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Name, tensor and group of each parameter."""

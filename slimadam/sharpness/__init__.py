@@ -1,0 +1,1 @@
+"""Curvature along the optimizer's own update direction: critical, directional and Hessian sharpness."""

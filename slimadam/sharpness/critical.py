@@ -1,0 +1,229 @@
+"""Critical sharpness: two over the learning rate at which the pending update would first raise the loss.
+
+Source: arXiv 2601.16979, section 2.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from slimadam.sharpness.directions import reference_lr, unwrapped
+from slimadam.sharpness.line import Closure, LineProbe
+from slimadam.sharpness.moves import Memory
+from slimadam.sharpness.search import Crossing, Search, Status
+
+# Differences of a loss below some units in its last place are rounding.
+_ROUNDING = 4 * torch.finfo(torch.float32).eps
+_CHECKS_NOISE_EVERY = 16
+_NOISE_SAMPLES = 4
+_NOISE_WIDTH = 3.0
+
+
+@dataclass(frozen=True)
+class SharpnessMeasurement:
+    """What one measurement found.
+
+    Attributes:
+        sharpness: ``2 / critical_lr``; NaN where none was found, 0 where the loss never rose.
+        critical_lr: The smallest learning rate of the pending update that raises the loss, the middle of
+            ``bracket``: NaN where none was found, infinite where the loss never rose. With several parameter groups
+            that of the group with the largest rate, the others in proportion.
+        bracket: ``(lower, upper)``: the loss does not rise at ``lower``, and rises at ``upper``.
+        forward_passes: Calls of the closure.
+        loss: At the parameters.
+        threshold: Where the edge of stability lies at the present learning rate, see
+            :func:`~slimadam.sharpness.thresholds.edge_of_stability`; None: no formula for this optimizer.
+        lr: The present learning rate, the largest of all groups.
+        status: ``"found"``. ``"noisy"``: found as closely as a closure that does not repeat itself allows.
+            ``"no increase"``: up to the largest rate that was allowed, or can be expressed. ``"no descent"``: the
+            loss rises, or stays, at every rate whose effect can be told from rounding: the update is no descent
+            direction for it. ``"not finite"``: the loss is NaN or infinite where the parameters are. ``"out of
+            evaluations"``: ``max_forwards`` was reached; ``bracket`` holds what is known.
+        noise: Standard deviation of repeated evaluations at the same parameters; 0 for a closure that repeats itself.
+        task: As passed to :meth:`CriticalSharpness.measure`.
+    """
+
+    sharpness: float
+    critical_lr: float
+    bracket: tuple[float, float]
+    forward_passes: int
+    loss: float
+    threshold: float | None
+    lr: float
+    status: Status
+    noise: float = 0.0
+    task: str = ""
+
+
+class CriticalSharpness:
+    """Measures how far the optimizer's pending update may go before the loss rises (arXiv 2601.16979).
+
+    ``critical_lr = min {eta > 0: loss(parameter - eta D) > loss(parameter)}`` for the update direction ``D``, weight
+    decay included; ``sharpness = 2 / critical_lr`` equals the directional sharpness ``D^T H D / D^T g`` where the
+    loss is quadratic. With another task's closure it is the relative critical sharpness. Starts at the last result;
+    doubles or halves to a bracket and narrows it: 5 forward passes when little has changed.
+
+    Parameters, gradients, optimizer state, buffers and random-number generators are left as they were, see
+    :class:`~slimadam.sharpness.line.LineProbe`. Gradients must be what the optimizer steps on: unscale those of a
+    GradScaler, and clip, before measuring.
+
+    Args:
+        optimizer: SlimAdam, or any torch optimizer whose step needs no closure.
+        tol: The bracket is narrow enough when ``1 - lower / upper <= tol``.
+        memory: How to come back: ``"copy"``, ``"lean"`` or ``"offload"``, see
+            :class:`~slimadam.sharpness.line.LineProbe`.
+        start: Where the first search begins; None: at the optimizer's learning rate.
+        max_lr: No larger rate is tried.
+        max_forwards: The most forward passes of one measurement.
+        modules: Modules whose buffers the closure may change; None: those alive that own a parameter.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tol: float = 1 / 16,
+        *,
+        memory: Memory = "copy",
+        start: float | None = None,
+        max_lr: float | None = None,
+        max_forwards: int = 40,
+        modules: Iterable[nn.Module] | None = None,
+    ) -> None:
+        self._line = LineProbe(optimizer, memory, modules)
+        if not 0 < tol < 1:
+            raise ValueError(f"tol={tol!r} must lie between 0 and 1, both excluded")
+        for name, value in (("start", start), ("max_lr", max_lr)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r} must be a positive, finite number, or None")
+        if not isinstance(max_forwards, int) or max_forwards < 3:
+            raise ValueError(f"max_forwards={max_forwards!r} must be an integer >= 3")
+        self.optimizer = unwrapped(optimizer)
+        self._tol = tol
+        self._start = start
+        self._max_lr = math.inf if max_lr is None else max_lr
+        self._max_forwards = max_forwards
+        self._last: dict[str, float] = {}
+        self._measured: dict[str, int] = {}
+        self._noisy: set[str] = set()
+
+    def measure(self, closure: Closure, *, task: str = "") -> SharpnessMeasurement:
+        """Measure once, after ``backward()`` and before ``step()``.
+
+        Args:
+            closure: Computes the loss on the batch of the pending gradient, or on that of another task, forward
+                only; called several times.
+            task: Which loss it is. The next measurement of the same task starts where this one ended.
+
+        Returns:
+            What was found; where nothing was, ``status`` says why.
+
+        Raises:
+            RuntimeError: No gradient is pending.
+            TypeError: The closure does not return a number; whatever else it raises is passed on.
+        """
+        if not callable(closure):
+            raise TypeError(f"closure={closure!r} must be callable and return the loss")
+        lr = reference_lr(self.optimizer)
+        with self._line as line:
+            evaluations = _Evaluations(line, closure, self._sign(), self._repeats(task))
+            if evaluations.noise > evaluations.rounding:
+                self._say_noisy(task, evaluations)
+            if not math.isfinite(evaluations.base):
+                crossing = Crossing(0.0, math.inf, "not finite")
+            else:
+                crossing = self._search(evaluations).run(self._last.get(task) or self._start or lr or 1e-3)
+        self._measured[task] = self._measured.get(task, 0) + 1
+        measured = self._measurement(crossing, evaluations, lr, task)
+        if measured.status in ("found", "noisy"):
+            self._last[task] = measured.critical_lr
+        return measured
+
+    def _sign(self) -> int:
+        flags = {bool(group.get("maximize", False)) for group in self.optimizer.param_groups}
+        if len(flags) > 1:
+            raise ValueError("maximize differs between parameter groups: there is no one direction of improvement")
+        return -1 if flags == {True} else 1
+
+    def _repeats(self, task: str) -> int:
+        """How often the loss at the parameters is evaluated; more than once to see whether it repeats itself."""
+        if task in self._noisy:
+            return _NOISE_SAMPLES
+        return 2 if self._measured.get(task, 0) % _CHECKS_NOISE_EVERY == 0 else 1
+
+    def _search(self, evaluations: _Evaluations) -> Search:
+        return Search(
+            evaluations.rise,
+            self._tol,
+            evaluations.resolution,
+            max(0, self._max_forwards - evaluations.done),
+            self._max_lr,
+            stops_at_noise=evaluations.noise > evaluations.rounding,
+        )
+
+    def _say_noisy(self, task: str, evaluations: _Evaluations) -> None:
+        if task not in self._noisy:
+            self._noisy.add(task)
+            warnings.warn(
+                f"the closure{f' of task {task!r}' if task else ''} does not repeat itself: at the same parameters and "
+                f"random seeds its losses differ, with standard deviation {evaluations.noise:.2g} around "
+                f"{evaluations.base:.6g}. It should use one batch, and no generator of its own. Until then each "
+                "measurement is as narrow as that allows, and says status='noisy'",
+                stacklevel=3,
+            )
+
+    def _measurement(self, crossing: Crossing, evaluations: _Evaluations, lr: float, task: str) -> SharpnessMeasurement:
+        critical_lr = math.nan
+        if crossing.status in ("found", "noisy"):
+            critical_lr = (crossing.lower + crossing.upper) / 2
+        elif crossing.status == "no increase":
+            critical_lr = math.inf
+        return SharpnessMeasurement(
+            sharpness=2 / critical_lr,
+            critical_lr=critical_lr,
+            bracket=(crossing.lower, crossing.upper),
+            forward_passes=evaluations.done,
+            loss=evaluations.base,
+            threshold=None,
+            lr=lr,
+            status=crossing.status,
+            noise=evaluations.noise,
+            task=task,
+        )
+
+
+class _Evaluations:
+    """The closure's losses on the line, counted, relative to that at the parameters."""
+
+    def __init__(self, line: LineProbe, closure: Closure, sign: int, repeats: int) -> None:
+        self._line = line
+        self._closure = closure
+        self._sign = sign
+        self.done = 0
+        losses = [self._loss(0.0) for _ in range(repeats)]
+        self.base = statistics.fmean(losses) if all(map(math.isfinite, losses)) else math.nan
+        self.rounding = _ROUNDING * abs(self.base)
+        if repeats == 2 and math.isfinite(self.base) and abs(losses[0] - losses[1]) > self.rounding:
+            losses += [self._loss(0.0) for _ in range(_NOISE_SAMPLES - repeats)]
+            self.base = statistics.fmean(losses)
+        self.noise = statistics.stdev(losses) if len(losses) > 1 and math.isfinite(self.base) else 0.0
+        self.resolution = max(self.rounding, _NOISE_WIDTH * self.noise)
+
+    def rise(self, eta: float) -> float:
+        """By how much the loss at ``eta`` is worse than at the parameters."""
+        return self._sign * (self._loss(eta) - self.base)
+
+    def _loss(self, eta: float) -> float:
+        self.done += 1
+        return self._line.loss(self._closure, eta)

@@ -1,0 +1,249 @@
+"""The pending update of any torch optimizer as a direction: its next step is ``parameter - lr * D``.
+
+SlimAdam says its own. For the optimizers of ``torch.optim`` whose step is linear in the learning rate it is one step,
+on copies of one parameter's gradient and state at a time, from zero with learning rate 1: nothing cancels. Any other
+optimizer steps once on a copy of itself and all that it holds, at its own learning rate.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from slimadam.functional import Scalar, second_moment_dtype, with_decay
+from slimadam.optimizer import SlimAdam
+
+# Their step on a parameter is linear in lr, and depends on the parameter's value through weight decay alone.
+LINEAR_IN_LR = tuple(
+    getattr(torch.optim, name)
+    for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "SGD")
+    if hasattr(torch.optim, name)
+)
+_DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Muon") if hasattr(torch.optim, name))
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+class PendingUpdate(NamedTuple):
+    """What an optimizer is about to do to a parameter: ``parameter - lr rate (update + weight_decay parameter)``.
+
+    Attributes:
+        param: The parameter.
+        update: Of its shape, in at least float32; what gradient and state decide.
+        weight_decay: Decoupled weight decay.
+        rate: The learning rate of its group, as a share of the largest of all groups.
+    """
+
+    param: Tensor
+    update: Tensor
+    weight_decay: Scalar
+    rate: float
+
+    def direction(self) -> Tensor:
+        """``D`` of :func:`pending_directions`; overwrites ``update``."""
+        direction = with_decay(self.update, self.param.detach(), self.weight_decay)
+        return direction if self.rate == 1 else direction.mul_(self.rate)
+
+
+def pending_directions(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """The direction of the next step for each parameter that has a gradient, one at a time; nothing is changed.
+
+    Weight decay is part of it (arXiv 2601.16979). Where parameter groups have different learning rates they keep
+    their ratios: ``eta`` is the rate of the group with the largest one, :func:`reference_lr`.
+
+    Args:
+        optimizer: :class:`~slimadam.SlimAdam` or any torch optimizer whose ``step()`` needs no closure.
+
+    Yields:
+        ``(parameter, D)`` with ``D`` of the parameter's shape, in at least float32: the optimizer's step at
+        learning rate ``eta`` is ``parameter - eta * D``.
+
+    Raises:
+        TypeError: It is no torch optimizer, or its step needs a closure.
+        RuntimeError: No gradient is pending, one is sparse, or the optimizer cannot be copied.
+    """
+    for pending in pending_updates(optimizer):
+        yield pending.param, pending.direction()
+
+
+@torch.no_grad()
+def pending_updates(optimizer: Optimizer) -> Iterator[PendingUpdate]:
+    """As :func:`pending_directions`, with the decoupled weight decay apart."""
+    optimizer = unwrapped(optimizer)
+    check_pending(optimizer)
+    rates = {id(group): rate for group, rate in zip(optimizer.param_groups, relative_rates(optimizer), strict=True)}
+    if isinstance(optimizer, SlimAdam):
+        for param, group, update in optimizer.updates_without_decay():
+            yield PendingUpdate(param, update, group["weight_decay"], rates[id(group)])
+    elif type(optimizer) in LINEAR_IN_LR:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    update = _step_from_zero(optimizer, group, param)
+                    yield PendingUpdate(param, update, _decoupled_decay(optimizer, group), rates[id(group)])
+    else:
+        for param, update, group in _trial_step(optimizer):
+            yield PendingUpdate(param, update, 0.0, rates[id(group)])
+
+
+def depends_on_parameters(optimizer: Optimizer) -> bool:
+    """Whether ``update`` of :func:`pending_updates` depends on the parameters' values."""
+    optimizer = unwrapped(optimizer)
+    if isinstance(optimizer, SlimAdam):
+        return False
+    if type(optimizer) not in LINEAR_IN_LR:
+        return True
+    return any(_coupled_decay(optimizer, group) != 0 for group in optimizer.param_groups)
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that steps: the one inside a wrapper such as Accelerate's.
+
+    Raises:
+        TypeError: It is no torch optimizer.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
+
+
+def check_pending(optimizer: Optimizer) -> None:
+    """Refuse an optimizer without pending gradients, or with sparse ones.
+
+    Raises:
+        RuntimeError: Says which, and what to do.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not grads:
+        raise RuntimeError(
+            "no parameter of the optimizer has a gradient: there is no pending update; call this after backward() "
+            "and before step() and zero_grad()"
+        )
+    if any(grad.layout != torch.strided for grad in grads):
+        raise RuntimeError(
+            "a gradient is sparse, and its update has no direction for all elements; use a dense one (sparse=False in "
+            "the embedding)"
+        )
+
+
+def reference_lr(optimizer: Optimizer) -> float:
+    """The largest learning rate of the groups: the ``eta`` of ``parameter - eta * D``.
+
+    Raises:
+        ValueError: A group has none.
+    """
+    return max(float(rate) for rate in _rates(unwrapped(optimizer)))
+
+
+def relative_rates(optimizer: Optimizer) -> list[float]:
+    """The learning rate of each group over the largest; where all are zero, as at the start of a warmup, of the
+    rates that the groups began with, and 1 where those are zero too.
+    """  # noqa: D205
+    optimizer = unwrapped(optimizer)
+    rates = _rates(optimizer)
+    if len(rates) == 1:
+        return [1.0]
+    if not any(rates):
+        rates = [group.get("initial_lr", 0.0) for group in optimizer.param_groups]
+    largest = max(float(rate) for rate in rates)
+    return [float(rate) / largest if largest else 1.0 for rate in rates]
+
+
+def _rates(optimizer: Optimizer) -> list[Scalar]:
+    for index, group in enumerate(optimizer.param_groups):
+        if "lr" not in group:
+            raise ValueError(
+                f"param_groups[{index}] of {type(optimizer).__name__} has no 'lr': its step has no learning rate to "
+                "measure along"
+            )
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    return isinstance(optimizer, _DECOUPLED) or bool(group.get("decoupled_weight_decay", False))
+
+
+def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
+    return group["weight_decay"] if _is_decoupled(optimizer, group) else 0.0
+
+
+def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
+    return 0.0 if _is_decoupled(optimizer, group) else group["weight_decay"]
+
+
+def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> Tensor:
+    """Minus where one step with learning rate 1 takes a parameter from zero, with its gradient and state."""
+    dtype = second_moment_dtype(param.dtype)
+    assert param.grad is not None
+    grad = param.grad.to(dtype, copy=True)
+    coupled = _coupled_decay(optimizer, group)
+    if coupled != 0:
+        grad.add_(param.detach().to(dtype) * (-coupled if group.get("maximize", False) else coupled))
+    from_zero = torch.zeros_like(param, dtype=dtype).requires_grad_()
+    from_zero.grad = grad
+    shadow = _shadow(optimizer)
+    own = {**group, "params": [from_zero], "lr": 1.0, "weight_decay": 0.0, "differentiable": False}
+    shadow.param_groups = [own]
+    shadow.state = defaultdict(dict)
+    if optimizer.state.get(param):
+        shadow.state[from_zero] = {key: _copied(value, dtype) for key, value in optimizer.state[param].items()}
+    _step_of(optimizer)(shadow)
+    return from_zero.detach().neg_()
+
+
+def _copied(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    narrow = value.is_floating_point() or value.is_complex()
+    return value.to(dtype, copy=True) if narrow and value.dim() and value.dtype != dtype else value.clone()
+
+
+def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """One step of a copy of the optimizer, as ``(parameter, (before - after) / lr, group)``."""
+    name = type(optimizer).__name__
+    if any(rate == 0 for rate in _rates(optimizer)):
+        raise RuntimeError(
+            f"the learning rate of {name} is 0, and only a step tells its direction; measure from the first step "
+            "with a positive rate on"
+        )
+    held = {id(param): param for group in optimizer.param_groups for param in group["params"]}
+    before: dict[int, Tensor] = {}
+    for key, param in held.items():
+        before[key] = param.detach().clone().requires_grad_(param.requires_grad)
+        before[key].grad = None if param.grad is None else param.grad.detach().clone()
+    shadow = _shadow(optimizer)
+    try:
+        memo: dict[int, Any] = dict(before)
+        shadow.__dict__.update(copy.deepcopy(shadow.__dict__, memo))
+    except Exception as error:
+        raise RuntimeError(f"{name} cannot be copied to try its step out: {error}") from error
+    try:
+        _step_of(optimizer)(shadow)
+    except TypeError as error:
+        raise TypeError(f"the step of {name} cannot be tried out by itself, without a closure: {error}") from error
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                dtype = second_moment_dtype(param.dtype)
+                moved = param.detach().to(dtype) - before[id(param)].detach().to(dtype)
+                yield param, moved.div_(group["lr"]), group
+
+
+def _shadow(optimizer: Optimizer) -> Any:
+    """An optimizer of the same class and attributes, without hooks; its groups and state are still shared."""
+    shadow = object.__new__(type(optimizer))
+    shadow.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key != "step"})
+    shadow.__dict__.update({hooks: OrderedDict() for hooks in _HOOKS})
+    return shadow
+
+
+def _step_of(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
+    """The class's ``step`` without the wrapper that runs hooks, also those of the whole process."""
+    step: Any = type(optimizer).step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return]

@@ -1,0 +1,146 @@
+"""Finding where a loss along a line first rises above its start, in few evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+Status = Literal["found", "no increase", "no descent", "noisy", "not finite", "out of evaluations"]
+FACTOR = 2.0
+
+
+class Crossing(NamedTuple):
+    """Where a rise changes its sign.
+
+    Attributes:
+        lower: The largest ``eta`` known not to rise; 0 where there is none.
+        upper: The smallest known to rise; infinite where there is none.
+        status: What was found, see :class:`Search`.
+    """
+
+    lower: float
+    upper: float
+    status: Status
+
+
+class OutOfEvaluations(Exception):  # noqa: N818
+    """No further evaluation is allowed."""
+
+
+class Search:
+    """Looks for ``min {eta > 0: rise(eta) > 0}``: doubles or halves to a bracket, then narrows it.
+
+    Within the bracket ``rise(eta) / eta``, a straight line where the loss is quadratic, says where the crossing is
+    to be expected; a guess on either side closes the bracket in two evaluations. Where two evaluations have not
+    halved the bracket the third bisects it, so that no loss takes more than a multiple of bisection.
+
+    Args:
+        rise: Loss at ``eta`` minus loss at 0; NaN and infinity count as an increase.
+        tol: The bracket is narrow enough when ``1 - lower / upper <= tol``.
+        resolution: Differences of the loss up to this are not told from zero.
+        max_evaluations: Calls of ``rise`` that are allowed.
+        max_eta: No larger one is tried.
+        stops_at_noise: Stop narrowing at a difference within ``resolution``.
+    """
+
+    def __init__(
+        self,
+        rise: Callable[[float], float],
+        tol: float,
+        resolution: float,
+        max_evaluations: int,
+        max_eta: float = math.inf,
+        *,
+        stops_at_noise: bool = False,
+    ) -> None:
+        self._rise = rise
+        self._tol = tol
+        self._resolution = resolution
+        self._left = max_evaluations
+        self._max_eta = max_eta
+        self._stops_at_noise = stops_at_noise
+        self._lower, self._lower_slope = 0.0, math.nan
+        self._upper, self._upper_slope = math.inf, math.nan
+        self._has_descended = False
+
+    def run(self, start: float) -> Crossing:
+        """Search from a first guess.
+
+        Args:
+            start: Positive and finite.
+        """
+        try:
+            status = self._bracket(min(start, self._max_eta))
+            if status == "found":
+                status = self._narrow()
+        except OutOfEvaluations:
+            status = "out of evaluations"
+        if status == "found" and not self._has_descended:
+            status = "no descent"
+        return Crossing(self._lower, self._upper, status)
+
+    def _bracket(self, eta: float) -> Status:
+        self._evaluate(eta)
+        if self._upper == eta:
+            return self._halve(eta)
+        while math.isinf(self._upper):
+            if eta >= self._max_eta or math.isinf(eta * FACTOR):
+                return "no increase"
+            eta = min(eta * FACTOR, self._max_eta)
+            self._evaluate(eta)
+        return "found"
+
+    def _halve(self, eta: float) -> Status:
+        """Down to a descent; after two differences too small to tell there is none."""
+        unresolved = 0
+        while unresolved < 2 and eta > 0:
+            eta /= FACTOR
+            rise = self._evaluate(eta)
+            if rise < -self._resolution:
+                return "found"
+            unresolved = unresolved + 1 if rise <= self._resolution else 0
+        return "no descent"
+
+    def _narrow(self) -> Status:
+        before, guesses = self._upper - self._lower, 0
+        while 1 - self._lower / self._upper > self._tol:
+            rise = self._evaluate(self._middle() if guesses == 2 else self._guess())
+            if self._stops_at_noise and abs(rise) <= self._resolution:
+                return "noisy"
+            guesses += 1
+            if guesses == 3 or self._upper - self._lower <= before / 2:
+                before, guesses = self._upper - self._lower, 0
+        return "found"
+
+    def _middle(self) -> float:
+        return (self._lower + self._upper) / 2
+
+    def _guess(self) -> float:
+        """The expected crossing, moved towards the farther end so that it is likely to become the nearer one."""
+        steepening = self._upper_slope - self._lower_slope
+        if not math.isfinite(steepening) or steepening <= 0:
+            return self._middle()
+        expected = self._lower - self._lower_slope * (self._upper - self._lower) / steepening
+        if not self._lower < expected < self._upper:
+            return self._middle()
+        margin = 0.45 * self._tol
+        goes_up = self._upper / expected > expected / self._lower if self._lower else True
+        guess = expected * (1 + margin if goes_up else 1 - margin)
+        return guess if self._lower < guess < self._upper else self._middle()
+
+    def _evaluate(self, eta: float) -> float:
+        """The rise at ``eta``, which becomes an end of the bracket."""
+        if not self._left:
+            raise OutOfEvaluations
+        self._left -= 1
+        rise = self._rise(eta)
+        if math.isnan(rise):
+            rise = math.inf
+        self._has_descended = self._has_descended or rise < -self._resolution
+        # While it is only being bracketed, a difference too small to tell is no increase.
+        if rise > (0.0 if self._has_descended else self._resolution):
+            self._upper, self._upper_slope = eta, rise / eta
+        else:
+            self._lower, self._lower_slope = eta, rise / eta
+        return rise
