@@ -192,16 +192,19 @@ def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) 
     shadow.param_groups = [own]
     shadow.state = defaultdict(dict)
     if optimizer.state.get(param):
-        shadow.state[from_zero] = {key: _copied(value, dtype) for key, value in optimizer.state[param].items()}
+        shadow.state[from_zero] = {
+            key: _copied(value, dtype if key != "step" else None) for key, value in optimizer.state[param].items()
+        }
     _step_of(optimizer)(shadow)
     return from_zero.detach().neg_()
 
 
-def _copied(value: Any, dtype: torch.dtype) -> Any:
+def _copied(value: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of what a state holds; floating-point tensors in at least ``dtype``."""
     if not isinstance(value, Tensor):
         return copy.copy(value)
-    narrow = value.is_floating_point() or value.is_complex()
-    return value.to(dtype, copy=True) if narrow and value.dim() and value.dtype != dtype else value.clone()
+    widens = dtype is not None and (value.is_floating_point() or value.is_complex())
+    return value.to(torch.promote_types(value.dtype, dtype), copy=True) if widens and dtype else value.clone()
 
 
 def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:

@@ -74,10 +74,10 @@ class Search:
             status = self._bracket(min(start, self._max_eta))
             if status == "found":
                 status = self._narrow()
+            if status == "found" and not self._has_descended and not self._descends_below():
+                status = "no descent"
         except OutOfEvaluations:
             status = "out of evaluations"
-        if status == "found" and not self._has_descended:
-            status = "no descent"
         return Crossing(self._lower, self._upper, status)
 
     def _bracket(self, eta: float) -> Status:
@@ -113,6 +113,10 @@ class Search:
                 before, guesses = self._upper - self._lower, 0
         return "found"
 
+    def _descends_below(self) -> bool:
+        """Whether the loss falls on the way to a crossing that lies within rounding of no change at all."""
+        return self._ask(self._lower / FACTOR) < -self._resolution
+
     def _middle(self) -> float:
         return (self._lower + self._upper) / 2
 
@@ -131,12 +135,7 @@ class Search:
 
     def _evaluate(self, eta: float) -> float:
         """The rise at ``eta``, which becomes an end of the bracket."""
-        if not self._left:
-            raise OutOfEvaluations
-        self._left -= 1
-        rise = self._rise(eta)
-        if math.isnan(rise):
-            rise = math.inf
+        rise = self._ask(eta)
         self._has_descended = self._has_descended or rise < -self._resolution
         # While it is only being bracketed, a difference too small to tell is no increase.
         if rise > (0.0 if self._has_descended else self._resolution):
@@ -144,3 +143,10 @@ class Search:
         else:
             self._lower, self._lower_slope = eta, rise / eta
         return rise
+
+    def _ask(self, eta: float) -> float:
+        if not self._left:
+            raise OutOfEvaluations
+        self._left -= 1
+        rise = self._rise(eta)
+        return math.inf if math.isnan(rise) else rise
