@@ -58,6 +58,7 @@ class LineProbe:
         self.optimizer = unwrapped(optimizer)
         self.memory: Memory = memory
         self._modules = None if modules is None else list(modules)
+        self._owned: list[Tensor] | None = None
         self._signals = HeldSignals()
         self._moves: Moves | None = None
 
@@ -66,8 +67,7 @@ class LineProbe:
             raise RuntimeError("the line is already being probed; leave the with block first")
         check_pending(self.optimizer)
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        modules = owning_modules(params) if self._modules is None else self._modules
-        self._buffers = Buffers(modules)
+        self._buffers = Buffers(self._modules_of(params))
         self._gradients = Gradients(self.optimizer)
         self._random = RandomState([param.device for param in params])
         self._device = params[0].device
@@ -89,6 +89,13 @@ class LineProbe:
             self._random.restore()
         finally:
             self._signals.release()
+
+    def _modules_of(self, params: list[Tensor]) -> list[nn.Module]:
+        """Those that were given, or found; looked for again only when parameters have changed."""
+        known = self._owned is not None and list(map(id, self._owned)) == list(map(id, params))
+        if self._modules is None or not (self._owned is None or known):
+            self._modules, self._owned = owning_modules(params), params
+        return self._modules
 
     def loss(self, closure: Closure, eta: float = 0.0) -> float:
         """The closure's loss at ``parameter - eta D``.
