@@ -44,11 +44,11 @@ def entries_of(
         yield Entry(piece, grad, exp_avg, second, largest, state["step"], dims, exp_avg_scale=scales)
 
 
-def assembled(param: Tensor, rules: Sequence[Rule], pieces: Sequence[Tensor]) -> Tensor:
+def assembled(param: Tensor, rules: Sequence[Rule], pieces: Iterator[Tensor]) -> Tensor:
     """A tensor of the parameter's shape from one for each of its rules."""
     if rules[0].part is None:
-        return pieces[0]
-    whole = torch.empty(param.shape, dtype=pieces[0].dtype, device=param.device)
+        return next(pieces)
+    whole = torch.empty_like(param, dtype=second_moment_dtype(param.dtype))
     for rule, piece in zip(rules, pieces, strict=True):
         rule.take(whole).copy_(piece)
     return whole

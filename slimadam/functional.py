@@ -229,41 +229,6 @@ def stochastic_round(value: Tensor, seed: int) -> Tensor:
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
 
-def update_without_decay(entry: Entry, hyper: Hyperparameters) -> Tensor:
-    """The part of the pending update's direction that gradients and state alone decide. Nothing is changed.
-
-    Args:
-        entry: The parameter's tensors before the step; only the count of steps includes it.
-        hyper: Hyperparameters; ``lr`` and ``weight_decay`` do not matter.
-
-    Returns:
-        ``m_hat / (sqrt(v_hat) + eps)``, shaped as the parameter, in at least float32.
-    """
-    real = torch.view_as_real if entry.param.is_complex() else torch.Tensor.detach
-    exp_avg = real(entry.exp_avg.clone())
-    grad = real(-entry.grad if hyper.maximize else entry.grad)
-    parts, maxima = [[real(part.clone()) for part in moments] for moments in (entry.exp_avg_sq, entry.max_exp_avg_sq)]
-    update_first_moment(exp_avg, grad, hyper.beta1)
-    update_second_moment(parts, grad, entry.averaged_dims, hyper.beta2)
-    used = running_maximum(maxima, parts) if hyper.amsgrad else parts
-    # A count of steps on a device is used there: reading it would make the host wait.
-    step = entry.step.item() if entry.step.device.type == "cpu" else entry.step
-    denominator = (stand_in(used, entry.averaged_dims).sqrt() / (1 - hyper.beta2**step) ** 0.5).add_(hyper.eps)
-    direction = exp_avg.to(denominator.dtype) / (1 - hyper.beta1**step) / denominator
-    return torch.view_as_complex(direction) if entry.param.is_complex() else direction
-
-
-def with_decay(direction: Tensor, param: Tensor, weight_decay: Scalar) -> Tensor:
-    """``direction + weight_decay param``: a step with learning rate ``lr`` is ``param - lr`` times that.
-
-    Args:
-        direction: Overwritten, or returned as it is.
-        param: The parameter, of the same shape.
-        weight_decay: Decoupled weight decay.
-    """
-    return direction if _is_zero(weight_decay) else direction.add_(param.to(direction.dtype) * weight_decay)
-
-
 def second_moment_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision second moments are kept in: float32, or wider where the parameter is wider."""
     return torch.promote_types(dtype, torch.float32)

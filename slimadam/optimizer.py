@@ -19,6 +19,7 @@ from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
 from slimadam.backends import Backend
 from slimadam.choosing import EXPANDED
+from slimadam.direction import update_without_decay, with_decay
 from slimadam.entries import (
     assembled,
     decoded,
@@ -31,8 +32,6 @@ from slimadam.errors import did_you_mean, shown
 from slimadam.functional import (
     Scalar,
     second_moment_dtype,
-    update_without_decay,
-    with_decay,
 )
 from slimadam.loading import loaded_state, merged_groups
 from slimadam.memory import MemoryReport
@@ -334,10 +333,10 @@ class SlimAdam(Optimizer):
                 rules = self._rules[name]
                 state = self.state.get(param) or initial_state(rules, param, group)
                 state = {**decoded(param, state), "step": state["step"] + 1}
-                directions = [
+                directions = (
                     update_without_decay(entry, hyperparameters(group))
                     for entry in entries_of(rules, param, group, state)
-                ]
+                )
                 yield param, group, assembled(param, rules, directions)
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:

@@ -246,7 +246,7 @@ def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:
 
 def test_bad_use_is_refused() -> None:
     _, optimizer, _ = linear()
-    with pytest.raises(TypeError, match="closure=0.5 must be callable"):
+    with pytest.raises(TypeError, match=r"closure=0\.5 must be callable"):
         CriticalSharpness(optimizer).measure(0.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer, not list"):
         CriticalSharpness([])  # type: ignore[arg-type]

@@ -141,8 +141,7 @@ def test_an_exception_in_the_closure_leaves_no_trace(memory: Memory, error: type
         return loss
 
     with pytest.raises(error), LineProbe(job.optimizer, memory) as line:
-        for eta in (0.0, 0.5, 0.25):
-            line.loss(closure, eta)
+        _ = [line.loss(closure, eta) for eta in (0.0, 0.5, 0.25)]
     assert calls == 3
     assert same(before, job.everything())
 

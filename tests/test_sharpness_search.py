@@ -114,9 +114,7 @@ def test_evaluations_run_out_with_what_is_known() -> None:
 
 def test_noise_ends_the_narrowing() -> None:
     draw = random.Random(0)
-    found, _ = search(
-        lambda x: x * x - x + draw.gauss(0, 0.05), 0.5, tol=1e-6, resolution=0.15, stops_at_noise=True
-    )
+    found, _ = search(lambda x: x * x - x + draw.gauss(0, 0.05), 0.5, tol=1e-6, resolution=0.15, stops_at_noise=True)
     assert found.status == "noisy"
     assert found.lower <= 1.2
     assert found.upper >= 0.8

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from slimadam.functional import Scalar, second_moment_dtype, with_decay
+from slimadam.direction import row_blocks, with_decay
+from slimadam.functional import Scalar, second_moment_dtype
 from slimadam.optimizer import SlimAdam
 
 # Their step on a parameter is linear in lr, and depends on the parameter's value through weight decay alone.
@@ -25,6 +26,8 @@ LINEAR_IN_LR = tuple(
     for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "SGD")
     if hasattr(torch.optim, name)
 )
+_BY_MATRIX = tuple(getattr(torch.optim, name) for name in ("Muon",) if hasattr(torch.optim, name))
+ELEMENTWISE = tuple(kind for kind in LINEAR_IN_LR if kind not in _BY_MATRIX)
 _DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Muon") if hasattr(torch.optim, name))
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
@@ -178,33 +181,42 @@ def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
 
 
 def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> Tensor:
-    """Minus where one step with learning rate 1 takes a parameter from zero, with its gradient and state."""
-    dtype = second_moment_dtype(param.dtype)
+    """Minus where one step with learning rate 1 takes a parameter from zero, with its gradient and state.
+
+    Some rows at a time where the optimizer treats elements one by one.
+    """
+    direction = torch.empty_like(param, dtype=second_moment_dtype(param.dtype))
     assert param.grad is not None
-    grad = param.grad.to(dtype, copy=True)
-    coupled = _coupled_decay(optimizer, group)
-    if coupled != 0:
-        grad.add_(param.detach().to(dtype) * (-coupled if group.get("maximize", False) else coupled))
-    from_zero = torch.zeros_like(param, dtype=dtype).requires_grad_()
-    from_zero.grad = grad
-    shadow = _shadow(optimizer)
-    own = {**group, "params": [from_zero], "lr": 1.0, "weight_decay": 0.0, "differentiable": False}
-    shadow.param_groups = [own]
-    shadow.state = defaultdict(dict)
-    if optimizer.state.get(param):
-        shadow.state[from_zero] = {
-            key: _copied(value, dtype if key != "step" else None) for key, value in optimizer.state[param].items()
-        }
-    _step_of(optimizer)(shadow)
-    return from_zero.detach().neg_()
+    for rows in row_blocks(param.shape) if isinstance(optimizer, ELEMENTWISE) else [...]:
+        grad = param.grad[rows].to(direction.dtype, copy=True)
+        coupled = _coupled_decay(optimizer, group)
+        if coupled != 0:
+            sign = -1 if group.get("maximize", False) else 1
+            grad.add_(param.detach()[rows].to(grad.dtype) * (sign * coupled))
+        from_zero = torch.zeros_like(grad).requires_grad_()
+        from_zero.grad = grad
+        shadow = _shadow(optimizer)
+        own = {**group, "params": [from_zero], "lr": 1.0, "weight_decay": 0.0, "differentiable": False}
+        shadow.param_groups = [own]
+        shadow.state = defaultdict(dict)
+        if optimizer.state.get(param):
+            shadow.state[from_zero] = {
+                key: _state_of_rows(value, rows, param, None if key == "step" else grad.dtype)
+                for key, value in optimizer.state[param].items()
+            }
+        _step_of(optimizer)(shadow)
+        torch.neg(from_zero.detach(), out=direction[rows])
+    return direction
 
 
-def _copied(value: Any, dtype: torch.dtype | None) -> Any:
-    """A copy of what a state holds; floating-point tensors in at least ``dtype``."""
+def _state_of_rows(value: Any, rows: Any, param: Tensor, dtype: torch.dtype | None) -> Any:
+    """A copy of what a state holds, for some rows of its parameter; floating-point numbers in at least ``dtype``."""
     if not isinstance(value, Tensor):
         return copy.copy(value)
-    widens = dtype is not None and (value.is_floating_point() or value.is_complex())
-    return value.to(torch.promote_types(value.dtype, dtype), copy=True) if widens and dtype else value.clone()
+    own = value[rows] if value.shape == param.shape else value
+    if dtype is None or not (value.is_floating_point() or value.is_complex()):
+        return own.clone()
+    return own.to(torch.promote_types(value.dtype, dtype), copy=True)
 
 
 def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from slimadam.direction import row_blocks
 from slimadam.functional import second_moment_dtype
 from slimadam.sharpness.directions import (
     PendingUpdate,
@@ -96,7 +98,8 @@ class Lean:
 
     From ``moved = round(parameter (1 - eta weight_decay) - eta update)`` the parameter is computed back up to
     rounding; how many representable numbers it is then off is kept in one byte, in two, or, where that is not enough
-    for an element in sixteen of a parameter, as the parameter itself. On CUDA the host waits once for each parameter.
+    for an element in sixteen, as the parameter itself: so at most what it takes. On CUDA the host waits once for each
+    2**18 elements.
 
     Args:
         optimizer: With pending gradients; without weight decay that is part of the gradient.
@@ -113,31 +116,37 @@ class Lean:
                 "of the gradient, or a step known to itself alone); use memory='copy' or 'offload'"
             )
         self._optimizer = optimizer
-        self._moved: dict[int, tuple[float, _Correction]] = {}
+        # By parameter and block, so that running out of memory half-way loses nothing.
+        self._moved: dict[tuple[int, int], tuple[float, _Correction]] = {}
 
     def to(self, eta: float) -> None:
         """See :class:`Moves`."""
-        for pending in pending_updates(self._optimizer):
-            target = _real(pending.param.data)
-            original = self._original(pending, target)
-            moved = _along(pending, original, eta)
-            correction = _Correction.of(original, _backwards(pending, moved, eta))
-            target.copy_(moved)
-            self._moved[id(pending.param)] = (eta, correction)
+        for key, pieces in self._blocks():
+            original = self._original(key, pieces)
+            moved = _along(pieces, original, eta)
+            correction = _Correction.of(original, _backwards(pieces, moved, eta))
+            pieces.param.copy_(moved)
+            self._moved[key] = (eta, correction)
 
     def back(self) -> None:
         """See :class:`Moves`."""
         if self._moved:
-            for pending in pending_updates(self._optimizer):
-                target = _real(pending.param.data)
-                target.copy_(self._original(pending, target))
-                self._moved.pop(id(pending.param), None)
+            for key, pieces in self._blocks():
+                pieces.param.copy_(self._original(key, pieces))
+                self._moved.pop(key, None)
 
-    def _original(self, pending: PendingUpdate, now: Tensor) -> Tensor:
-        if id(pending.param) not in self._moved:
-            return now.clone()
-        eta, correction = self._moved[id(pending.param)]
-        return correction.apply(_backwards(pending, now, eta))
+    def _blocks(self) -> Iterator[tuple[tuple[int, int], PendingUpdate]]:
+        """Some rows of each parameter, as real numbers, with those of its update."""
+        for pending in pending_updates(self._optimizer):
+            param, update = _real(pending.param.data), _real(pending.update)
+            for index, rows in enumerate(row_blocks(param.shape)):
+                yield (id(pending.param), index), pending._replace(param=param[rows], update=update[rows])
+
+    def _original(self, key: tuple[int, int], pieces: PendingUpdate) -> Tensor:
+        if key not in self._moved:
+            return pieces.param.clone()
+        eta, correction = self._moved[key]
+        return correction.apply(_backwards(pieces, pieces.param, eta))
 
     @property
     def extra_bytes(self) -> int:
@@ -161,14 +170,14 @@ def _along(pending: PendingUpdate, original: Tensor, eta: float) -> Tensor:
     """``original (1 - eta rate weight_decay) - eta rate update``, rounded to the parameter's precision."""
     wide = original.to(second_moment_dtype(original.dtype), copy=True)
     reach = eta * pending.rate
-    return wide.mul_(1 - reach * pending.weight_decay).sub_(_real(pending.update) * reach).to(original.dtype)
+    return wide.mul_(1 - reach * pending.weight_decay).sub_(pending.update * reach).to(original.dtype)
 
 
 def _backwards(pending: PendingUpdate, moved: Tensor, eta: float) -> Tensor:
     """Where ``moved`` came from, up to rounding."""
     wide = moved.to(second_moment_dtype(moved.dtype), copy=True)
     reach = eta * pending.rate
-    return wide.add_(_real(pending.update) * reach).div_(1 - reach * pending.weight_decay).to(moved.dtype)
+    return wide.add_(pending.update * reach).div_(1 - reach * pending.weight_decay).to(moved.dtype)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
