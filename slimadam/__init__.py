@@ -9,6 +9,9 @@ from slimadam.parts import Parts
 from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule
 from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
+from slimadam.sharpness.hessian import HessianSharpness, directional_sharpness, hessian_sharpness
+from slimadam.sharpness.regimes import Regime, regimes
+from slimadam.sharpness.thresholds import edge_of_stability
 from slimadam.snr import snr
 from slimadam.state import convert_state_dict
 
@@ -18,8 +21,10 @@ __all__ = [
     "AutoPlan",
     "CompressionPlan",
     "CriticalSharpness",
+    "HessianSharpness",
     "Parts",
     "PlanError",
+    "Regime",
     "Rule",
     "SNRHistory",
     "SNRRecorder",
@@ -27,7 +32,11 @@ __all__ = [
     "SlimAdam",
     "calibrate",
     "convert_state_dict",
+    "directional_sharpness",
+    "edge_of_stability",
     "every",
+    "hessian_sharpness",
     "paper_schedule",
+    "regimes",
     "snr",
 ]
