@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from slimadam import SlimAdam, edge_of_stability
 
 LR = 0.03
-STEPS = 3000
+STEPS = 1000
 ROOT = 0.5  # the frozen sqrt(v_hat), with eps = 0
 CASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "gradient descent": (torch.optim.SGD, {}),
@@ -57,9 +57,9 @@ def test_threshold_parts_convergence_from_divergence(name: str) -> None:
     kind, options = CASES[name]
     threshold = edge_of_stability(kind([nn.Parameter(torch.zeros(1))], lr=LR, **options))
     assert threshold is not None
-    # The root -1 moves by at least lr/2 (1 - b) of the change in curvature: 3,000 steps show a share of 3e-3.
-    assert _growth(kind, options, threshold * (1 - 3e-3)) < 0.5
-    assert _growth(kind, options, threshold * (1 + 3e-3)) > 2
+    # The root -1 moves by at least lr/2 (1 - b) of the change in curvature: 1,000 steps show a share of 1e-2.
+    assert _growth(kind, options, threshold * (1 - 1e-2)) < 0.5
+    assert _growth(kind, options, threshold * (1 + 1e-2)) > 2
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,13 @@ class UVModel(nn.Module):
 
     def forward(self) -> Tensor:
         """``f``, a scalar."""
-        return self.readout @ (self.weight @ self.example) / len(self.readout) ** 0.5
+        output: Tensor = self.readout @ (self.weight @ self.example) / len(self.readout) ** 0.5
+        return output
 
     def loss(self) -> Tensor:
         """``(f - y)**2 / 2``."""
-        return (self() - self.target).square() / 2
+        loss: Tensor = (self() - self.target).square() / 2
+        return loss
 
     @torch.no_grad()
     def hessian(self) -> Tensor:
@@ -58,7 +60,8 @@ class UVModel(nn.Module):
         output = readout @ (weight @ example) / root
         slope = torch.cat([torch.outer(readout, example).flatten(), weight @ example]) / root
         curvature = torch.zeros(len(slope), len(slope), dtype=torch.float64)
-        mixed = torch.block_diag(*(example[:, None] for _ in range(width))) / root
+        mixed = torch.kron(torch.eye(width, dtype=torch.float64), example[:, None]) / root
         curvature[: width * inputs, width * inputs :] = mixed
         curvature[width * inputs :, : width * inputs] = mixed.T
-        return torch.outer(slope, slope) + (output - self.target) * curvature
+        whole: Tensor = torch.outer(slope, slope) + (output - self.target) * curvature
+        return whole

@@ -43,14 +43,12 @@ def _scale(index: int, diagonal: Tensor, param: Tensor) -> Tensor:
     if not isinstance(diagonal, Tensor):
         raise TypeError(f"preconditioner[{index}]={shown(diagonal)} must be a tensor")
     try:
-        fits = torch.broadcast_shapes(diagonal.shape, param.shape) == param.shape
+        diagonal.expand_as(param)
     except RuntimeError:
-        fits = False
-    if not fits:
         raise ValueError(
             f"preconditioner[{index}] has shape {tuple(diagonal.shape)}; it must broadcast to the parameter's, "
             f"{tuple(param.shape)}"
-        )
+        ) from None
     if diagonal.is_complex() or not (diagonal.isfinite() & (diagonal > 0)).all():
         raise ValueError(
             f"preconditioner[{index}] has elements that are not positive numbers: an optimizer needs eps > 0 for "
@@ -73,7 +71,8 @@ def _of_optimizer(optimizer: Optimizer, params: Sequence[Tensor]) -> list[Tensor
 def _diagonal(group: dict[str, Any], moment: Tensor, step: Tensor | float) -> Tensor:
     """``sqrt(v / (1 - beta2**t)) + eps``."""
     correction = 1 - float(group["betas"][1]) ** float(step)
-    return (moment.to(second_moment_dtype(moment.dtype)) / correction).sqrt() + group["eps"]
+    diagonal: Tensor = (moment.to(second_moment_dtype(moment.dtype)) / correction).sqrt() + group["eps"]
+    return diagonal
 
 
 def _second_moments(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
