@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import readme_calibration
+from benchmarks import readme_calibration, readme_sharpness
 from benchmarks.machine import RESULTS
 from benchmarks.readme_calibration import origin
 
@@ -243,6 +243,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "momentum": momentum,
     "torch_properties": torch_properties,
     **readme_calibration.SECTIONS,
+    **readme_sharpness.SECTIONS,
 }
 
 

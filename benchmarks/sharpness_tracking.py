@@ -45,37 +45,62 @@ def study(quick: bool) -> dict[str, Any]:
         "gradient descent": rows_of(lambda params: torch.optim.SGD(params, lr=0.4), False, steps, every),
         "Adam": rows_of(lambda params: torch.optim.Adam(params, lr=1e-3, betas=(0.9, 0.99)), True, steps, every),
     }
-    found = {name: agreement([row for row in rows if row["status"] == "found"]) for name, rows in runs.items()}
+    found = {name: summary(rows) for name, rows in runs.items()}
     worst = max(quadratic_errors(1 if quick else 10))
-    findings = {}
-    for name, one in found.items():
-        findings[f"{name}: critical tracks directional sharpness (correlation {CLOSELY:g}, factor {FACTOR:g})"] = (
-            one["correlation_with_directional"] >= CLOSELY and 1 / FACTOR <= one["median_of_directional"] <= FACTOR
-        )
-        findings[f"{name}: critical tracks Hessian sharpness all along (correlation {CLOSELY:g})"] = (
-            one["correlation_with_hessian"] >= CLOSELY
-        )
-    at_edge = median_of(row["critical"] / row["hessian"] for row in runs["gradient descent"] if row["hessian"] >= EDGE)
-    findings[f"gradient descent: at the edge of stability they agree (factor {FACTOR:g})"] = (
-        1 / FACTOR <= at_edge <= FACTOR
-    )
     return {
         "runs": runs,
         "agreement": found,
-        "gradient_descent_at_the_edge": at_edge,
-        "table": [
-            f"{name}: critical over directional {one['median_of_directional']:.3f} at the median, correlation "
-            f"{one['correlation_with_directional']:.3f}; over Hessian {one['median_of_hessian']:.3f}, "
-            f"{one['correlation_with_hessian']:.3f}; {one['forward_passes']:.1f} forward passes"
-            for name, one in found.items()
-        ],
+        "table": [line for name, one in found.items() for line in _lines(name, one)],
         "worst_error_on_quadratics": worst,
-        "findings": findings,
+        "findings": {finding: held for name, one in found.items() for finding, held in findings(name, one).items()},
         "bars": {
             f"worst error of critical sharpness on quadratics {worst:.2%}, below {LARGEST_ERROR:.0%}":
             worst < LARGEST_ERROR
         },
     }  # fmt: skip
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Agreement over the whole run, before the Hessian's sharpness first comes to its threshold, and from there on."""
+    reached = next((row["step"] for row in rows if row["hessian"] >= EDGE), math.inf)
+    found = [row for row in rows if row["status"] == "found"]
+    return {
+        "all": agreement(found),
+        "before the edge": agreement([row for row in found if row["step"] < reached]),
+        "at the edge": agreement([row for row in found if row["step"] >= reached]),
+    }
+
+
+def findings(name: str, found: dict[str, dict[str, float]]) -> dict[str, bool]:
+    """Where critical sharpness tracks the others."""
+    whole = found["all"]
+    held = {
+        f"{name}: critical tracks directional sharpness (correlation {CLOSELY:g})":
+        whole.get("correlation_with_directional", math.nan) >= CLOSELY,
+        f"{name}: critical tracks Hessian sharpness (correlation {CLOSELY:g})":
+        whole.get("correlation_with_hessian", math.nan) >= CLOSELY,
+    }  # fmt: skip
+    for stretch in ("before the edge", "at the edge"):
+        for other in ("directional", "hessian"):
+            ratio = found[stretch].get(f"median_of_{other}", math.nan)
+            what = f"{name}: {stretch} of stability critical is {other} sharpness at the median (factor {FACTOR:g})"
+            held[what] = 1 / FACTOR <= ratio <= FACTOR
+    return held
+
+
+def _lines(name: str, found: dict[str, dict[str, float]]) -> list[str]:
+    whole = found["all"]
+    positive = f"{whole.get('positive_directional', 0)} of {whole['measurements']} measurements"
+    lines = [
+        f"{name}: {whole['forward_passes']:.1f} forward passes; the directional one is positive, and compared, at "
+        f"{positive}"
+    ]
+    for other in ("directional", "hessian"):
+        ratios = ", ".join(f"{one.get(f'median_of_{other}', math.nan):.2f} {stretch.replace('all', 'in all')}"
+                           for stretch, one in found.items())  # fmt: skip
+        correlation = whole.get(f"correlation_with_{other}", math.nan)
+        lines.append(f"{name}: critical over {other} at the median {ratios}; correlation {correlation:.3f}")
+    return lines
 
 
 def rows_of(
@@ -111,14 +136,15 @@ def rows_of(
 
 
 def agreement(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Correlations of logarithms, and median ratios of the critical sharpness to the others that were measured."""
+    """Correlations of logarithms and median ratios of the critical sharpness to the others, where they are positive."""
     found: dict[str, float] = {
         "measurements": len(rows),
         "forward_passes": fmean(row["forward_passes"] for row in rows) if rows else math.nan,
     }
     for other in ("directional", "hessian"):
         pairs = [(row["critical"], row[other]) for row in rows if row.get(other, math.nan) > 0]
-        if pairs:
+        if len(pairs) > 1:
+            found[f"positive_{other}"] = len(pairs)
             found[f"correlation_with_{other}"] = float(np.corrcoef(np.log(np.array(pairs)).T)[0, 1])
             found[f"median_of_{other}"] = median_of(one / two for one, two in pairs)
     return found
