@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 import slimadam
 from benchmarks.workloads.uv_model import UVModel
@@ -331,6 +332,16 @@ def _flash(theta: Tensor) -> Tensor:
         return nn.functional.scaled_dot_product_attention(heads, heads, heads).pow(2).sum()
 
 
+def _checkpointed(theta: Tensor, use_reentrant: bool) -> Tensor:
+    inputs = torch.ones(4, requires_grad=True)
+    return checkpoint(lambda x: (x * theta).pow(2).sum(), inputs, use_reentrant=use_reentrant)
+
+
+def test_checkpointing_that_is_not_reentrant_changes_nothing() -> None:
+    theta = nn.Parameter(torch.arange(4.0))
+    assert hessian_sharpness([theta], _checkpointed(theta, use_reentrant=False)) == pytest.approx(2)
+
+
 @pytest.mark.parametrize(
     ("make_loss", "error", "message"),
     [
@@ -338,7 +349,9 @@ def _flash(theta: Tensor) -> Tensor:
         (lambda theta: theta * 2, ValueError, r"loss has shape \(4,\).*one real number"),
         (lambda theta: theta.sum().detach(), ValueError, r"loss has no graph; compute it outside torch.no_grad"),
         (_freed, RuntimeError, r"the graph of the loss is freed; .*retain_graph=True"),
-        (_flash, RuntimeError, r"flash attention has no second derivative; .*SDPBackend.MATH"),
+        (_flash, RuntimeError, r"fused attention has no second derivative; .*SDPBackend.MATH"),
+        (lambda theta: _checkpointed(theta, use_reentrant=True), RuntimeError, r"use_reentrant=False"),
+        (lambda theta: torch.ones(1, requires_grad=True).sum(), ValueError, r"depends on none of the parameters"),
         (lambda theta: _Once.apply(theta).pow(2).sum(), RuntimeError, r"once_differentiable"),
     ],
 )

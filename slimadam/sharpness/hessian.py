@@ -28,12 +28,8 @@ _REMEDIES = {
     "backward through the graph a second time": (
         "the graph of the loss is freed; compute the loss again, or call loss.backward(retain_graph=True)"
     ),
-    "flash_attention": (
-        "flash attention has no second derivative; compute the loss under "
-        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
-    ),
-    "efficient_attention": (
-        "memory-efficient attention has no second derivative; compute the loss under "
+    "_attention": (
+        "fused attention has no second derivative; compute the loss under "
         "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
     ),
     "CuDNN RNN": (
@@ -43,12 +39,21 @@ _REMEDIES = {
     "aot_autograd": (
         "a compiled model has no second derivative; compute the loss with the model as it was before torch.compile"
     ),
-    "Checkpointing is not compatible": (
-        "reentrant activation checkpointing has no second derivative; checkpoint with use_reentrant=False"
-    ),
     "is not implemented": "an operation in the loss has no second derivative; compute the loss without it",
 }
 """What autograd's errors contain, and what to do about them; the first that fits counts."""
+
+_HIDING = {
+    "torch::autograd::Error": (
+        "a custom autograd function in the loss is marked once_differentiable: it has no second derivative; "
+        "compute the loss without it"
+    ),
+    "CheckpointFunctionBackward": (
+        "reentrant activation checkpointing hides parameters from second derivatives; checkpoint with "
+        "use_reentrant=False"
+    ),
+}
+"""Nodes of a graph that hide what lies behind them, and what to do."""
 
 
 class HessianSharpness(float):
@@ -230,26 +235,27 @@ def _scipy_linalg() -> Any:
 
 
 def _gradients(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
+    _refuse_hidden([loss])
     with _explained():
-        grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
-    _refuse_once_differentiable(grads)
-    return grads
+        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError("loss depends on none of the parameters; compute it with the model that holds them")
+    found = [torch.zeros_like(param) if grad is None else grad for grad, param in zip(grads, params, strict=True)]
+    _refuse_hidden(found)
+    return found
 
 
-def _refuse_once_differentiable(grads: Iterable[Tensor]) -> None:
-    """Refuse what autograd takes for a constant: functions marked so end the graph in a node that it never visits."""
-    waiting = [grad.grad_fn for grad in grads]
+def _refuse_hidden(roots: Iterable[Tensor]) -> None:
+    """Refuse graphs with nodes behind which autograd sees constants without a word."""
+    waiting = [root.grad_fn for root in roots]
     seen = set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError(
-                "a custom autograd function in the loss is marked once_differentiable: it has no second derivative; "
-                "compute the loss without it"
-            )
+        if node.name() in _HIDING:
+            raise RuntimeError(_HIDING[node.name()])
         waiting += [following for following, _ in node.next_functions]
 
 
