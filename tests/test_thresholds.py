@@ -26,8 +26,8 @@ CASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "Adam": (torch.optim.Adam, {"betas": (0.8, 1 - 1e-12)}),
     "Adam without momentum": (torch.optim.Adam, {"betas": (0.0, 1 - 1e-12)}),
     "AdamW": (torch.optim.AdamW, {"betas": (0.8, 1 - 1e-12), "weight_decay": 0.0}),
-    "AdamW, decay": (torch.optim.AdamW, {"betas": (0.8, 1 - 1e-12), "weight_decay": 3.0}),
-    "SlimAdam, decay": (SlimAdam, {"betas": (0.8, 1 - 1e-12), "weight_decay": 3.0, "plan": None}),
+    "AdamW, decay": (torch.optim.AdamW, {"betas": (0.8, 1 - 1e-12), "weight_decay": 0.3}),
+    "SlimAdam, decay": (SlimAdam, {"betas": (0.8, 1 - 1e-12), "weight_decay": 0.3, "plan": None}),
 }
 
 
@@ -68,7 +68,7 @@ def test_threshold_parts_convergence_from_divergence(name: str) -> None:
         (torch.optim.SGD, {"lr": 0.1}, 20.0),
         (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 38.0),
         (torch.optim.Adam, {"lr": 0.1, "weight_decay": 0.3}, 380.0),
-        (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.3}, 380 - 19 * 0.3),
+        (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.3}, 380 - 0.3),
         (torch.optim.AdamW, {"lr": torch.tensor(0.1), "weight_decay": 0.0}, 380.0),
         (torch.optim.SGD, {"lr": 0.0}, math.inf),
         (torch.optim.Adam, {"lr": 0.0}, math.inf),

@@ -19,6 +19,7 @@ from slimadam.sharpness.directions import reference_lr, unwrapped
 from slimadam.sharpness.line import Closure, LineProbe
 from slimadam.sharpness.moves import Memory
 from slimadam.sharpness.search import Crossing, Search, Status
+from slimadam.sharpness.thresholds import edge_of_stability
 
 # Differences of a loss below some units in its last place are rounding.
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
@@ -39,8 +40,9 @@ class SharpnessMeasurement:
         bracket: ``(lower, upper)``: the loss does not rise at ``lower``, and rises at ``upper``.
         forward_passes: Calls of the closure.
         loss: At the parameters.
-        threshold: Where the edge of stability lies at the present learning rate, see
-            :func:`~slimadam.sharpness.thresholds.edge_of_stability`; None: no formula for this optimizer.
+        threshold: Where the edge of stability lies for the Hessian's sharpness at the present learning rate, see
+            :func:`~slimadam.edge_of_stability`; None: no formula for this optimizer. ``sharpness`` itself compares with
+            ``2 / lr``: above it the next step raises the loss.
         lr: The present learning rate, the largest of all groups.
         status: ``"found"``. ``"noisy"``: found as closely as a closure that does not repeat itself allows.
             ``"no increase"``: up to the largest rate that was allowed, or can be expressed. ``"no descent"``: the
@@ -150,6 +152,11 @@ class CriticalSharpness:
             self._last[task] = measured.critical_lr
         return measured
 
+    @property
+    def extra_bytes(self) -> int:
+        """While measuring, seen from the closure: bytes held beside the model and its optimizer."""
+        return self._line.extra_bytes
+
     def _sign(self) -> int:
         flags = {bool(group.get("maximize", False)) for group in self.optimizer.param_groups}
         if len(flags) > 1:
@@ -195,7 +202,7 @@ class CriticalSharpness:
             bracket=(crossing.lower, crossing.upper),
             forward_passes=evaluations.done,
             loss=evaluations.base,
-            threshold=None,
+            threshold=edge_of_stability(self.optimizer),
             lr=lr,
             status=crossing.status,
             noise=evaluations.noise,

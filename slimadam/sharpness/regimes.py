@@ -62,9 +62,9 @@ def regimes(
 
     Args:
         trace: Measurements in the order of steps: tuples ``(step, sharpness)`` or ``(step, sharpness, threshold)``, or
-            mappings or objects with these names, such as rows of a log. The threshold is that of the same measure:
-            ``2 / lr`` for the critical and the directional sharpness, :func:`~slimadam.edge_of_stability` for the
-            Hessian's.
+            mappings or objects with these names. The threshold is that of the same measure: ``2 / lr`` for the
+            critical and the directional sharpness, :func:`~slimadam.edge_of_stability` for the Hessian's. Rows of a
+            :class:`~slimadam.SharpnessLogger`, which have ``critical_lr`` and ``lr``, are taken against ``2 / lr``.
         window: Measurements in a running median, even, so that it removes an oscillation of period two; default: a
             thirtieth of them, at least 4.
         change: Factor by which the sharpness must fall or rise to count; more where it is noisy.
@@ -180,18 +180,32 @@ def _columns(trace: Iterable[Any]) -> tuple[Floats, Floats, Floats]:
 
 def _row(index: int, row: Any) -> tuple[float, float, float]:
     try:
-        if isinstance(row, Mapping):
-            step, sharpness, threshold = row["step"], row["sharpness"], row.get("threshold")
-        elif isinstance(row, (tuple, list)) and not hasattr(row, "sharpness"):
+        if isinstance(row, (tuple, list)) and not hasattr(row, "sharpness"):
             step, sharpness, threshold = (*row, None)[:3]
         else:
-            step, sharpness, threshold = row.step, row.sharpness, getattr(row, "threshold", None)
+            values = row if isinstance(row, Mapping) else _Attributes(row)
+            step, sharpness, threshold = values["step"], values["sharpness"], values.get("threshold")
+            if values.get("critical_lr") is not None and values.get("lr"):
+                threshold = 2 / float(values["lr"])
         return float(step), float(sharpness), math.inf if threshold is None else float(threshold)
     except (KeyError, AttributeError, ValueError, TypeError) as error:
         raise TypeError(
             f"trace[{index}]={shown(row)} must be (step, sharpness) or (step, sharpness, threshold), or have these "
             "as keys or attributes"
         ) from error
+
+
+class _Attributes:
+    """An object's attributes as those of a mapping."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._owner, name)
+
+    def get(self, name: str) -> Any:
+        return getattr(self._owner, name, None)
 
 
 def _check_options(window: int | None, change: float, margin: float) -> None:
