@@ -194,7 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for bar, is_met in bars.items():
         print(f"{'met   ' if is_met else 'MISSED'} {bar}")
-    figures = {"memory": list(map(asdict, in_memory)), "time": list(map(asdict, in_time)), "bars": bars}
+    figures = {
+        "steps": settings.steps,
+        "memory": list(map(asdict, in_memory)),
+        "time": list(map(asdict, in_time)),
+        "bars": bars,
+    }
     print(f"written to {machine.write('sharpness_cost', figures, options.out)}")
     return 0 if options.quick or all(bars.values()) else 1
 
