@@ -14,7 +14,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from benchmarks import sharpness, sharpness_schedule, sharpness_uv
+from benchmarks import sharpness, sharpness_cost, sharpness_schedule, sharpness_uv
 from benchmarks.machine import RESULTS
 
 
@@ -83,3 +83,14 @@ def test_rank_correlation() -> None:
 
 def test_rounded_goes_all_through() -> None:
     assert sharpness.rounded({"a": [1.23456789, (math.nan, 2)], "b": True}) == {"a": [1.23457, [None, 2]], "b": True}
+
+
+def test_cost_of_a_measurement(tmp_path: Path) -> None:
+    assert sharpness_cost.main(["--quick", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "sharpness_cost.json").read_text())
+    kept = {(row["optimizer"], row["memory"]): row["kept"] for row in result["memory"]}
+    for optimizer in sorted({optimizer for optimizer, _ in kept}):
+        assert kept[optimizer, "copy"] == 8
+        assert kept[optimizer, "offload"] == 4
+        assert 1 <= kept[optimizer, "lean"] <= 1.1
+    assert all(row["forward_passes"] <= 6.5 for row in result["time"])
