@@ -14,15 +14,18 @@ from slimadam.sharpness.regimes import Regime, regimes
 from slimadam.sharpness.thresholds import edge_of_stability
 from slimadam.snr import snr
 from slimadam.state import convert_state_dict
+from slimadam.warmup import CatapultWarmup, PersistentCatapultWarmup, critical_lr
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoPlan",
+    "CatapultWarmup",
     "CompressionPlan",
     "CriticalSharpness",
     "HessianSharpness",
     "Parts",
+    "PersistentCatapultWarmup",
     "PlanError",
     "Regime",
     "Rule",
@@ -32,6 +35,7 @@ __all__ = [
     "SlimAdam",
     "calibrate",
     "convert_state_dict",
+    "critical_lr",
     "directional_sharpness",
     "edge_of_stability",
     "every",

@@ -1,0 +1,486 @@
+"""The critical learning rate, and the schedulers that start from it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LRScheduler,
+    SequentialLR,
+)
+
+from slimadam import CatapultWarmup, PersistentCatapultWarmup, SlimAdam, critical_lr
+
+TARGET = 1e-2
+
+
+def optimizer_of(*rates: float | Tensor, kind: Callable[..., Optimizer] = SGD) -> Optimizer:
+    groups = [{"params": [torch.ones(2, requires_grad=True)], "lr": lr} for lr in rates]
+    return kind(groups)
+
+
+def rates_of(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def follow(optimizer: Optimizer, scheduler: Any, steps: int) -> list[list[float]]:
+    """The rates of the groups at each of so many optimizer steps."""
+    found = []
+    for _ in range(steps):
+        found.append(rates_of(optimizer))
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+# -- critical_lr -------------------------------------------------------------------------------------------------------
+
+
+def quadratic(curvatures: list[float], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Callable[[], Tensor]]:
+    param = torch.linspace(1, 2, len(curvatures), dtype=dtype).requires_grad_()
+    weights = torch.tensor(curvatures, dtype=dtype)
+    return param, lambda: (weights * param**2).sum() / 2
+
+
+def test_on_a_quadratic_it_is_two_over_the_directional_sharpness() -> None:
+    param, loss = quadratic([0.1, 3.0, 50.0])
+    optimizer = SGD([param], lr=1e-3, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    loss().backward()
+    direction = 0.9 * optimizer.state[param]["momentum_buffer"] + param.grad
+    curvature = direction @ (torch.tensor([0.1, 3.0, 50.0], dtype=torch.float64) * direction)
+    expected = 2 * (direction @ param.grad / curvature).item()
+    before = param.detach().clone()
+    for start in (1e-6, 1.0, 1e3):
+        assert critical_lr(optimizer, loss, start=start) == pytest.approx(expected, rel=1 / 31)
+    assert torch.equal(param, before)
+    assert critical_lr(optimizer, loss, max_lr=expected / 2) == expected / 2
+    assert critical_lr(optimizer, loss, max_lr=expected * 8) == pytest.approx(expected, rel=1 / 31)
+
+
+def test_other_groups_keep_their_ratio_to_the_largest_rate() -> None:
+    params = [torch.ones((), dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    optimizer = SGD([{"params": [params[0]], "lr": 0.01}, {"params": [params[1]], "lr": 0.001}])
+
+    def loss() -> Tensor:
+        return (params[0] ** 2 + 100 * params[1] ** 2) / 2
+
+    loss().backward()
+    # Along D = (1, 0.1 * 100): slope 1 + 10 * 100, curvature 1 + 100 * 100.
+    assert critical_lr(optimizer, loss) == pytest.approx(2 * 1001 / 10001, rel=1 / 31)
+
+
+def test_a_loss_that_never_rises() -> None:
+    param = torch.ones(3, requires_grad=True)
+    optimizer = SGD([param], lr=0.1)
+    param.sum().backward()
+    assert critical_lr(optimizer, lambda: param.sum(), max_lr=0.5) == 0.5
+    assert critical_lr(optimizer, lambda: param.sum().clamp_min(-1e30)) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [(lambda p: -p.sum(), "does not fall at any rate"), (lambda p: p.sum() * math.nan, "the loss is nan")],
+)
+def test_where_there_is_none_it_says_why(loss: Callable[[Tensor], Tensor], message: str) -> None:
+    param = torch.ones(3, requires_grad=True)
+    optimizer = SGD([param], lr=0.1)
+    param.sum().backward()
+    with pytest.raises(RuntimeError, match=message):
+        critical_lr(optimizer, lambda: loss(param))
+
+
+# -- CatapultWarmup ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.07, 0.1, 0.25, 0.3, 0.5, 0.999])
+@pytest.mark.parametrize("warmup_steps", [1, 7, 10, 300])
+def test_plain_warmups_slope_from_the_critical_rate(warmup_steps: int, share: float) -> None:
+    optimizer = optimizer_of(TARGET)
+    warmup = CatapultWarmup(optimizer, warmup_steps, critical_lr=TARGET * share)
+    rates = [rate for (rate,) in follow(optimizer, warmup, warmup_steps + 3)]
+    # Exactly: share and warmup_steps are decimals, so the whole steps saved are known without rounding.
+    saved = round(share * 10_000) * warmup_steps // 10_000
+    assert warmup.steps == warmup_steps - saved
+    expected = [TARGET * (share + step / warmup_steps) for step in range(warmup.steps)]
+    assert rates[: warmup.steps] == pytest.approx(expected, rel=1e-14)
+    assert all(rate < TARGET for rate in rates[: warmup.steps])
+    assert rates[warmup.steps :] == [TARGET] * (saved + 3)
+    plain = optimizer_of(TARGET)
+    linear = LambdaLR(plain, lambda step: min(1, step / warmup_steps))
+    reached = [rate for (rate,) in follow(plain, linear, warmup_steps + 3)].index(TARGET)
+    assert reached - rates.index(TARGET) == saved
+
+
+@pytest.mark.parametrize("critical", [TARGET, 1.0, 1e30])
+def test_no_warmup_where_the_target_is_not_critical(critical: float) -> None:
+    optimizer = optimizer_of(TARGET)
+    warmup = CatapultWarmup(optimizer, 10, critical_lr=critical)
+    assert warmup.steps == 0
+    assert follow(optimizer, warmup, 3) == [[TARGET]] * 3
+
+
+def test_groups_keep_their_ratio_to_the_largest_target() -> None:
+    optimizer = optimizer_of(1e-3, TARGET, 0.0)
+    found = follow(optimizer, CatapultWarmup(optimizer, 10, critical_lr=2e-3), 10)
+    for step, rates in enumerate(found):
+        factor = min(1, 0.2 + step / 10)
+        assert rates == pytest.approx([1e-3 * factor, TARGET * factor, 0], rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensor_rates_are_changed_in_place(dtype: torch.dtype) -> None:
+    lr = torch.tensor(TARGET, dtype=dtype)
+    optimizer = SlimAdam([torch.ones(2, requires_grad=True)], lr=lr, plan=None)
+    warmup = CatapultWarmup(optimizer, 10, critical_lr=TARGET / 4)
+    assert optimizer.param_groups[0]["lr"] is lr
+    found = follow(optimizer, warmup, 20)
+    assert optimizer.param_groups[0]["lr"] is lr
+    eps = torch.finfo(dtype).eps
+    assert [rate for (rate,) in found] == pytest.approx(
+        [TARGET * min(1, 0.25 + k / 10) for k in range(20)], rel=2 * eps
+    )
+    assert found[8:] == [[torch.tensor(TARGET, dtype=dtype).item()]] * 12
+
+
+def cosine(step: int, steps: int) -> float:
+    return TARGET * (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_followed_by_a_cosine(tensor_lr: bool) -> None:
+    optimizer = optimizer_of(torch.tensor(TARGET, dtype=torch.float64) if tensor_lr else TARGET)
+    warmup = CatapultWarmup(optimizer, 20, critical_lr=TARGET / 4)
+    scheduler = SequentialLR(optimizer, [warmup, CosineAnnealingLR(optimizer, 30)], [warmup.steps])
+    found = [rate for (rate,) in follow(optimizer, scheduler, 40)]
+    expected = [TARGET * (0.25 + k / 20) for k in range(15)] + [cosine(k, 30) for k in range(25)]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_follows_another_schedule() -> None:
+    optimizer = optimizer_of(TARGET)
+    frozen = LambdaLR(optimizer, lambda step: 1e-3)
+    warmup = CatapultWarmup(optimizer, 10, critical_lr=TARGET / 2)
+    found = follow(optimizer, SequentialLR(optimizer, [frozen, warmup], [3]), 12)
+    expected = [TARGET * 1e-3] * 3 + [TARGET * min(1, 0.5 + k / 10) for k in range(9)]
+    assert [rate for (rate,) in found] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup_first", [False, True])
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_chained_with_a_decay_the_rates_are_the_product(warmup_first: bool, tensor_lr: bool) -> None:
+    optimizer = optimizer_of(torch.tensor(TARGET, dtype=torch.float64) if tensor_lr else TARGET)
+
+    def warm() -> LRScheduler:
+        return CatapultWarmup(optimizer, 10, critical_lr=TARGET / 5)
+
+    def decay() -> LRScheduler:
+        return ExponentialLR(optimizer, 0.9)
+
+    order = [warm, decay] if warmup_first else [decay, warm]
+    found = follow(optimizer, ChainedScheduler([make() for make in order]), 20)
+    expected = [TARGET * 0.9**k * min(1, 0.2 + k / 10) for k in range(20)]
+    assert [rate for (rate,) in found] == pytest.approx(expected, rel=1e-12)
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 8, 30])
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_resumes_mid_warmup(stop: int, tensor_lr: bool) -> None:
+    def build() -> tuple[Optimizer, LRScheduler]:
+        optimizer = optimizer_of(torch.tensor(TARGET) if tensor_lr else TARGET, 1e-3)
+        warmup = CatapultWarmup(optimizer, 10, critical_lr=TARGET / 5)
+        return optimizer, SequentialLR(optimizer, [warmup, CosineAnnealingLR(optimizer, 30)], [warmup.steps])
+
+    expected = follow(*build(), 40)
+    optimizer, scheduler = build()
+    assert follow(optimizer, scheduler, stop) == expected[:stop]
+    saved = through_a_file({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+    optimizer, scheduler = build()
+    optimizer.load_state_dict(saved["optimizer"])
+    scheduler.load_state_dict(saved["scheduler"])
+    assert follow(optimizer, scheduler, 40 - stop) == expected[stop:]
+
+
+def test_resumes_with_other_arguments_as_it_was_saved() -> None:
+    optimizer = optimizer_of(TARGET)
+    saved = CatapultWarmup(optimizer, 10, critical_lr=TARGET / 5).state_dict()
+    assert "optimizer" not in saved
+    resumed = CatapultWarmup(optimizer, 99, critical_lr=TARGET / 9)
+    resumed.load_state_dict(saved)
+    assert (resumed.steps, resumed.warmup_steps, resumed.critical_lr) == (8, 10, TARGET / 5)
+
+
+def test_built_to_go_on_after_the_last_step() -> None:
+    optimizer = optimizer_of(TARGET)
+    follow(optimizer, CatapultWarmup(optimizer, 10, critical_lr=TARGET / 5), 4)
+    later = CatapultWarmup(optimizer, 10, critical_lr=TARGET / 5, last_epoch=3)
+    assert later.last_epoch == 4
+    assert rates_of(optimizer) == [pytest.approx(TARGET * 0.6, rel=1e-14)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 1e-3), ValueError, "warmup_steps=0 must be at least 1"),
+        ((-3, 1e-3), ValueError, "warmup_steps=-3"),
+        ((2.5, 1e-3), TypeError, "warmup_steps=2.5 must be a whole number"),
+        ((True, 1e-3), TypeError, "warmup_steps=True"),
+        ((10, 0.0), ValueError, "critical_lr=0.0 must be a finite number above 0"),
+        ((10, -1e-3), ValueError, "critical_lr=-0.001"),
+        ((10, math.nan), ValueError, "critical_lr=nan"),
+        ((10, math.inf), ValueError, "critical_lr=inf"),
+        ((10, "1e-3"), TypeError, "critical_lr='1e-3' must be a number"),
+        ((10, None), TypeError, "critical_lr=None"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_changes(
+    arguments: tuple[Any, Any], error: type[Exception], message: str
+) -> None:
+    optimizer = optimizer_of(TARGET)
+    with pytest.raises(error, match=message):
+        CatapultWarmup(optimizer, *arguments)
+    assert rates_of(optimizer) == [TARGET]
+    assert "initial_lr" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("kind", [CatapultWarmup, PersistentCatapultWarmup])
+def test_what_cannot_be_warmed_up_is_refused(kind: type[LRScheduler]) -> None:
+    arguments: Any = {"warmup_steps": 10, "critical_lr": 1.0} if kind is CatapultWarmup else {"closure": lambda: 0.0}
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, not list"):
+        kind([], **arguments)
+    with pytest.raises(ValueError, match="every group's lr is 0"):
+        kind(optimizer_of(0.0), **arguments)
+
+
+# -- PersistentCatapultWarmup ------------------------------------------------------------------------------------------
+
+
+class Regression:
+    """A small network on fixed batches; counts how often its loss is evaluated without gradients."""
+
+    def __init__(self, lr: float, kind: Callable[..., Optimizer] = SGD, **options: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+        with torch.no_grad():
+            for param in self.model.parameters():
+                param.copy_(torch.randn(param.shape, generator=generator, dtype=torch.float64))
+        self.optimizer = kind(self.model.parameters(), lr=lr, **options)
+        self.inputs = torch.randn(500, 8, 4, generator=generator, dtype=torch.float64)
+        self.at = 0
+        self.evaluations = 0
+
+    def loss(self) -> Tensor:
+        self.evaluations += not torch.is_grad_enabled()
+        batch = self.inputs[self.at]
+        return (self.model(batch).squeeze(1) - batch.sum(1)).square().mean()
+
+    def backward(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+
+    def train(self, warmup: LRScheduler, steps: int) -> Iterator[float]:
+        for _ in range(steps):
+            self.backward()
+            self.optimizer.step()
+            yield rates_of(self.optimizer)[0]
+            warmup.step()
+            self.at += 1
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW, SlimAdam])
+def test_each_step_is_taken_with_the_critical_rate_of_its_batch(kind: Callable[..., Optimizer]) -> None:
+    task = Regression(100.0, kind)
+    task.backward()
+    first = critical_lr(task.optimizer, task.loss, start=1e-6)
+    warmup = PersistentCatapultWarmup(task.optimizer, task.loss, max_growth=math.inf)
+    assert rates_of(task.optimizer) == [1e-6]
+    rates = list(task.train(warmup, 1))
+    assert rates == [pytest.approx(first, rel=1 / 15)]
+    for _ in range(5):
+        task.backward()
+        critical = critical_lr(task.optimizer, task.loss, start=rates[-1])
+        task.optimizer.step()
+        assert rates_of(task.optimizer)[0] == pytest.approx(max(rates[-1], critical), rel=1 / 15)
+        assert warmup.get_last_lr() == rates_of(task.optimizer) == [warmup.rate]
+        rates += rates_of(task.optimizer)
+        warmup.step()
+        task.at += 1
+    assert rates == sorted(rates)
+
+
+def test_the_target_ends_it_for_good() -> None:
+    task = Regression(0.25)
+    warmup = PersistentCatapultWarmup(task.optimizer, task.loss, start=1e-9, max_growth=1.1)
+    rates = list(task.train(warmup, 40))
+    assert rates[10] < 0.25 == rates[-1]
+    assert warmup.finished
+    assert not any(task.optimizer._optimizer_step_pre_hooks)
+    evaluations = task.evaluations
+    assert list(task.train(warmup, 5)) == [0.25] * 5
+    assert task.evaluations == evaluations
+    task.optimizer.param_groups[0]["lr"] = 0.1  # whatever follows has the rate to itself
+    assert list(task.train(warmup, 2)) == [0.1] * 2
+
+
+def test_growth_between_measurements_is_limited() -> None:
+    task = Regression(1e6, AdamW)
+    warmup = PersistentCatapultWarmup(task.optimizer, task.loss, max_growth=1.01)
+    rates = list(task.train(warmup, 12))
+    growth = [after / before for before, after in itertools.pairwise(rates)]
+    assert max(growth) == pytest.approx(1.01, rel=1e-12)
+    assert min(growth) >= 1
+
+
+def test_measures_at_intervals() -> None:
+    task = Regression(1e6)
+    warmup = PersistentCatapultWarmup(task.optimizer, task.loss, interval=3)
+    measured = []
+    for _ in task.train(warmup, 8):
+        measured.append(task.evaluations)
+    changes = [index for index in range(8) if measured[index] != (measured[index - 1] if index else 0)]
+    assert changes == [0, 3, 6]
+
+
+def test_a_batch_whose_loss_cannot_fall_leaves_the_rate() -> None:
+    param = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = SGD([param], lr=1.0)
+    falls = True
+    warmup = PersistentCatapultWarmup(optimizer, lambda: 2 * param.square().sum() if falls else -param.sum())
+    param.grad = 4 * param.detach()
+    optimizer.step()
+    warmup.step()
+    rate = warmup.rate
+    assert rate == pytest.approx(0.5, rel=1 / 31)
+    falls = False
+    param.detach().fill_(1.0)
+    param.grad = 4 * param.detach()
+    optimizer.step()
+    assert (warmup.rate, warmup.finished) == (rate, False)
+
+
+def test_groups_keep_their_ratios_and_tensor_rates_their_identity() -> None:
+    params = [torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    lr = torch.tensor(10.0, dtype=torch.float64)
+    optimizer = AdamW([{"params": [params[0]], "lr": lr}, {"params": [params[1]], "lr": 1.0}], weight_decay=0.0)
+
+    def loss() -> Tensor:
+        return params[0].square().sum() + params[1].square().sum()
+
+    warmup = PersistentCatapultWarmup(optimizer, loss)
+    loss().backward()
+    optimizer.step()
+    # D = (1, 0.1): the loss 2 ((1 - eta)**2 + (1 - eta / 10)**2) is back at 4 where eta = 2 * 1.1 / 1.01.
+    assert warmup.rate == pytest.approx(2.2 / 1.01, rel=1 / 31)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert rates_of(optimizer) == pytest.approx([warmup.rate, warmup.rate / 10], rel=1e-12)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 45])
+def test_persistent_warmup_resumes(stop: int) -> None:
+    def build() -> tuple[Regression, PersistentCatapultWarmup]:
+        task = Regression(0.25)
+        return task, PersistentCatapultWarmup(task.optimizer, task.loss, max_growth=1.1, interval=2)
+
+    task, warmup = build()
+    expected = list(task.train(warmup, 50))
+    assert warmup.finished
+    task, warmup = build()
+    assert list(task.train(warmup, stop)) == expected[:stop]
+    saved = through_a_file(
+        {"model": task.model.state_dict(), "optimizer": task.optimizer.state_dict(), "warmup": warmup.state_dict()}
+    )
+    task, warmup = build()
+    task.model.load_state_dict(saved["model"])
+    task.optimizer.load_state_dict(saved["optimizer"])
+    warmup.load_state_dict(saved["warmup"])
+    task.at = stop
+    assert list(task.train(warmup, 50 - stop)) == expected[stop:]
+
+
+def test_the_next_schedule_takes_over_when_finished() -> None:
+    task = Regression(0.2)
+    decay = CosineAnnealingLR(task.optimizer, 10)
+    warmup = PersistentCatapultWarmup(task.optimizer, task.loss)
+    rates = []
+    for _ in range(60):
+        task.backward()
+        task.optimizer.step()
+        rates.append(rates_of(task.optimizer)[0])
+        (decay if warmup.finished else warmup).step()
+        if decay.last_epoch == 10:
+            break
+    assert rates[-10:] == pytest.approx([0.1 * (1 + math.cos(math.pi * k / 10)) for k in range(10)], rel=1e-9)
+
+
+def test_misuse_is_said() -> None:
+    param = torch.ones(2, requires_grad=True)
+    optimizer = SGD([param], lr=0.1)
+    PersistentCatapultWarmup(optimizer, lambda: param.square().sum())
+    with pytest.warns(UserWarning, match="called without gradients"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="makes the gradient inside the step"):
+        optimizer.step(lambda: param.square().sum())
+    param.grad = torch.ones(2)
+    optimizer.grad_scale = torch.tensor(2.0)
+    with pytest.raises(RuntimeError, match=r"call scaler\.unscale_\(optimizer\)"):
+        optimizer.step()
+
+
+def test_a_scaled_loss_is_measured_after_unscaling() -> None:
+    task = Regression(1e6, AdamW, fused=True)
+    task.backward()
+    expected = critical_lr(task.optimizer, task.loss)
+    warmup = PersistentCatapultWarmup(task.optimizer, task.loss)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    task.optimizer.zero_grad()
+    scaler.scale(task.loss()).backward()
+    scaler.unscale_(task.optimizer)
+    scaler.step(task.optimizer)
+    assert warmup.rate == pytest.approx(expected, rel=1 / 15)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"closure": 3.0}, TypeError, "closure=3.0 must be a function"),
+        ({"start": 0.0}, ValueError, "start=0.0"),
+        ({"interval": 0}, ValueError, "interval=0"),
+        ({"interval": 1.5}, TypeError, "interval=1.5"),
+        ({"max_growth": 1.0}, ValueError, "max_growth=1.0 must be a number above 1"),
+        ({"max_growth": math.nan}, ValueError, "max_growth=nan"),
+    ],
+)
+def test_bad_options_of_the_persistent_warmup(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    optimizer = optimizer_of(TARGET)
+    with pytest.raises(error, match=message):
+        PersistentCatapultWarmup(optimizer, **{"closure": lambda: 0.0, **options})
+    assert not any(optimizer._optimizer_step_pre_hooks)
+    assert rates_of(copy.copy(optimizer)) == [TARGET]
