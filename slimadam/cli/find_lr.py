@@ -1,0 +1,202 @@
+"""``slimadam find-lr``: the critical learning rate of an unmodified training script."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import click
+import torch
+from rich.console import Console
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from slimadam.cli.console import finite, is_main_rank, status_console
+from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
+from slimadam.cli.replay import LossRecorder, ReplayError
+from slimadam.cli.script import SCRIPT_SETTINGS, Script, StopScript, script_arguments
+from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
+from slimadam.sharpness.line import LineProbe
+
+_START = 1e-6
+_LARGEST = 1e9
+_MAX_FORWARDS = 100
+
+
+@dataclass
+class _Finder:
+    """Measures inside the optimizer step of a running script, and ends the script.
+
+    Attributes:
+        step: At which step of an optimizer, from 1.
+        max_lr: Largest rate to try.
+        measured: What was found.
+        optimizer: The class of the optimizer.
+        lr: The script's own learning rate.
+        micro_batches: How many losses the step's gradient is the sum of.
+        problem: Why there is no measurement.
+    """
+
+    step: int
+    max_lr: float
+    measured: SharpnessMeasurement | None = None
+    optimizer: str = ""
+    lr: float = 0.0
+    micro_batches: int = 0
+    problem: str = "no optimizer of torch stepped"
+    _recorder: LossRecorder = field(default_factory=LossRecorder)
+    _steps: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The block in which the script runs."""
+        self._recorder.recording = self.step == 1
+        before = register_optimizer_step_pre_hook(self._before_step)
+        after = register_optimizer_step_post_hook(self._after_step)
+        try:
+            with self._recorder.watching():
+                yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        steps = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
+        self.problem = f"no optimizer reached step {self.step}"
+        if steps < self.step:
+            return
+        closure = _closure(args, kwargs)
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        self._recorder.recording = False
+        try:
+            self._measure(optimizer)
+        except (ReplayError, RuntimeError, TypeError, ValueError) as error:
+            self.problem = str(error)
+        raise StopScript
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._steps.get(optimizer, 0) == self.step - 1:
+            self._recorder.recording = True
+
+    def _measure(self, optimizer: Optimizer) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        loss = self._recorder.replay(params)
+        with LineProbe(optimizer) as line:
+            loss.check(line.loss(loss))
+        probe = CriticalSharpness(optimizer, start=_START, max_lr=self.max_lr, max_forwards=_MAX_FORWARDS)
+        self.measured = probe.measure(loss)
+        self.optimizer = type(optimizer).__name__
+        self.micro_batches = loss.micro_batches
+        self.lr = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+
+
+@click.command("find-lr", context_settings=SCRIPT_SETTINGS)
+@click.option(
+    "--step", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Optimizer step at which to measure; the script ends there.",
+)  # fmt: skip
+@click.option(
+    "--max-lr", type=click.FloatRange(min=0, min_open=True), callback=finite,
+    default=_LARGEST, help="Largest learning rate to try, for instance the target of the warmup.",
+)  # fmt: skip
+@click.option(
+    "--warmup-steps", type=click.IntRange(min=1), default=1000, show_default=True,
+    help="Length of the plain warmup, for the steps saved.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout.")
+@script_arguments
+@click.pass_context
+def find_lr(
+    ctx: click.Context,
+    step: int,
+    max_lr: float,
+    warmup_steps: int,
+    as_json: bool,
+    is_module: bool,
+    script: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run a training script unmodified up to an optimizer step and find that step's critical learning rate.
+
+    It is the smallest rate at which the step raises the loss of its own batch: where a warmup may start. The script
+    ends before the step is taken. Everything after SCRIPT goes to the script. Exit codes: 0 done, 1 the script failed,
+    2 usage, 3 nothing to measure: no optimizer stepped, or its loss cannot be computed again.
+    """
+    console, stdout = status_console(), sys.stdout
+    finder = _Finder(step, max_lr)
+    with finder.watching():
+        outcome = Script(script, arguments, is_module).run()
+    outcome.show_error()
+    if outcome.exit_code:
+        console.print(f"slimadam: the script failed (exit code {outcome.exit_code})")
+        ctx.exit(SCRIPT_FAILED)
+    measured = finder.measured
+    if measured is None:
+        console.print(f"slimadam: nothing was measured: {finder.problem}")
+        ctx.exit(NOTHING_DONE)
+    _summarize(console, finder, measured, warmup_steps)
+    if as_json and is_main_rank():
+        click.echo(json.dumps(_result(finder, measured)), file=stdout)
+    ctx.exit(DONE if measured.status in ("found", "noisy", "no increase") else NOTHING_DONE)
+
+
+def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    """What ``optimizer.step(closure)`` was called with; ``args`` begins with the optimizer."""
+    found: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return found
+
+
+def _result(finder: _Finder, measured: SharpnessMeasurement) -> dict[str, Any]:
+    """As data; infinity and NaN, which JSON does not have, are null."""
+    lower, upper = measured.bracket
+    return {
+        "critical_lr": _number(measured.critical_lr),
+        "bracket": [_number(lower), _number(upper)],
+        "forward_passes": measured.forward_passes,
+        "loss": _number(measured.loss),
+        "status": measured.status,
+        "step": finder.step,
+        "micro_batches": finder.micro_batches,
+        "optimizer": finder.optimizer,
+        "script_lr": finder.lr,
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
+
+
+def _summarize(console: Console, finder: _Finder, measured: SharpnessMeasurement, warmup_steps: int) -> None:
+    where = f"step {finder.step} of {finder.optimizer}"
+    if finder.micro_batches > 1:
+        where += f", the sum of {finder.micro_batches} losses"
+    if measured.status not in ("found", "noisy"):
+        limit = f" of the loss up to {finder.max_lr:g}" if measured.status == "no increase" else ""
+        console.print(f"slimadam: no critical learning rate at {where}: {measured.status}{limit}")
+        return
+    lower, upper = measured.bracket
+    console.print(
+        f"slimadam: critical learning rate {measured.critical_lr:.3g} at {where}, between {lower:.3g} and {upper:.3g} "
+        f"({measured.forward_passes} forward passes)"
+    )
+    if not finder.lr:
+        return
+    share = measured.critical_lr / finder.lr
+    console.print(f"slimadam: the script's own learning rate is {finder.lr:g}, {1 / share:.3g} times that")
+    if share >= 1:
+        console.print("slimadam: it needs no warmup on this account")
+        return
+    console.print(
+        f"slimadam: {int(warmup_steps * share)} of {warmup_steps} steps of warmup are saved by starting there:"
+    )
+    console.print(
+        f"scheduler = slimadam.CatapultWarmup(optimizer, warmup_steps={warmup_steps}, "
+        f"critical_lr={measured.critical_lr:.3g})"
+    )
