@@ -1,0 +1,43 @@
+"""The phase diagrams of a warmup study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left"}
+
+
+def draw(result: dict[str, Any], path: Path) -> Path:
+    """Final loss by method and target rate for each model, a mark where not every seed trains; returns the path."""
+    models = result["models"]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.9 * len(models), 4.4), layout="constrained", facecolor="white")
+        panels = figure.subplots(1, len(models), squeeze=False)[0]
+        for panel, (name, found) in zip(panels, models.items(), strict=True):
+            _draw_model(figure, panel, name, found, result["rates"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw_model(figure: Figure, panel: Axes, name: str, found: dict[str, Any], rates: list[float]) -> None:
+    labels = list(found["final_loss"])
+    mean = np.array([[np.mean(losses) for losses in found["final_loss"][label]] for label in labels]).T
+    shown = np.minimum(mean, found["guessing_loss"])  # whatever is worse than guessing looks alike
+    image = panel.imshow(shown, origin="lower", aspect="auto", cmap="viridis_r", vmin=found["best_loss"],
+                         vmax=found["guessing_loss"])  # fmt: skip
+    for column, label in enumerate(labels):
+        for row, trains in enumerate(found["trains"][label]):
+            if not trains:
+                panel.text(column, row, "×", ha="center", va="center", color="white", fontsize=12)
+    panel.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    panel.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    panel.set_ylabel("target learning rate")
+    panel.set_title(f"{name}: final training loss, × where a seed does not train")
+    figure.colorbar(image, ax=panel)
