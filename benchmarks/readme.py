@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import readme_calibration, readme_sharpness
+from benchmarks import readme_calibration, readme_sharpness, readme_warmup
 from benchmarks.machine import RESULTS
 from benchmarks.readme_calibration import origin
 
@@ -244,6 +244,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "torch_properties": torch_properties,
     **readme_calibration.SECTIONS,
     **readme_sharpness.SECTIONS,
+    **readme_warmup.SECTIONS,
 }
 
 

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from slimadam.errors import shown
 from slimadam.names import owning_modules
 from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
+from slimadam.sharpness.directions import unwrapped
 from slimadam.sharpness.line import Closure
 
 _FRACTION_OF_A_STEP = 1e-9
@@ -195,7 +196,7 @@ class PersistentCatapultWarmup(LRScheduler):
         self._measured = False
         self._due = True
         self._warned = False
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._hook = unwrapped(optimizer).register_step_pre_hook(self._before_step)
         super().__init__(optimizer)
 
     @property
@@ -226,7 +227,7 @@ class PersistentCatapultWarmup(LRScheduler):
         self.__dict__.update(state_dict)
         self._hook.remove()
         if not self.finished:
-            self._hook = self.optimizer.register_step_pre_hook(self._before_step)
+            self._hook = unwrapped(self.optimizer).register_step_pre_hook(self._before_step)
             self._set_rates()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

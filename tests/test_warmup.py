@@ -175,6 +175,14 @@ def test_followed_by_a_cosine(tensor_lr: bool) -> None:
     assert found == pytest.approx(expected, rel=1e-12)
 
 
+def test_nothing_to_warm_up_before_the_next_schedule() -> None:
+    optimizer = optimizer_of(TARGET)
+    warmup = CatapultWarmup(optimizer, 20, critical_lr=TARGET)
+    scheduler = SequentialLR(optimizer, [warmup, CosineAnnealingLR(optimizer, 30)], [warmup.steps])
+    found = [rate for (rate,) in follow(optimizer, scheduler, 10)]
+    assert found == pytest.approx([cosine(k, 30) for k in range(10)], rel=1e-12)
+
+
 def test_follows_another_schedule() -> None:
     optimizer = optimizer_of(TARGET)
     frozen = LambdaLR(optimizer, lambda step: 1e-3)
@@ -435,6 +443,28 @@ def test_the_next_schedule_takes_over_when_finished() -> None:
         if decay.last_epoch == 10:
             break
     assert rates[-10:] == pytest.approx([0.1 * (1 + math.cos(math.pi * k / 10)) for k in range(10)], rel=1e-9)
+
+
+class Wrapped(SGD):
+    """As Accelerate wraps an optimizer: what steps is the one inside."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__([torch.ones(1)], lr=1.0)
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+
+
+def test_a_wrapped_optimizer_is_measured_where_it_steps() -> None:
+    task = Regression(1e6)
+    task.backward()
+    expected = critical_lr(task.optimizer, task.loss)
+    wrapped = Wrapped(task.optimizer)
+    PersistentCatapultWarmup(wrapped, task.loss)
+    wrapped.step()
+    assert rates_of(task.optimizer)[0] == pytest.approx(expected, rel=1 / 15)
 
 
 def test_misuse_is_said() -> None:

@@ -70,9 +70,12 @@ class _Call(NamedTuple):
 
 
 class _Loss(NamedTuple):
-    """What ``backward()`` was called on, the parameters whose gradients that changed, and whether they had none."""
+    """What ``backward()`` was called on, the parameters whose gradients that changed, and whether they had none.
 
-    value: Tensor
+    ``value`` is None where it was not one number.
+    """
+
+    value: float | None
     alias: _Alias | None
     owners: frozenset[int]
     is_first: bool
@@ -145,15 +148,15 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 losses = [loss] if loss.is_first else [*losses, loss]
         if not losses:
             raise ReplayError("no backward() of a loss has given these parameters gradients since the step before")
-        if any(loss.value.numel() != 1 for loss in losses):
+        values = [loss.value for loss in losses if loss.value is not None]
+        aliases = [loss.alias for loss in losses if loss.alias is not None]
+        if len(values) < len(losses):
             raise ReplayError("backward() was called on more than one number, so that there is no loss to compare")
-        if any(loss.alias is None for loss in losses):
+        if len(aliases) < len(losses):
             raise ReplayError(
                 "the loss was not computed by operations of torch in this process's main thread that can be repeated"
             )
-        aliases = [loss.alias for loss in losses if loss.alias is not None]
-        value = sum(loss.value.item() for loss in losses)
-        return Replay(self._needed_for(aliases), aliases, self._before_writing, value)
+        return Replay(self._needed_for(aliases), aliases, self._before_writing, sum(values))
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -202,11 +205,11 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         after = self._gradients()
         changed = [param for param, state in before.items() if state[:2] != after[param][:2]]
         is_first = all(before[param][2] for param in changed)
-        values = tree_leaves(tensors)
-        weighted = len(values) != 1 or any(isinstance(leaf, Tensor) for leaf in tree_leaves(gradients))
-        value = torch.cat([value.detach().flatten() for value in values]).repeat(1 + weighted)
-        memory = _memory(values[0])
-        alias = _Alias.of(values[0], memory) if memory is not None and memory in self._depends else None
+        leaves = tree_leaves(tensors)
+        weighted = any(isinstance(leaf, Tensor) for leaf in tree_leaves(gradients))
+        value = leaves[0].item() if len(leaves) == 1 and leaves[0].numel() == 1 and not weighted else None
+        memory = _memory(leaves[0])
+        alias = _Alias.of(leaves[0], memory) if memory is not None and memory in self._depends else None
         self._losses.append(_Loss(value, alias, frozenset(map(id, changed)), is_first))
 
     def _needed_for(self, losses: Sequence[_Alias]) -> list[_Call]:
