@@ -167,11 +167,10 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         read = {memory for tensor in tensors if (memory := _memory(tensor)) is not None}
         if not read & (self._of_parameters | self._depends):
             return func(*args, **kwargs)
-        writes = list(_written(func, args, kwargs))
-        written = [memory for tensor in writes if (memory := _memory(tensor)) is not None]
+        written = {memory: tensor for tensor in _written(func, args, kwargs) if (memory := _memory(tensor)) is not None}
         if self._of_parameters.intersection(written):  # initialisation, or a step of an optimizer
             return func(*args, **kwargs)
-        for tensor, memory in zip(writes, written, strict=True):
+        for memory, tensor in written.items():
             if memory not in self._depends:
                 self._before_writing[memory] = _copy(tensor.untyped_storage())
                 self._depends.add(memory)
