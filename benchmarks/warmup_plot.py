@@ -39,5 +39,5 @@ def _draw_model(figure: Figure, panel: Axes, name: str, found: dict[str, Any], r
     panel.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     panel.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     panel.set_ylabel("target learning rate")
-    panel.set_title(f"{name}: final training loss, × where a seed does not train")
+    panel.set_title(f"{name}: final loss, × where a seed fails")
     figure.colorbar(image, ax=panel)

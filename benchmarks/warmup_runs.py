@@ -20,6 +20,7 @@ from slimadam import CatapultWarmup, SlimAdam, critical_lr
 from slimadam.demo.training import DemoSettings
 
 BETAS = (0.9, 0.999)
+CRITICAL_BATCHES = 4
 _LAST = 0.1
 """Share of the steps over whose losses the final loss is the mean."""
 _ALMOST_ZERO = 1e-9
@@ -129,7 +130,7 @@ class Runs:
     Attributes:
         study: What is run.
         workload: The model's name.
-        critical: The critical learning rate at initialisation, by seed.
+        critical: The critical learning rate at initialisation by seed: the smallest of a few batches.
         runs: By method's label, rate and seed.
     """
 
@@ -155,10 +156,16 @@ class Runs:
 
 
 def initial_critical_lr(workload: Workload, seed: int, variance_init: str) -> float:
-    """The critical learning rate of the first step."""
+    """The critical learning rate of the first step, the smallest of a few batches: it varies between them."""
     model = workload.new_model(seed)
+    return min(
+        _critical_lr(workload, model, batch, variance_init) for batch in workload.batches(CRITICAL_BATCHES, seed)
+    )
+
+
+def _critical_lr(workload: Workload, model: nn.Module, batch: Batch, variance_init: str) -> float:
     optimizer = _optimizer(model, 1.0, variance_init)
-    batch = next(iter(workload.batches(1, seed)))
+    optimizer.zero_grad()
     torch.autograd.backward(workload.loss(model, batch))
     return critical_lr(optimizer, lambda: workload.loss(model, batch))
 

@@ -33,14 +33,14 @@ def test_quick_run_writes_figures_and_a_picture(tmp_path: Path, capsys: pytest.C
 
 def test_bars_fail_where_figures_are_wrong() -> None:
     row = {
-        "warmup": 10, "runs_compared": 3, "final_loss_above_linear": 0.0, "standard_error": 0.001,
+        "warmup": 10, "linears_best_rate": 0.1, "above_linear": 0.0,
         "steps_saved": [{"rate": 0.1, "seed": 0, "saved": 3, "expected": 3.9}],
     }  # fmt: skip
     result = {"models": {"m": {"catapult": [row]}}}
     assert list(warmup.training_bars(result).values()) == [True, True]
     slow, worse = copy.deepcopy(result), copy.deepcopy(result)
     slow["models"]["m"]["catapult"][0]["steps_saved"][0]["saved"] = 2
-    worse["models"]["m"]["catapult"][0]["final_loss_above_linear"] = 0.02
+    worse["models"]["m"]["catapult"][0]["above_linear"] = 0.02
     assert list(warmup.training_bars(slow).values()) == [False, True]
     assert list(warmup.training_bars(worse).values()) == [True, False]
     figures = {"error_of_five_steps": {}, "largest_error": 2e-6, "first_update_over_adams": 1.0,
