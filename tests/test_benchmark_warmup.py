@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import warmup
 from benchmarks.gradient_initialised import LARGEST_ERROR
-from benchmarks.warmup_runs import WORKLOADS, Method, guessing_loss, train
-from benchmarks.warmup_sharpness import top_eigenvalue
+from benchmarks.warmup_runs import BETAS, WORKLOADS, Method, guessing_loss, train
+from benchmarks.warmup_sharpness import initial
+from benchmarks.workloads.training import Batch
 
 
 def test_quick_run_writes_figures_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,21 +72,42 @@ def test_guessing_costs_the_entropy_of_the_targets() -> None:
     assert guessing_loss(digits, 0) == pytest.approx(-(shares * shares.log()).sum().item(), rel=1e-12)
 
 
-def test_top_eigenvalue_is_the_dense_ones() -> None:
-    generator = torch.Generator().manual_seed(0)
-    params = [
-        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((3, 2), (4,))
-    ]
-    preconditioner = [0.1 + torch.rand(param.shape, generator=generator, dtype=torch.float64) for param in params]
+class Tiny:
+    """Six parameters and a curved loss."""
 
-    def loss(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        return (first.sum() * second).sin().sum() + (first**4).sum() + (second**2).prod()
+    betas = BETAS
 
-    gradients = torch.autograd.grad(loss(*params), params, create_graph=True)
-    blocks = torch.autograd.functional.hessian(loss, tuple(params))
-    dense = torch.cat(
-        [torch.cat([block.reshape(row.numel(), -1) for block in blocks[index]], 1) for index, row in enumerate(params)]
-    )
-    root = torch.cat([part.flatten() for part in preconditioner]).rsqrt()
-    expected = torch.linalg.eigvalsh(root[:, None] * dense * root).max().item()
-    assert top_eigenvalue(gradients, params, preconditioner) == pytest.approx(expected, rel=1e-3)
+    def new_model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Linear(5, 1)
+
+    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            yield torch.randn(30, 5, generator=generator), torch.randn(30, generator=generator)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return (model(batch[0]).squeeze(1).exp() - batch[1]).square().mean()
+
+    def held_out(self) -> Iterator[Batch]:
+        yield from self.batches(1, 1)
+
+
+def test_preconditioned_sharpness_is_the_dense_ones() -> None:
+    task = Tiny()
+    found = initial(task, 0)
+    model = task.new_model(0).double()
+    inputs, targets = (part.double() for part in next(task.batches(1, 0)))
+
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        return ((inputs @ flat[:5] + flat[5]).exp() - targets).square().mean()
+
+    flat = torch.cat([model.weight.flatten(), model.bias]).detach()
+    gradient = torch.autograd.functional.jacobian(loss, flat)
+    hessian = torch.autograd.functional.hessian(loss, flat)
+    for variance_init, scale in (("zeros", 1.0), ("gradient", (1 - BETAS[1]) ** -0.5)):
+        root = (gradient.abs() * scale + 1e-8).rsqrt()
+        expected = torch.linalg.eigvalsh(root[:, None] * hessian * root).max().item()
+        assert found[variance_init]["preconditioned_sharpness"] == pytest.approx(expected, rel=1e-3)
+    assert found["ratio"] == pytest.approx(1000**0.5, rel=1e-3)
+    assert found["gradient"]["critical_lr"] / found["zeros"]["critical_lr"] == pytest.approx(1000**0.5, rel=1 / 15)
