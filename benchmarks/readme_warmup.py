@@ -33,7 +33,7 @@ def _table(name: str, found: dict[str, Any], training: dict[str, Any]) -> list[s
     ratios = [each["ratio"] for each in found["at_initialisation"]]
     rates = [each["gradient"]["critical_lr"] for each in found["at_initialisation"]]
     return [
-        f"{name}: critical learning rate at initialisation {critical} by seed, with GI-Adam "
+        f"{name}: critical learning rate at initialisation (smallest of 4 batches) {critical} by seed, with GI-Adam "
         f"{', '.join(f'{rate:.2g}' for rate in rates)}; its preconditioned sharpness is {min(ratios):.0f} to "
         f"{max(ratios):.0f} times smaller.",
         "",
@@ -44,7 +44,15 @@ def _table(name: str, found: dict[str, Any], training: dict[str, Any]) -> list[s
             + f" | {found['largest_rate'][label] or '-'} |"
             for label, row in found["final_loss"].items()
         ),
+        "",
+        "Final loss of catapult above linear warmup of the same slope, as a share of what is learnt, at each target "
+        "that trains with linear: " + "; ".join(_above_linear(row) for row in found["catapult"]) + ".",
     ]  # fmt: skip
+
+
+def _above_linear(row: dict[str, Any]) -> str:
+    cells = ", ".join(f"{above:+.1%} at {rate}" for rate, above in row["above_linear_where_it_trains"].items())
+    return f"warmup {row['warmup']}: {cells}"
 
 
 SECTIONS = {"warmup": warmup}
