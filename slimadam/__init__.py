@@ -9,6 +9,10 @@ from slimadam.parts import Parts
 from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule
 from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
+from slimadam.sharpness.logger import SharpnessLogger
+from slimadam.sharpness.mix_advice import MixAdvice
+from slimadam.sharpness.mixing import advise_mix
+from slimadam.sharpness.rows import SharpnessRow
 from slimadam.snr import snr
 from slimadam.state import convert_state_dict
 
@@ -18,13 +22,17 @@ __all__ = [
     "AutoPlan",
     "CompressionPlan",
     "CriticalSharpness",
+    "MixAdvice",
     "Parts",
     "PlanError",
     "Rule",
     "SNRHistory",
     "SNRRecorder",
+    "SharpnessLogger",
     "SharpnessMeasurement",
+    "SharpnessRow",
     "SlimAdam",
+    "advise_mix",
     "calibrate",
     "convert_state_dict",
     "every",

@@ -155,8 +155,9 @@ class MixAdvice:
         return f"advised mix: {shares}; no task is hurt up to learning rate {self.critical_lr:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as numbers, strings, lists and dicts; infinity and NaN as such."""
-        return asdict(self)
+        """All of it, ready for JSON: None stands for a sharpness that no step is safe under, and for no advice."""
+        written: dict[str, Any] = _finite_or_none(asdict(self))
+        return written
 
     def plot(self, path: str | Path) -> None:
         """Draw the curves over the share of the first domain, or, of more than two, over the mixes in order.
@@ -190,3 +191,11 @@ def _interval(shares: Values, tails: tuple[float, float]) -> tuple[float, float]
 
 def _critical_lr(sharpness: float) -> float:
     return 2 / sharpness if sharpness else math.inf
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

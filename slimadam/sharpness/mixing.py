@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 
 import numpy as np
 import torch
@@ -179,8 +179,8 @@ def _mixed(param: Tensor, grads: Sequence[Tensor | None], weights: Weights) -> T
 def _finite(name: str, loss: Tensor) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise TypeError(f"losses[{name!r}] returned {loss!r:.80}, not a tensor of one element with a graph")
-    if not math.isfinite(float(loss)):
-        raise ValueError(f"losses[{name!r}] returned {float(loss)} at the checkpoint")
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"losses[{name!r}] returned {loss.item()} at the checkpoint")
     return loss
 
 
@@ -215,7 +215,9 @@ def _weights(names: Sequence[str], ratio: float | Sequence[float]) -> Weights:
     else:
         weights = tuple(float(weight) for weight in ratio)
     if len(weights) != len(names) or not all(0 <= weight <= 1 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"ratios: {ratio!r} must be {len(names)} weights in 0..1 that sum to 1, for {', '.join(names)}")
+        raise ValueError(
+            f"ratios: {ratio!r} must be {len(names)} weights in 0..1 that sum to 1, for {', '.join(names)}"
+        )
     return weights
 
 
@@ -223,9 +225,7 @@ def _lattice(count: int, divisions: int) -> list[Weights]:
     """All weights that are multiples of ``1 / divisions`` and sum to 1; of two, with the first one rising."""
     bars = combinations_with_replacement(range(divisions + 1), count - 1)
     cuts = [(0, *inner, divisions) for inner in bars]
-    return [
-        tuple((high - low) / divisions for low, high in zip(cut[:-1], cut[1:], strict=True)) for cut in cuts
-    ]
+    return [tuple((high - low) / divisions for low, high in pairwise(cut)) for cut in cuts]
 
 
 def _check(
