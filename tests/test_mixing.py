@@ -184,10 +184,10 @@ def test_the_same_again() -> None:
     model = Noisy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses: Losses = {"a": lambda batch: model.loss(0, batch), "b": lambda batch: model.loss(1, batch)}
-    calls: list[int] = []
-    first = advise_mix(optimizer, losses, ratios=RATIOS, batches=2, seed=3, progress=calls.append)
+    calls: list[tuple[int, int]] = []
+    first = advise_mix(optimizer, losses, ratios=RATIOS, batches=2, seed=3, progress=lambda *done: calls.append(done))
     assert first == advise_mix(optimizer, losses, ratios=RATIOS, batches=2, seed=3)
-    assert calls == list(range(1, 2 * len(RATIOS) + 1))
+    assert calls == [(done, 2 * len(RATIOS)) for done in range(1, 2 * len(RATIOS) + 1)]
 
 
 def test_all_comes_back_when_a_loss_raises() -> None:

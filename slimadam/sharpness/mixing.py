@@ -44,7 +44,7 @@ def advise_mix(
     tol: float = 1 / 16,
     max_grad_norm: float | None = None,
     memory: Memory = "copy",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> MixAdvice:
     """The mix of domains whose next update may go farthest before it hurts any task (arXiv 2601.16979).
 
@@ -77,7 +77,7 @@ def advise_mix(
         tol: Of the search for each crossing, see :class:`~slimadam.CriticalSharpness`.
         max_grad_norm: Mixed gradients are clipped to this norm, as in training.
         memory: See :class:`~slimadam.CriticalSharpness`.
-        progress: Called after each mix of each batch with how many are done.
+        progress: Called after each mix of each batch with how many are done, and of how many.
 
     Returns:
         The advised mix, the curves behind it, and how sure both are.
@@ -102,7 +102,7 @@ def advise_mix(
                 sharpness[:, index, batch] = sweep.sharpnesses(gradients, weights, 2 * batch + 1)
                 done += 1
                 if progress is not None:
-                    progress(done)
+                    progress(done, batches * len(mixes))
     return MixAdvice.from_sharpness(list(losses), list(tasks), mixes, sharpness, level, seed)
 
 
