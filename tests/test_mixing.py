@@ -278,6 +278,7 @@ def test_an_unsafe_batch_counts() -> None:
     assert advice.ratio == 0.0
     both = (1 / 3) ** 3 + 3 * (1 / 3) ** 2 * (2 / 3)
     assert advice.undecided == pytest.approx(both, abs=4 * math.sqrt(both * (1 - both) / 2000))
+    assert str(advice).endswith(f"; in {advice.undecided:.0%} of the resamples no mix was safe")
 
 
 def test_the_middle_of_equal_mixes() -> None:

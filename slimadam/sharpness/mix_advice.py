@@ -152,7 +152,8 @@ class MixAdvice:
             f"{weight:.3g} {name} ({self.intervals[name][0]:.3g} to {self.intervals[name][1]:.3g})"
             for name, weight in self.weights.items()
         )
-        return f"advised mix: {shares}; no task is hurt up to learning rate {self.critical_lr:.3g}"
+        doubt = f"; in {self.undecided:.0%} of the resamples no mix was safe" if self.undecided else ""
+        return f"advised mix: {shares}; no task is hurt up to learning rate {self.critical_lr:.3g}{doubt}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON: None stands for a sharpness that no step is safe under, and for no advice."""

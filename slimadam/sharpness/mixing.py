@@ -204,7 +204,7 @@ def _mixes(names: Sequence[str], ratios: Sequence[float | Sequence[float]] | Non
     mixes = [_weights(names, ratio) for ratio in ratios]
     if len(set(mixes)) < 2:
         raise ValueError(f"ratios={list(ratios)!r} must hold at least two different mixes")
-    return sorted(set(mixes), reverse=len(names) > 2)
+    return sorted(set(mixes))
 
 
 def _weights(names: Sequence[str], ratio: float | Sequence[float]) -> Weights:
