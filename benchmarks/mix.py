@@ -15,6 +15,7 @@ advice holds that share.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -44,8 +45,10 @@ class Settings:
 
     Attributes:
         shares: Of prose in the mix; what is advised among, and fine-tuned at.
-        pretraining_steps: On prose alone, at ``pretraining_lr`` after a linear warmup over a tenth of them.
-        finetuning_steps: At each share, at the constant ``finetuning_lr``, from the optimizer's state.
+        pretraining_steps: On prose alone: a linear warmup to ``pretraining_lr`` over a tenth of them, then a cosine
+            to ``finetuning_lr``.
+        finetuning_steps: At each share, from the optimizer's state, at the rate where pre-training ended: nothing
+            changes but the data.
         batch_size: Windows in a batch of training.
         advice_batches: As ``batches`` of :func:`slimadam.advise_mix`.
         advice_batch_size: Windows in each of those.
@@ -62,7 +65,7 @@ class Settings:
     pretraining_steps: int = 1500
     pretraining_lr: float = 2e-3
     finetuning_steps: int = 100
-    finetuning_lr: float = 1e-3
+    finetuning_lr: float = 4e-4
     advice_batches: int = 6
     advice_batch_size: int = 64
     held_out_windows: int = 256
@@ -154,11 +157,19 @@ def pretrained(settings: Settings, text: ByteData, seed: int) -> Checkpoint:
     """Model and optimizer after training on one text."""
     torch.manual_seed(seed)
     model, optimizer = _new(settings)
-    warmup = settings.pretraining_steps / 10
     batches = text.batches(settings.pretraining_steps, settings.batch_size, settings.context, seed)
     for step, (inputs, targets) in enumerate(batches, start=1):
-        _step(model, optimizer, inputs, targets, settings.pretraining_lr * min(1.0, step / warmup))
+        _step(model, optimizer, inputs, targets, pretraining_lr(settings, step))
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def pretraining_lr(settings: Settings, step: int) -> float:
+    """The learning rate of a step of pre-training, from 1."""
+    warmup = settings.pretraining_steps / 10
+    if step <= warmup:
+        return settings.pretraining_lr * step / warmup
+    left = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (settings.pretraining_steps - warmup)))
+    return settings.finetuning_lr + (settings.pretraining_lr - settings.finetuning_lr) * left
 
 
 def restored(settings: Settings, checkpoint: Checkpoint) -> tuple[ByteGPT, SlimAdam]:

@@ -93,12 +93,70 @@ def test_the_update_is_the_optimizers_own_with_its_state() -> None:
         losses["task0"](0).backward()
         optimizer.step()
     velocity = optimizer.state[x]["momentum_buffer"].clone()
-    advice = advise_mix(optimizer, losses, ratios=RATIOS, batches=1, tol=TOL)
+    advice = advise_mix(optimizer, losses, ratios=RATIOS, batches=1, tol=TOL, momentum="kept")
     for index, (share, _) in enumerate(advice.mixes):
         mixed = share * tasks["task0"].gradient(x.detach(), 0) + (1 - share) * tasks["task1"].gradient(x.detach(), 0)
         for curve, task in zip(advice.curves, tasks.values(), strict=True):
             expected = task.sharpness(x.detach(), 0.5 * velocity + mixed, 1)
             assert curve.sharpness[index] == pytest.approx(expected, rel=TOL)
+
+
+def test_settled_momentum_is_where_the_mix_takes_it() -> None:
+    """A hundred steps at rate 0 on the same mixed gradient settle SGD's momentum, weight decay in it, for real."""
+    x, tasks, losses = _quadratics()
+    x.data += 0.1
+    options: dict[str, Any] = {"momentum": 0.5, "weight_decay": 0.3, "dampening": 0.2}
+    optimizer = torch.optim.SGD([x], lr=1e-3, **options)
+    losses["task0"](0).backward()
+    optimizer.step()
+    buffer = optimizer.state[x]["momentum_buffer"].clone()
+    advice = advise_mix(optimizer, losses, ratios=RATIOS, batches=1, tol=TOL)
+    assert torch.equal(optimizer.state[x]["momentum_buffer"], buffer)
+    for index, mix in enumerate(advice.mixes):
+        mixed = sum(w * task.gradient(x.detach(), 0) for w, task in zip(mix, tasks.values(), strict=True))
+        still = nn.Parameter(x.detach().clone())
+        settling = torch.optim.SGD([still], lr=0.0, **options)
+        for _ in range(100):
+            still.grad = mixed.clone()  # type: ignore[union-attr]
+            settling.step()
+        settling.param_groups[0]["lr"] = 1.0
+        settling.step()
+        for curve, task in zip(advice.curves, tasks.values(), strict=True):
+            expected = task.sharpness(x.detach(), x.detach() - still.detach(), 1)
+            assert curve.sharpness[index] == pytest.approx(expected, rel=TOL)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.NAdam, SlimAdam])
+def test_settled_momentum_of_adams(make: Any) -> None:
+    """The update that remains is the same whatever was remembered before."""
+    found = []
+    for remembered in (0.0, 5.0):
+        x, _, losses = _quadratics()
+        optimizer = make([x], lr=1e-3, weight_decay=0.1, **({"plan": None} if make is SlimAdam else {}))
+        losses["task0"](0).backward()
+        optimizer.step()
+        x.data.zero_()
+        optimizer.state[x]["exp_avg"].fill_(remembered)
+        found.append(advise_mix(optimizer, losses, ratios=RATIOS, batches=2, tol=TOL))
+        assert torch.equal(optimizer.state[x]["exp_avg"], torch.full_like(x, remembered))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("make", ["int8", "RMSprop"])
+def test_momentum_of_another_kind_is_refused(make: str) -> None:
+    x = nn.Parameter(torch.zeros(SIZE))
+    tasks = {"task0": Quadratic(2), "task1": Quadratic(3)}
+    losses: Losses = {name: lambda batch, task=task: task.loss(x.double(), batch) for name, task in tasks.items()}
+    optimizer: torch.optim.Optimizer = (
+        SlimAdam([x], plan=None, momentum_dtype="int8")
+        if make == "int8"
+        else torch.optim.RMSprop([x], lr=1e-3, momentum=0.9)
+    )
+    losses["task0"](0).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"momentum='settled' knows exp_avg in floating point.*use momentum='kept'"):
+        advise_mix(optimizer, losses)
+    assert len(advise_mix(optimizer, losses, ratios=RATIOS, batches=1, momentum="kept").mixes) == len(RATIOS)
 
 
 def test_clipped_gradients() -> None:
@@ -218,6 +276,7 @@ def test_all_comes_back_when_a_loss_raises() -> None:
         ({"ratios": [0.5, (0.5, 0.4)]}, ValueError, r"ratios: \(0\.5, 0\.4\) must be 2 weights"),
         ({"tasks": {}}, TypeError, r"tasks must be a dict of at least 1"),
         ({"tasks": {"a": 1.0}}, TypeError, r"tasks\['a'\] must be a function of the batch's number"),
+        ({"momentum": "none"}, ValueError, r"momentum='none' must be 'settled' or 'kept'"),
         ({"tol": 2.0}, ValueError, r"tol=2\.0 must lie between 0 and 1"),
     ],
 )

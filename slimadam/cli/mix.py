@@ -19,6 +19,7 @@ from slimadam.cli.console import finite, output_path, status_console
 from slimadam.files import write_whole
 from slimadam.sharpness.mix_advice import MixAdvice
 from slimadam.sharpness.mixing import advise_mix
+from slimadam.sharpness.momentum import Momentum
 
 _NO_ADVICE = 1
 
@@ -30,6 +31,8 @@ _NO_ADVICE = 1
               help="How often all is measured, each time on other batches.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
               help="Of the resampling that the intervals come from.")  # fmt: skip
+@click.option("--momentum", type=click.Choice(["settled", "kept"]), default="settled", show_default=True,
+              help="First moments as they become under each mix, or as they are.")  # fmt: skip
 @click.option("--max-grad-norm", type=click.FloatRange(min=0, min_open=True),
               help="Clip the mixed gradients to this norm, as in training.")  # fmt: skip
 @click.option("--tol", type=click.FloatRange(min=0, max=1, min_open=True, max_open=True), default=1 / 16,
@@ -44,6 +47,7 @@ def mix(
     ratios: str | None,
     batches: int,
     seed: int,
+    momentum: Momentum,
     max_grad_norm: float | None,
     tol: float,
     as_json: bool,
@@ -65,7 +69,8 @@ def mix(
             task = bar.add_task("measuring", total=None)
             advice = advise_mix(
                 optimizer, losses, tasks=tasks, ratios=shares, batches=batches, seed=seed, tol=tol,
-                max_grad_norm=max_grad_norm, progress=lambda done, total: bar.update(task, completed=done, total=total),
+                momentum=momentum, max_grad_norm=max_grad_norm,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from error

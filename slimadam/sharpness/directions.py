@@ -98,7 +98,7 @@ def depends_on_parameters(optimizer: Optimizer) -> bool:
         return False
     if type(optimizer) not in LINEAR_IN_LR:
         return True
-    return any(_coupled_decay(optimizer, group) != 0 for group in optimizer.param_groups)
+    return any(coupled_decay(optimizer, group) != 0 for group in optimizer.param_groups)
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -173,8 +173,9 @@ def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
     return group["weight_decay"] if _is_decoupled(optimizer, group) else 0.0
 
 
-def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
-    return 0.0 if _is_decoupled(optimizer, group) else group["weight_decay"]
+def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
+    """The weight decay that is added to the gradient; 0 where it is decoupled."""
+    return 0.0 if _is_decoupled(optimizer, group) else group.get("weight_decay", 0.0)
 
 
 def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) 
     dtype = second_moment_dtype(param.dtype)
     assert param.grad is not None
     grad = param.grad.to(dtype, copy=True)
-    coupled = _coupled_decay(optimizer, group)
+    coupled = coupled_decay(optimizer, group)
     if coupled != 0:
         grad.add_(param.detach().to(dtype) * (-coupled if group.get("maximize", False) else coupled))
     from_zero = torch.zeros_like(param, dtype=dtype).requires_grad_()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import combinations_with_replacement, pairwise
+from typing import get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from slimadam.names import owning_modules
 from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.sharpness.directions import unwrapped
 from slimadam.sharpness.mix_advice import MixAdvice
+from slimadam.sharpness.momentum import Momentum, SettledMomentum
 from slimadam.sharpness.moves import Memory
 from slimadam.sharpness.surroundings import Buffers, RandomState
 
@@ -42,6 +44,7 @@ def advise_mix(
     seed: int = 0,
     level: float = 0.9,
     tol: float = 1 / 16,
+    momentum: Momentum = "settled",
     max_grad_norm: float | None = None,
     memory: Memory = "copy",
     progress: Callable[[int, int], None] | None = None,
@@ -55,9 +58,10 @@ def advise_mix(
     which the largest of the tasks' sharpnesses is smallest.
 
     Nothing is updated: parameters, gradients, optimizer state, buffers and random-number generators are left as
-    they were. ``D`` comes from the state that the optimizer has: with a checkpoint's own, momentum counts as in the
-    step that would really be taken; with a fresh optimizer, the first step after the change of data. One gradient
-    for each domain is held in memory, and about 6 forward passes are made for each task, mix and batch.
+    they were. ``D`` comes from the state that the optimizer has, such as second moments. First moments remember the
+    data before, which at a converged checkpoint drowns the mix; by default they are taken as they become when the
+    mix stays. One gradient for each domain and one copy of the first moments are held in memory, and about 6 forward
+    passes are made for each task, mix and batch.
 
     Example:
         >>> losses = {"prose": lambda batch: loss_on(prose, batch), "code": ...}  # doctest: +SKIP
@@ -75,6 +79,8 @@ def advise_mix(
         seed: Of the resampling that the intervals come from.
         level: Share of the resamples that the intervals hold.
         tol: Of the search for each crossing, see :class:`~slimadam.CriticalSharpness`.
+        momentum: ``"settled"``: first moments as they become under the mix, see
+            :class:`~slimadam.sharpness.momentum.SettledMomentum`. ``"kept"``: as they are; the very next step.
         max_grad_norm: Mixed gradients are clipped to this norm, as in training.
         memory: See :class:`~slimadam.CriticalSharpness`.
         progress: Called after each mix of each batch with how many are done, and of how many.
@@ -88,14 +94,17 @@ def advise_mix(
     """
     tasks = losses if tasks is None else tasks
     _check(optimizer, losses, tasks, batches, level)
+    if momentum not in get_args(Momentum):
+        raise ValueError(f"momentum={momentum!r} must be 'settled' or 'kept'")
     mixes = _mixes(list(losses), ratios)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     modules = owning_modules(params)
     probe = CriticalSharpness(optimizer, tol, memory=memory, modules=modules)
-    sweep = _Sweep(params, losses, tasks, max_grad_norm, probe)
+    settled = SettledMomentum(optimizer) if momentum == "settled" else None
+    sweep = _Sweep(params, losses, tasks, max_grad_norm, probe, settled)
     sharpness = np.empty((len(tasks), len(mixes), batches))
     done = 0
-    with _untouched(params, modules):
+    with _untouched(params, modules, settled):
         for batch in range(batches):
             gradients = sweep.gradients(2 * batch)
             for index, weights in enumerate(mixes):
@@ -116,12 +125,14 @@ class _Sweep:
         tasks: Mapping[str, BatchLoss],
         max_grad_norm: float | None,
         probe: CriticalSharpness,
+        settled: SettledMomentum | None,
     ) -> None:
         self._params = params
         self._losses = losses
         self._tasks = tasks
         self._max_grad_norm = max_grad_norm
         self._probe = probe
+        self._settled = settled
 
     def gradients(self, batch: int) -> list[Gradients]:
         """Of each domain, in the order of the parameters."""
@@ -142,6 +153,8 @@ class _Sweep:
             param.grad = _mixed(param, [domain[index] for domain in gradients], weights)
         if self._max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._params, self._max_grad_norm)
+        if self._settled is not None:
+            self._settled.settle()
         return [
             safe_sharpness(self._probe.measure(partial(closure, batch), task=name))
             for name, closure in self._tasks.items()
@@ -185,8 +198,10 @@ def _finite(name: str, loss: Tensor) -> Tensor:
 
 
 @contextmanager
-def _untouched(params: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Puts gradients, buffers and random-number generators back; parameters and state are never changed."""
+def _untouched(
+    params: Sequence[Tensor], modules: Sequence[nn.Module], settled: SettledMomentum | None
+) -> Iterator[None]:
+    """Puts gradients, first moments, buffers and random-number generators back; no parameter is ever changed."""
     grads = [param.grad for param in params]
     buffers, random = Buffers(modules), RandomState([param.device for param in params])
     try:
@@ -194,6 +209,8 @@ def _untouched(params: Sequence[Tensor], modules: Sequence[nn.Module]) -> Iterat
     finally:
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
+        if settled is not None:
+            settled.restore()
         buffers.restore()
         random.restore()
 
