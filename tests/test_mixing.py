@@ -126,6 +126,30 @@ def test_settled_momentum_is_where_the_mix_takes_it() -> None:
             assert curve.sharpness[index] == pytest.approx(expected, rel=TOL)
 
 
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam, SlimAdam])
+def test_settled_momentum_of_adams_by_hand(make: Any) -> None:
+    x, tasks, losses = _quadratics()
+    x.data += 0.3
+    decay, beta2 = 0.5, 0.9
+    plan = {"plan": None} if make is SlimAdam else {}
+    optimizer = make([x], lr=1e-3, betas=(0.8, beta2), eps=1e-8, weight_decay=decay, **plan)
+    for _ in range(60):  # bias corrections are over
+        optimizer.zero_grad()
+        losses["task0"](0).backward()
+        optimizer.step()
+    second = optimizer.state[x]["exp_avg_sq"].clone()
+    here = x.detach()
+    advice = advise_mix(optimizer, losses, ratios=RATIOS, batches=1, tol=TOL)
+    for index, mix in enumerate(advice.mixes):
+        grad = sum(w * task.gradient(here, 0) for w, task in zip(mix, tasks.values(), strict=True))
+        is_coupled = make is torch.optim.Adam
+        grad = grad + decay * here if is_coupled else grad
+        root = ((beta2 * second + (1 - beta2) * grad**2) / (1 - beta2**61)).sqrt()
+        direction = grad / (1 - 0.8**61) / (root + 1e-8) + (0 if is_coupled else decay * here)
+        for curve, task in zip(advice.curves, tasks.values(), strict=True):
+            assert curve.sharpness[index] == pytest.approx(task.sharpness(here, direction, 1), rel=TOL)
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.NAdam, SlimAdam])
 def test_settled_momentum_of_adams(make: Any) -> None:
     """The update that remains is the same whatever was remembered before."""

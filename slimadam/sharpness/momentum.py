@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from slimadam.sharpness.directions import coupled_decay, unwrapped
+from slimadam.sharpness.directions import LINEAR_IN_LR, coupled_decay, unwrapped
 
 Momentum = Literal["settled", "kept"]
 
@@ -61,7 +61,7 @@ class SettledMomentum:
 
 def _settled(optimizer: Optimizer, group: dict[str, Any], param: Tensor, grad: Tensor) -> Tensor:
     ascent = -grad if group.get("maximize", False) else grad
-    decay = coupled_decay(optimizer, group)
+    decay = coupled_decay(optimizer, group) if type(optimizer) in LINEAR_IN_LR else 0.0
     settled = ascent + decay * param if decay else ascent
     if isinstance(optimizer, SGD):
         settled = settled * ((1 - group["dampening"]) / (1 - group["momentum"]))
