@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import readme_calibration, readme_sharpness, readme_warmup
 from benchmarks.machine import RESULTS
 from benchmarks.readme_calibration import origin
+from benchmarks.readme_mix import mix
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -239,6 +240,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory,
     "parity": parity,
     "interop": interop,
+    "mix": mix,
     "mixed_precision": mixed_precision,
     "momentum": momentum,
     "torch_properties": torch_properties,

@@ -10,7 +10,11 @@ from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule
 from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.sharpness.hessian import HessianSharpness, directional_sharpness, hessian_sharpness
+from slimadam.sharpness.logger import SharpnessLogger
+from slimadam.sharpness.mix_advice import MixAdvice
+from slimadam.sharpness.mixing import advise_mix
 from slimadam.sharpness.regimes import Regime, regimes
+from slimadam.sharpness.rows import SharpnessRow
 from slimadam.sharpness.thresholds import edge_of_stability
 from slimadam.snr import snr
 from slimadam.state import convert_state_dict
@@ -24,6 +28,7 @@ __all__ = [
     "CompressionPlan",
     "CriticalSharpness",
     "HessianSharpness",
+    "MixAdvice",
     "Parts",
     "PersistentCatapultWarmup",
     "PlanError",
@@ -31,8 +36,11 @@ __all__ = [
     "Rule",
     "SNRHistory",
     "SNRRecorder",
+    "SharpnessLogger",
     "SharpnessMeasurement",
+    "SharpnessRow",
     "SlimAdam",
+    "advise_mix",
     "calibrate",
     "convert_state_dict",
     "critical_lr",

@@ -21,6 +21,7 @@ _COMMANDS = {
     "calibrate": _Entry("slimadam.cli.calibrate", "calibrate", "Run a training script, measure, write a plan."),
     "demo": _Entry("slimadam.cli.demo", "demo", "Calibrate and train a small model on embedded data."),
     "find-lr": _Entry("slimadam.cli.find_lr", "find_lr", "Find the critical learning rate of a training script."),
+    "mix": _Entry("slimadam.cli.mix", "mix", "Advise how much of each domain to train on next."),
     "plan": _Entry("slimadam.cli.plan", "plan", "Show, compare, carry over and check plan files."),
     "run": _Entry("slimadam.cli.run", "run", "Run a training script with SlimAdam in place of Adam and AdamW."),
 }

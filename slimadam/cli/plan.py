@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from slimadam.cli.builder import call
 from slimadam.cli.console import output_path, percent
 from slimadam.errors import PlanError
 from slimadam.plan import CompressionPlan
@@ -179,17 +179,7 @@ def _storage(rule: Rule) -> dict[str, Any]:
 
 
 def _build(builder: str) -> nn.Module:
-    module_name, _, attribute = builder.partition(":")
-    if not module_name or not attribute:
-        raise click.BadParameter(f"{builder!r} must read MODULE:CALLABLE", param_hint="--model")
-    sys.path.insert(0, "")
-    try:
-        model = getattr(importlib.import_module(module_name), attribute)()
-    except Exception as error:
-        message = f"{builder!r} failed: {type(error).__name__}: {error}"
-        raise click.BadParameter(message, param_hint="--model") from error
-    finally:
-        sys.path.remove("")
+    model = call(builder, "--model")
     if not isinstance(model, nn.Module):
         raise click.BadParameter(f"{builder!r} returned {type(model).__name__}, not an nn.Module", param_hint="--model")
     return model

@@ -1,16 +1,26 @@
-"""Hugging Face Trainer: what its ``optimizer_cls_and_kwargs`` takes."""
+"""Hugging Face Trainer: what its ``optimizer_cls_and_kwargs`` takes, and a callback that measures sharpness."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from slimadam.integrations.replay import MicroBatch, replayed
 from slimadam.optimizer import Params, SlimAdam
 from slimadam.planning import PlanArgument
+from slimadam.sharpness.critical import CriticalSharpness
+from slimadam.sharpness.line import Closure
+from slimadam.sharpness.logger import SharpnessLogger
+from slimadam.sharpness.moves import Memory
+from slimadam.sharpness.surroundings import RandomState
 
 try:
-    from transformers import TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 except ImportError as error:
     raise ImportError(
         "slimadam.integrations.transformers needs Hugging Face Transformers: pip install 'slimadam[transformers]'"
@@ -54,3 +64,127 @@ def optimizer_cls_and_kwargs(
 
     from_args = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     return SlimAdamOfModel, {**from_args, "plan": plan, **options}
+
+
+class SharpnessCallback(TrainerCallback):  # type: ignore[misc]
+    """Measures critical sharpness every ``every`` steps of a Trainer, and logs it as the Trainer logs.
+
+    The loss is the one that the step is taken on: ``compute_loss`` of the Trainer, again with the same inputs,
+    dropout masks and autocast, over all batches of a gradient accumulation; the gradient is the clipped one. What
+    else ``compute_loss`` does, it does at each of the 5 or so evaluations too. Scalars ``sharpness/critical`` and so
+    on go to ``trainer.log``, and so to ``state.log_history`` and wherever ``report_to`` says.
+
+    Not measured, with one warning: under DeepSpeed, with fp16 and ``max_grad_norm=0`` (gradients are still scaled
+    then), and where ``training_step`` does not call ``compute_loss``.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data)  # doctest: +SKIP
+        >>> trainer.add_callback(SharpnessCallback(trainer, every=100))  # doctest: +SKIP
+
+    Args:
+        trainer: The Trainer, which the callback is then added to.
+        every: Measure before steps 0, ``every``, ``2 every``, ...
+        csv: A file that each row is added to, see :class:`~slimadam.SharpnessLogger`.
+        tasks: Losses of other tasks to measure along the same update, by name.
+        tol: See :class:`~slimadam.CriticalSharpness`.
+        memory: See :class:`~slimadam.CriticalSharpness`.
+
+    Attributes:
+        logger: From the beginning of training on, the :class:`~slimadam.SharpnessLogger` with all rows.
+
+    Raises:
+        TypeError: ``trainer`` is no Trainer.
+    """
+
+    logger: SharpnessLogger
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        every: int = 100,
+        *,
+        csv: str | Path | None = None,
+        tasks: Mapping[str, Closure] | None = None,
+        tol: float = 1 / 16,
+        memory: Memory = "copy",
+    ) -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"trainer={trainer!r} must be the transformers.Trainer that the callback is added to")
+        self._trainer = trainer
+        self._every = every
+        self._csv = csv
+        self._tasks = dict(tasks or {})
+        self._probe_options: dict[str, Any] = {"tol": tol, "memory": memory}
+        self._batches: list[MicroBatch] = []
+        self._unsupported: str | None = "training has not begun"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set up the logger: the Trainer has its optimizer now."""
+        self._unsupported = _unsupported(self._trainer)
+        if self._unsupported is not None:
+            warnings.warn(f"critical sharpness is not measured: {self._unsupported}", stacklevel=2)
+            return
+        probe = CriticalSharpness(self._trainer.optimizer, **self._probe_options)
+        self.logger = SharpnessLogger(probe, self._every, csv=self._csv, log=self._log)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to record the batches of a step in which a measurement is due."""
+        self._stop_recording()
+        if self._unsupported is None:
+            self.logger.steps = state.global_step
+            if self.logger.is_due:
+                self._trainer.compute_loss = partial(self._recorded_loss, self._trainer.compute_loss)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, between clipping and the step."""
+        if self._unsupported is not None or not self.logger.is_due:
+            return
+        batches = self._batches
+        self._stop_recording()
+        if batches:
+            self.logger.measure({"": replayed(batches), **self._tasks})
+        else:
+            self._unsupported = "training_step of this Trainer does not call compute_loss"
+            warnings.warn(f"critical sharpness is not measured: {self._unsupported}", stacklevel=2)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the Trainer as it was."""
+        self._stop_recording()
+
+    def _recorded_loss(self, compute_loss: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            random = RandomState([param.device for param in model.parameters()])
+            # compute_loss may take labels out of the inputs.
+            self._batches.append(MicroBatch(random, partial(self._loss, model, dict(inputs), *args, **kwargs)))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    def _loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        trainer = self._trainer
+        with trainer.compute_loss_context_manager():
+            loss: Any = trainer.compute_loss(model, dict(inputs), *args, **kwargs)
+        loss = (loss[0] if isinstance(loss, tuple) else loss).mean()
+        is_share = trainer.compute_loss_func is not None or (
+            trainer.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+        )
+        return loss if is_share else loss / trainer.args.gradient_accumulation_steps  # type: ignore[no-any-return]
+
+    def _stop_recording(self) -> None:
+        self._batches = []
+        recording = vars(self._trainer).get("compute_loss")
+        if isinstance(recording, partial) and recording.func == self._recorded_loss:
+            [original] = recording.args
+            if getattr(original, "__func__", None) is type(self._trainer).compute_loss:
+                del self._trainer.compute_loss
+            else:
+                self._trainer.compute_loss = original
+
+    def _log(self, scalars: dict[str, float], step: int) -> None:
+        self._trainer.log(dict(scalars))
+
+
+def _unsupported(trainer: Trainer) -> str | None:
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        return "under DeepSpeed the optimizer's update is not at hand"
+    if getattr(trainer.accelerator, "scaler", None) is not None and not trainer.args.max_grad_norm:
+        return "with fp16 and max_grad_norm=0 gradients are still scaled before the step; set max_grad_norm"
+    return None

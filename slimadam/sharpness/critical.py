@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -156,6 +157,19 @@ class CriticalSharpness:
     def extra_bytes(self) -> int:
         """While measuring, seen from the closure: bytes held beside the model and its optimizer."""
         return self._line.extra_bytes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next search of each task begins, and what is known of its noise; numbers and strings only."""
+        return {"last": dict(self._last), "measured": dict(self._measured), "noisy": sorted(self._noisy)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            KeyError: It is no state dict of this class.
+        """
+        last, measured, noisy = (state_dict[key] for key in ("last", "measured", "noisy"))
+        self._last, self._measured, self._noisy = dict(last), dict(measured), set(noisy)
 
     def _sign(self) -> int:
         flags = {bool(group.get("maximize", False)) for group in self.optimizer.param_groups}

@@ -101,7 +101,7 @@ def depends_on_parameters(optimizer: Optimizer) -> bool:
         return False
     if type(optimizer) not in LINEAR_IN_LR:
         return True
-    return any(_coupled_decay(optimizer, group) != 0 for group in optimizer.param_groups)
+    return any(coupled_decay(optimizer, group) != 0 for group in optimizer.param_groups)
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -176,8 +176,9 @@ def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
     return group["weight_decay"] if _is_decoupled(optimizer, group) else 0.0
 
 
-def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
-    return 0.0 if _is_decoupled(optimizer, group) else group["weight_decay"]
+def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
+    """The weight decay that is added to the gradient; 0 where it is decoupled."""
+    return 0.0 if _is_decoupled(optimizer, group) else group.get("weight_decay", 0.0)
 
 
 def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) 
     assert param.grad is not None
     for rows in row_blocks(param.shape) if isinstance(optimizer, ELEMENTWISE) else [...]:
         grad = param.grad[rows].to(direction.dtype, copy=True)
-        coupled = _coupled_decay(optimizer, group)
+        coupled = coupled_decay(optimizer, group)
         if coupled != 0:
             sign = -1 if group.get("maximize", False) else 1
             grad.add_(param.detach()[rows].to(grad.dtype) * (sign * coupled))

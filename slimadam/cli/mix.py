@@ -1,0 +1,119 @@
+"""``slimadam mix``: relative critical sharpness over the mixing ratio at a checkpoint, and the ratio to train at."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.optim import Optimizer
+
+from slimadam.cli.builder import call
+from slimadam.cli.console import finite, output_path, status_console
+from slimadam.files import write_whole
+from slimadam.sharpness.mix_advice import MixAdvice
+from slimadam.sharpness.mixing import advise_mix
+from slimadam.sharpness.momentum import Momentum
+
+_NO_ADVICE = 1
+
+
+@click.command()
+@click.argument("builder", metavar="MODULE:CALLABLE")
+@click.option("--ratios", metavar="R,R,...", help="Shares of the first of two domains to try.  [default: 0,0.1,...,1]")
+@click.option("--batches", type=click.IntRange(min=1), default=8, show_default=True,
+              help="How often all is measured, each time on other batches.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Of the resampling that the intervals come from.")  # fmt: skip
+@click.option("--momentum", type=click.Choice(["settled", "kept"]), default="settled", show_default=True,
+              help="First moments as they become under each mix, or as they are.")  # fmt: skip
+@click.option("--max-grad-norm", type=click.FloatRange(min=0, min_open=True),
+              help="Clip the mixed gradients to this norm, as in training.")  # fmt: skip
+@click.option("--tol", type=click.FloatRange(min=0, max=1, min_open=True, max_open=True), default=1 / 16,
+              show_default=True, callback=finite, help="How closely each critical rate is found.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--plot", callback=output_path, help="A picture of the curves to write, .png, .svg or .pdf.")
+@click.option("--out", callback=output_path, help="A CSV file of the curves to write.")
+@click.pass_context
+def mix(
+    ctx: click.Context,
+    builder: str,
+    ratios: str | None,
+    batches: int,
+    seed: int,
+    momentum: Momentum,
+    max_grad_norm: float | None,
+    tol: float,
+    as_json: bool,
+    plot: Path | None,
+    out: Path | None,
+) -> None:
+    """Advise how much of each domain to train on next, at a checkpoint, without training.
+
+    MODULE:CALLABLE is a function of yours that takes nothing, loads the checkpoint, and returns (optimizer, losses):
+    the optimizer with its state, and for each domain, by name, a function from the number of a batch to the model's
+    mean loss on it. A third element, in the same form, names other tasks that must not get worse.
+
+    Exit codes: 0 advised, 1 at each mix some task has no safe step, 2 trouble.
+    """
+    shares = None if ratios is None else _shares(ratios)
+    optimizer, losses, tasks = _built(builder)
+    try:
+        with _progress() as bar:
+            task = bar.add_task("measuring", total=None)
+            advice = advise_mix(
+                optimizer, losses, tasks=tasks, ratios=shares, batches=batches, seed=seed, tol=tol,
+                momentum=momentum, max_grad_norm=max_grad_norm,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    if plot is not None:
+        advice.plot(plot)
+    if out is not None:
+        write_whole(out, _csv(advice))
+    if as_json:
+        click.echo(json.dumps(advice.to_dict(), allow_nan=False))
+    else:
+        click.echo(advice.table())
+        click.echo(str(advice))
+    ctx.exit(_NO_ADVICE if math.isnan(advice.ratio) else 0)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{text!r} must be numbers between commas, as 0,0.5,1", param_hint="--ratios"
+        ) from error
+
+
+def _built(builder: str) -> tuple[Optimizer, Mapping[str, Any], Mapping[str, Any] | None]:
+    built = call(builder, "MODULE:CALLABLE")
+    if not isinstance(built, (tuple, list)) or len(built) not in (2, 3) or not isinstance(built[0], Optimizer):
+        raise click.BadParameter(
+            f"{builder!r} returned {built!r:.80}, not (optimizer, losses) or (optimizer, losses, tasks)",
+            param_hint="MODULE:CALLABLE",
+        )
+    return built[0], built[1], built[2] if len(built) == 3 else None
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=status_console())
+
+
+def _csv(advice: MixAdvice) -> str:
+    rows = advice.rows()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
