@@ -22,15 +22,21 @@ from slimadam.functional import (
 BLOCK_ELEMENTS = 1 << 18
 
 
-def row_blocks(shape: Sequence[int]) -> Iterator[slice | EllipsisType]:
-    """Indices of a tensor's rows (its first dimension), at most about 2**18 elements at a time."""
+def block_dim(shape: Sequence[int]) -> int:
+    """The dimension that :func:`row_blocks` goes along: the first of more than one element, or 0."""
+    return next((dim for dim, size in enumerate(shape) if size > 1), 0)
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...] | EllipsisType]:
+    """Indices of a tensor's rows, at most about 2**18 elements at a time, along :func:`block_dim`."""
     if not shape:
         yield ...
         return
-    in_a_row = max(1, torch.Size(shape[1:]).numel())
+    dim = block_dim(shape)
+    in_a_row = max(1, torch.Size(shape[dim + 1 :]).numel())
     rows = max(1, BLOCK_ELEMENTS // in_a_row)
-    for start in range(0, max(1, shape[0]), rows):
-        yield slice(start, start + rows)
+    for start in range(0, max(1, shape[dim]), rows):
+        yield (*[slice(None)] * dim, slice(start, start + rows))
 
 
 def update_without_decay(entry: Entry, hyper: Hyperparameters) -> Tensor:
@@ -54,12 +60,13 @@ def update_without_decay(entry: Entry, hyper: Hyperparameters) -> Tensor:
         averaged = _second_moment_after(parts, maxima, grad, entry.averaged_dims, hyper)
     else:
         averaged = None
+    dim = block_dim(target.shape)
     for rows in row_blocks(target.shape):
         if averaged is None:
             part, maximum = ([moment[rows] for moment in moments] for moments in (parts, maxima))
             second = _second_moment_after(part, maximum, grad[rows], ((),), hyper)
         else:
-            second = averaged if averaged.shape[0] == 1 else averaged[rows]
+            second = averaged if averaged.shape[dim] == 1 else averaged[rows]
         first = exp_avg[rows].clone()
         update_first_moment(first, -grad[rows] if hyper.maximize else grad[rows], hyper.beta1)
         denominator = (second.sqrt() / root).add_(hyper.eps)
@@ -101,7 +108,9 @@ def _second_moment_after(
 def _mean_square(grad: Tensor, dims: Dims, dtype: torch.dtype) -> Tensor:
     """As :func:`~slimadam.functional.mean_square`, some rows at a time."""
     blocks = (mean_square(grad[rows].to(dtype), dims) for rows in row_blocks(grad.shape))
-    if 0 not in dims:
-        return torch.cat(list(blocks)) if grad.dim() else next(blocks)
-    sizes = [len(grad[rows]) for rows in row_blocks(grad.shape)]
-    return sum(block * (size / max(1, len(grad))) for block, size in zip(blocks, sizes, strict=True))  # type: ignore[return-value]
+    dim = block_dim(grad.shape)
+    if dim not in dims:
+        return torch.cat(list(blocks), dim) if grad.dim() else next(blocks)
+    sizes = [grad[rows].shape[dim] for rows in row_blocks(grad.shape)]
+    count = max(1, grad.shape[dim])
+    return sum(block * (size / count) for block, size in zip(blocks, sizes, strict=True))  # type: ignore[return-value]

@@ -150,8 +150,7 @@ def test_a_loss_that_never_rises() -> None:
 
 def test_overflow_counts_as_an_increase() -> None:
     layer, optimizer, x = linear(lr=1e30)
-    probe = CriticalSharpness(optimizer, max_forwards=200)
-    found = probe.measure(lambda: F.mse_loss(layer(x), torch.zeros(9, 2)))
+    found = CriticalSharpness(optimizer).measure(lambda: F.mse_loss(layer(x), torch.zeros(9, 2)))
     assert found.status == "found"
     assert 1e-3 < found.critical_lr < 1e3
 
@@ -167,10 +166,20 @@ def test_a_loss_that_is_not_finite_is_said(bad: float) -> None:
 
 def test_forward_passes_are_capped() -> None:
     layer, optimizer, x = linear(lr=1e-30)
-    found = CriticalSharpness(optimizer).measure(lambda: F.mse_loss(layer(x), torch.zeros(9, 2)))
+    capped = CriticalSharpness(optimizer, max_forwards=8)
+    found = capped.measure(lambda: F.mse_loss(layer(x), torch.zeros(9, 2)))
     assert found.status == "out of evaluations"
-    assert found.forward_passes == 40
-    assert found.bracket[0] > 1e-20
+    assert found.forward_passes == 8
+    assert found.bracket[0] == pytest.approx(32e-30)
+
+
+@pytest.mark.parametrize("lr", [1e-30, 1e-9, 1e9, 1e30])
+def test_a_start_that_is_far_off(lr: float) -> None:
+    layer, optimizer, x = linear(lr=lr)
+    found = CriticalSharpness(optimizer).measure(lambda: F.mse_loss(layer(x), torch.zeros(9, 2)))
+    near = CriticalSharpness(optimizer, start=0.1).measure(lambda: F.mse_loss(layer(x), torch.zeros(9, 2)))
+    assert found.status == near.status == "found"
+    assert found.critical_lr == pytest.approx(near.critical_lr, rel=1 / 16)
 
 
 def test_a_closure_that_does_not_repeat_itself_is_told_once() -> None:
@@ -230,12 +239,14 @@ def test_dropout_masks_agree() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"tol": 0.0}, "tol=0.0 must lie between 0 and 1"),
-        ({"tol": math.nan}, "tol=nan must lie between"),
+        ({"tol": 0.0}, r"tol=0\.0 must be a number from 1e-12 to 1"),
+        ({"tol": math.nan}, "tol=nan must be a number"),
+        ({"tol": "a"}, "tol='a' must be a number"),
+        ({"rounding": -1.0}, r"rounding=-1\.0 must be a number from 0 to 1"),
         ({"memory": "full"}, "memory='full' must be"),
-        ({"start": -1.0}, "start=-1.0 must be a positive, finite number"),
+        ({"start": -1.0}, r"start=-1\.0 must be a positive, finite number"),
         ({"max_lr": math.inf}, "max_lr=inf must be a positive, finite number"),
-        ({"max_forwards": 2}, "max_forwards=2 must be an integer >= 3"),
+        ({"max_forwards": 4}, "max_forwards=4 must be an integer >= 5"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], match: str) -> None:

@@ -77,7 +77,7 @@ def test_random_smooth_rises() -> None:
 def test_a_rise_from_the_start_is_no_descent() -> None:
     found, asked = search(lambda x: 1e-3 * x, 1.0, resolution=1e-7)
     assert found.status == "no descent"
-    assert len(asked) < 20
+    assert len(asked) <= 24
 
 
 def test_a_flat_loss_never_rises() -> None:

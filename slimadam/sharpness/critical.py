@@ -6,6 +6,7 @@ Source: arXiv 2601.16979, section 2.
 from __future__ import annotations
 
 import math
+import numbers
 import statistics
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from slimadam.errors import shown
 from slimadam.sharpness.directions import reference_lr, unwrapped
 from slimadam.sharpness.line import Closure, LineProbe
 from slimadam.sharpness.moves import Memory
@@ -24,9 +26,13 @@ from slimadam.sharpness.thresholds import edge_of_stability
 
 # Differences of a loss below some units in its last place are rounding.
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
+# Where something is computed in 16 bits the loss jumps by more than that between neighbouring parameters.
+_ROUGHNESS = 1e-4
 _CHECKS_NOISE_EVERY = 16
 _NOISE_SAMPLES = 4
 _NOISE_WIDTH = 3.0
+_FINEST = 1e-12
+_FEWEST_FORWARDS = _NOISE_SAMPLES + 1
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class CriticalSharpness:
         max_lr: No larger rate is tried.
         max_forwards: The most forward passes of one measurement.
         modules: Modules whose buffers the closure may change; None: those alive that own a parameter.
+        rounding: Changes of the loss up to this share of it are not told from rounding. None: 4.8e-7, or 1e-4 where
+            parameters have 16 bits or the closure enters autocast. Under ``torch.compile`` autocast is not seen.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -103,20 +111,16 @@ class CriticalSharpness:
         max_lr: float | None = None,
         max_forwards: int = 40,
         modules: Iterable[nn.Module] | None = None,
+        rounding: float | None = None,
     ) -> None:
         self._line = LineProbe(optimizer, memory, modules)
-        if not 0 < tol < 1:
-            raise ValueError(f"tol={tol!r} must lie between 0 and 1, both excluded")
-        for name, value in (("start", start), ("max_lr", max_lr)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r} must be a positive, finite number, or None")
-        if not isinstance(max_forwards, int) or max_forwards < 3:
-            raise ValueError(f"max_forwards={max_forwards!r} must be an integer >= 3")
+        _check_numbers(tol, start, max_lr, rounding, max_forwards)
         self.optimizer = unwrapped(optimizer)
         self._tol = tol
         self._start = start
         self._max_lr = math.inf if max_lr is None else max_lr
         self._max_forwards = max_forwards
+        self._rounding = rounding
         self._last: dict[str, float] = {}
         self._measured: dict[str, int] = {}
         self._noisy: set[str] = set()
@@ -140,7 +144,7 @@ class CriticalSharpness:
             raise TypeError(f"closure={closure!r} must be callable and return the loss")
         lr = reference_lr(self.optimizer)
         with self._line as line:
-            evaluations = _Evaluations(line, closure, self._sign(), self._repeats(task))
+            evaluations = _Evaluations(line, closure, self._sign(), self._repeats(task), self._rounding)
             if evaluations.noise > evaluations.rounding:
                 self._say_noisy(task, evaluations)
             if not math.isfinite(evaluations.base):
@@ -224,17 +228,37 @@ class CriticalSharpness:
         )
 
 
+def _check_numbers(
+    tol: float, start: float | None, max_lr: float | None, rounding: float | None, max_forwards: int
+) -> None:
+    if not _is_number(tol) or not _FINEST <= tol < 1:
+        raise ValueError(f"tol={shown(tol)} must be a number from {_FINEST:g} to 1, which is excluded")
+    for name, value in (("start", start), ("max_lr", max_lr)):
+        if value is not None and not (_is_number(value) and 0 < value < math.inf):
+            raise ValueError(f"{name}={shown(value)} must be a positive, finite number, or None")
+    if rounding is not None and not (_is_number(rounding) and 0 <= rounding < 1):
+        raise ValueError(f"rounding={shown(rounding)} must be a number from 0 to 1, which is excluded, or None")
+    if not isinstance(max_forwards, int) or max_forwards < _FEWEST_FORWARDS:
+        raise ValueError(f"max_forwards={shown(max_forwards)} must be an integer >= {_FEWEST_FORWARDS}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 class _Evaluations:
     """The closure's losses on the line, counted, relative to that at the parameters."""
 
-    def __init__(self, line: LineProbe, closure: Closure, sign: int, repeats: int) -> None:
+    def __init__(self, line: LineProbe, closure: Closure, sign: int, repeats: int, rounding: float | None) -> None:
         self._line = line
         self._closure = closure
         self._sign = sign
         self.done = 0
         losses = [self._loss(0.0) for _ in range(repeats)]
         self.base = statistics.fmean(losses) if all(map(math.isfinite, losses)) else math.nan
-        self.rounding = _ROUNDING * abs(self.base)
+        if rounding is None:
+            rounding = _ROUGHNESS if line.is_narrow else _ROUNDING
+        self.rounding = rounding * abs(self.base)
         if repeats == 2 and math.isfinite(self.base) and abs(losses[0] - losses[1]) > self.rounding:
             losses += [self._loss(0.0) for _ in range(_NOISE_SAMPLES - repeats)]
             self.base = statistics.fmean(losses)

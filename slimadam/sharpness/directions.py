@@ -2,19 +2,23 @@
 
 SlimAdam says its own. For the optimizers of ``torch.optim`` whose step is linear in the learning rate it is one step,
 on copies of one parameter's gradient and state at a time, from zero with learning rate 1: nothing cancels. Any other
-optimizer steps once on a copy of itself and all that it holds, at its own learning rate.
+optimizer steps once on a copy of itself and all that it holds, in float64, at its own learning rate.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from slimadam.direction import row_blocks, with_decay
 from slimadam.functional import Scalar, second_moment_dtype
@@ -105,15 +109,16 @@ def depends_on_parameters(optimizer: Optimizer) -> bool:
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that steps: the one inside a wrapper such as Accelerate's.
+    """The optimizer that steps: the one inside Accelerate's wrapper.
 
     Raises:
         TypeError: It is no torch optimizer.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, Optimizer) else optimizer
+    if type(optimizer).__name__ == "AcceleratedOptimizer":  # others may do something of their own in step()
+        return unwrapped(optimizer.optimizer)  # type: ignore[attr-defined]
+    return optimizer
 
 
 def check_pending(optimizer: Optimizer) -> None:
@@ -165,6 +170,8 @@ def _rates(optimizer: Optimizer) -> list[Scalar]:
                 f"param_groups[{index}] of {type(optimizer).__name__} has no 'lr': its step has no learning rate to "
                 "measure along"
             )
+        if not isinstance(group["lr"], Tensor) and not 0 <= group["lr"] < math.inf:
+            raise ValueError(f"param_groups[{index}]['lr']={group['lr']} must be a finite number >= 0")
     return [group["lr"] for group in optimizer.param_groups]
 
 
@@ -199,6 +206,7 @@ def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) 
         shadow = _shadow(optimizer)
         own = {**group, "params": [from_zero], "lr": 1.0, "weight_decay": 0.0, "differentiable": False}
         shadow.param_groups = [own]
+        shadow.defaults = {**optimizer.defaults, "differentiable": False}
         shadow.state = defaultdict(dict)
         if optimizer.state.get(param):
             shadow.state[from_zero] = {
@@ -223,32 +231,70 @@ def _state_of_rows(value: Any, rows: Any, param: Tensor, dtype: torch.dtype | No
 def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
     """One step of a copy of the optimizer, as ``(parameter, (before - after) / lr, group)``."""
     name = type(optimizer).__name__
-    if any(rate == 0 for rate in _rates(optimizer)):
-        raise RuntimeError(
-            f"the learning rate of {name} is 0, and only a step tells its direction; measure from the first step "
-            "with a positive rate on"
-        )
-    held = {id(param): param for group in optimizer.param_groups for param in group["params"]}
-    before: dict[int, Tensor] = {}
-    for key, param in held.items():
-        before[key] = param.detach().clone().requires_grad_(param.requires_grad)
-        before[key].grad = None if param.grad is None else param.grad.detach().clone()
-    shadow = _shadow(optimizer)
+    for group in optimizer.param_groups:
+        if group["lr"] == 0 and any(param.grad is not None for param in group["params"]):
+            raise RuntimeError(
+                f"the learning rate of {name} is 0, and only a step tells its direction; measure from the first step "
+                "with a positive rate on"
+            )
     try:
-        memo: dict[int, Any] = dict(before)
-        shadow.__dict__.update(copy.deepcopy(shadow.__dict__, memo))
-    except Exception as error:
-        raise RuntimeError(f"{name} cannot be copied to try its step out: {error}") from error
-    try:
-        _step_of(optimizer)(shadow)
-    except TypeError as error:
-        raise TypeError(f"the step of {name} cannot be tried out by itself, without a closure: {error}") from error
+        stepped = _stepped_copies(optimizer, torch.float64)
+    except Exception as wide:
+        stepped = _stepped_copies(optimizer, None)
+        _say_rounded(name, wide)
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param.grad is not None:
-                dtype = second_moment_dtype(param.dtype)
-                moved = param.detach().to(dtype) - before[id(param)].detach().to(dtype)
-                yield param, moved.div_(group["lr"]), group
+                before, after = param.detach(), stepped.pop(id(param)).detach()
+                moved = (before.to(after.dtype) - after).div_(group["lr"])
+                yield param, moved.to(second_moment_dtype(param.dtype)), group
+
+
+def _stepped_copies(optimizer: Optimizer, dtype: torch.dtype | None) -> dict[int, Tensor]:
+    """By ``id`` of each parameter a copy of it after the step, in a wider precision where one is given."""
+    name = type(optimizer).__name__
+    copies: dict[int, Tensor] = {}
+    for param in {id(param): param for group in optimizer.param_groups for param in group["params"]}.values():
+        own = param.dtype if dtype is None else torch.promote_types(param.dtype, dtype)
+        copies[id(param)] = param.detach().to(own, copy=True).requires_grad_(param.requires_grad)
+        copies[id(param)].grad = None if param.grad is None else param.grad.detach().to(own, copy=True)
+    shadow = _shadow(optimizer)
+    try:
+        shadow.__dict__.update(copy.deepcopy(shadow.__dict__, dict(copies)))
+    except Exception as error:
+        raise RuntimeError(f"{name} cannot be copied to try its step out: {error}") from error
+    for one, state in shadow.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                state[key] = value.to(torch.promote_types(value.dtype, one.dtype))
+    try:
+        with _no_hooks():
+            _step_of(optimizer)(shadow)
+    except (TypeError, AssertionError) as error:
+        raise TypeError(f"the step of {name} cannot be tried out by itself, without a closure: {error}") from error
+    return copies
+
+
+def _say_rounded(name: str, error: Exception) -> None:
+    warnings.warn(
+        f"the direction of {name} comes from a step in its parameters' own precision, because one in float64 failed "
+        f"({error}): it is lost in rounding where the learning rate is as small as the parameters' last place",
+        stacklevel=2,
+    )
+
+
+@contextmanager
+def _no_hooks() -> Iterator[None]:
+    """Holds back the step hooks of the whole process, which a subclass's step runs through its parent's."""
+    registries: list[Any] = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+    kept = [(hooks, dict(hooks)) for hooks in registries]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 def _shadow(optimizer: Optimizer) -> Any:

@@ -20,13 +20,15 @@ class HeldSignals:
         self._handlers: dict[int, Any] = {}
         self._waiting: list[tuple[int, FrameType | None]] = []
         self._open = False
+        self._holding = False
 
     def hold(self) -> None:
         """From now on signals wait."""
         if threading.current_thread() is threading.main_thread():
+            self._holding = True
             for number in signal.valid_signals():
                 handler = signal.getsignal(number)
-                if callable(handler):
+                if callable(handler) and handler != self._receive:
                     self._handlers[number] = handler
                     signal.signal(number, self._receive)
 
@@ -43,15 +45,31 @@ class HeldSignals:
 
     def release(self) -> None:
         """Put the handlers back, and deliver what has waited."""
-        handlers, self._handlers = self._handlers, {}
-        for number, handler in handlers.items():
+        try:
+            self._put_back()
+        finally:
+            self._put_back()  # a handler that was back already may have raised
+            self._holding = False
+            self._deliver()
+
+    def _put_back(self) -> None:
+        for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._receive:
                 signal.signal(number, handler)
-        waiting, self._waiting = self._waiting, []
-        for number, frame in waiting:
-            handlers[number](number, frame)
+
+    def _deliver(self) -> None:
+        """All that waits, also when a handler raises."""
+        while self._waiting:
+            try:
+                number, frame = self._waiting.pop(0)
+                self._handlers[number](number, frame)
+            finally:
+                self._deliver()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._holding:
+            self._handlers[number](number, frame)
+            return
         if not self._open:
             self._waiting.append((number, frame))
             return

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, get_args
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from slimadam.names import owning_modules
 from slimadam.sharpness.directions import check_pending, unwrapped
 from slimadam.sharpness.interrupts import HeldSignals
 from slimadam.sharpness.moves import MOVES, Memory, Moves
-from slimadam.sharpness.surroundings import Buffers, Gradients, RandomState
+from slimadam.sharpness.surroundings import Buffers, Gradients, Precision, RandomState, refuse_shared_memory
 
 Closure = Callable[[], "Tensor | float"]
 """Computes the loss, forward only, always on the same batch."""
@@ -39,8 +40,9 @@ class LineProbe:
         optimizer: SlimAdam, or any torch optimizer whose step needs no closure; see
             :func:`~slimadam.sharpness.directions.pending_directions`.
         memory: What is kept to come back. ``"copy"``: parameters and direction, the fastest. ``"lean"``: about a byte
-            for each element, the direction made anew one parameter at a time, for optimizers whose weight decay is
-            decoupled or zero. ``"offload"``: the parameters in host memory, the direction as in lean.
+            for each element, and one parameter's direction, made anew, for optimizers whose weight decay is decoupled
+            or zero, parameters that share no memory, and closures that do not write to them. ``"offload"``: the
+            parameters in host memory, the direction as in lean.
         modules: Modules whose buffers the closure may change. None: those alive in the process that own a parameter
             of the optimizer.
 
@@ -70,11 +72,18 @@ class LineProbe:
         self._buffers = Buffers(self._modules_of(params))
         self._gradients = Gradients(self.optimizer)
         self._random = RandomState([param.device for param in params])
-        self._device = params[0].device
+        self._precision = Precision(params)
+        self._params = params
+        if self.memory == "lean":
+            refuse_shared_memory(params, self._buffers.tensors)
         with torch.no_grad():
             moves = MOVES[self.memory](self.optimizer)
-        self._signals.hold()
-        self._moves = moves
+        try:
+            self._signals.hold()
+            self._moves = moves
+        except BaseException:
+            self._signals.release()
+            raise
         return self
 
     def __exit__(
@@ -87,8 +96,13 @@ class LineProbe:
                 moves.back()
             torch.clear_autocast_cache()
             self._random.restore()
+            del self._buffers, self._gradients, self._random, self._params
         finally:
             self._signals.release()
+
+    def _written(self) -> list[tuple[int, int]]:
+        """Where each parameter is, and how often it has been written to."""
+        return [(param.data_ptr(), param._version) for param in self._params]
 
     def _modules_of(self, params: list[Tensor]) -> list[nn.Module]:
         """Those that were given, or found; looked for again only when parameters have changed."""
@@ -118,12 +132,23 @@ class LineProbe:
             self._random.restore()
             # Casts of parameters that an enclosing autocast has cached are of other values.
             torch.clear_autocast_cache()
+            before = self._written()
             try:
-                with self._gradients.hidden(), self._signals.allowed():
+                with self._precision.watching(), self._gradients.hidden(), self._signals.allowed():
                     loss = closure()
             finally:
                 self._buffers.restore()
-            return _read(loss, self._device)
+            if self.memory == "lean" and any(map(_is_written, before, self._written())):
+                raise RuntimeError(
+                    "the closure has written to parameters (as an embedding with max_norm does): memory='lean' cannot "
+                    "tell what they were; use memory='copy' or 'offload'"
+                )
+            return _read(loss, self._params[0].device)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Inside the block: whether the loss is computed in 16 bits somewhere, as far as evaluations have shown."""
+        return self._precision.is_narrow
 
     @property
     def extra_bytes(self) -> int:
@@ -131,12 +156,17 @@ class LineProbe:
         return 0 if self._moves is None else self._moves.extra_bytes + self._buffers.nbytes
 
 
+def _is_written(before: tuple[int, int], after: tuple[int, int]) -> bool:
+    """Not where a parameter has only moved to other memory, as recurrent layers do on CUDA."""
+    return before[0] == after[0] and before[1] != after[1]
+
+
 def _read(loss: Any, device: torch.device) -> float:
     """The one read that the host waits for; the mean over all ranks."""
     if isinstance(loss, Tensor):
         if loss.numel() != 1 or loss.is_complex():
             raise TypeError(f"the closure returned a {loss.dtype} tensor of shape {tuple(loss.shape)}, not one number")
-    elif not isinstance(loss, (int, float)):
+    elif not isinstance(loss, (int, float, np.number)) and not (isinstance(loss, np.ndarray) and loss.ndim == 0):
         raise TypeError(f"the closure returned a {type(loss).__name__}, not the loss: a number or a tensor of one")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks = torch.distributed.get_world_size()

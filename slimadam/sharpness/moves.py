@@ -44,19 +44,19 @@ class Copies:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        pending = [(update.param.data, update.direction()) for update in pending_updates(optimizer)]
+        pending = [(update.param, update.direction()) for update in pending_updates(optimizer)]
         self._params = [param for param, _ in pending]
         self._directions = [direction for _, direction in pending]
-        self._originals = [param.clone() for param in self._params]
+        self._originals = [param.data.clone() for param in self._params]
 
     def to(self, eta: float) -> None:
         """See :class:`Moves`."""
         self.back()
-        torch._foreach_add_(self._params, self._directions, alpha=-eta)
+        torch._foreach_add_([param.data for param in self._params], self._directions, alpha=-eta)
 
     def back(self) -> None:
         """See :class:`Moves`."""
-        torch._foreach_copy_(self._params, self._originals)
+        torch._foreach_copy_([param.data for param in self._params], self._originals)
 
     @property
     def extra_bytes(self) -> int:
@@ -74,7 +74,7 @@ class Offloaded:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         params = (p for group in unwrapped(optimizer).param_groups for p in group["params"] if p.grad is not None)
-        self._kept = [(param.data, _host_copy(param.data)) for param in params]
+        self._kept = [(param, _host_copy(param.data)) for param in params]
 
     def to(self, eta: float) -> None:
         """See :class:`Moves`."""
@@ -85,7 +85,7 @@ class Offloaded:
     def back(self) -> None:
         """See :class:`Moves`."""
         for param, kept in self._kept:
-            param.copy_(kept, non_blocking=True)
+            param.data.copy_(kept, non_blocking=True)
 
     @property
     def extra_bytes(self) -> int:

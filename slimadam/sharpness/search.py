@@ -8,6 +8,11 @@ from typing import Literal, NamedTuple
 
 Status = Literal["found", "no increase", "no descent", "noisy", "not finite", "out of evaluations"]
 FACTOR = 2.0
+_PATIENCE = 12
+"""Doublings, or halvings, after which the factor itself is squared from one to the next."""
+_LARGEST_FACTOR = 1e30
+LARGEST = 1e30
+"""No larger rate is tried: parameters in float32 would be infinite."""
 
 
 class Crossing(NamedTuple):
@@ -22,6 +27,10 @@ class Crossing(NamedTuple):
     lower: float
     upper: float
     status: Status
+
+
+def _next(factor: float, times: int) -> float:
+    return min(factor**2, _LARGEST_FACTOR) if times > _PATIENCE else factor
 
 
 class OutOfEvaluations(Exception):  # noqa: N818
@@ -84,22 +93,30 @@ class Search:
         self._evaluate(eta)
         if self._upper == eta:
             return self._halve(eta)
+        largest = min(self._max_eta, LARGEST)
+        factor, doublings = FACTOR, 0
         while math.isinf(self._upper):
-            if eta >= self._max_eta or math.isinf(eta * FACTOR):
+            if eta >= largest:
                 return "no increase"
-            eta = min(eta * FACTOR, self._max_eta)
+            doublings += 1
+            factor = _next(factor, doublings)
+            eta = min(eta * factor, largest)
             self._evaluate(eta)
         return "found"
 
     def _halve(self, eta: float) -> Status:
         """Down to a descent; after two differences too small to tell there is none."""
-        unresolved = 0
+        unresolved = halvings = 0
+        factor = FACTOR
         while unresolved < 2 and eta > 0:
-            eta /= FACTOR
+            eta /= factor
             rise = self._evaluate(eta)
-            if rise < -self._resolution:
+            jumped = factor > FACTOR
+            halvings += 1
+            factor = _next(factor, halvings)
+            unresolved = unresolved + 1 if abs(rise) <= self._resolution else 0
+            if rise < -self._resolution or (unresolved and jumped):
                 return "found"
-            unresolved = unresolved + 1 if rise <= self._resolution else 0
         return "no descent"
 
     def _narrow(self) -> Status:
@@ -118,6 +135,9 @@ class Search:
         return self._ask(self._lower / FACTOR) < -self._resolution
 
     def _middle(self) -> float:
+        """Halfway, in the rates' logarithms where they differ by much."""
+        if self._lower and self._upper / self._lower > 2 * FACTOR:
+            return math.sqrt(self._lower * self._upper)
         return (self._lower + self._upper) / 2
 
     def _guess(self) -> float:

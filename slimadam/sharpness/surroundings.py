@@ -22,19 +22,25 @@ class Buffers:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         owners = {id(owner): owner for module in modules for owner in module.modules()}
-        found = [
-            (owner, name, buffer)
-            for owner in owners.values()
-            for name, buffer in owner._buffers.items()
-            if buffer is not None
-        ]
-        self._kept = [(owner, name, buffer, buffer.detach().clone()) for owner, name, buffer in found]
+        self._owners = [(owner, dict(owner._buffers)) for owner in owners.values()]
+        found = {id(buffer): buffer for _, names in self._owners for buffer in names.values() if buffer is not None}
+        # What overlaps itself, as an expanded mask does, cannot be written to: nobody has.
+        own = [buffer for buffer in found.values() if torch._debug_has_internal_overlap(buffer) != 1]
+        self._kept = [(buffer, buffer.data, buffer.detach().clone()) for buffer in own]
 
     def restore(self) -> None:
-        """Put the same tensors with the same contents back."""
-        for owner, name, buffer, value in self._kept:
-            buffer.data.copy_(value)
-            owner._buffers[name] = buffer
+        """Put the same tensors with the same contents back, and no others."""
+        for buffer, data, value in self._kept:
+            buffer.data = data
+            data.copy_(value)
+        for owner, names in self._owners:
+            owner._buffers.clear()
+            owner._buffers.update(names)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The buffers."""
+        return [buffer for buffer, *_ in self._kept]
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +69,62 @@ class Gradients:
         finally:
             for param, grad in self._kept:
                 param.grad = grad
+
+
+class Precision:
+    """Whether a loss is computed in 16 bits somewhere, so that it is rough: not told from rounding at small steps.
+
+    Args:
+        params: The parameters.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        devices = {param.device.type for param in params}
+        around = any(torch.is_autocast_enabled(device) for device in devices)
+        self.is_narrow = around or any(param.dtype in (torch.bfloat16, torch.float16) for param in params)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the block, notice when autocast is entered."""
+        enter = torch.autocast.__enter__
+
+        def noticed(own: torch.autocast) -> Any:
+            self.is_narrow = self.is_narrow or own._enabled
+            return enter(own)  # type: ignore[no-untyped-call]
+
+        torch.autocast.__enter__ = noticed  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+def refuse_shared_memory(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
+    """Refuse parameters that share memory with one another or with a buffer.
+
+    Raises:
+        ValueError: Says so, and what to use.
+    """
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), is_param)
+        for tensors, is_param in ((params, True), (buffers, False))
+        for tensor in tensors
+        if tensor.numel() and tensor.device.type != "meta"
+    )
+    reach, reached_by_param = 0, False
+    for start, end, is_param in spans:
+        if start < reach and (is_param or reached_by_param):
+            raise ValueError(
+                "memory='lean' computes each parameter back from where it was moved, but two parameters, or a "
+                "parameter and a buffer, share memory; use memory='copy' or 'offload'"
+            )
+        if end > reach:
+            reach, reached_by_param = end, is_param
+
+
+def _extent(tensor: Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 class RandomState:
