@@ -13,6 +13,7 @@ _PATIENCE = 12
 _LARGEST_FACTOR = 1e30
 LARGEST = 1e30
 """No larger rate is tried: parameters in float32 would be infinite."""
+_SMALLEST = 1e-60
 
 
 class Crossing(NamedTuple):
@@ -108,7 +109,7 @@ class Search:
         """Down to a descent; after two differences too small to tell there is none."""
         unresolved = halvings = 0
         factor = FACTOR
-        while unresolved < 2 and eta > 0:
+        while unresolved < 2 and eta / factor > _SMALLEST:
             eta /= factor
             rise = self._evaluate(eta)
             jumped = factor > FACTOR
