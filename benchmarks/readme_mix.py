@@ -33,7 +33,12 @@ def mix(result: dict[str, Any]) -> str:
             "",
             table(header, rows),
             "",
-            f"Confirmed: {'yes' if result['confirmed'] else 'no'}. The share at which fine-tuning itself was best lies "
+            *(
+                f"- {condition}: {sum(run['criterion'][condition] for run in result['runs'])} of {count} seeds"
+                for condition in result["runs"][0]["criterion"]
+            ),
+            "",
+            f"All of it at every seed: {'yes' if result['confirmed'] else 'no'}. The share at which fine-tuning itself was best lies "
             f"in the interval of the advice in {result['best_in_interval']} of {count} seeds.",
         ]
     )
