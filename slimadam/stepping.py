@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from slimadam.entries import (
 from slimadam.functional import Entry, Hyperparameters
 from slimadam.parts import key_of
 from slimadam.rules import Rule
+
+if TYPE_CHECKING:
+    from slimadam.kernels.triton_update import TritonStep
 
 _STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_scale")
 _OPTIONS = (
@@ -129,7 +132,7 @@ class Stepper:
 
     def __init__(self) -> None:
         self._prepared: dict[int, _Prepared] = {}
-        self._triton: dict[tuple[int, torch.device, torch.dtype], Any] = {}
+        self._triton: dict[tuple[int, torch.device, torch.dtype], TritonStep] = {}
         self._exchange: Exchange | None = None
 
     def forget(self) -> None:
@@ -155,9 +158,8 @@ class Stepper:
         """Whether Triton updates every parameter of a group that has a gradient; arguments as in :meth:`update`."""
         options = _options(group)
         return all(
-            self._prepare(
-                name, param, local_gradient(name, param), group, options, all_rules[name], states[param]
-            ).counts_itself
+            not is_dtensor(param)
+            and self._prepare(name, param, param.grad, group, options, all_rules[name], states[param]).counts_itself
             for name, param in zip(names, group["params"], strict=True)
             if param.grad is not None
         )
@@ -184,14 +186,20 @@ class Stepper:
         if exchange is not None:
             beta2s = [work.hyper.beta2 for work in works for _ in work.shared]
             exchange.start([grad for work in works for _, grad in work.shared], beta2s)
+        on_triton = []
         for work in works:
             for parameter in work.to_decode:
                 _update_decoded(*parameter, work.hyper)
-            self._run(work, work.entries, grad_scale, found_inf)
+            on_triton += self._run_triton(work, grad_scale, found_inf)
+            for backend, entries in work.entries.items():
+                UPDATES[backend](entries, work.hyper)
         if exchange is not None:
             exchange.finish(beta2s)
+            for step, hyper in on_triton:
+                step.run_given(hyper)
             for work in works:
-                self._run(work, work.given, grad_scale, found_inf)
+                for backend, entries in work.given.items():
+                    UPDATES[backend](entries, work.hyper)
 
     def _begin(
         self,
@@ -234,19 +242,6 @@ class Stepper:
             self._exchange = Exchange(pieces)
         return self._exchange
 
-    def _run(
-        self,
-        work: _Work,
-        together: Mapping[Backend, list[Entry]],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        for backend, entries in together.items():
-            if backend == "triton":
-                self._update_by_triton(work.group, entries, work.hyper, grad_scale, found_inf)
-            else:
-                UPDATES[backend](entries, work.hyper)
-
     def _prepare(
         self,
         name: str,
@@ -285,23 +280,21 @@ class Stepper:
             self._triton.clear()  # tables tell tensors by address alone
         return made
 
-    def _update_by_triton(
-        self,
-        group: int,
-        entries: list[Entry],
-        hyper: Hyperparameters,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def _run_triton(
+        self, work: _Work, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Iterator[tuple[TritonStep, Hyperparameters]]:
+        """Take from a group what Triton updates, and all of its step that waits for no other rank."""
+        entries = [*work.entries.pop("triton", ()), *work.given.pop("triton", ())]
         alike: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
         for entry in entries:
             alike[entry.param.device, entry.step.dtype].append(entry)
         for (device, step_dtype), there in alike.items():
-            prepared = self._triton.get((group, device, step_dtype))
-            if prepared is None or not prepared.fits(there, hyper):
-                prepared = self._triton[group, device, step_dtype] = triton_step(there, hyper)
+            prepared = self._triton.get((work.group, device, step_dtype))
+            if prepared is None or not prepared.fits(there, work.hyper):
+                prepared = self._triton[work.group, device, step_dtype] = triton_step(there, work.hyper)
             scale, found = (None if value is None else value.to(device) for value in (grad_scale, found_inf))
-            prepared.run(hyper, scale, found)
+            prepared.run(work.hyper, scale, found)
+            yield prepared, work.hyper
 
 
 def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:
