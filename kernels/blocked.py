@@ -113,6 +113,7 @@ def _update_one(entry: Entry, hyper: Hyperparameters) -> None:
         root=root,
         maximize=hyper.maximize,
         rounds=hyper.stochastic_round and entry.param.dtype == torch.bfloat16,
+        is_given=entry.is_given,
         seed=entry.seed,
     )
     if len(shapes) == 1 and red * post <= BLOCK_ELEMENTS:
@@ -120,6 +121,8 @@ def _update_one(entry: Entry, hyper: Hyperparameters) -> None:
     else:
         for index in range(pre):
             _two_passes(update.at(index))
+    if entry.is_given:
+        return
     stored, views = [*entry.exp_avg_sq, *entry.max_exp_avg_sq], [*update.parts, *update.maxima]
     for moment, view in zip(stored, views, strict=True):
         if moment.data_ptr() != view.data_ptr():
@@ -148,6 +151,7 @@ class Update(NamedTuple):
     root: float
     maximize: bool
     rounds: bool
+    is_given: bool
     seed: int
 
     def at(self, index: int) -> Update:
@@ -189,8 +193,9 @@ def _one_pass(update: Update) -> None:
         # first and second moment
         update.update_first_moment(block)
         used = part[block]
-        mean_square = _mean_square(update.grad[block], used.dtype)
-        used.mul_(update.beta2).add_(mean_square, alpha=1 - update.beta2)
+        if not update.is_given:
+            mean_square = _mean_square(update.grad[block], used.dtype)
+            used.mul_(update.beta2).add_(mean_square, alpha=1 - update.beta2)
         if update.maxima:
             (used,) = running_maximum([update.maxima[0][block]], [used])
 
@@ -201,19 +206,12 @@ def _one_pass(update: Update) -> None:
 def _two_passes(update: Update) -> None:
     """Moments of every block of rows first, then the parameter: column averages need all rows."""
     *rows, columns = update.parts
-    weight = 1 - update.beta2
     red, post = update.param.shape
     blocks = list(_blocks(red, post))
-    sums = torch.zeros_like(columns)
 
     # first and second moment
-    for block in blocks:
-        squares = _squares(update.grad[block], columns.dtype)
-        sums += squares.sum(0, keepdim=True)
-        for row in rows:
-            row[block].mul_(update.beta2).add_(squares.mean(1, keepdim=True), alpha=weight)
-        update.update_first_moment(block)
-    columns.mul_(update.beta2).add_(sums, alpha=weight / red)
+    if not update.is_given:
+        _update_rows_and_columns(update, blocks)
     if update.maxima:
         (columns,) = running_maximum(update.maxima, [columns])
 
@@ -221,13 +219,32 @@ def _two_passes(update: Update) -> None:
     if not rows:
         denominator = update.denominator(columns)
         for block in blocks:
+            if update.is_given:
+                update.update_first_moment(block)
             update.update_param(block, denominator)
         return
-    row_roots, column_roots = relative_rows(rows[0], (0,)).sqrt_(), columns.sqrt().div_(update.root)
+    row_roots = (rows[0] if update.is_given else relative_rows(rows[0], (0,))).sqrt()
+    column_roots = columns.sqrt().div_(update.root)
     for block in blocks:
+        if update.is_given:
+            update.update_first_moment(block)
         scratch = _scratch(columns.dtype, update.param[block].shape)
         torch.mul(row_roots[block], column_roots, out=scratch)
         update.update_param(block, scratch.add_(update.eps))
+
+
+def _update_rows_and_columns(update: Update, blocks: Sequence[slice]) -> None:
+    """Every block's first moment, and second moments of its squares, read once."""
+    *rows, columns = update.parts
+    weight = 1 - update.beta2
+    sums = torch.zeros_like(columns)
+    for block in blocks:
+        squared = squares(update.grad[block], columns.dtype)
+        sums += squared.sum(0, keepdim=True)
+        for row in rows:
+            row[block].mul_(update.beta2).add_(squared.mean(1, keepdim=True), alpha=weight)
+        update.update_first_moment(block)
+    columns.mul_(update.beta2).add_(sums, alpha=weight / update.param.shape[0])
 
 
 def _blocks(count: int, width: int) -> Iterator[slice]:
@@ -242,10 +259,10 @@ def _mean_square(grad: Tensor, dtype: torch.dtype) -> Tensor:
         # Two dimensions: only a reduction over the last one is fast.
         norm: Tensor = torch.linalg.vector_norm(grad[:, :, 0], dim=1, keepdim=True, dtype=dtype)
         return norm.square_().div_(red).unsqueeze(2)
-    return _squares(grad, dtype).mean(1, keepdim=True)
+    return squares(grad, dtype).mean(1, keepdim=True)
 
 
-def _squares(grad: Tensor, dtype: torch.dtype) -> Tensor:
+def squares(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad**2`` in memory that the next block uses again."""
     scratch = _scratch(dtype, grad.shape)
     if grad.dtype == dtype:

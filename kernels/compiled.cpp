@@ -39,6 +39,7 @@ struct Entry {  // one row of the table
   int64_t step_dtype, dtype, exp_avg_dtype;
   int64_t pre, red, post;
   uint64_t seed;
+  int64_t is_given;  // second moments have been updated, and of factored ones the rows are relative to their mean
 };
 
 struct Hyper {
@@ -210,6 +211,13 @@ struct Full {
 };
 
 template <class A>
+struct FullGiven {
+  Numbers<A> x;
+  const A* second;
+  A operator()(A exp_avg, A, int64_t k) const { return x.coefficient(second[k]) * exp_avg; }
+};
+
+template <class A>
 struct FullMaximum {
   Numbers<A> x;
   A* second;
@@ -256,7 +264,9 @@ class Update {
   // Elements [first, last) with a second moment of their own.
   void full(int64_t first, int64_t last) const {
     over(first, last, [&](int64_t start, int64_t end, Moment* exp_avg) {
-      if (largest_) {
+      if (entry_.is_given) {
+        run(start, end, exp_avg, FullGiven<A>{x_, second_ + start});
+      } else if (largest_) {
         run(start, end, exp_avg, FullMaximum<A>{x_, second_ + start, largest_ + start});
       } else {
         run(start, end, exp_avg, Full<A>{x_, second_ + start});
@@ -267,7 +277,7 @@ class Update {
   // Units [first, last), each read while it is in cache.
   void units(int64_t first, int64_t last) const {
     if constexpr (!kCodes && !std::is_same_v<P, bfloat16>) {
-      if (post_ == 1 && !columns_ && red_ >= kSumBlock / 4) return long_rows(first, last);
+      if (post_ == 1 && !columns_ && !entry_.is_given && red_ >= kSumBlock / 4) return long_rows(first, last);
     }
     const int64_t size = red_ * post_;
     const int64_t aligned = kCodes ? kCodeBlock / std::gcd(size, kCodeBlock) : 1;  // blocks of codes stay whole
@@ -278,16 +288,10 @@ class Update {
       A* row_roots = columns_ ? scratch<A>(1, (end - start) * red_) : nullptr;
       for (int64_t unit = start; unit < end; ++unit) {
         A* own = coefficients + (unit - start) * post_;
+        if (!entry_.is_given) sums(unit, 0, red_, own);
         if (columns_) {
-          row_averages(unit, 0, red_);
-          column_sums(grad_ + unit * size, red_, post_, own);
           factors(unit, own, row_roots + (unit - start) * red_);
         } else {
-          if (post_ == 1) {
-            own[0] = sum_of_squares(grad_ + unit * size, red_);
-          } else {
-            column_sums(grad_ + unit * size, red_, post_, own);
-          }
           average(unit, 0, post_, own);
         }
       }
@@ -330,18 +334,11 @@ class Update {
 
   // A unit too large for one thread, as its whole team sees it: sums of blocks of rows, then everything else.
   void together(int64_t unit, A* partial, A* coefficients, A* row_roots) const {
-    const int64_t size = red_ * post_, rows = rows_in_block(red_, post_), blocks = (red_ + rows - 1) / rows;
+    const int64_t size = red_ * post_, rows = rows_in_block(red_, post_);
+    const int64_t blocks = entry_.is_given ? 0 : (red_ + rows - 1) / rows;
 #pragma omp for schedule(dynamic)
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * rows, last = std::min(red_, first + rows);
-      const P* grad = grad_ + unit * size + first * post_;
-      if (columns_) row_averages(unit, first, last);
-      if (post_ == 1) {
-        partial[block] = sum_of_squares(grad, last - first);
-      } else {
-        column_sums(grad, last - first, post_, partial + block * post_);
-      }
-    }
+    for (int64_t block = 0; block < blocks; ++block)
+      sums(unit, block * rows, std::min(red_, (block + 1) * rows), partial + block * post_);
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < post_; start += kSumBlock) {
       const int64_t end = std::min(post_, start + kSumBlock);
@@ -437,6 +434,17 @@ class Update {
     }
   }
 
+  // Sums of squares of each column of rows [first, last) of a unit; with factored second moments row averages too.
+  void sums(int64_t unit, int64_t first, int64_t last, A* total) const {
+    const P* grad = grad_ + (unit * red_ + first) * post_;
+    if (columns_) row_averages(unit, first, last);
+    if (post_ == 1) {
+      *total = sum_of_squares(grad, last - first);
+    } else {
+      column_sums(grad, last - first, post_, total);
+    }
+  }
+
   static A sum_of_squares(const P* grad, int64_t count) {
     double total = 0;
     for (int64_t start = 0; start < count; start += kSumBlock) {
@@ -480,6 +488,10 @@ class Update {
   // Second moments of columns [first, last) of a unit from the sums of their squares, which become coefficients.
   void average(int64_t unit, int64_t first, int64_t last, A* sums) const {
     A* second = second_ + unit * post_ + first;
+    if (entry_.is_given) {
+      for (int64_t k = 0; k < last - first; ++k) sums[k] = x_.coefficient(second[k]);
+      return;
+    }
     for (int64_t k = 0; k < last - first; ++k) {
       A moment = second[k] * x_.beta2 + x_.second_weight * (sums[k] / static_cast<A>(red_));
       second[k] = moment;
@@ -502,11 +514,11 @@ class Update {
   void factors(int64_t unit, A* sums, A* row_roots) const {
     A* columns = columns_ + unit * post_;
     for (int64_t k = 0; k < post_; ++k) {
-      columns[k] = columns[k] * x_.beta2 + x_.second_weight * (sums[k] / static_cast<A>(red_));
+      if (!entry_.is_given) columns[k] = columns[k] * x_.beta2 + x_.second_weight * (sums[k] / static_cast<A>(red_));
       sums[k] = std::sqrt(columns[k]) / x_.root;
     }
     const A* rows = second_ + unit * red_;
-    const double total = std::accumulate(rows, rows + red_, 0.0);
+    const double total = entry_.is_given ? static_cast<double>(red_) : std::accumulate(rows, rows + red_, 0.0);
     A mean = static_cast<A>(total / static_cast<double>(red_));
     mean = mean < std::numeric_limits<A>::min() ? std::numeric_limits<A>::min() : mean;
     for (int64_t row = 0; row < red_; ++row) row_roots[row] = std::sqrt(rows[row] / mean);

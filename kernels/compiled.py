@@ -84,7 +84,7 @@ def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
 
 def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
     """One row of the table, as ``struct Entry`` in the source; ``aside`` gets second moments to copy back."""
-    param, grad, exp_avg, parts, maxima, step, dims, seed, scale = entry
+    param, grad, exp_avg, parts, maxima, step, dims, seed, scale, is_given = entry
     order, pre, red, post = _geometry(tuple(param.shape), param.stride(), param.is_contiguous(), tuple(dims))
     if order or not all(moment.is_contiguous() for moment in (*parts, *maxima)):
         order = order or tuple(range(param.dim()))
@@ -105,6 +105,7 @@ def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
         red,
         post,
         seed,
+        is_given,
     )
 
 

@@ -74,13 +74,16 @@ class Geometry(NamedTuple):
         return self.pitch != (self.red if self.kind == "rows" else self.post)
 
 
-def geometry(param: Tensor, averaged_dims: Sequence[Dims], codes: bool = False) -> Geometry | None:
+def geometry(
+    param: Tensor, averaged_dims: Sequence[Dims], codes: bool = False, is_given: bool = False
+) -> Geometry | None:
     """How the kernels see a parameter, or None if none of them can take it.
 
     Args:
         param: A real parameter, or a part of one.
         averaged_dims: For each of its second moments, the dimensions it is averaged over.
         codes: Whether its first moment is kept as 8-bit codes.
+        is_given: Its second moments are made already, and only read.
     """
     if codes and not param.is_contiguous():
         return None
@@ -92,6 +95,8 @@ def geometry(param: Tensor, averaged_dims: Sequence[Dims], codes: bool = False) 
     pre, red, post, pitch = found
     if len(averaged_dims) == 2:
         return Geometry("spread", pre, red, post, pitch, red * post, post, True, True)
+    if is_given:
+        return _given(averaged_dims[0], pre, red, post, pitch)
     if not any(averaged_dims):
         return Geometry("full", pre, red, post, pitch, red * post, post, False, False)
     if post == 1:
@@ -100,6 +105,15 @@ def geometry(param: Tensor, averaged_dims: Sequence[Dims], codes: bool = False) 
     if codes or (strips < FEW and red > LONGEST_STRIP):
         return Geometry("spread", pre, red, post, pitch, red * post, post, False, True)
     return Geometry("columns", pre, red, post, pitch, red * post, post, False, True)
+
+
+def _given(dims: Dims, pre: int, red: int, post: int, pitch: int) -> Geometry:
+    """What only takes the step: one number for each element, each row or each column."""
+    if not dims:
+        return Geometry("spread", pre * red, 1, post, pitch, post, post, False, True)
+    if post == 1:
+        return Geometry("spread", pre, 1, red, pitch if pitch != post else red, red, red, True, False)
+    return Geometry("spread", pre, red, post, pitch, red * post, post, False, True)
 
 
 def _rows(pre: int, red: int, pitch: int, codes: bool) -> Geometry | None:

@@ -42,7 +42,7 @@ def lies_beside(entry: Entry) -> bool:
     found = layout(entry.param, ())
     moments = [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
     in_order = found is None or all(moment.permute(found.order).is_contiguous() for moment in moments)
-    seen = geometry(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None)
+    seen = geometry(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None, entry.is_given)
     return seen is not None and in_order and entry.step.device == entry.param.device
 
 
@@ -112,6 +112,7 @@ class LaunchKey(NamedTuple):
     whole: bool
     wide: bool
     sums_aligned: bool
+    is_given: bool
 
 
 class Member(NamedTuple):
@@ -124,6 +125,8 @@ class Member(NamedTuple):
 
 class TritonStep:
     """A step's tables: built once, and good until a parameter or its state has moved.
+
+    Entries whose second moments are given wait for :meth:`run_given`.
 
     Args:
         entries: The tensors; each of them must have a :func:`~slimadam.kernels.triton_geometry.geometry`.
@@ -179,7 +182,15 @@ class TritonStep:
             STEP_DTYPE=self.step_dtype, BLOCK=STEPS_AT_ONCE,
         )  # fmt: skip
         for launch in self._launches:
-            launch.run(self, values, hyper, grad_scale, found_inf)
+            if not launch.key.is_given:
+                launch.run(self, values, hyper, grad_scale, found_inf)
+
+    def run_given(self, hyper: Hyperparameters) -> None:
+        """After :meth:`run`, and once their second moments are made: what is left of the step."""
+        values = _numbers(hyper, self.table.device)
+        for launch in self._launches:
+            if launch.key.is_given:
+                launch.run(self, values, hyper, None, None)
 
 
 class _Launch:
@@ -190,7 +201,7 @@ class _Launch:
         self.settings = SETTINGS[key.kind, key.columns]
         self.compute = tl.float64 if key.param == torch.float64 else tl.float32
         self.programs = _programs(members, lambda found: _tiles(found, self.settings), device)
-        if key.kind == "spread":
+        if key.kind == "spread" and not key.is_given:
             self.summing = _programs(members, lambda found: _tiles_summed(found), device)
             self.finishing = _programs(members, lambda found: _finishing(found), device)
             self.slices = _programs(members, lambda found: found.pre if found.by_row else 0, device)
@@ -204,7 +215,7 @@ class _Launch:
         found_inf: Tensor | None,
     ) -> None:
         key, settings = self.key, self.settings
-        if key.kind == "spread":
+        if key.kind == "spread" and not key.is_given:
             self._sum(step, values, hyper, grad_scale, found_inf)
         options: dict[str, Any] = {
             "PARAM_DTYPE": _DTYPES[key.param],
@@ -212,7 +223,7 @@ class _Launch:
             "MOMENT_DTYPE": _DTYPES[key.exp_avg],
             "COMPUTE": self.compute,
             "STEP_DTYPE": step.step_dtype,
-            "AMSGRAD": hyper.amsgrad,
+            "AMSGRAD": hyper.amsgrad and not key.is_given,
             "MAXIMIZE": hyper.maximize,
             "ROUNDS": hyper.stochastic_round and key.param == torch.bfloat16,
             "ALIGNED": key.aligned,
@@ -302,7 +313,7 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _geometry(entry: Entry) -> Geometry:
-    found = geometry(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None)
+    found = geometry(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None, entry.is_given)
     assert found is not None
     return found
 
@@ -325,6 +336,7 @@ def _key(member: Member) -> LaunchKey:
         whole=found.kind == "rows" and found.red <= _row_tile(found.red),
         wide=found.kind == "spread" and max(found.width, found.red) >= 1 << 30,
         sums_aligned=found.kind == "spread" and entry.grad.data_ptr() % 16 == 0 and found.is_summed_aligned,
+        is_given=entry.is_given,
     )
 
 
@@ -342,7 +354,7 @@ def _table_row(member: Member, hyper: Hyperparameters) -> list[int]:
     row[kernels.EXP_AVG.value] = entry.exp_avg.data_ptr()
     row[kernels.EXP_AVG_SCALE.value] = 0 if entry.exp_avg_scale is None else entry.exp_avg_scale.data_ptr()
     row[kernels.ROWS_SQ.value], row[kernels.COLUMNS_SQ.value] = by_row, by_column
-    if hyper.amsgrad:
+    if hyper.amsgrad and not entry.is_given:
         row[kernels.ROWS_MAX.value], row[kernels.COLUMNS_MAX.value] = _split(entry.max_exp_avg_sq, found)
     row[kernels.STEP.value] = entry.step.data_ptr()
     row[kernels.PRE.value] = found.pre
@@ -369,7 +381,7 @@ def _allocate_scratch(members: Sequence[Member], rows: list[list[int]], device: 
     scratch = []
     for member, row in zip(members, rows, strict=True):
         found = member.geometry
-        if found.kind != "spread":
+        if found.kind != "spread" or member.entry.is_given:
             continue
         dtype = torch.float64 if member.entry.param.dtype == torch.float64 else torch.float32
         row_tiles, column_tiles = _ceil(found.red, SUMS.lines), _ceil(found.post, SUMS.columns)

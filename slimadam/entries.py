@@ -11,37 +11,38 @@ from torch import Tensor
 
 from slimadam import momentum
 from slimadam import state as state_format
+from slimadam.averages import initial_moments
 from slimadam.backends import steps_on_device
+from slimadam.distributed import is_dtensor
 from slimadam.functional import Entry, Hyperparameters, Scalar, initial_second_moment, second_moment_dtype
 from slimadam.rules import Rule
 
 
 def entries_of(
-    rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    rules: Sequence[Rule], param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Iterator[Entry]:
     """The tensors of a parameter's step, or of one for each of its parts; none of them a copy.
 
     A part that does not consist of whole blocks of codes has no ``exp_avg_scale``: :func:`decoded` first.
     """
-    assert param.grad is not None
     ndim = param.dim()
     if rules[0].part is None:
         second = state_format.parts(state["exp_avg_sq"])
         largest = state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else ()
         dims = rules[0].averaged_dims(ndim)
         scales = state.get("exp_avg_scale")
-        yield Entry(param, param.grad, state["exp_avg"], second, largest, state["step"], dims, exp_avg_scale=scales)
+        yield Entry(param, grad, state["exp_avg"], second, largest, state["step"], dims, exp_avg_scale=scales)
         return
     moments = state_format.by_rule(rules, state_format.parts(state["exp_avg_sq"]), ndim)
     maxima = state_format.by_rule(rules, state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (), ndim)
     for (rule, second), (_, largest) in zip(moments, maxima, strict=True):
         piece = rule.take(param)
-        grad, exp_avg = rule.take(param.grad), rule.take(state["exp_avg"])
+        own_grad, exp_avg = rule.take(grad), rule.take(state["exp_avg"])
         scales = state.get("exp_avg_scale")
         if scales is not None:
             scales = momentum.scales_of(exp_avg, state["exp_avg"], scales)
         dims = rule.averaged_dims(piece.dim())
-        yield Entry(piece, grad, exp_avg, second, largest, state["step"], dims, exp_avg_scale=scales)
+        yield Entry(piece, own_grad, exp_avg, second, largest, state["step"], dims, exp_avg_scale=scales)
 
 
 def assembled(param: Tensor, rules: Sequence[Rule], pieces: Iterator[Tensor]) -> Tensor:
@@ -85,10 +86,13 @@ def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> No
         )
 
 
-def initial_state(rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+def initial_state(name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's state before its first step; second moments start at zero, or at the first squared gradient."""
     dtype = second_moment_dtype(param.dtype)
-    if group["variance_init"] == "gradient" and param.grad is not None:
+    parts: Sequence[Tensor]
+    if is_dtensor(param):
+        parts = initial_moments(name, rules, param, group["variance_init"] == "gradient" and param.grad is not None)
+    elif group["variance_init"] == "gradient" and param.grad is not None:
         grads = ((rule, rule.take(param.grad)) for rule in rules)
         parts = [initial_second_moment(grad, dims) for rule, grad in grads for dims in rule.averaged_dims(grad.dim())]
     elif rules[0].part is None and rules[0].form == "full":

@@ -38,14 +38,15 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     # first and second moment
     torch._foreach_lerp_(exp_avgs, grads, cast(float, 1 - hyper.beta1))
     for entry, grad in zip(entries, grads, strict=True):
-        update_second_moment(entry.exp_avg_sq, grad, entry.averaged_dims, hyper.beta2)
+        if not entry.is_given:
+            update_second_moment(entry.exp_avg_sq, grad, entry.averaged_dims, hyper.beta2)
     used = [
-        running_maximum(entry.max_exp_avg_sq, entry.exp_avg_sq) if hyper.amsgrad else entry.exp_avg_sq
+        running_maximum(entry.max_exp_avg_sq, entry.exp_avg_sq) if entry.max_exp_avg_sq else entry.exp_avg_sq
         for entry in entries
     ]
 
     # update
-    stored = [stand_in(part, entry.averaged_dims) for part, entry in zip(used, entries, strict=True)]
+    stored = [stand_in(part, entry.averaged_dims, entry.is_given) for part, entry in zip(used, entries, strict=True)]
     denominators = list(torch._foreach_sqrt(stored))
     if hyper.keeps_tensors(steps[0]):
         step_sizes = [hyper.lr / (1 - hyper.beta1**step) * -1 for step in steps]

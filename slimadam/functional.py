@@ -52,6 +52,8 @@ class Entry(NamedTuple):
         exp_avg_scale: The scales of an ``exp_avg`` that holds codes, as uint8 exponents, see
             :mod:`slimadam.momentum`. None: it holds the first moment itself, which is all that most
             implementations take.
+        is_given: ``exp_avg_sq`` is what this step divides by, and is not updated: averages over several ranks. Of two
+            the first is ``r / mean(r)``, and ``max_exp_avg_sq`` is empty also with amsgrad.
     """
 
     param: Tensor
@@ -63,6 +65,7 @@ class Entry(NamedTuple):
     averaged_dims: Sequence[Dims]
     seed: int = 0
     exp_avg_scale: Tensor | None = None
+    is_given: bool = False
 
 
 def slim_adamw(
@@ -117,7 +120,7 @@ def slim_adamw(
 def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     """Update each parameter in place, one after the other. Step counts have been advanced before."""
     for entry in entries:
-        param, grad, exp_avg, parts, maxima, step, dims, seed, _ = entry
+        param, grad, exp_avg, parts, maxima, step, dims, seed, _, is_given = entry
         grad = -grad if hyper.maximize else grad
         if param.is_complex():
             param, grad, exp_avg = map(torch.view_as_real, (param, grad, exp_avg))
@@ -131,8 +134,10 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
 
         # first and second moment
         update_first_moment(exp_avg, grad, hyper.beta1)
-        update_second_moment(parts, grad, dims, hyper.beta2)
-        used = running_maximum(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
+        used = parts
+        if not is_given:
+            update_second_moment(parts, grad, dims, hyper.beta2)
+            used = running_maximum(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
 
         # update
         if hyper.keeps_tensors(step):
@@ -140,11 +145,11 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
                 step, exp_avg, used = step.clone(), exp_avg.clone(), [part.clone() for part in used]
             negative_step_size = hyper.lr / (1 - hyper.beta1**step) * -1
             scale = (1 - hyper.beta2**step) ** 0.5 * negative_step_size
-            denominator = (stand_in(used, dims).sqrt() / scale).add_(hyper.eps / negative_step_size)
+            denominator = (stand_in(used, dims, is_given).sqrt() / scale).add_(hyper.eps / negative_step_size)
             target.addcdiv_(exp_avg, denominator)
         else:
             step_size, root = bias_corrections(step, hyper)
-            denominator = (stand_in(used, dims).sqrt() / root).add_(hyper.eps)
+            denominator = (stand_in(used, dims, is_given).sqrt() / root).add_(hyper.eps)
             target.addcdiv_(exp_avg, denominator, value=-step_size)
         if rounds:
             param.copy_(stochastic_round(target, seed))
@@ -195,7 +200,7 @@ def running_maximum(
     return maxima
 
 
-def stand_in(parts: Sequence[Tensor], averaged_dims: Sequence[Dims]) -> Tensor:
+def stand_in(parts: Sequence[Tensor], averaged_dims: Sequence[Dims], is_relative: bool = False) -> Tensor:
     """The second moment that the stored tensors stand for, broadcastable to the parameter.
 
     For row and column averages that is ``r c / mean(r)`` (arXiv 1804.04235, equation 4).
@@ -203,11 +208,12 @@ def stand_in(parts: Sequence[Tensor], averaged_dims: Sequence[Dims]) -> Tensor:
     Args:
         parts: The stored tensors.
         averaged_dims: For each the dimensions it is averaged over; the column averages' are those of the rows.
+        is_relative: The rows are ``r / mean(r)`` already.
     """
     if len(parts) == 1:
         return parts[0]
     rows, columns = parts
-    return relative_rows(rows, averaged_dims[1]) * columns
+    return (rows if is_relative else relative_rows(rows, averaged_dims[1])) * columns
 
 
 def relative_rows(rows: Tensor, dims: Dims) -> Tensor:

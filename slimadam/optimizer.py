@@ -20,6 +20,7 @@ from slimadam.automatic import AutoPlan, Measuring
 from slimadam.backends import Backend
 from slimadam.choosing import EXPANDED
 from slimadam.direction import update_without_decay, with_decay
+from slimadam.distributed import is_dtensor
 from slimadam.entries import (
     assembled,
     decoded,
@@ -216,17 +217,20 @@ class SlimAdam(Optimizer):
         """
         for name, held, group in self._parameters():
             if held is param or (isinstance(param, str) and name == canonical_name(param)):
-                return backend_of(self._rules[name][0], held, group)
+                return backend_of(name, held, group, self._rules[name])
         raise KeyError(f"{param!r} is not a parameter of this optimizer")
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler leaves unscaling, and leaving out a step, to the step itself, as with fused AdamW.
 
-        Not while gradients are also measured or watched: those must be unscaled.
+        Not while gradients are also measured or watched, nor with DTensors, whose averages are taken before the kernels
+        run: those must be unscaled.
         """
-        watches = self._measuring is not None or self._monitor is not None
-        return not watches and any(self.backend(param) == "triton" for _, param, _ in self._parameters())
+        if self._measuring is not None or self._monitor is not None:
+            return False
+        params = [param for _, param, _ in self._parameters()]
+        return not any(map(is_dtensor, params)) and any(self.backend(param) == "triton" for param in params)
 
     def memory(self) -> MemoryReport:
         """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`.
@@ -293,9 +297,10 @@ class SlimAdam(Optimizer):
             if self._unscale(*scaling):
                 return loss
             scaling = None, None
-        for names, group in zip(self._names, self.param_groups, strict=True):
+        for group in self.param_groups:
             self._init_group(group)
-            self._stepper.update(names, group, self._rules, self.state, *scaling)
+        groups = list(zip(self._names, self.param_groups, strict=True))
+        self._stepper.update(groups, self._rules, self.state, *scaling)
         self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
         if self._measuring is not None:
             self._measure()
@@ -331,11 +336,11 @@ class SlimAdam(Optimizer):
         for name, param, group in self._parameters():
             if param.grad is not None:
                 rules = self._rules[name]
-                state = self.state.get(param) or initial_state(rules, param, group)
+                state = self.state.get(param) or initial_state(name, rules, param, group)
                 state = {**decoded(param, state), "step": state["step"] + 1}
                 directions = (
                     update_without_decay(entry, hyperparameters(group))
-                    for entry in entries_of(rules, param, group, state)
+                    for entry in entries_of(rules, param, param.grad, group, state)
                 )
                 yield param, group, assembled(param, rules, directions)
 
@@ -556,7 +561,7 @@ class SlimAdam(Optimizer):
         if missing:
             for name, param, owner in self._parameters():
                 if owner is group and param in missing:
-                    self.state[param].update(initial_state(self._rules[name], param, group))
+                    self.state[param].update(initial_state(name, self._rules[name], param, group))
 
     # -- state dicts -------------------------------------------------------------------------------------
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from slimadam import state as state_format
+from slimadam.averages import Exchange, SharedPiece, shared_pieces
 from slimadam.backends import TAKES_CODES, UPDATES, Backend, choose_backend, fits, triton_step
+from slimadam.distributed import is_dtensor, local, local_gradient, local_rules, local_state
 from slimadam.entries import (
     check_first_moment,
     check_shapes,
@@ -29,6 +31,9 @@ from slimadam.functional import Entry, Hyperparameters
 from slimadam.parts import key_of
 from slimadam.rules import Rule
 
+if TYPE_CHECKING:
+    from slimadam.kernels.triton_update import TritonStep
+
 _STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_scale")
 _OPTIONS = (
     "amsgrad", "foreach", "fused", "capturable", "differentiable", "momentum_dtype", "bf16_stochastic_round",
@@ -40,15 +45,17 @@ class Piece(NamedTuple):
 
     Attributes:
         key: What it goes by in plans.
-        rule: Its rule.
+        rule: Its rule; of a DTensor that of the local shard.
         backend: Which implementation updates it.
-        entry: Its tensors.
+        entry: Its tensors; of a DTensor the local ones.
+        shared: How its second moment is averaged where other ranks take part.
     """
 
     key: str
     rule: Rule
     backend: Backend
     entry: Entry
+    shared: SharedPiece | None = None
 
 
 class _Prepared(NamedTuple):
@@ -70,9 +77,15 @@ class _Prepared(NamedTuple):
     counts_itself: bool
 
     def holds(
-        self, param: Tensor, grad: Tensor, rules: list[Rule], options: tuple[Any, ...], state: Mapping[str, Any]
+        self,
+        param: Tensor,
+        own: Tensor,
+        grad: Tensor,
+        rules: list[Rule],
+        options: tuple[Any, ...],
+        state: Mapping[str, Any],
     ) -> bool:
-        """Whether nothing has changed that the pieces rest on."""
+        """Whether nothing has changed that the pieces rest on; ``own`` and ``grad`` are what this rank holds."""
         step, exp_avg, exp_avg_sq, largest, scale = self.state
         return (
             self.param is param
@@ -82,10 +95,10 @@ class _Prepared(NamedTuple):
             and state.get("step") is step
             and state.get("max_exp_avg_sq") is largest
             and state.get("exp_avg_scale") is scale
-            and self.address == param.data_ptr()
-            and self.stride == param.stride()
+            and self.address == own.data_ptr()
+            and self.stride == own.stride()
             and self.grad_stride == grad.stride()
-            and grad.shape == param.shape
+            and grad.shape == own.shape
             and self.grad_dtype is grad.dtype
             and self.shape == param.shape
             and self.dtype is param.dtype
@@ -94,16 +107,38 @@ class _Prepared(NamedTuple):
         )
 
 
+class _Work(NamedTuple):
+    """What a step does for one parameter group.
+
+    Attributes:
+        group: Its identity.
+        hyper: Its hyperparameters.
+        entries: By implementation, what can be updated at once,
+        given: and what waits for averages over several ranks,
+        shared: which are taken of these pieces and gradients.
+        to_decode: Name, parameter, group, rules and state of parameters whose codes are decoded first.
+    """
+
+    group: int
+    hyper: Hyperparameters
+    entries: dict[Backend, list[Entry]]
+    given: dict[Backend, list[Entry]]
+    shared: list[tuple[SharedPiece, Tensor]]
+    to_decode: list[tuple[str, Tensor, Mapping[str, Any], list[Rule], Mapping[str, Any]]]
+
+
 class Stepper:
     """The step of every parameter group of an optimizer."""
 
     def __init__(self) -> None:
         self._prepared: dict[int, _Prepared] = {}
-        self._triton: dict[tuple[int, torch.device, torch.dtype], Any] = {}
+        self._triton: dict[tuple[int, torch.device, torch.dtype], TritonStep] = {}
+        self._exchange: Exchange | None = None
 
     def forget(self) -> None:
         """Let go of the state's tensors, which are about to be replaced."""
         self._prepared.clear()
+        self._exchange = None
         self._triton.clear()
 
     def keep_only(self, params: Iterable[Tensor]) -> None:
@@ -123,108 +158,143 @@ class Stepper:
         """Whether Triton updates every parameter of a group that has a gradient; arguments as in :meth:`update`."""
         options = _options(group)
         return all(
-            self._prepare(name, param, group, options, all_rules[name], states[param]).counts_itself
+            not is_dtensor(param)
+            and self._prepare(name, param, param.grad, group, options, all_rules[name], states[param]).counts_itself
             for name, param in zip(names, group["params"], strict=True)
             if param.grad is not None
         )
 
     def update(
         self,
-        names: Sequence[str],
-        group: Mapping[str, Any],
+        groups: Iterable[tuple[Sequence[str], Mapping[str, Any]]],
         all_rules: Mapping[str, list[Rule]],
         states: Mapping[Tensor, MutableMapping[str, Any]],
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Count a step of every parameter of a group that has a gradient, and update it.
+        """Count a step of every parameter that has a gradient, and update it.
 
         Args:
-            names: Of the group's parameters.
-            group: The group.
+            groups: The parameter groups, each with its parameters' names.
             all_rules: By name.
             states: By parameter.
             grad_scale: What gradients are still scaled by; only where :meth:`is_on_triton`.
             found_inf: Not zero: leave everything as it is; only there.
         """
+        works = [self._begin(names, group, all_rules, states) for names, group in groups]
+        exchange = self._exchange_of([piece for work in works for piece, _ in work.shared])
+        if exchange is not None:
+            beta2s = [work.hyper.beta2 for work in works for _ in work.shared]
+            exchange.start([grad for work in works for _, grad in work.shared], beta2s)
+        on_triton = []
+        for work in works:
+            for parameter in work.to_decode:
+                _update_decoded(*parameter, work.hyper)
+            on_triton += self._run_triton(work, grad_scale, found_inf)
+            for backend, entries in work.entries.items():
+                UPDATES[backend](entries, work.hyper)
+        if exchange is not None:
+            exchange.finish(beta2s)
+            for step, hyper in on_triton:
+                step.run_given(hyper)
+            for work in works:
+                for backend, entries in work.given.items():
+                    UPDATES[backend](entries, work.hyper)
+
+    def _begin(
+        self,
+        names: Sequence[str],
+        group: Mapping[str, Any],
+        all_rules: Mapping[str, list[Rule]],
+        states: Mapping[Tensor, MutableMapping[str, Any]],
+    ) -> _Work:
+        """Count a step of every parameter of a group that has a gradient, and find what it takes."""
         options = _options(group)
-        work = []
+        hyper = hyperparameters(group)
+        work = _Work(id(group), hyper, defaultdict(list), defaultdict(list), [], [])
+        held = []
         for name, param in zip(names, group["params"], strict=True):
             if param.grad is not None:
-                rules, state = all_rules[name], states[param]
-                work.append((name, param, state, self._prepare(name, param, group, options, rules, state)))
-        steps = [state["step"] for _, _, state, prepared in work if not prepared.counts_itself]
+                rules, state, grad = all_rules[name], states[param], local_gradient(name, param)
+                prepared = self._prepare(name, param, grad, group, options, rules, state)
+                held.append((name, param, grad, state, prepared))
+        steps = [state["step"] for _, _, _, state, prepared in held if not prepared.counts_itself]
         if steps:
             torch._foreach_add_(steps, 1)
-        hyper = hyperparameters(group)
-        together: dict[Backend, list[Entry]] = defaultdict(list)
-        for name, param, state, prepared in work:
-            if prepared.takes_codes or "exp_avg_scale" not in state:
-                for piece in prepared.pieces:
-                    together[piece.backend].append(_with_gradient(piece, param.grad, hyper))
-            else:
-                _update_decoded(name, param, group, all_rules[name], state, hyper)
-        for backend, entries in together.items():
-            if backend == "triton":
-                self._update_by_triton(id(group), entries, hyper, grad_scale, found_inf)
-            else:
-                UPDATES[backend](entries, hyper)
+        for name, param, grad, state, prepared in held:
+            if not prepared.takes_codes and "exp_avg_scale" in state:
+                work.to_decode.append((name, param, group, all_rules[name], state))
+                continue
+            for piece in prepared.pieces:
+                entry = _with_gradient(piece, grad, hyper)
+                if piece.shared is not None:
+                    work.shared.append((piece.shared, entry.grad))
+                if entry.param.numel():
+                    together = work.entries if piece.shared is None else work.given
+                    together[piece.backend].append(entry)
+        return work
+
+    def _exchange_of(self, pieces: list[SharedPiece]) -> Exchange | None:
+        """What takes the averages of these pieces, made once for as long as they stay the same."""
+        if not pieces:
+            return None
+        if self._exchange is None or not self._exchange.fits(pieces):
+            self._exchange = Exchange(pieces)
+        return self._exchange
 
     def _prepare(
         self,
         name: str,
         param: Tensor,
+        grad: Tensor,
         group: Mapping[str, Any],
         options: tuple[Any, ...],
         rules: list[Rule],
         state: Mapping[str, Any],
     ) -> _Prepared:
-        grad = param.grad
-        assert grad is not None
+        own = local(param)
         found = self._prepared.get(id(param))
-        if found is not None and found.holds(param, grad, rules, options, state):
+        if found is not None and found.holds(param, own, grad, rules, options, state):
             return found
         check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
         check_first_moment(name, param, state)
-        pieces = list(_pieces(name, param, group, rules, state))
+        pieces = list(_pieces(name, param, grad, group, rules, state))
         made = _Prepared(
             param=param,
             rules=rules,
             options=options,
-            address=param.data_ptr(),
+            address=own.data_ptr(),
             shape=param.shape,
             dtype=param.dtype,
             grad_dtype=grad.dtype,
-            stride=param.stride(),
+            stride=own.stride(),
             grad_stride=grad.stride(),
             moments=_moments(state),
             state=tuple(state.get(key) for key in _STATE),
             pieces=[piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces],
             takes_codes=all(piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces),
-            counts_itself=all(piece.backend == "triton" for piece in pieces),
+            counts_itself={piece.backend for piece in pieces if piece.entry.param.numel()} == {"triton"},
         )
         if not torch.compiler.is_compiling():
             self._prepared[id(param)] = made
             self._triton.clear()  # tables tell tensors by address alone
         return made
 
-    def _update_by_triton(
-        self,
-        group: int,
-        entries: list[Entry],
-        hyper: Hyperparameters,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def _run_triton(
+        self, work: _Work, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Iterator[tuple[TritonStep, Hyperparameters]]:
+        """Take from a group what Triton updates, and all of its step that waits for no other rank."""
+        entries = [*work.entries.pop("triton", ()), *work.given.pop("triton", ())]
         alike: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
         for entry in entries:
             alike[entry.param.device, entry.step.dtype].append(entry)
         for (device, step_dtype), there in alike.items():
-            prepared = self._triton.get((group, device, step_dtype))
-            if prepared is None or not prepared.fits(there, hyper):
-                prepared = self._triton[group, device, step_dtype] = triton_step(there, hyper)
+            prepared = self._triton.get((work.group, device, step_dtype))
+            if prepared is None or not prepared.fits(there, work.hyper):
+                prepared = self._triton[work.group, device, step_dtype] = triton_step(there, work.hyper)
             scale, found = (None if value is None else value.to(device) for value in (grad_scale, found_inf))
-            prepared.run(hyper, scale, found)
+            prepared.run(work.hyper, scale, found)
+            yield prepared, work.hyper
 
 
 def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -261,7 +331,7 @@ def _update_decoded(
     """Update a parameter whose codes its implementation does not read, one at a time so that little is decoded."""
     assert param.grad is not None
     own = decoded(param, state)
-    for piece in _pieces(name, param, group, rules, own, counted=True):
+    for piece in _pieces(name, param, param.grad, group, rules, own, counted=True):
         UPDATES[piece.backend]([_with_gradient(piece, param.grad, hyper)], hyper)
     encode(param, own["exp_avg"], param.grad, state)
 
@@ -269,6 +339,7 @@ def _update_decoded(
 def _pieces(
     name: str,
     param: Tensor,
+    grad: Tensor,
     group: Mapping[str, Any],
     rules: Sequence[Rule],
     state: Mapping[str, Any],
@@ -276,20 +347,35 @@ def _pieces(
 ) -> Iterator[Piece]:
     """A parameter, or each of its parts, with the implementation that updates it.
 
-    Triton's counts the step itself: it takes all parts of a parameter, or none.
+    Triton's counts the step itself: it takes all parts of a parameter that have elements here, or none.
     """
-    entries = list(entries_of(rules, param, group, state))
-    backends = [backend_of(rule, param, group) for rule in rules]
+    keys = [key_of(name, rule.part) for rule in rules]
+    shared: list[SharedPiece | None] = [None] * len(rules)
+    if is_dtensor(param):
+        on_shard = local_rules(name, rules, param)
+        state = local_state(name, on_shard, param, state)
+        shared = shared_pieces(on_shard, param, state)
+        rules, param = [one.rule for one in on_shard], local(param)
+    entries = [
+        entry if of_all is None else of_all.given(entry)
+        for entry, of_all in zip(entries_of(rules, param, grad, group, state), shared, strict=True)
+    ]
+    backends = [_backend_of(rule, param, group) for rule in rules]
     fitting = [
         backend if fits(backend, entry) else "reference" for backend, entry in zip(backends, entries, strict=True)
     ]
-    if "triton" in fitting and (counted or set(fitting) != {"triton"}):
+    used = {backend for backend, entry in zip(fitting, entries, strict=True) if entry.param.numel()}
+    if "triton" in fitting and (counted or used != {"triton"}):
         fitting = ["reference"] * len(fitting)
-    for rule, backend, entry in zip(rules, fitting, entries, strict=True):
-        yield Piece(key_of(name, rule.part), rule, backend, entry)
+    yield from map(Piece, keys, rules, fitting, entries, shared)
 
 
-def backend_of(rule: Rule, param: Tensor, group: Mapping[str, Any]) -> Backend:
-    """The implementation for one rule of a parameter."""
+def backend_of(name: str, param: Tensor, group: Mapping[str, Any], rules: Sequence[Rule]) -> Backend:
+    """The implementation for a parameter, or for the first of its parts."""
+    rule = local_rules(name, rules, param)[0].rule if is_dtensor(param) else rules[0]
+    return _backend_of(rule, local(param), group)
+
+
+def _backend_of(rule: Rule, param: Tensor, group: Mapping[str, Any]) -> Backend:
     piece = rule.take(param)
     return choose_backend(piece, momentum_dtype(param, group), rule.averaged_dims(piece.dim()), group)

@@ -1,0 +1,226 @@
+"""DTensors: what a rank holds of a parameter, where its second moments lie, and whom an average asks.
+
+Nothing here is imported before a DTensor exists: ``torch.distributed.tensor`` takes a second to load, and builds
+without it work.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+from slimadam import state as state_format
+from slimadam.functional import second_moment_dtype
+from slimadam.parts import Part
+from slimadam.rules import Dims, Rule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor, sharing its memory; any other tensor as it is."""
+    if not is_dtensor(tensor):
+        return tensor
+    held: Tensor = tensor._local_tensor  # to_local() makes a new view of a parameter
+    if type(held) is Tensor or not hasattr(held, "wait"):
+        return held
+    return held.wait()  # type: ignore[no-any-return]  # what an asynchronous collective returned
+
+
+def local_gradient(name: str, param: Tensor) -> Tensor:
+    """What this rank holds of a parameter's gradient, laid out as the parameter is.
+
+    Raises:
+        RuntimeError: The gradient of a DTensor is none.
+    """
+    grad = param.grad
+    assert grad is not None
+    if not is_dtensor(param):
+        return grad
+    if not is_dtensor(grad):
+        raise RuntimeError(
+            f"{name!r}: the parameter is a DTensor, its gradient a {type(grad).__name__}; assign a DTensor with the "
+            "parameter's mesh and placements (torch.distributed.tensor.distribute_tensor)"
+        )
+    if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return local(grad)
+
+
+class LocalRule(NamedTuple):
+    """A rule as it applies to what this rank holds of a parameter.
+
+    Attributes:
+        rule: The rule, its part in the coordinates of the local shard.
+        shape: The global shape of what the rule is for.
+        local_shape: What this rank holds of it.
+        placements: For each dimension of the mesh, how it shards that shape, None where it does not.
+        cut: Dimension of a part along which shards end elsewhere than an even division of the part would: second
+            moments are replicated along it. None: there is none.
+        start: Where along it this rank's piece begins.
+    """
+
+    rule: Rule
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    placements: tuple[Any, ...]
+    cut: int | None = None
+    start: int = 0
+
+    def summed_over(self, dims: Dims) -> tuple[int, ...]:
+        """Dimensions of the mesh whose ranks each hold a share of what is averaged over ``dims``."""
+        shared = {*dims, self.cut}
+        return tuple(
+            index
+            for index, placement in enumerate(self.placements)
+            if placement is not None and placement.dim in shared
+        )
+
+    def count(self, dims: Dims) -> int:
+        """Number of elements of the global tensor averaged together."""
+        return math.prod(self.shape[dim] for dim in dims)
+
+    def own(self, moment: Tensor) -> Tensor:
+        """What this rank's piece needs of a second moment, or of sums of its shape."""
+        if self.cut is None or moment.shape[self.cut] != self.shape[self.cut] or self.shape[self.cut] == 1:
+            return moment
+        return moment.narrow(self.cut, self.start, self.local_shape[self.cut])
+
+    def stored_shape(self, dims: Dims) -> tuple[int, ...]:
+        """Shape of what this rank keeps of a second moment averaged over ``dims``."""
+        return tuple(
+            1 if dim in dims else self.shape[dim] if dim == self.cut else size
+            for dim, size in enumerate(self.local_shape)
+        )
+
+    def wrap(self, moment: Tensor, param: DTensor, dims: Dims) -> DTensor:
+        """The second moment averaged over ``dims`` as a DTensor of its global shape."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        summed = self.summed_over(dims)
+        placements = [
+            Replicate() if placement is None or index in summed else placement
+            for index, placement in enumerate(self.placements)
+        ]
+        shape = torch.Size(1 if dim in dims else size for dim, size in enumerate(self.shape))
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(moment, param.device_mesh, placements, shape=shape, stride=strides)
+
+
+def local_rules(name: str, rules: Sequence[Rule], param: DTensor) -> list[LocalRule]:
+    """Each rule of a parameter as it applies to this rank.
+
+    Raises:
+        RuntimeError: Shards end where a part cannot be followed; the remedy is told.
+    """
+    mesh, held = param.device_mesh, local(param)
+    placements = tuple(
+        None if placement.is_replicate() or mesh.size(index) == 1 else placement
+        for index, placement in enumerate(param.placements)
+    )
+    if any(placement is not None and placement.is_partial() for placement in placements):
+        raise RuntimeError(f"{name!r}: a parameter cannot be Partial; redistribute it to Shard or Replicate")
+    if rules[0].part is None:
+        return [LocalRule(rules[0], tuple(param.shape), tuple(held.shape), placements)]
+    return [_local_part(name, rule, rule.part, param, placements) for rule in rules if rule.part is not None]
+
+
+def _local_part(name: str, rule: Rule, part: Part, param: DTensor, placements: tuple[Any, ...]) -> LocalRule:
+    """A part's rule, with the part cut to the shard."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    view, start, end, missed = list(part.view), part.start, part.start + part.size, 0
+    cut: int | None = None
+    in_part: list[Any] = [None] * len(placements)
+    for index, placement in enumerate(placements):
+        if placement is None:
+            continue
+        first, inner = _in_view(part, placement.dim)
+        rows, begin = shape[placement.dim] // inner, offsets[placement.dim] // inner
+        if (
+            type(placement) is not Shard
+            or rows * inner != shape[placement.dim]
+            or begin * inner != offsets[placement.dim]
+        ):
+            raise RuntimeError(_cannot_follow(name, part, f"{placement} cuts through its slices"))
+        in_part[index] = Shard(first)
+        view[first] = rows
+        if first == part.dim:
+            cut = first
+            start, end = (min(max(bound - begin, 0), rows) for bound in (part.start, part.start + part.size))
+            missed = min(max(begin - part.start, 0), part.size)
+    if cut is not None and rule.form == "full":
+        raise RuntimeError(
+            _cannot_follow(name, part, "it keeps a full second moment, and shards end elsewhere than it")
+        )
+    here = Part(part.label, tuple(shape), tuple(view), part.dim, start, end - start)
+    own = replace(rule, part=here, shape=here.shape)
+    return LocalRule(own, part.shape, here.shape, tuple(in_part), cut, missed)
+
+
+def _in_view(part: Part, dim: int) -> tuple[int, int]:
+    """The first dimension of the view that a dimension of the parameter becomes, and what it strides over there."""
+    before = math.prod(part.of[:dim])
+    first = next(at for at in range(len(part.view)) if math.prod(part.view[:at]) == before and part.view[at] > 1)
+    return first, part.of[dim] // part.view[first]
+
+
+def _cannot_follow(name: str, part: Part, why: str) -> str:
+    return (
+        f"{name!r}: its part {part.label!r} cannot be followed through these shards: {why}; shard it along another "
+        "dimension (fully_shard(..., shard_placement_fn=lambda parameter: Shard(1))), or give the whole parameter one "
+        "rule, CompressionPlan({name: Rule(...)})"
+    )
+
+
+def groups_of(param: DTensor, mesh_dims: Sequence[int]) -> tuple[ProcessGroup, ...]:
+    """The process groups of some dimensions of a parameter's mesh."""
+    return tuple(param.device_mesh.get_group(index) for index in mesh_dims)
+
+
+def zeros(rule: LocalRule, param: DTensor, dims: Dims) -> Tensor:
+    """A second moment of zero as a DTensor of the global shape: replicated where ranks average together."""
+    held = torch.zeros(rule.stored_shape(dims), dtype=second_moment_dtype(param.dtype), device=local(param).device)
+    return rule.wrap(held, param, dims)
+
+
+def local_state(name: str, rules: Sequence[LocalRule], param: DTensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What this rank holds of a parameter's state.
+
+    Raises:
+        RuntimeError: It does not lie as the parameter does.
+    """
+    own: dict[str, Any] = {"step": state["step"], "exp_avg": local(state["exp_avg"])}
+    wanted = [rule.stored_shape(dims) for rule in rules for dims in rule.rule.averaged_dims(len(rule.shape))]
+    for key in ("exp_avg_sq", "max_exp_avg_sq"):
+        if key in state:
+            held = [local(moment) for moment in state_format.parts(state[key])]
+            _check_lies(name, key, [tuple(moment.shape) for moment in held], wanted)
+            own[key] = state_format.stored(held)
+    _check_lies(name, "exp_avg", [tuple(own["exp_avg"].shape)], [tuple(local(param).shape)])
+    return own
+
+
+def _check_lies(name: str, key: str, found: list[tuple[int, ...]], wanted: list[tuple[int, ...]]) -> None:
+    if found != wanted:
+        raise RuntimeError(
+            f"{name!r}: this rank holds {key} of shape {' and '.join(map(str, found))}, its shard of the parameter "
+            f"needs {' and '.join(map(str, wanted))}; shard the model before the optimizer is built, and load its "
+            "checkpoints by torch.distributed.checkpoint"
+        )

@@ -1,0 +1,53 @@
+"""Several processes on this machine, joined by gloo, that run one function."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TIMEOUT = 180
+
+
+def on_ranks(ranks: int, tmp_path: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``function(*args)`` returns on each rank; it must be importable. A rank's exception fails the test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "slimadam"])
+    queue = context.Queue()
+    store = str(tmp_path / "store")
+    processes = [
+        context.Process(target=_rank, args=(rank, ranks, store, queue, function, args)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        results = dict(queue.get(timeout=TIMEOUT) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+    errors = [value for value in results.values() if isinstance(value, _Failure)]
+    assert not errors, "\n".join(error.text for error in errors)
+    return [results[rank] for rank in range(ranks)]
+
+
+class _Failure:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _rank(rank: int, ranks: int, store: str, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    try:
+        queue.put((rank, function(*args)))
+    except BaseException:
+        queue.put((rank, _Failure(f"rank {rank}: {traceback.format_exc()}")))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,174 @@
+"""What a step on DTensors sends: one all-reduce for each process group, started before the local updates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimadam import CompressionPlan, Rule, SlimAdam, averages, stepping
+from tests.ranks import on_ranks
+from tests.test_distributed_step import mesh_of, named, sharded
+
+PLANS: dict[str, dict[str, Rule]] = {
+    "none across shards": {"0.weight": Rule((1,), "mean"), "2.weight": Rule((1,), "mean")},
+    "all across shards": {"0.weight": Rule((0,), "mean"), "2.weight": Rule(form="factored")},
+    "as AdamW": {},
+}
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(11, 7), nn.GELU(), nn.Linear(7, 5))
+
+
+def _batches(steps: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(12, 11, generator=generator) for _ in range(steps)]
+
+
+def _train_fsdp(plan_name: str) -> dict[str, Any]:
+    """Losses and parameters of FSDP2, and of one process; and the collectives of each step."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    plan = CompressionPlan(PLANS[plan_name])
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    alone, together = _model(), _model()
+    for layer in (together[0], together[2], together):
+        fully_shard(layer)
+    optimizers = [SlimAdam(model, lr=1e-2, plan=plan) for model in (alone, together)]
+    collectives = []
+    for batch in _batches(10):
+        for model, optimizer, data in (
+            (alone, optimizers[0], batch),
+            (together, optimizers[1], batch.chunk(ranks)[rank]),
+        ):
+            optimizer.zero_grad()
+            model(data).square().mean().backward()
+            with CommDebugMode() as mode:
+                optimizer.step()
+        collectives.append({str(name): count for name, count in mode.get_comm_counts().items()})
+    pairs = zip(alone.parameters(), together.parameters(), strict=True)
+    worst = max(float((one - other.full_tensor()).detach().abs().max()) for one, other in pairs)
+    return {"worst": worst, "collectives": collectives}
+
+
+def _train_all_fsdp() -> dict[str, Any]:
+    return {name: _train_fsdp(name) for name in PLANS}
+
+
+def test_fsdp_trains_as_one_process_with_one_all_reduce_a_step(tmp_path: Path) -> None:
+    for ranks in (2, 3):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        for found in on_ranks(ranks, folder, _train_all_fsdp):
+            for name, of_plan in found.items():
+                assert of_plan["worst"] <= 2e-5, (ranks, name)
+                expected = {"c10d.allreduce_": 1} if name == "all across shards" else {}
+                assert of_plan["collectives"] == [expected] * 10, (ranks, name)
+
+
+def _profile(shape: tuple[int, ...], kinds: list[str]) -> dict[str, int]:
+    """Names of collectives that a profiler sees in one step, and how often."""
+    mesh = mesh_of(shape)
+    tensors, plan, grads = named()
+    params = {name: nn.Parameter(sharded(tensor, mesh, kinds)) for name, tensor in tensors.items()}
+    half = len(params) // 2
+    groups: list[dict[str, Any]] = [{"params": list(params.items())[:half]}, {"params": list(params.items())[half:]}]
+    optimizer = SlimAdam(groups, plan=plan)
+    for step in grads[:2]:
+        for param, grad in zip(params.values(), step, strict=True):
+            param.grad = sharded(grad.float(), mesh, kinds)
+        with torch.profiler.profile() as profiler:
+            optimizer.step()
+    seen = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
+    return {name: seen.count(name) for name in seen}
+
+
+def _profile_meshes() -> list[dict[str, int]]:
+    return [_profile((4,), ["0"]), _profile((2, 2), ["0", "1"]), _profile((2, 2), ["r", "0"]), _profile((4,), ["r"])]
+
+
+def test_one_all_reduce_for_each_group_whatever_the_number_of_tensors(tmp_path: Path) -> None:
+    for rows, both, hybrid, replicated in on_ranks(4, tmp_path, _profile_meshes):
+        assert rows == {"gloo:all_reduce": 1}
+        assert both == {"gloo:all_reduce": 2}
+        assert hybrid == {"gloo:all_reduce": 1}
+        assert replicated == {}
+
+
+def _log_of_a_step() -> tuple[list[str], list[int]]:
+    """What happens in the last of three steps, in order, and where the buffers of the three lie."""
+    mesh = mesh_of((2,))
+    params = {name: nn.Parameter(sharded(tensor, mesh, ["0"])) for name, tensor in named()[0].items()}
+    optimizer = SlimAdam(params.items(), plan=named()[1])
+    log: list[str] = []
+    addresses = []
+    all_reduce, updates = torch.distributed.all_reduce, dict(stepping.UPDATES)
+
+    def logged_all_reduce(tensor: torch.Tensor, **options: Any) -> Any:
+        addresses.append(tensor.data_ptr())
+        work = all_reduce(tensor, **options)
+        log.append(f"start, async_op={options['async_op']}")
+        return _LoggedWork(work, log)
+
+    def logged(backend: Any) -> Any:
+        def update(entries: Any, hyper: Any) -> None:
+            log.append("given" if all(entry.is_given for entry in entries) else "local")
+            updates[backend](entries, hyper)
+
+        return update
+
+    torch.distributed.all_reduce = logged_all_reduce  # type: ignore[assignment]
+    stepping.UPDATES = {backend: logged(backend) for backend in updates}  # type: ignore[misc]
+    for step in named()[2][:3]:
+        for param, grad in zip(params.values(), step, strict=True):
+            param.grad = sharded(grad.float(), mesh, ["0"])
+        log.clear()
+        optimizer.step()
+    return log, addresses
+
+
+class _LoggedWork:
+    def __init__(self, work: Any, log: list[str]) -> None:
+        self.work, self.log = work, log
+
+    def wait(self) -> None:
+        self.log.append("wait")
+        self.work.wait()
+
+
+def test_sums_travel_while_local_updates_run(tmp_path: Path) -> None:
+    for log, addresses in on_ranks(2, tmp_path, _log_of_a_step):
+        ends = log.index("wait")
+        assert log[0] == "start, async_op=True"
+        assert set(log[1:ends]) == {"local"}
+        assert set(log[ends + 1 :]) == {"given"}
+        assert len(addresses) == 3
+        assert len(set(addresses)) == 1
+
+
+def test_no_part_of_the_step_knows_of_ranks_where_there_are_none() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan=CompressionPlan(PLANS["all across shards"]))
+    model(_batches(1)[0]).square().mean().backward()
+    optimizer.step()
+    assert optimizer._stepper._exchange is None
+
+
+def test_sums_of_squares_by_blocks(monkeypatch: Any) -> None:
+    monkeypatch.setattr(averages, "BLOCK_ELEMENTS", 16)
+    for shape, dims in (
+        ((7, 5), ((0,), (1,))),
+        ((3, 5, 9), ((0, 2), (1,))),
+        ((40,), ((0,),)),
+        ((2, 3, 17), ((1, 2), (0,))),
+    ):
+        grad = torch.randn(shape)
+        targets = [torch.full([1 if dim in one else size for dim, size in enumerate(shape)], torch.nan) for one in dims]
+        averages.sum_squares(grad, dims, targets)
+        for one, target in zip(dims, targets, strict=True):
+            torch.testing.assert_close(target, grad.double().square().sum(one, keepdim=True).float())
