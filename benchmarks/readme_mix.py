@@ -38,7 +38,7 @@ def mix(result: dict[str, Any]) -> str:
                 for condition in result["runs"][0]["criterion"]
             ),
             "",
-            f"All of it at every seed: {'yes' if result['confirmed'] else 'no'}. The share at which fine-tuning itself was best lies "
-            f"in the interval of the advice in {result['best_in_interval']} of {count} seeds.",
+            f"All of it at every seed: {'yes' if result['confirmed'] else 'no'}. The share at which fine-tuning itself "
+            f"was best lies in the interval of the advice in {result['best_in_interval']} of {count} seeds.",
         ]
     )

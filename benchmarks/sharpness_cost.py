@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="small models: to see that it runs")
     options = parser.parse_args(arguments)
-    settings = DemoSettings(steps=60, layers=1, width=32, context=32) if options.quick else DemoSettings(steps=800)
+    settings = DemoSettings(steps=60, layers=1, width=32, context=32) if options.quick else DemoSettings(steps=400)
     shapes = gpt2(32, 1, 256, 32) if options.quick else gpt2_small()
     in_memory = memory_rows(shapes)
     print(f"{'extra bytes per parameter':36s}{'kept':>8s}{'direction':>11s}{'peak':>8s}")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from slimadam.kernels.build import library
 from torch import Tensor
 
 from slimadam.backends import UPDATES, choose_backend, fits
 from slimadam.functional import Entry, Hyperparameters
-from slimadam.kernels.build import library
 
 HYPER = Hyperparameters(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1)
 STEP = 3
