@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ from slimadam.rules import Dims, Rule
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
+
+
+FLAT: Final = (
+    "which lays parameters end to end and cuts them anywhere, so that rows and columns are gone; shard with "
+    "torch.distributed.fsdp.fully_shard, which keeps them"
+)
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -59,6 +65,21 @@ def local_gradient(name: str, param: Tensor) -> Tensor:
     if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
         grad = grad.redistribute(param.device_mesh, param.placements)
     return local(grad)
+
+
+def refuse_flat(name: str, param: Tensor) -> None:
+    """Refuse what other libraries made of parameters by laying them end to end: rows and columns are gone.
+
+    Raises:
+        RuntimeError: Says what to use instead.
+    """
+    owner = None
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+        owner = "FullyShardedDataParallel"
+    elif hasattr(param, "ds_id"):
+        owner = "DeepSpeed's ZeRO"
+    if owner is not None:
+        raise RuntimeError(f"{name!r} belongs to {owner}, {FLAT}, or use plan=None, which needs none")
 
 
 class LocalRule(NamedTuple):

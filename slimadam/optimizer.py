@@ -20,7 +20,7 @@ from slimadam.automatic import AutoPlan, Measuring
 from slimadam.backends import Backend
 from slimadam.choosing import EXPANDED
 from slimadam.direction import update_without_decay, with_decay
-from slimadam.distributed import is_dtensor
+from slimadam.distributed import FLAT, is_dtensor, local_rules
 from slimadam.entries import (
     assembled,
     decoded,
@@ -108,6 +108,7 @@ class SlimAdam(Optimizer):
         ValueError: An option is out of range.
         TypeError: An option has the wrong type or a misspelt name.
         PlanError: The plan does not fit the parameters.
+        RuntimeError: The plan cannot be followed through the parameters' shards.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class SlimAdam(Optimizer):
         """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`; it may have its own ``plan``.
 
         Raises:
-            ValueError, TypeError, PlanError: As the constructor; the optimizer is then as it was.
+            ValueError, TypeError, PlanError, RuntimeError: As the constructor; the optimizer is then as it was.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
@@ -185,6 +186,9 @@ class SlimAdam(Optimizer):
             _refuse_lazy(group["params"])
             names = self._resolver.names(group, len(self.param_groups) - 1)
             rules = self._resolver.rules(group, names, **own_plan)
+            for name, param, own in zip(names, group["params"], rules, strict=True):
+                if is_dtensor(param) and own[0].reason != MEASURING:
+                    local_rules(name, own, param)
             if self._complete:
                 self._resolver.check_all_used()
         except Exception:
@@ -353,9 +357,15 @@ class SlimAdam(Optimizer):
             )
         for index, (names, group) in enumerate(zip(self._names, self.param_groups, strict=True)):
             if len(names) != len(group["params"]):
+                flat = len(group["params"]) == 1 and group["params"][0].dim() == 1
                 raise RuntimeError(
                     f"param_groups[{index}]['params'] has {len(group['params'])} parameters, but had {len(names)} when "
                     "the group was added; add parameters with add_param_group"
+                    + (
+                        f" (one vector for all of them is the work of a library such as DeepSpeed, {FLAT})"
+                        if flat
+                        else ""
+                    )
                 )
             for name, param in zip(names, group["params"], strict=True):
                 yield name, param, group

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from torch import Tensor, nn
 
 from slimadam.automatic import AutoPlan
+from slimadam.distributed import refuse_flat
 from slimadam.errors import PlanError, did_you_mean
 from slimadam.fused import declared_parts, refuse_unmatched
 from slimadam.names import NamedParameters, is_position, owning_modules, position_name
@@ -119,6 +120,7 @@ class Resolver:
 
         Raises:
             PlanError: The plan does not fit.
+            RuntimeError: Another library has laid parameters end to end.
         """
         resolved = self.plan if plan is _DEFAULT else read_plan(plan)
         if isinstance(resolved, AutoPlan) and plan is not _DEFAULT:
@@ -131,6 +133,8 @@ class Resolver:
         found = []
         for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
             self._all_names[name] = self._known.all_names(param)
+            if resolved is not None:
+                refuse_flat(name, param)
             rules = self._rules_of(resolved, name, param, self._given_name(group, index))
             if param.numel() == 0 and any(rule.form != "full" for rule in rules):
                 rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason="no elements")]

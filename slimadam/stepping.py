@@ -186,7 +186,7 @@ class Stepper:
         if exchange is not None:
             beta2s = [work.hyper.beta2 for work in works for _ in work.shared]
             exchange.start([grad for work in works for _, grad in work.shared], beta2s)
-        on_triton: list[tuple[Any, Hyperparameters]] = []
+        on_triton: list[tuple[TritonStep, Hyperparameters]] = []
         for work in works:
             for parameter in work.to_decode:
                 _update_decoded(*parameter, work.hyper)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimadam import CompressionPlan, Rule, SlimAdam, averages, stepping
+from slimadam import CompressionPlan, Rule, SlimAdam, averages, backends
 from tests.ranks import on_ranks
-from tests.test_distributed_step import mesh_of, named, sharded
+from tests.test_distributed_step import full, mesh_of, named, sharded
 
 PLANS: dict[str, dict[str, Rule]] = {
     "none across shards": {"0.weight": Rule((1,), "mean"), "2.weight": Rule((1,), "mean")},
@@ -48,11 +48,11 @@ def _train_fsdp(plan_name: str) -> dict[str, Any]:
         ):
             optimizer.zero_grad()
             model(data).square().mean().backward()
-            with CommDebugMode() as mode:
+            with CommDebugMode() as mode:  # type: ignore[no-untyped-call]
                 optimizer.step()
         collectives.append({str(name): count for name, count in mode.get_comm_counts().items()})
     pairs = zip(alone.parameters(), together.parameters(), strict=True)
-    worst = max(float((one - other.full_tensor()).detach().abs().max()) for one, other in pairs)
+    worst = max(float((full(one) - full(other)).abs().max()) for one, other in pairs)
     return {"worst": worst, "collectives": collectives}
 
 
@@ -107,7 +107,8 @@ def _log_of_a_step() -> tuple[list[str], list[int]]:
     optimizer = SlimAdam(params.items(), plan=named()[1])
     log: list[str] = []
     addresses = []
-    all_reduce, updates = torch.distributed.all_reduce, dict(stepping.UPDATES)
+    updates_in_force: Any = backends.UPDATES
+    all_reduce, updates = torch.distributed.all_reduce, dict(updates_in_force)
 
     def logged_all_reduce(tensor: torch.Tensor, **options: Any) -> Any:
         addresses.append(tensor.data_ptr())
@@ -123,7 +124,8 @@ def _log_of_a_step() -> tuple[list[str], list[int]]:
         return update
 
     torch.distributed.all_reduce = logged_all_reduce  # type: ignore[assignment]
-    stepping.UPDATES = {backend: logged(backend) for backend in updates}  # type: ignore[misc]
+    for backend in updates:
+        updates_in_force[backend] = logged(backend)
     for step in named()[2][:3]:
         for param, grad in zip(params.values(), step, strict=True):
             param.grad = sharded(grad.float(), mesh, ["0"])

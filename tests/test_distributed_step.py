@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def sharded(tensor: Tensor, mesh: Any, kinds: Sequence[str]) -> Any:
     return distribute_tensor(tensor, mesh, placements_of(kinds, tensor.dim()), src_data_rank=None)
 
 
-def train(params: dict[str, Tensor], plan: CompressionPlan, grads: Any, **options: Any) -> SlimAdam:
+def train(params: Mapping[str, Tensor], plan: CompressionPlan, grads: Any, **options: Any) -> SlimAdam:
     options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, **options}
     optimizer = SlimAdam(params.items(), plan=plan, **options)
     for step in grads:
@@ -110,7 +110,9 @@ def train(params: dict[str, Tensor], plan: CompressionPlan, grads: Any, **option
 
 
 def full(tensor: Any) -> Tensor:
-    return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()
+    """The global tensor of a DTensor, and any other as it is."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach()
 
 
 def moments(optimizer: SlimAdam, param: Tensor) -> list[Tensor]:

@@ -45,8 +45,8 @@ def _entry(shape: tuple[int, ...], dims: Any, dtype: torch.dtype) -> Entry:
     kept = [[1 if dim in each else size for dim, size in enumerate(shape)] for each in averaged]
     wide = torch.promote_types(dtype, torch.float32)
     second = [torch.rand(sizes).add(0.1).to(wide) for sizes in kept]
-    tensors = [torch.randn(shape).to(dtype) for _ in range(3)]
-    return Entry(*tensors, second, (), torch.tensor(float(STEP)), averaged, is_given=True)
+    param, grad, exp_avg = (torch.randn(shape).to(dtype) for _ in range(3))
+    return Entry(param, grad, exp_avg, second, (), torch.tensor(float(STEP)), averaged, is_given=True)
 
 
 def _expected(entry: Entry, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,122 @@
+"""What cannot be trained sharded is refused, and the remedy told."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from slimadam import CompressionPlan, Rule, SlimAdam
+from tests.ranks import on_ranks
+from tests.test_distributed_step import full, mesh_of, sharded
+
+PLAN = CompressionPlan({"0.weight": Rule((1,), "mean")})
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
+
+
+def _flat_fsdp() -> list[str]:
+    """Errors for FSDP1, flat parameters shown and hidden; and that plan=None trains."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    warnings.simplefilter("ignore")
+    said = []
+    for plan, hides in (("auto", False), ("auto", True), (PLAN, True)):
+        model = FullyShardedDataParallel(_model(), use_orig_params=hides, device_id=torch.device("cpu"))
+        with pytest.raises(RuntimeError) as error:
+            SlimAdam(model, plan=plan)
+        said.append(str(error.value))
+        as_adamw = SlimAdam(model.parameters(), lr=1e-2, plan=None)
+        model(torch.ones(3, 6)).sum().backward()
+        as_adamw.step()
+    return said
+
+
+def test_flat_parameters_of_fsdp_are_refused(tmp_path: Path) -> None:
+    for said in on_ranks(2, tmp_path, _flat_fsdp):
+        for message in said:
+            assert "belongs to FullyShardedDataParallel, which lays parameters end to end" in message
+            assert "shard with torch.distributed.fsdp.fully_shard" in message
+
+
+def test_flat_parameters_of_deepspeed_are_refused() -> None:
+    model = _model()
+    for number, param in enumerate(model.parameters()):
+        param.ds_id = number  # type: ignore[attr-defined]  # as deepspeed.zero.Init marks them
+    with pytest.raises(RuntimeError, match=r"'0.weight' belongs to DeepSpeed's ZeRO, which lays .* or use plan=None"):
+        SlimAdam(model, plan=PLAN)
+
+
+def test_a_group_replaced_by_one_vector_is_refused() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan=PLAN)
+    flat = nn.Parameter(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]  # as ZeRO's stages 1 and 2 do
+    with pytest.raises(RuntimeError, match=r"has 1 parameters, but had 4 .* DeepSpeed, which lays .*fully_shard"):
+        optimizer.step()
+
+
+def _wrong_state() -> list[str]:
+    mesh = mesh_of((2,))
+    said = []
+
+    def message(change: Any, **options: Any) -> None:
+        param = nn.Parameter(sharded(torch.randn(6, 4), mesh, ["0"]))
+        optimizer = SlimAdam([("0.weight", param)], plan=CompressionPlan({"0.weight": Rule((0,), "mean")}), **options)
+        param.grad = sharded(torch.randn(6, 4), mesh, ["0"])
+        change(optimizer, param)
+        before = full(param).clone()
+        with pytest.raises(RuntimeError) as error:
+            optimizer.step()
+        assert torch.equal(full(param), before)
+        said.append(str(error.value))
+
+    def lies_otherwise(optimizer: SlimAdam, param: nn.Parameter) -> None:
+        optimizer.step()
+        optimizer.state[param]["exp_avg"] = torch.zeros(6, 4)
+
+    message(lies_otherwise)
+    message(lambda optimizer, param: None, momentum_dtype="int8")
+    return said
+
+
+def test_state_that_lies_otherwise_is_refused(tmp_path: Path) -> None:
+    for lies, codes in on_ranks(2, tmp_path, _wrong_state):
+        assert lies.startswith(
+            "'0.weight': this rank holds exp_avg of shape (6, 4), its shard of the parameter needs (3, 4)"
+        )
+        assert "momentum_dtype='int8' does not support DTensor" in codes
+
+
+def _partial_gradient() -> list[float]:
+    """Errors of a step whose gradient has yet to be summed, or is laid out otherwise."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = mesh_of((2,))
+    tensor, grad = torch.randn(6, 4), torch.randn(6, 4)
+    found = []
+    for kinds, given in (
+        (["r"], DTensor.from_local(grad / 2, mesh, [Partial()])),
+        (["0"], DTensor.from_local(grad, mesh, [Replicate()])),
+        (["1"], sharded(grad, mesh, ["0"])),
+    ):
+        one, other = nn.Parameter(tensor.clone()), nn.Parameter(sharded(tensor, mesh, kinds))
+        one.grad, other.grad = grad.clone(), given
+        for param in (one, other):
+            SlimAdam([("0.weight", param)], lr=1e-2, plan=PLAN).step()
+        found.append(float((full(one) - full(other)).abs().max()))
+    return found
+
+
+def test_gradients_laid_out_otherwise_are_redistributed(tmp_path: Path) -> None:
+    for found in on_ranks(2, tmp_path, _partial_gradient):
+        assert len(found) == 3
+        assert max(found) <= 1e-6
