@@ -158,6 +158,7 @@ class Exchange:
         moments = [moment for piece in pieces for moment in piece.moments]
         self._dtype = reduce(torch.promote_types, (moment.stored.dtype for moment in moments))
         self._device = moments[0].stored.device
+        self._sum = add_squares if self._device.type == "cpu" else write_norms
         wanted: list[tuple[tuple[int, ...], tuple[ProcessGroup, ...]]] = []
         for piece in pieces:
             wanted += [(tuple(moment.stored.shape), moment.groups) for moment in piece.moments]
@@ -183,12 +184,15 @@ class Exchange:
             grads: This rank's gradient of each piece.
             beta2s: Decay of the second moment of each.
         """
-        for piece, grad, beta2, sums, mean in zip(self.pieces, grads, beta2s, self._sums, self._means, strict=True):
-            for item in sums:
-                if piece.rule.cut is not None:
-                    item.first.zero_()
-            own = [piece.rule.own(item.first) for item in sums]
-            sum_squares(grad, [moment.dims for moment in piece.moments], own)
+        for buffer in self._buffers:
+            buffer.zero_()
+        for piece, grad, sums in zip(self.pieces, grads, self._sums, strict=True):
+            if grad.numel():
+                dims = [moment.dims for moment in piece.moments]
+                self._sum(grad, dims, [piece.rule.own(item.first) for item in sums])
+        if self._sum is write_norms:
+            torch._foreach_mul_(self._buffers, self._buffers)
+        for piece, beta2, sums, mean in zip(self.pieces, beta2s, self._sums, self._means, strict=True):
             if mean is not None:
                 _mean_of_rows(piece, sums[0].first, float(beta2), mean.first)
         for reduction in self._reductions:
@@ -230,6 +234,7 @@ class Exchange:
             for stage in stages:
                 sizes[stage] += math.prod(shape)
         buffers = {group: torch.zeros(size, dtype=self._dtype, device=self._device) for group, size in sizes.items()}
+        self._buffers = list(buffers.values())
         reductions = {group: _Reduction(group, buffers[group]) for group in self._groups}
         items = []
         for (shape, _), place in zip(wanted, places, strict=True):
@@ -270,35 +275,29 @@ class _Reduction:
             torch._foreach_copy_(self._targets, self._sources)
 
 
-def sum_squares(grad: Tensor, averaged_dims: Sequence[Dims], targets: Sequence[Tensor]) -> None:
-    """Write the sums of ``grad**2`` over each set of dimensions, zero where there is nothing to sum.
+def write_norms(grad: Tensor, averaged_dims: Sequence[Dims], targets: Sequence[Tensor]) -> None:
+    """Write the roots of what :func:`add_squares` adds; one launch for each, and no memory."""
+    for dims, target in zip(averaged_dims, targets, strict=True):
+        torch.linalg.vector_norm(grad, dim=dims, keepdim=True, dtype=target.dtype, out=target)
+
+
+def add_squares(grad: Tensor, averaged_dims: Sequence[Dims], targets: Sequence[Tensor]) -> None:
+    """Add the sums of ``grad**2`` over each set of dimensions, by blocks that are read from memory once.
 
     Args:
-        grad: Real, any shape.
+        grad: Real, with elements, of at least one dimension.
         averaged_dims: The dimensions of each sum.
-        targets: Where it goes, with size 1 in them.
+        targets: What it is added to, with size 1 in them.
     """
-    if grad.numel() and grad.device.type != "cpu":
-        for dims, target in zip(averaged_dims, targets, strict=True):
-            target.copy_(torch.linalg.vector_norm(grad, dim=dims, keepdim=True, dtype=target.dtype).square_())
-        return
-    for target in targets:
-        target.zero_()
-    if grad.numel():
-        _add_squares(grad, averaged_dims, targets)
-
-
-def _add_squares(grad: Tensor, averaged_dims: Sequence[Dims], targets: Sequence[Tensor]) -> None:
-    """Add the sums block by block, each of which is read from memory once."""
     count = grad.shape[0]
     in_a_row = grad.numel() // count
-    if in_a_row > BLOCK_ELEMENTS:
+    if in_a_row > BLOCK_ELEMENTS and grad.dim() > 1:
         inner = [tuple(dim - 1 for dim in dims if dim) for dims in averaged_dims]
         for index in range(count):
             places = [target[0 if 0 in dims else index] for dims, target in zip(averaged_dims, targets, strict=True)]
-            _add_squares(grad[index], inner, places)
+            add_squares(grad[index], inner, places)
         return
-    rows = BLOCK_ELEMENTS // in_a_row
+    rows = max(1, BLOCK_ELEMENTS // in_a_row)
     for start in range(0, count, rows):
         block = squares(grad[start : start + rows], targets[0].dtype)
         for dims, target in zip(averaged_dims, targets, strict=True):

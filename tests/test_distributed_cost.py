@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -161,16 +162,27 @@ def test_no_part_of_the_step_knows_of_ranks_where_there_are_none() -> None:
     assert optimizer._stepper._exchange is None
 
 
-def test_sums_of_squares_by_blocks(monkeypatch: Any) -> None:
+SUMMED: list[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]] = [
+    ((7, 5), ((0,), (1,))),
+    ((3, 5, 9), ((0, 2), (1,))),
+    ((3, 5, 9), ((2,),)),
+    ((40,), ((0,),)),
+    ((2, 3, 17), ((1, 2), (0,))),
+]
+
+
+@pytest.mark.parametrize(("shape", "dims"), SUMMED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_sums_of_squares(shape: Any, dims: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By blocks, some of them parts of a row, and by norms."""
     monkeypatch.setattr(averages, "BLOCK_ELEMENTS", 16)
-    for shape, dims in (
-        ((7, 5), ((0,), (1,))),
-        ((3, 5, 9), ((0, 2), (1,))),
-        ((40,), ((0,),)),
-        ((2, 3, 17), ((1, 2), (0,))),
-    ):
-        grad = torch.randn(shape)
-        targets = [torch.full([1 if dim in one else size for dim, size in enumerate(shape)], torch.nan) for one in dims]
-        averages.sum_squares(grad, dims, targets)
-        for one, target in zip(dims, targets, strict=True):
-            torch.testing.assert_close(target, grad.double().square().sum(one, keepdim=True).float())
+    grad = torch.randn(shape).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    kept = [[1 if dim in one else size for dim, size in enumerate(shape)] for one in dims]
+    added, norms = ([torch.ones(sizes, dtype=wide) for sizes in kept] for _ in range(2))
+    averages.add_squares(grad, dims, added)
+    averages.write_norms(grad, dims, norms)
+    for one, sum_and_1, norm in zip(dims, added, norms, strict=True):
+        expected = grad.double().square().sum(one, keepdim=True).to(wide)
+        torch.testing.assert_close(sum_and_1, 1 + expected)
+        torch.testing.assert_close(norm.square(), expected)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimadam import CompressionPlan, Rule, SlimAdam, backends
+from slimadam import CompressionPlan, Rule, SlimAdam, averages, backends
 from tests.ranks import on_ranks
 from tests.reference import gradients
 
@@ -171,18 +171,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "maximize": {"maximize": True, "weight_decay": 0.0},
     "capturable": {"capturable": True},
     "one by one": {"foreach": False, "amsgrad": True},
+    "by norms, as on accelerators": {},
     "lists": {"foreach": True, "amsgrad": True},
     "bfloat16 momentum": {"momentum_dtype": torch.bfloat16},
 }
 
 
 def run_options() -> dict[tuple[str, str], Any]:
+    add_squares = averages.add_squares
     found = {}
     for name in ("2x2, rows and columns", "2 ranks, rows"):
         shape, kinds = MESHES[name]
         mesh = mesh_of(shape)
         if mesh.get_coordinate() is not None:
             for option, given in OPTIONS.items():
+                averages.add_squares = averages.write_norms if option.startswith("by norms") else add_squares
                 shapes = [one for one in SHAPES if not given.get("amsgrad") or one[1] not in ("factored", "stacked")]
                 found[name, option] = difference(kinds, mesh, given, shapes)
         torch.distributed.barrier()
