@@ -228,7 +228,7 @@ def local_state(name: str, rules: Sequence[LocalRule], param: DTensor, state: Ma
         RuntimeError: It does not lie as the parameter does.
     """
     own: dict[str, Any] = {"step": state["step"], "exp_avg": local(state["exp_avg"])}
-    wanted = [rule.stored_shape(dims) for rule in rules for dims in rule.rule.averaged_dims(len(rule.shape))]
+    wanted = _stored_shapes(rules)
     for key in ("exp_avg_sq", "max_exp_avg_sq"):
         if key in state:
             held = [local(moment) for moment in state_format.parts(state[key])]
@@ -245,3 +245,14 @@ def _check_lies(name: str, key: str, found: list[tuple[int, ...]], wanted: list[
             f"needs {' and '.join(map(str, wanted))}; shard the model before the optimizer is built, and load its "
             "checkpoints by torch.distributed.checkpoint"
         )
+
+
+def kept_shapes(name: str, rules: Sequence[Rule], param: Tensor) -> Sequence[tuple[int, ...]]:
+    """Shapes of the second moments that this rank keeps of a parameter."""
+    if is_dtensor(param):
+        return _stored_shapes(local_rules(name, rules, param))
+    return state_format.state_shapes(rules, tuple(param.shape))
+
+
+def _stored_shapes(rules: Sequence[LocalRule]) -> list[tuple[int, ...]]:
+    return [rule.stored_shape(dims) for rule in rules for dims in rule.rule.averaged_dims(len(rule.shape))]

@@ -20,7 +20,7 @@ from slimadam.automatic import AutoPlan, Measuring
 from slimadam.backends import Backend
 from slimadam.choosing import EXPANDED
 from slimadam.direction import update_without_decay, with_decay
-from slimadam.distributed import FLAT, is_dtensor, local_rules
+from slimadam.distributed import FLAT, is_dtensor, kept_shapes, local, local_rules
 from slimadam.entries import (
     assembled,
     decoded,
@@ -239,12 +239,14 @@ class SlimAdam(Optimizer):
     def memory(self) -> MemoryReport:
         """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`.
 
+        Of DTensors this rank's shards are counted, state and elements.
+
         ``total`` does not include the samples for :meth:`snr_check`; they come on top, as ``monitor``.
         """
         moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
         for name, param, group in self._parameters():
-            kept_shapes = state_format.state_shapes(self._rules[name], tuple(param.shape))
-            stored = sum(map(math.prod, kept_shapes))
+            stored = sum(map(math.prod, kept_shapes(name, self._rules[name], param)))
+            param = local(param)
             size = second_moment_dtype(param.dtype).itemsize
             moments += momentum_bytes(param, group)
             seconds += stored * size
@@ -531,6 +533,11 @@ class SlimAdam(Optimizer):
                 raise RuntimeError(
                     f"{name!r}: `fused=True` requires all the params to be floating point and on a real device, "
                     f"not {param.dtype} on {param.device.type}; set fused=None"
+                )
+            if group["differentiable"] and is_dtensor(param):
+                raise RuntimeError(
+                    f"{name!r}: differentiable=True does not follow the step of a DTensor; use differentiable=False, "
+                    "or parameters that are not sharded"
                 )
             if group["momentum_dtype"] == "int8" and type(param.data) is not Tensor:
                 raise RuntimeError(

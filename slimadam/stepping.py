@@ -181,6 +181,10 @@ class Stepper:
             grad_scale: What gradients are still scaled by; only where :meth:`is_on_triton`.
             found_inf: Not zero: leave everything as it is; only there.
         """
+        groups = list(groups)
+        if torch.compiler.is_compiling() and any(is_dtensor(param) for _, group in groups for param in group["params"]):
+            self._update_untraced(groups, all_rules, states)
+            return
         works = [self._begin(names, group, all_rules, states) for names, group in groups]
         exchange = self._exchange_of([piece for work in works for piece, _ in work.shared])
         if exchange is not None:
@@ -200,6 +204,11 @@ class Stepper:
             for work in works:
                 for backend, entries in work.given.items():
                     UPDATES[backend](entries, work.hyper)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+    def _update_untraced(self, *arguments: Any) -> None:
+        """:meth:`update` of DTensors under ``torch.compile``: collectives are waited for between its parts."""
+        self.update(*arguments)
 
     def _begin(
         self,

@@ -154,6 +154,36 @@ def test_sums_travel_while_local_updates_run(tmp_path: Path) -> None:
         assert len(set(addresses)) == 1
 
 
+def _bytes_and_placements() -> tuple[float, int, int, dict[str, str]]:
+    """Bytes of state as told and as held by this rank, collectives under ``torch.compile``, and where moments lie."""
+    mesh = mesh_of((3,))
+    tensors, plan, grads = named()
+    params = {name: nn.Parameter(sharded(tensor, mesh, ["0"])) for name, tensor in tensors.items()}
+    optimizer = SlimAdam(params.items(), plan=plan)
+    told = optimizer.memory().total
+    for param, grad in zip(params.values(), grads[0], strict=True):
+        param.grad = sharded(grad.float(), mesh, ["0"])
+    step = torch.compile(optimizer.step, backend="eager")
+    with torch.profiler.profile() as profiler:
+        step()
+    sent = sum(event.name == "gloo:all_reduce" for event in profiler.events())
+    held, placements = 0, {}
+    for name, param in params.items():
+        state = optimizer.state[param]
+        seconds = state["exp_avg_sq"] if isinstance(state["exp_avg_sq"], list) else [state["exp_avg_sq"]]
+        held += state["step"].nbytes + sum(one.to_local().nbytes for one in (state["exp_avg"], *seconds))
+        placements[name] = " ".join(str(one.placements[0]) for one in seconds)
+    return told, held, sent, placements
+
+
+def test_bytes_are_those_of_the_rank_and_averages_over_shards_are_replicated(tmp_path: Path) -> None:
+    for told, held, sent, placements in on_ranks(3, tmp_path, _bytes_and_placements):
+        assert told == held
+        assert sent == 1
+        # full, rows' averages, columns' averages, both for a factored one
+        assert [placements[name] for name in ("p2", "p4", "p3", "p6")] == ["S(0)", "S(0)", "R", "S(0) R"]
+
+
 def test_no_part_of_the_step_knows_of_ranks_where_there_are_none() -> None:
     model = _model()
     optimizer = SlimAdam(model, plan=CompressionPlan(PLANS["all across shards"]))
