@@ -197,9 +197,10 @@ def _local_part(name: str, rule: Rule, part: Part, param: DTensor, placements: t
 
 def _in_view(part: Part, dim: int) -> tuple[int, int]:
     """The first dimension of the view that a dimension of the parameter becomes, and what it strides over there."""
-    before = math.prod(part.of[:dim])
-    first = next(at for at in range(len(part.view)) if math.prod(part.view[:at]) == before and part.view[at] > 1)
-    return first, part.of[dim] // part.view[first]
+    before, size = math.prod(part.of[:dim]), part.of[dim]
+    starts = (at for at in range(len(part.view)) if math.prod(part.view[:at]) == before)
+    first = next(at for at in starts if part.view[at] > 1 or size == 1)
+    return first, size // part.view[first]
 
 
 def _cannot_follow(name: str, part: Part, why: str) -> str:
