@@ -155,6 +155,16 @@ SCRIPTS = {
     "scaled": (SCALED, "scaler.step(optimizer)"),
     "transformer": (TRANSFORMER, "optimizer.step()"),
 }
+REMADE = {  # parameters that come from other parameters before training
+    "in another precision": "model = model.double()",
+    "deep copies": "import copy; model = copy.deepcopy(model)",
+    "other data": "for param in model.parameters(): param.data = param.data * 1.5",
+    "new parameters": "model[2].weight = nn.Parameter(model[2].weight.detach().clone() * 1.5)",
+    "parametrized": "torch.nn.utils.parametrizations.weight_norm(model[2])",
+}
+SCRIPTS |= {
+    name: (PLAIN.replace("optimizer =", f"{line}\noptimizer =", 1), "optimizer.step()") for name, line in REMADE.items()
+}
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +210,13 @@ def test_finds_what_the_scripts_own_closure_gives(name: str, step: int) -> None:
     assert (result["status"], result["step"]) == ("found", step)
     assert result["micro_batches"] == (3 if name == "accumulated" else 1)
     assert result["forward_passes"] >= 5
+
+
+def test_no_increase_up_to_the_largest_rate_needs_no_warmup() -> None:
+    result = find_lr(PLAIN, "--max-lr", "0.004")
+    assert result.exit_code == 0
+    assert "no increase of the loss up to 0.004" in result.stderr
+    assert "the script's own learning rate 0.003 needs no warmup" in result.stderr
 
 
 def test_says_where_to_start_in_a_line_to_paste() -> None:

@@ -261,6 +261,16 @@ def test_bad_use_is_refused() -> None:
         CriticalSharpness(optimizer).measure(0.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer, not list"):
         CriticalSharpness([])  # type: ignore[arg-type]
+    layer, optimizer, x = linear()
+
+    def training() -> Tensor:
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"must only compute and return the loss: no backward\(\)"):
+        CriticalSharpness(optimizer).measure(training)
     optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="no pending update"):
         CriticalSharpness(optimizer).measure(lambda: 0.0)

@@ -180,6 +180,8 @@ def _summarize(console: Console, finder: _Finder, measured: SharpnessMeasurement
     if measured.status not in ("found", "noisy"):
         limit = f" of the loss up to {finder.max_lr:g}" if measured.status == "no increase" else ""
         console.print(f"slimadam: no critical learning rate at {where}: {measured.status}{limit}")
+        if measured.status == "no increase" and finder.lr <= finder.max_lr:
+            console.print(f"slimadam: the script's own learning rate {finder.lr:g} needs no warmup on this account")
         return
     lower, upper = measured.bracket
     console.print(

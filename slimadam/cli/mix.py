@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from slimadam.sharpness.mixing import advise_mix
 from slimadam.sharpness.momentum import Momentum
 
 _NO_ADVICE = 1
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 @click.command()
@@ -62,6 +64,8 @@ def mix(
 
     Exit codes: 0 advised, 1 at each mix some task has no safe step, 2 trouble.
     """
+    if plot is not None and plot.suffix not in _PICTURES:
+        raise click.BadParameter(f"{str(plot)!r} must end in {', '.join(_PICTURES)}", param_hint="--plot")
     shares = None if ratios is None else _shares(ratios)
     optimizer, losses, tasks = _built(builder)
     try:
@@ -72,10 +76,13 @@ def mix(
                 momentum=momentum, max_grad_norm=max_grad_norm,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
-    except (TypeError, ValueError) as error:
+        if plot is not None:
+            advice.plot(plot)
+    except (TypeError, ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error
-    if plot is not None:
-        advice.plot(plot)
+    except Exception as error:  # a loss of the user's may raise anything; exit code 1 means something else
+        traceback.print_exc()
+        raise click.UsageError(f"{builder}: {type(error).__name__}: {error}") from error
     if out is not None:
         write_whole(out, _csv(advice))
     if as_json:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -164,6 +164,8 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if tensor.requires_grad and tensor.is_leaf and (memory := _memory(tensor)) is not None:
                 self._parameters[tensor] = None
                 self._of_parameters.add(memory)
+                if isinstance(tensor, nn.Parameter):  # made from others (a copy, another precision), now its own
+                    self._depends.discard(memory)
         read = {memory for tensor in tensors if (memory := _memory(tensor)) is not None}
         if not read & (self._of_parameters | self._depends):
             return func(*args, **kwargs)

@@ -5,7 +5,8 @@ Source: the restricted loss of arXiv 2601.16979, section 2; catapults of arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, get_args
 
@@ -72,6 +73,12 @@ class LineProbe:
         self._buffers = Buffers(self._modules_of(params))
         self._gradients = Gradients(self.optimizer)
         self._random = RandomState([param.device for param in params])
+        if any(type(param.data) is not Tensor for param in params):
+            kinds = sorted({type(param.data).__name__ for param in params} - {"Tensor"})
+            raise RuntimeError(
+                f"parameters of type {', '.join(kinds)} cannot be probed yet; measure on a model whose parameters are "
+                "plain tensors, as under DistributedDataParallel"
+            )
         self._precision = Precision(params)
         self._params = params
         if self.memory == "lean":
@@ -134,7 +141,7 @@ class LineProbe:
             torch.clear_autocast_cache()
             before = self._written()
             try:
-                with self._precision.watching(), self._gradients.hidden(), self._signals.allowed():
+                with self._precision.watching(), self._gradients.hidden(), self._signals.allowed(), _explained():
                     loss = closure()
             finally:
                 self._buffers.restore()
@@ -154,6 +161,19 @@ class LineProbe:
     def extra_bytes(self) -> int:
         """What is held now beside the model and its optimizer, in bytes; while moving, one direction on top."""
         return 0 if self._moves is None else self._moves.extra_bytes + self._buffers.nbytes
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Tells a closure that calls ``backward()`` so, which torch's own error does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise RuntimeError(
+                "the closure must only compute and return the loss: no backward(), zero_grad() or step() in it"
+            ) from error
+        raise
 
 
 def _is_written(before: tuple[int, int], after: tuple[int, int]) -> bool:

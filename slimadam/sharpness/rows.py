@@ -162,9 +162,11 @@ def check_csv(path: Path) -> bool:
     """Whether the file is still to begin; one that holds something else is refused.
 
     Raises:
-        ValueError: The file's first line is not the header, or its last line is not whole.
+        ValueError: The file's first line is not the header, its last line is not whole, or its folder is missing.
         OSError: It cannot be read.
     """
+    if not path.parent.is_dir():
+        raise ValueError(f"csv={str(path)!r}: there is no folder {str(path.parent)!r}; create it first")
     if not path.exists() or not path.stat().st_size:
         return True
     with path.open("rb") as file:
