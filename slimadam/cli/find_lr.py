@@ -66,6 +66,8 @@ class _Finder:
             after.remove()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.measured is not None:  # a script that caught StopScript goes on
+            raise StopScript
         steps = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         self.problem = f"no optimizer reached step {self.step}"
         if steps < self.step:

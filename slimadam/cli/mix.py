@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.optim import Optimizer
 
 from slimadam.cli.builder import call
-from slimadam.cli.console import finite, output_path, status_console
+from slimadam.cli.console import finite, finite_or_none, output_path, status_console
 from slimadam.files import write_whole
 from slimadam.sharpness.mix_advice import MixAdvice
 from slimadam.sharpness.mixing import advise_mix
@@ -35,7 +35,7 @@ _PICTURES = (".png", ".svg", ".pdf")
               help="Of the resampling that the intervals come from.")  # fmt: skip
 @click.option("--momentum", type=click.Choice(["settled", "kept"]), default="settled", show_default=True,
               help="First moments as they become under each mix, or as they are.")  # fmt: skip
-@click.option("--max-grad-norm", type=click.FloatRange(min=0, min_open=True),
+@click.option("--max-grad-norm", type=click.FloatRange(min=0, min_open=True), callback=finite_or_none,
               help="Clip the mixed gradients to this norm, as in training.")  # fmt: skip
 @click.option("--tol", type=click.FloatRange(min=0, max=1, min_open=True, max_open=True), default=1 / 16,
               show_default=True, callback=finite, help="How closely each critical rate is found.")  # fmt: skip

@@ -7,6 +7,7 @@ and random numbers, they give the loss of the same batch there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -35,14 +36,19 @@ class _Alias(NamedTuple):
     offset: int
     size: torch.Size
     stride: tuple[int, ...]
+    is_conj: bool
+    is_neg: bool
 
     @classmethod
     def of(cls, tensor: Tensor, memory: StorageWeakRef) -> _Alias:
-        return cls(memory, tensor.dtype, tensor.device, int(tensor.storage_offset()), tensor.size(), tensor.stride())
+        offset, flags = int(tensor.storage_offset()), (tensor.is_conj(), tensor.is_neg())
+        return cls(memory, tensor.dtype, tensor.device, offset, tensor.size(), tensor.stride(), *flags)
 
     def within(self, made: dict[StorageWeakRef, torch.UntypedStorage]) -> Tensor:
         empty = torch.empty(0, dtype=self.dtype, device=self.device)
-        return empty.set_(made[self.memory], self.offset, self.size, self.stride)
+        view = empty.set_(made[self.memory], self.offset, self.size, self.stride)
+        view = torch._neg_view(view) if self.is_neg else view
+        return view.conj() if self.is_conj else view
 
 
 class _Call(NamedTuple):
@@ -51,12 +57,18 @@ class _Call(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    makes: tuple[tuple[int, StorageWeakRef], ...]
+    makes: tuple[tuple[int, StorageWeakRef, torch.Size], ...]
     writes: tuple[StorageWeakRef, ...]
     seeds: tuple[tuple[Callable[[Tensor], Any], Tensor], ...]
 
     def reads(self) -> Iterator[StorageWeakRef]:
         return (leaf.memory for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, _Alias))
+
+    def live(self) -> Iterator[StorageWeakRef]:
+        """What it reads as it is, not as an operation before it has made it."""
+        for leaf in _leaves((self.args, self.kwargs)):
+            if isinstance(leaf, Tensor) and (memory := _memory(leaf)) is not None:
+                yield memory
 
     def run(self, made: dict[StorageWeakRef, torch.UntypedStorage]) -> None:
         for set_state, state in self.seeds:
@@ -65,8 +77,13 @@ class _Call(NamedTuple):
             lambda leaf: leaf.within(made) if isinstance(leaf, _Alias) else leaf, self.args, self.kwargs
         )
         outputs = tree_leaves(self.function(*args, **kwargs))
-        for position, memory in self.makes:
-            made[memory] = outputs[position].untyped_storage()
+        for position, memory, shape in self.makes:
+            output = outputs[position]
+            if not isinstance(output, Tensor):  # what only a backward pass needs
+                continue
+            if output.shape != shape:
+                raise ReplayError("the shapes of tensors in it depend on the parameters' values, as in boolean masks")
+            made[memory] = output.untyped_storage()
 
 
 class _Loss(NamedTuple):
@@ -145,7 +162,8 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         losses: list[_Loss] = []
         for loss in self._losses:
             if loss.owners & wanted:
-                losses = [loss] if loss.is_first else [*losses, loss]
+                kept = [old for old in losses if not (loss.is_first and old.owners & loss.owners)]
+                losses = [*kept, loss]
         if not losses:
             raise ReplayError("no backward() of a loss has given these parameters gradients since the step before")
         values = [loss.value for loss in losses if loss.value is not None]
@@ -156,7 +174,14 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise ReplayError(
                 "the loss was not computed by operations of torch in this process's main thread that can be repeated"
             )
-        return Replay(self._needed_for(aliases), aliases, self._before_writing, sum(values))
+        calls = self._needed_for(aliases)
+        live = {memory for call in calls for memory in call.live()}
+        if any(param.grad is not None and _memory(param) not in live for param in params):
+            raise ReplayError(
+                "a parameter that has a gradient was made from other tensors, and what the loss does with it cannot be "
+                "told from those; make it an nn.Parameter"
+            )
+        return Replay(calls, aliases, self._before_writing, sum(values))
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -180,11 +205,11 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seeds = _seeds(func, args, kwargs, tensors)
         result = func(*args, **kwargs)
         makes = tuple(
-            (position, memory)
+            (position, memory, output.shape)
             for position, output in enumerate(tree_leaves(result))
             if isinstance(output, Tensor) and (memory := _memory(output)) is not None and memory not in read
         )
-        self._depends.update(memory for _, memory in makes)
+        self._depends.update(memory for _, memory, _ in makes)
         if makes or written:
             self._calls.append(_Call(func, noted_args, noted_kwargs, makes, tuple(written), seeds))
         return result
@@ -217,7 +242,7 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         needed = {loss.memory for loss in losses}
         kept = []
         for call in reversed(self._calls):
-            if needed.intersection(call.writes) or needed.intersection(memory for _, memory in call.makes):
+            if needed.intersection(call.writes) or needed.intersection(memory for _, memory, _ in call.makes):
                 kept.append(call)
                 needed.update(call.reads())
         return kept[::-1]
@@ -267,6 +292,8 @@ class Replay:
         Raises:
             ReplayError: They differ by more than rounding.
         """
+        if not math.isfinite(self.recorded) and not math.isfinite(computed):
+            return
         eps = max(torch.finfo(loss.dtype).eps for loss in self._losses)
         allowed = min(_LARGEST_ERROR, _ROUNDINGS * eps) * abs(self.recorded)
         if not abs(computed - self.recorded) <= allowed:

@@ -261,7 +261,8 @@ def _refuse_hidden(roots: Iterable[Tensor]) -> None:
 
 def _hessian_product(grads: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
     """``H v``, in the parameters' precision."""
-    slope = _dot(grads, vectors)
+    with torch.enable_grad():
+        slope = _dot(grads, vectors)
     if not slope.requires_grad:  # the loss is linear
         return [torch.zeros_like(param) for param in params]
     with _explained():
@@ -323,6 +324,8 @@ def _starting_vector(params: Sequence[Tensor], seed: int, start: Tensor | None) 
         flat = np.random.default_rng(seed).standard_normal(size)
     elif isinstance(start, Tensor) and start.shape == (size,):
         flat = start.detach().to("cpu", torch.float64).numpy()
+        noise = np.random.default_rng(seed).standard_normal(size)
+        flat = flat + 1e-3 * np.linalg.norm(flat) / np.linalg.norm(noise) * noise  # to leave a block of the Hessian
     else:
         found = f"a tensor of shape {tuple(start.shape)}" if isinstance(start, Tensor) else shown(start)
         raise ValueError(f"start is {found}; give the eigenvector of an earlier result, of shape ({size},)")

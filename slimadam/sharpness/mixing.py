@@ -99,7 +99,7 @@ def advise_mix(
     mixes = _mixes(list(losses), ratios)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     modules = owning_modules(params)
-    probe = CriticalSharpness(optimizer, tol, memory=memory, modules=modules)
+    probe = CriticalSharpness(optimizer, tol, memory=memory, max_forwards=100, modules=modules)
     settled = SettledMomentum(optimizer) if momentum == "settled" else None
     sweep = _Sweep(params, losses, tasks, max_grad_norm, probe, settled)
     sharpness = np.empty((len(tasks), len(mixes), batches))

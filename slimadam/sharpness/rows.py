@@ -130,6 +130,7 @@ def read_csv(path: str | Path) -> list[SharpnessRow]:
         ValueError: It is no such file; the message names the line.
         OSError: It cannot be read.
     """
+    check_csv(Path(path))
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         _check_header(next(reader, []), path)
