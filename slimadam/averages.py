@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slimadam import state as state_format
-from slimadam.distributed import LocalRule, groups_of, local, local_gradient, local_rules, zeros
+from slimadam.distributed import LocalRule, fill, groups_of, local, local_gradient, local_rules, zeros
 from slimadam.functional import Dims, Entry, Scalar, initial_second_moment
 from slimadam.kernels.blocked import squares
 from slimadam.rules import Rule, reduced_shape
@@ -20,6 +21,8 @@ from slimadam.rules import Rule, reduced_shape
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
     from torch.distributed.tensor import DTensor
+
+logger = logging.getLogger("slimadam")
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements squared at a time on a CPU, so that they stay in cache."""
@@ -137,6 +140,31 @@ def initial_moments(name: str, rules: Sequence[Rule], param: DTensor, from_gradi
             exchange.start([gradient], [0.0])
             exchange.finish([0.0])
     return made
+
+
+def distributed_moments(name: str, rules: Sequence[Rule], param: DTensor, averaged: Sequence[Tensor]) -> list[Tensor]:
+    """Second moments as DTensors that lie as the rules of a parameter ask.
+
+    Args:
+        name: The parameter's name.
+        rules: Its rules.
+        param: The parameter.
+        averaged: The moments, of global shapes, the same on every rank.
+    """
+    made = initial_moments(name, rules, param, from_gradient=False)
+    for moment, values in zip(made, averaged, strict=True):
+        fill(cast("DTensor", moment), values)
+    return made
+
+
+def rules_that_shards_allow(name: str, rules: list[Rule], param: DTensor) -> list[Rule]:
+    """The rules, or one that keeps the parameter whole where its parts cannot be followed through its shards."""
+    try:
+        local_rules(name, rules, param)
+    except RuntimeError as error:
+        logger.warning("plan='auto' keeps the second moment of %s in full: %s", name, error)
+        return [Rule(shape=tuple(param.shape), reason=str(error))]
+    return rules
 
 
 class _Item(NamedTuple):

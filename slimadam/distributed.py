@@ -47,6 +47,23 @@ def local(tensor: Tensor) -> Tensor:
     return held.wait()  # type: ignore[no-any-return]  # what an asynchronous collective returned
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, gathered on every rank, which all must ask; any other tensor as it is."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def fill(target: DTensor, values: Tensor) -> None:
+    """Write to a DTensor what this rank holds of it.
+
+    Args:
+        target: Is written to.
+        values: Of its global shape, the same on every rank.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    local(target).copy_(local(distribute_tensor(values, target.device_mesh, target.placements)))
+
+
 def local_gradient(name: str, param: Tensor) -> Tensor:
     """What this rank holds of a parameter's gradient, laid out as the parameter is.
 

@@ -17,10 +17,11 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
+from slimadam.averages import distributed_moments, rules_that_shards_allow
 from slimadam.backends import Backend
 from slimadam.choosing import EXPANDED
 from slimadam.direction import update_without_decay, with_decay
-from slimadam.distributed import FLAT, is_dtensor, kept_shapes, local, local_rules
+from slimadam.distributed import FLAT, is_dtensor, kept_shapes, local, local_rules, whole
 from slimadam.entries import (
     assembled,
     decoded,
@@ -323,7 +324,7 @@ class SlimAdam(Optimizer):
             included: a step with learning rate ``eta`` is ``parameter - eta * D``.
 
         Raises:
-            RuntimeError: A gradient is sparse.
+            RuntimeError: A gradient is sparse, or a parameter a DTensor.
         """
         for param, group, direction in self.updates_without_decay():
             yield param, with_decay(direction, param, hyperparameters(group).weight_decay)
@@ -336,11 +337,16 @@ class SlimAdam(Optimizer):
             ``(parameter, group, m_hat / (sqrt(v_hat) + eps))``.
 
         Raises:
-            RuntimeError: A gradient is sparse.
+            RuntimeError: A gradient is sparse, or a parameter a DTensor.
         """
         self._check_gradients()
         for name, param, group in self._parameters():
             if param.grad is not None:
+                if is_dtensor(param):
+                    raise RuntimeError(
+                        f"{name!r}: update_direction() does not support DTensors yet; use it on a model that is not "
+                        "sharded"
+                    )
                 rules = self._rules[name]
                 state = self.state.get(param) or initial_state(name, rules, param, group)
                 state = {**decoded(param, state), "step": state["step"] + 1}
@@ -399,13 +405,16 @@ class SlimAdam(Optimizer):
             if self._rules[name][0].reason != MEASURING:
                 continue
             unmeasured = "no gradient while plan='auto' measured"
-            self._rules[name] = [
+            decided = [
                 plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured)) for rule in self._measured[name]
             ]
+            self._rules[name] = decided if not is_dtensor(param) else rules_that_shards_allow(name, decided, param)
             self._monitor_parameter(name, param)
             for key in state_format.SECOND_MOMENTS:
                 if key in self.state.get(param, {}):
-                    averaged = state_format.average(self.state[param][key], self._rules[name])
+                    averaged = state_format.average(whole(self.state[param][key]), self._rules[name])
+                    if is_dtensor(param):
+                        averaged = distributed_moments(name, self._rules[name], param, averaged)
                     self.state[param][key] = state_format.stored(averaged)
         self._stepper.forget()
         self._measuring = None
@@ -499,7 +508,7 @@ class SlimAdam(Optimizer):
         for rule in self._rules[name]:
             key = key_of(name, rule.part)
             self._monitor.add(key, rule, param)
-            if isinstance(full, Tensor) and full.shape == param.shape:
+            if isinstance(full, Tensor) and full.shape == param.shape and not is_dtensor(full):
                 self._monitor.start(key, rule.take(full))
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from slimadam.distributed import whole
 from slimadam.history import SNRHistory
 from slimadam.rules import Rule
 from slimadam.snr import measure
@@ -25,6 +26,6 @@ def record(
         all_names: Every name of the whole parameter, where known.
     """
     assert rule.shape is not None
-    values = {} if second_moment is None else measure(rule.take(second_moment), rule.batch_dims)
+    values = {} if second_moment is None else measure(rule.take(whole(second_moment)), rule.batch_dims)
     history.forget_if_reshaped(key, rule.shape)
     history.record(step, key, rule.shape, values, rule.role, rule.part, rule.batch_dims, rule.fan_in, all_names)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import CompressionPlan, Rule, SlimAdam
+from slimadam import CompressionPlan, CriticalSharpness, Rule, SlimAdam
 from tests.ranks import on_ranks
 from tests.test_distributed_step import full, mesh_of, sharded
 
@@ -122,3 +122,29 @@ def test_gradients_laid_out_otherwise_are_redistributed(tmp_path: Path) -> None:
     for found in on_ranks(2, tmp_path, _partial_gradient):
         assert len(found) == 3
         assert max(found) <= 1e-6
+
+
+def _probe() -> list[str]:
+    mesh = mesh_of((2,))
+    said = []
+    for make in (SlimAdam, torch.optim.AdamW):
+        param = nn.Parameter(sharded(torch.randn(6, 4), mesh, ["0"]))
+        optimizer: Any = make([param], **({"plan": None} if make is SlimAdam else {}))
+        param.grad = sharded(torch.randn(6, 4), mesh, ["0"])
+        before = full(param).clone()
+        with pytest.raises(RuntimeError) as error:
+            CriticalSharpness(optimizer).measure(lambda: 0.0)
+        assert torch.equal(full(param), before)
+        said.append(str(error.value))
+        if make is SlimAdam:
+            with pytest.raises(RuntimeError) as error:
+                list(optimizer.update_direction())
+            said.append(str(error.value))
+    return said
+
+
+def test_probing_sharded_parameters_is_refused(tmp_path: Path) -> None:
+    for of_slimadam, of_direction, of_adamw in on_ranks(2, tmp_path, _probe):
+        assert "parameters of type DTensor cannot be probed yet" in of_slimadam
+        assert of_slimadam == of_adamw
+        assert "update_direction() does not support DTensors yet" in of_direction
