@@ -15,28 +15,15 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks.calibration_gap import PICTURED, SETS
 from benchmarks.calibration_predictors import Point
+from slimadam.plot_style import COLOURS, STYLE
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
-_COLOURS = ("#2166ac", "#d1662a", "#1b7837", "#7b3294")
 _MARKERS = ("o", "s", "^", "D")
 
 
 @contextmanager
 def _figure(path: Path, rows: int, columns: int, height: float, **options: Any) -> Iterator[np.ndarray[Any, Any]]:
     """Axes ``[rows, columns]`` of a picture as wide as the README."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, height), layout="constrained", facecolor="white")
         yield figure.subplots(rows, columns, squeeze=False, **options)
         figure.savefig(path, dpi=150)
@@ -75,8 +62,8 @@ def _draw_gaps(axes: Axes, points: list[dict[str, Any]], plans: list[str]) -> No
             gaps = [point["gap"] for point in points if (point["lr"], point["plan"]) == (lr, plan)]
             row = index + offset
             label = f"lr {lr:g}" if index == 0 else None
-            axes.plot(gaps, [row] * len(gaps), "o", color=_COLOURS[place], markersize=3, alpha=0.6, label=label)
-            axes.plot([np.mean(gaps)] * 2, [row - 0.1, row + 0.1], color=_COLOURS[place], linewidth=2)
+            axes.plot(gaps, [row] * len(gaps), "o", color=COLOURS[place], markersize=3, alpha=0.6, label=label)
+            axes.plot([np.mean(gaps)] * 2, [row - 0.1, row + 0.1], color=COLOURS[place], linewidth=2)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(loc="best", handletextpad=0.1)
@@ -86,7 +73,7 @@ def _draw_scatter(axes: Axes, points: list[dict[str, Any]], line: dict[str, Any]
     for key, some in _grouped(points, "workload", "lr").items():
         rates = sorted({point["lr"] for point in points})
         axes.plot([point["predictors"][line["predictor"]] for point in some], [point["gap"] for point in some],
-                  _MARKERS[rates.index(key[1])], color=_COLOURS[workloads.index(key[0])], markersize=4, alpha=0.6,
+                  _MARKERS[rates.index(key[1])], color=COLOURS[workloads.index(key[0])], markersize=4, alpha=0.6,
                   label=f"{key[0]}, lr {key[1]:g}")  # fmt: skip
     x = np.linspace(*axes.get_xlim(), 2)
     y = line["intercept"] + line["slope"] * x
@@ -105,7 +92,7 @@ def draw_steps(result: dict[str, Any], folder: Path) -> None:
         for key, rows in _grouped(best, "workload", "lr").items():
             steps = [row["calibration_steps"] for row in rows]
             style = f"{_MARKERS[rates.index(key[1])]}-"
-            colour = _COLOURS[workloads.index(key[0])]
+            colour = COLOURS[workloads.index(key[0])]
             agreement.plot(steps, [row["agreement"] for row in rows], style, color=colour, markersize=4, linewidth=1,
                            label=f"{key[0]}, lr {key[1]:g}")  # fmt: skip
             noise.plot(steps, [row["noise"] for row in rows], style, color=colour, markersize=4, linewidth=1)
@@ -126,8 +113,8 @@ def _draw_automatic(axes: Axes, runs: list[dict[str, Any]]) -> None:
         steps = sorted({row["calibration_steps"] for row in rows})
         means = [np.mean([row["gap"] for row in rows if row["calibration_steps"] == n]) for n in steps]
         axes.plot([row["calibration_steps"] for row in rows], [row["gap"] for row in rows], _MARKERS[place],
-                  color=_COLOURS[place], markersize=4, alpha=0.5)  # fmt: skip
-        axes.plot(steps, means, color=_COLOURS[place], label=f"lr {key[0]:g}, mean")
+                  color=COLOURS[place], markersize=4, alpha=0.5)  # fmt: skip
+        axes.plot(steps, means, color=COLOURS[place], label=f"lr {key[0]:g}, mean")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_title(f"Held-out loss above AdamW's\n({runs[0]['workload']}; dots: seeds)")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
@@ -165,7 +152,7 @@ def draw_findings(result: dict[str, Any], folder: Path) -> None:
 
 
 def _draw_role(axes: Axes, role: str, row: dict[str, Any]) -> None:
-    for (label, series), colour in zip(row["over_training"].items(), _COLOURS, strict=False):
+    for (label, series), colour in zip(row["over_training"].items(), COLOURS, strict=False):
         recommended = label == f"dimension {row['paper_dims'][0]}"
         axes.plot(*zip(*series, strict=True), color=colour, linewidth=2 if recommended else 1, label=label)
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -176,7 +163,7 @@ def _draw_role(axes: Axes, role: str, row: dict[str, Any]) -> None:
 def _draw_learning_rate(axes: Axes, found: dict[str, Any]) -> None:
     kinds = {"snr_of_best_average": "best plain average", "snr_of_row_and_column_averages": "row and column averages"}
     for (beta2, row), style in zip(found["by_beta2"].items(), ("o-", "s--"), strict=True):
-        for (key, label), colour in zip(kinds.items(), _COLOURS, strict=False):
+        for (key, label), colour in zip(kinds.items(), COLOURS, strict=False):
             rates = [float(lr) for lr in row[key]]
             axes.plot(rates, list(row[key].values()), style, color=colour, label=f"{label}, {beta2}")
     axes.set_xscale("log")
@@ -188,7 +175,7 @@ def _draw_learning_rate(axes: Axes, found: dict[str, Any]) -> None:
 
 
 def _draw_vocabulary(axes: Axes, found: dict[str, Any]) -> None:
-    for (role, lines), colour in zip(found["snr"].items(), _COLOURS, strict=False):
+    for (role, lines), colour in zip(found["snr"].items(), COLOURS, strict=False):
         for (candidate, values), marker in zip(lines.items(), _MARKERS, strict=False):
             label = f"{role.replace('_', ' ')}, {candidate.replace('dimension 0', 'along words')}"
             axes.plot([int(size) for size in values], list(values.values()), f"{marker}-", color=colour, linewidth=1,
@@ -204,7 +191,7 @@ def _draw_vocabulary(axes: Axes, found: dict[str, Any]) -> None:
 
 def _draw_savings(axes: Axes, rows: dict[str, Any]) -> None:
     places = np.arange(len(rows))
-    for offset, cutoff, colour in ((-0.2, 1, _COLOURS[0]), (0.2, 2, _COLOURS[1])):
+    for offset, cutoff, colour in ((-0.2, 1, COLOURS[0]), (0.2, 2, COLOURS[1])):
         saved = [row[f"saved_at_cutoff_{cutoff}"] for row in rows.values()]
         axes.barh(places + offset, saved, height=0.36, color=colour, label=f"cutoff {cutoff}")
     axes.set_yticks(places, [name.replace(", ", ",\n") for name in rows])
@@ -218,7 +205,7 @@ def _draw_savings(axes: Axes, rows: dict[str, Any]) -> None:
 def _draw_transfer(axes: Axes, found: dict[str, Any]) -> None:
     rows = found["same_choice"]
     places = np.arange(len(rows))
-    for offset, forms, colour in ((-0.2, "averages", _COLOURS[0]), (0.2, "best form", _COLOURS[1])):
+    for offset, forms, colour in ((-0.2, "averages", COLOURS[0]), (0.2, "best form", COLOURS[1])):
         axes.barh(places + offset, [row[forms] for row in rows.values()], height=0.36, color=colour, label=forms)
     axes.set_yticks(places, list(rows))
     axes.invert_yaxis()

@@ -11,25 +11,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
+from slimadam.plot_style import STYLE
+
 _COLOURS = {"prose": "#2166ac", "code": "#d1662a", "the worse of both": "#1a1a1a"}
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:
     """Sharpness and what fine-tuning did, both over the share of prose, all seeds; returns the picture's path."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.8), layout="constrained", facecolor="white")
         before, after = figure.subplots(1, 2)
         _draw_sharpness(before, result)

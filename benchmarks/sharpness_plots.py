@@ -13,20 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
-_COLOURS = ("#2166ac", "#d1662a", "#1b7837", "#7b3294")
+from slimadam.plot_style import COLOURS, STYLE
+
 _GREY = "#7a7a7a"
 _EDGE: dict[str, Any] = {"color": _GREY, "linewidth": 0.8, "linestyle": "--"}
 
@@ -34,7 +22,7 @@ _EDGE: dict[str, Any] = {"color": _GREY, "linewidth": 0.8, "linestyle": "--"}
 @contextmanager
 def _figure(path: Path, columns: int, height: float, **options: Any) -> Iterator[Sequence[Axes]]:
     """Axes side by side in a picture as wide as a page."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, height), layout="constrained", facecolor="white")
         yield figure.subplots(1, columns, squeeze=False, **options)[0]
         figure.savefig(path, dpi=120)
@@ -43,7 +31,7 @@ def _figure(path: Path, columns: int, height: float, **options: Any) -> Iterator
 def draw_uv(result: dict[str, Any], folder: Path) -> None:
     """The behaviours of the UV model over steps, and late sharpness over the learning rate."""
     with _figure(folder / "sharpness-uv.png", 2, 3.4, width_ratios=(1, 1.4)) as (left, right):
-        for (name, run), colour in zip(result["runs"].items(), _COLOURS, strict=False):
+        for (name, run), colour in zip(result["runs"].items(), COLOURS, strict=False):
             shares = np.array(run["sharpness"]) * run["lr"] / 2
             left.plot(shares[:100], color=colour, linewidth=1.1, label=name)
         left.axhline(1, **_EDGE)
@@ -51,7 +39,7 @@ def draw_uv(result: dict[str, Any], folder: Path) -> None:
         left.legend()
         scanned = result["scan"]
         for rate, values in zip(scanned["rates"], scanned["late_sharpness_over_the_edge"], strict=True):
-            right.plot([rate] * len(values), values, ",", color=_COLOURS[0], alpha=0.7)
+            right.plot([rate] * len(values), values, ",", color=COLOURS[0], alpha=0.7)
         right.axhline(1, **_EDGE)
         right.set(
             xlabel="learning rate, in sqrt(width) / y", title="late sharpness over 2/lr: periods 1, 2, 4, ... and chaos"
@@ -64,7 +52,7 @@ def draw_edge(result: dict[str, Any], folder: Path) -> None:
     with _figure(folder / "sharpness-edge.png", len(names), 3.2, sharey=True) as axes:
         for panel, name in zip(axes, names, strict=True):
             runs = [run for run in result["runs"] if run["optimizer"] == name]
-            for run, colour in zip(runs, _COLOURS, strict=False):
+            for run, colour in zip(runs, COLOURS, strict=False):
                 shares = [row["sharpness"] / row["threshold"] for row in run["rows"]]
                 panel.plot([row["step"] for row in run["rows"]], shares, color=colour, linewidth=1.1,
                            label=f"lr {run['lr']:g}")  # fmt: skip
@@ -79,7 +67,7 @@ def draw_tracking(result: dict[str, Any], folder: Path) -> None:
     with _figure(folder / "sharpness-tracking.png", len(result["runs"]), 3.2, sharey=True) as axes:
         for panel, (name, rows) in zip(axes, result["runs"].items(), strict=True):
             steps = [row["step"] for row in rows]
-            for (key, style), colour in zip((("hessian", "-"), ("directional", "-"), ("critical", ".")), _COLOURS,
+            for (key, style), colour in zip((("hessian", "-"), ("directional", "-"), ("critical", ".")), COLOURS,
                                             strict=False):  # fmt: skip
                 panel.plot(steps, _positive([row[key] for row in rows]), style, color=colour, linewidth=1.1,
                            markersize=3, label=key)  # fmt: skip
@@ -95,7 +83,7 @@ def draw_schedule(result: dict[str, Any], folder: Path) -> None:
         for panel, (name, run) in zip(axes, result["runs"].items(), strict=True):
             steps = [row["step"] for row in run["rows"]]
             critical = _positive([row["critical"] and row["critical"] * 2 / row["lr"] for row in run["rows"]])
-            panel.plot(steps, critical, ".", color=_COLOURS[0], markersize=4, label="critical sharpness")
+            panel.plot(steps, critical, ".", color=COLOURS[0], markersize=4, label="critical sharpness")
             panel.plot(steps, [2 / row["lr"] for row in run["rows"]], **_EDGE, label="2/lr")
             panel.set(title=f"byte GPT, {name}: warmup, constant rate, decay", xlabel="step", yscale="log")
         axes[0].legend()
@@ -107,7 +95,7 @@ def draw_regimes(result: dict[str, Any], folder: Path) -> None:
         rows = result["rows"]
         panel.plot([row["step"] for row in rows], [row["sharpness"] for row in rows], color="black", linewidth=1.1)
         panel.axhline(rows[0]["threshold"], **_EDGE, label="2/lr")
-        for (label, first, last, _), colour in zip(result["regimes"], _COLOURS, strict=False):
+        for (label, first, last, _), colour in zip(result["regimes"], COLOURS, strict=False):
             panel.axvspan(first, last, color=colour, alpha=0.15, linewidth=0, label=label)
         panel.set(title="gradient descent on digits: Hessian sharpness", xlabel="step", xscale="log")
         panel.legend()

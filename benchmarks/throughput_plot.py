@@ -9,18 +9,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "x",
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-}
+from slimadam.plot_style import STYLE
+
+_STYLE = STYLE | {"axes.grid.axis": "x"}
 _OURS, _THEIRS = "#2166ac", "#9a9a9a"
 
 

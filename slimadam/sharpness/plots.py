@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from slimadam.plot_style import COLOURS, STYLE
 from slimadam.sharpness.mix_advice import MixAdvice
 from slimadam.sharpness.rows import SharpnessRow
 
@@ -17,20 +17,6 @@ try:
 except ImportError as error:
     raise ImportError("plots of sharpness need matplotlib: pip install 'slimadam[cli]'") from error
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
-_COLOURS = ("#2166ac", "#d1662a", "#1b7837", "#7b3294", "#b2182b", "#8c6d1f")
 _REFERENCE = "#5a5a5a"
 
 
@@ -48,11 +34,11 @@ def draw_run(rows: Sequence[SharpnessRow], path: str | Path) -> None:
     """
     if not rows:
         raise ValueError("there is no measurement to plot yet")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained", facecolor="white")
         axes = figure.subplots()
         for index, task in enumerate(dict.fromkeys(row.task for row in rows)):
-            _draw_task(axes, [row for row in rows if row.task == task], _COLOURS[index % len(_COLOURS)])
+            _draw_task(axes, [row for row in rows if row.task == task], COLOURS[index % len(COLOURS)])
         once = list({row.step: row for row in rows}.values())
         _draw_reference(axes, once, [2 / row.lr if row.lr else math.nan for row in once], "--", "2 / learning rate")
         thresholds = [math.nan if row.threshold is None else row.threshold for row in once]
@@ -73,7 +59,7 @@ def draw_mix(advice: MixAdvice, path: str | Path) -> None:
         advice: What :func:`~slimadam.advise_mix` found.
         path: The picture to write; its ending says the format.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained", facecolor="white")
         axes = figure.subplots()
         draw_curves(axes, advice)
@@ -87,7 +73,7 @@ def draw_curves(axes: Axes, advice: MixAdvice) -> None:
     finite = [value for curve in advice.curves for value in curve.sharpness if 0 < value < math.inf]
     ceiling = 10 * max(finite, default=1.0)
     for index, curve in enumerate(advice.curves):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         axes.plot(places, [_below(value, ceiling) for value in curve.sharpness], color=colour, label=curve.task,
                   marker="o", markersize=3)  # fmt: skip
         low, high = zip(*curve.interval, strict=True)
