@@ -6,8 +6,9 @@ its loss (arXiv 2601.16979).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +22,35 @@ from slimadam.demo.data import load
 from slimadam.demo.training import DemoSettings
 
 SETTINGS = DemoSettings(layers=2, width=32, heads=2, context=32, batch_size=128)
-OPTIMIZERS: dict[str, tuple[Callable[[nn.Module], Optimizer], float, int]] = {
-    "AdamW": (lambda model: torch.optim.AdamW(model.parameters(), betas=SETTINGS.betas, weight_decay=0.1), 0.06, 800),
-    "SGD": (lambda model: torch.optim.SGD(model.parameters(), lr=1.0), 1.0, 1600),
+
+
+class Way(NamedTuple):
+    """How the byte GPT is trained.
+
+    Attributes:
+        make: Makes the optimizer.
+        lr: Its largest learning rate.
+        steps: Of training.
+        batch_size: Windows in a batch.
+        one_batch: Train on the first batch only, so that the loss is the same function throughout.
+    """
+
+    make: Callable[[nn.Module], Optimizer]
+    lr: float
+    steps: int
+    batch_size: int = SETTINGS.batch_size
+    one_batch: bool = False
+
+
+def _adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), betas=SETTINGS.betas, weight_decay=0.1)
+
+
+WAYS = {
+    "AdamW": Way(_adamw, 0.06, 800),
+    "SGD": Way(lambda model: torch.optim.SGD(model.parameters(), lr=1.0), 1.0, 1600),
+    "AdamW, one batch": Way(_adamw, 0.05, 600, 32, one_batch=True),
 }
-"""How to make each, its largest learning rate, and its steps."""
 PHASES = {"warmup": 0.25, "stable": 0.45, "decay": 0.3}
 """Shares of the run."""
 LEAST_RISE = 2.0
@@ -50,8 +75,7 @@ def phase(step: int, steps: int) -> str:
 def study(quick: bool) -> dict[str, Any]:
     """Each optimizer's run, what its phases show, and whether the sharpness follows."""
     rows = {
-        name: train(name, 40, 2, 8) if quick else train(name, steps, 8, SETTINGS.batch_size)
-        for name, (_, _, steps) in OPTIMIZERS.items()
+        name: train(way._replace(steps=40, batch_size=8), 2) if quick else train(way, 8) for name, way in WAYS.items()
     }
     runs = {name: summary(found) for name, found in rows.items()}
     return {
@@ -109,16 +133,16 @@ def _sharpness(rows: list[dict[str, Any]]) -> list[float]:
     return [row["critical"] * 2 / row["lr"] for row in rows]
 
 
-def train(name: str, steps: int, every: int, batch_size: int) -> list[dict[str, Any]]:
+def train(way: Way, every: int) -> list[dict[str, Any]]:
     """Measurements every so many steps."""
-    data = load(None, SETTINGS.context)
+    data, steps = load(None, SETTINGS.context), way.steps
+    batches = data.batches(1 if way.one_batch else steps, way.batch_size, SETTINGS.context, SETTINGS.seed)
     model = SETTINGS.new_model()
-    make, lr, _ = OPTIMIZERS[name]
-    optimizer = make(model)
+    optimizer = way.make(model)
     probe = CriticalSharpness(optimizer, modules=[model])
     rows = []
-    for step, (inputs, targets) in enumerate(data.batches(steps, batch_size, SETTINGS.context, SETTINGS.seed), start=1):
-        optimizer.param_groups[0]["lr"] = lr * share_of_rate(step, steps)
+    for step, (inputs, targets) in zip(range(1, steps + 1), itertools.cycle(batches), strict=False):
+        optimizer.param_groups[0]["lr"] = way.lr * share_of_rate(step, steps)
         optimizer.zero_grad()
         with sdpa_kernel(SDPBackend.MATH):  # flash attention has no second derivative
             loss = model.loss(inputs, targets)
