@@ -85,7 +85,7 @@ def draw_schedule(result: dict[str, Any], folder: Path) -> None:
             critical = _positive([row["critical"] and row["critical"] * 2 / row["lr"] for row in run["rows"]])
             panel.plot(steps, critical, ".", color=COLOURS[0], markersize=4, label="critical sharpness")
             panel.plot(steps, [2 / row["lr"] for row in run["rows"]], **_EDGE, label="2/lr")
-            panel.set(title=f"byte GPT, {name}: warmup, constant rate, decay", xlabel="step", yscale="log")
+            panel.set(title=name, xlabel="step", yscale="log")
         axes[0].legend()
 
 
