@@ -128,10 +128,14 @@ def difference(
     shapes: Sequence[Any] = tuple(SHAPES),
     backend: str | None = None,
 ) -> dict[str, float]:
-    """The largest error of each parameter and its state, against one process with the same implementation."""
+    """The largest error of each parameter and its state, against one process.
+
+    That has the same implementation, or the plain reference where Triton's slow interpreter would run it.
+    """
     tensors, plan, grads = named(shapes)
     plain = {name: nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
-    alone = train(plain, plan, [[grad.float() for grad in step] for step in grads], **options)
+    own = {"fused": False} if backend == "triton" else options
+    alone = train(plain, plan, [[grad.float() for grad in step] for step in grads], **own)
     split = {name: nn.Parameter(sharded(tensor, mesh, kinds)) for name, tensor in tensors.items()}
     grads = [[sharded(grad.float(), mesh, kinds) for grad in step] for step in grads]
     together = train(split, plan, grads, **options)
