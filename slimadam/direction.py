@@ -8,6 +8,7 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+from slimadam.distributed import local
 from slimadam.functional import (
     Dims,
     Entry,
@@ -43,7 +44,8 @@ def update_without_decay(entry: Entry, hyper: Hyperparameters) -> Tensor:
     """The part of the pending update's direction that gradients and state alone decide. Nothing is changed.
 
     Args:
-        entry: The parameter's tensors before the step; only the count of steps includes it.
+        entry: The parameter's tensors before the step; only the count of steps includes it, and second moments that
+            are given.
         hyper: Hyperparameters; ``lr`` and ``weight_decay`` do not matter.
 
     Returns:
@@ -56,7 +58,9 @@ def update_without_decay(entry: Entry, hyper: Hyperparameters) -> Tensor:
     # A count of steps on a device is used there: reading it would make the host wait.
     step = entry.step.item() if entry.step.device.type == "cpu" else entry.step
     correction, root = 1 - hyper.beta1**step, (1 - hyper.beta2**step) ** 0.5
-    if any(entry.averaged_dims):
+    if entry.is_given:
+        averaged = stand_in(parts, entry.averaged_dims, is_relative=True)
+    elif any(entry.averaged_dims):
         averaged = _second_moment_after(parts, maxima, grad, entry.averaged_dims, hyper)
     else:
         averaged = None
@@ -79,12 +83,13 @@ def with_decay(direction: Tensor, param: Tensor, weight_decay: Scalar) -> Tensor
 
     Args:
         direction: Overwritten, or returned as it is.
-        param: The parameter, of the same shape.
+        param: The parameter, of the same shape; where it is a DTensor both are, laid out alike.
         weight_decay: Decoupled weight decay.
     """
     if isinstance(weight_decay, Tensor) or weight_decay != 0:
-        for rows in row_blocks(param.shape):
-            direction[rows] += param[rows].to(direction.dtype) * weight_decay
+        held, own = local(direction), local(param)
+        for rows in row_blocks(own.shape):
+            held[rows] += own[rows].to(held.dtype) * weight_decay
     return direction
 
 

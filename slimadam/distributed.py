@@ -64,6 +64,20 @@ def fill(target: DTensor, values: Tensor) -> None:
     local(target).copy_(local(distribute_tensor(values, target.device_mesh, target.placements)))
 
 
+def laid_out_as(param: DTensor, held: Tensor) -> DTensor:
+    """A DTensor laid out as a parameter.
+
+    Args:
+        param: The parameter.
+        held: What this rank holds of the DTensor.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        held, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
 def local_gradient(name: str, param: Tensor) -> Tensor:
     """What this rank holds of a parameter's gradient, laid out as the parameter is.
 

@@ -51,6 +51,7 @@ from slimadam.planning import (
 )
 from slimadam.roles import canonical_name
 from slimadam.rules import Rule, fit_rules
+from slimadam.shard_direction import averages_after_step, update_of_shards
 from slimadam.stepping import Stepper, backend_of
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
@@ -321,10 +322,11 @@ class SlimAdam(Optimizer):
 
         Yields:
             ``(parameter, D)`` with ``D`` of the parameter's shape, in at least float32, weight decay
-            included: a step with learning rate ``eta`` is ``parameter - eta * D``.
+            included: a step with learning rate ``eta`` is ``parameter - eta * D``. That of a DTensor is one, laid
+            out alike; all ranks must iterate.
 
         Raises:
-            RuntimeError: A gradient is sparse, or a parameter a DTensor.
+            RuntimeError: A gradient is sparse.
         """
         for param, group, direction in self.updates_without_decay():
             yield param, with_decay(direction, param, hyperparameters(group).weight_decay)
@@ -337,19 +339,19 @@ class SlimAdam(Optimizer):
             ``(parameter, group, m_hat / (sqrt(v_hat) + eps))``.
 
         Raises:
-            RuntimeError: A gradient is sparse, or a parameter a DTensor.
+            RuntimeError: A gradient is sparse.
         """
         self._check_gradients()
+        sharded = (one for one in self._parameters() if is_dtensor(one[1]) and one[1].grad is not None)
+        averages = averages_after_step(sharded, self._rules, self.state)
         for name, param, group in self._parameters():
             if param.grad is not None:
-                if is_dtensor(param):
-                    raise RuntimeError(
-                        f"{name!r}: update_direction() does not support DTensors yet; use it on a model that is not "
-                        "sharded"
-                    )
                 rules = self._rules[name]
                 state = self.state.get(param) or initial_state(name, rules, param, group)
                 state = {**decoded(param, state), "step": state["step"] + 1}
+                if is_dtensor(param):
+                    yield param, group, update_of_shards(name, param, group, rules, state, averages)
+                    continue
                 directions = (
                     update_without_decay(entry, hyperparameters(group))
                     for entry in entries_of(rules, param, param.grad, group, state)

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from slimadam.direction import row_blocks, with_decay
+from slimadam.distributed import is_dtensor, laid_out_as, local, local_gradient
 from slimadam.functional import Scalar, second_moment_dtype
 from slimadam.optimizer import SlimAdam
 
@@ -33,6 +34,10 @@ LINEAR_IN_LR = tuple(
 _BY_MATRIX = tuple(getattr(torch.optim, name) for name in ("Muon",) if hasattr(torch.optim, name))
 ELEMENTWISE = tuple(kind for kind in LINEAR_IN_LR if kind not in _BY_MATRIX)
 _DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Muon") if hasattr(torch.optim, name))
+_NOT_OF_SHARDS = (
+    "the direction of {} on sharded parameters (DTensors) is not known: it works on whole matrices; measure on a model "
+    "that is not sharded"
+)
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -54,7 +59,9 @@ class PendingUpdate(NamedTuple):
     def direction(self) -> Tensor:
         """``D`` of :func:`pending_directions`; overwrites ``update``."""
         direction = with_decay(self.update, self.param.detach(), self.weight_decay)
-        return direction if self.rate == 1 else direction.mul_(self.rate)
+        if self.rate != 1:
+            local(direction).mul_(self.rate)
+        return direction
 
 
 def pending_directions(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
@@ -68,7 +75,8 @@ def pending_directions(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
 
     Yields:
         ``(parameter, D)`` with ``D`` of the parameter's shape, in at least float32: the optimizer's step at
-        learning rate ``eta`` is ``parameter - eta * D``.
+        learning rate ``eta`` is ``parameter - eta * D``. That of a DTensor is one, laid out alike; all ranks must
+        iterate.
 
     Raises:
         TypeError: It is no torch optimizer, or its step needs a closure.
@@ -91,6 +99,8 @@ def pending_updates(optimizer: Optimizer) -> Iterator[PendingUpdate]:
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
+                    if is_dtensor(param) and isinstance(optimizer, _BY_MATRIX):
+                        raise RuntimeError(_NOT_OF_SHARDS.format(type(optimizer).__name__))
                     update = _step_from_zero(optimizer, group, param)
                     yield PendingUpdate(param, update, _decoupled_decay(optimizer, group), rates[id(group)])
     else:
@@ -193,29 +203,39 @@ def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) 
 
     Some rows at a time where the optimizer treats elements one by one.
     """
-    direction = torch.empty_like(param, dtype=second_moment_dtype(param.dtype))
-    assert param.grad is not None
-    for rows in row_blocks(param.shape) if isinstance(optimizer, ELEMENTWISE) else [...]:
-        grad = param.grad[rows].to(direction.dtype, copy=True)
+    own, pending_grad = local(param).detach(), local_gradient("a parameter", param)
+    direction = torch.empty_like(own, dtype=second_moment_dtype(own.dtype))
+    state = {key: _on_this_rank(value, param) for key, value in optimizer.state.get(param, {}).items()}
+    for rows in row_blocks(own.shape) if isinstance(optimizer, ELEMENTWISE) else [...]:
+        grad = pending_grad[rows].to(direction.dtype, copy=True)
         coupled = coupled_decay(optimizer, group)
         if coupled != 0:
             sign = -1 if group.get("maximize", False) else 1
-            grad.add_(param.detach()[rows].to(grad.dtype) * (sign * coupled))
+            grad.add_(own[rows].to(grad.dtype) * (sign * coupled))
         from_zero = torch.zeros_like(grad).requires_grad_()
         from_zero.grad = grad
         shadow = _shadow(optimizer)
-        own = {**group, "params": [from_zero], "lr": 1.0, "weight_decay": 0.0, "differentiable": False}
-        shadow.param_groups = [own]
+        options = {**group, "params": [from_zero], "lr": 1.0, "weight_decay": 0.0, "differentiable": False}
+        shadow.param_groups = [options]
         shadow.defaults = {**optimizer.defaults, "differentiable": False}
         shadow.state = defaultdict(dict)
-        if optimizer.state.get(param):
+        if state:
             shadow.state[from_zero] = {
-                key: _state_of_rows(value, rows, param, None if key == "step" else grad.dtype)
-                for key, value in optimizer.state[param].items()
+                key: _state_of_rows(value, rows, own, None if key == "step" else grad.dtype)
+                for key, value in state.items()
             }
         _step_of(optimizer)(shadow)
         torch.neg(from_zero.detach(), out=direction[rows])
-    return direction
+    return laid_out_as(param, direction) if is_dtensor(param) else direction
+
+
+def _on_this_rank(value: Any, param: Tensor) -> Any:
+    """Of what a state holds this rank's share, laid out as the parameter."""
+    if isinstance(value, Tensor) and is_dtensor(value) and is_dtensor(param):
+        if value.placements != param.placements or value.device_mesh != param.device_mesh:
+            value = value.redistribute(param.device_mesh, param.placements)
+        return local(value)
+    return value
 
 
 def _state_of_rows(value: Any, rows: Any, param: Tensor, dtype: torch.dtype | None) -> Any:

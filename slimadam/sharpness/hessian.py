@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
+from slimadam.distributed import is_dtensor
 from slimadam.errors import shown
-from slimadam.sharpness.directions import pending_directions
+from slimadam.sharpness.directions import pending_directions, unwrapped
 from slimadam.sharpness.preconditioner import scales_of
 
 Vector = NDArray[np.float64]
@@ -96,9 +97,11 @@ def directional_sharpness(optimizer: Optimizer, loss: Tensor) -> float:
     Raises:
         TypeError: ``loss`` is no tensor, or ``optimizer`` is no optimizer.
         ValueError: ``loss`` is not a scalar, or has no graph.
-        RuntimeError: No gradient is pending, the graph is freed, or an operation has no second derivative.
+        RuntimeError: No gradient is pending, the graph is freed, an operation has no second derivative, or a parameter
+            is sharded.
     """
     _check_loss(loss)
+    _refuse_sharded(param for group in unwrapped(optimizer).param_groups for param in group["params"])
     pending = list(pending_directions(optimizer))
     params = [param for param, _ in pending]
     directions = [direction for _, direction in pending]
@@ -146,9 +149,10 @@ def hessian_sharpness(
         ImportError: SciPy is missing.
         TypeError: ``loss`` or a parameter is no tensor; the preconditioner is of the wrong kind.
         ValueError: ``loss`` is not a scalar or has no graph; another argument is out of range or does not fit.
-        RuntimeError: The graph is freed, or an operation has no second derivative.
+        RuntimeError: The graph is freed, an operation has no second derivative, or a parameter is sharded.
     """
     params = _checked_params(params)
+    _refuse_sharded(params)
     _check_loss(loss)
     _check_options(tol, max_iterations)
     scales = None if preconditioner is None else scales_of(preconditioner, params)
@@ -346,6 +350,14 @@ def _check_loss(loss: Tensor) -> None:
         raise ValueError(f"loss has shape {tuple(loss.shape)} and dtype {loss.dtype}; give one real number")
     if not loss.requires_grad:
         raise ValueError("loss has no graph; compute it outside torch.no_grad() and do not detach it")
+
+
+def _refuse_sharded(params: Iterable[Tensor]) -> None:
+    if any(map(is_dtensor, params)):
+        raise RuntimeError(
+            "parameters are sharded (DTensors), and what shards them has no second backward pass; measure the critical "
+            "sharpness, slimadam.CriticalSharpness(optimizer).measure(closure), which needs forward passes only"
+        )
 
 
 def _checked_params(params: Iterable[Tensor]) -> list[Tensor]:

@@ -16,10 +16,12 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimadam.distributed import local, whole
 from slimadam.names import owning_modules
 from slimadam.sharpness.directions import check_pending, unwrapped
 from slimadam.sharpness.interrupts import HeldSignals
-from slimadam.sharpness.moves import MOVES, Memory, Moves
+from slimadam.sharpness.moves import MOVES, Memory, Moves, held
+from slimadam.sharpness.sharding import Sharding
 from slimadam.sharpness.surroundings import Buffers, Gradients, Precision, RandomState, refuse_shared_memory
 
 Closure = Callable[[], "Tensor | float"]
@@ -35,7 +37,8 @@ class LineProbe:
     evaluation starts from the same random numbers, so that dropout masks agree. Evaluations run without gradients.
 
     Where ``torch.distributed`` has been initialised with several ranks, losses are averaged over all, so that every
-    rank sees the same; every rank must evaluate at the same time.
+    rank sees the same; every rank must evaluate at the same time. Of DTensors each rank moves its own shard. Modules of
+    FSDP2 are left resharded.
 
     Args:
         optimizer: SlimAdam, or any torch optimizer whose step needs no closure; see
@@ -60,7 +63,8 @@ class LineProbe:
             raise ValueError(f"memory={memory!r} must be 'copy', 'lean' or 'offload'")
         self.optimizer = unwrapped(optimizer)
         self.memory: Memory = memory
-        self._modules = None if modules is None else list(modules)
+        self._are_given = modules is not None
+        self._modules = list(modules or ())
         self._owned: list[Tensor] | None = None
         self._signals = HeldSignals()
         self._moves: Moves | None = None
@@ -70,19 +74,21 @@ class LineProbe:
             raise RuntimeError("the line is already being probed; leave the with block first")
         check_pending(self.optimizer)
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        self._buffers = Buffers(self._modules_of(params))
-        self._gradients = Gradients(self.optimizer)
-        self._random = RandomState([param.device for param in params])
-        if any(type(param.data) is not Tensor for param in params):
-            kinds = sorted({type(param.data).__name__ for param in params} - {"Tensor"})
+        if any(type(held(param)) is not Tensor for param in params):
+            kinds = sorted({type(held(param)).__name__ for param in params} - {"Tensor"})
             raise RuntimeError(
                 f"parameters of type {', '.join(kinds)} cannot be probed yet; measure on a model whose parameters are "
-                "plain tensors, as under DistributedDataParallel"
+                "plain tensors, or DTensors of such"
             )
-        self._precision = Precision(params)
+        self._find_modules(params)
+        self._sharding.reshard()
+        self._buffers = Buffers(self._modules)
+        self._gradients = Gradients(self.optimizer)
+        self._random = RandomState([param.device for param in params])
+        self._precision = Precision(params, self._sharding.is_narrow)
         self._params = params
         if self.memory == "lean":
-            refuse_shared_memory(params, self._buffers.tensors)
+            refuse_shared_memory([held(param) for param in params], self._buffers.tensors)
         with torch.no_grad():
             moves = MOVES[self.memory](self.optimizer)
         try:
@@ -101,6 +107,7 @@ class LineProbe:
         try:
             with torch.no_grad():
                 moves.back()
+            self._sharding.reshard()
             torch.clear_autocast_cache()
             self._random.restore()
             del self._buffers, self._gradients, self._random, self._params
@@ -109,14 +116,15 @@ class LineProbe:
 
     def _written(self) -> list[tuple[int, int]]:
         """Where each parameter is, and how often it has been written to."""
-        return [(param.data_ptr(), param._version) for param in self._params]
+        return [(shard.data_ptr(), shard._version) for shard in map(local, self._params)]
 
-    def _modules_of(self, params: list[Tensor]) -> list[nn.Module]:
-        """Those that were given, or found; looked for again only when parameters have changed."""
-        known = self._owned is not None and list(map(id, self._owned)) == list(map(id, params))
-        if self._modules is None or not (self._owned is None or known):
-            self._modules, self._owned = owning_modules(params), params
-        return self._modules
+    def _find_modules(self, params: list[Tensor]) -> None:
+        """Modules that own the parameters, unless they were given; again only when parameters have changed."""
+        if self._owned is None or list(map(id, self._owned)) != list(map(id, params)):
+            self._sharding, self._owned = Sharding(params), params
+            self._sharding.reshard()  # whole parameters are none of the optimizer's
+            if not self._are_given:
+                self._modules = owning_modules(params)
 
     def loss(self, closure: Closure, eta: float = 0.0) -> float:
         """The closure's loss at ``parameter - eta D``.
@@ -136,6 +144,7 @@ class LineProbe:
                 self._moves.to(eta)
             else:
                 self._moves.back()
+            self._sharding.reshard()
             self._random.restore()
             # Casts of parameters that an enclosing autocast has cached are of other values.
             torch.clear_autocast_cache()
@@ -143,6 +152,9 @@ class LineProbe:
             try:
                 with self._precision.watching(), self._gradients.hidden(), self._signals.allowed(), _explained():
                     loss = closure()
+            except BaseException:
+                self._sharding.abandon_forward()
+                raise
             finally:
                 self._buffers.restore()
             if self.memory == "lean" and any(map(_is_written, before, self._written())):
@@ -184,6 +196,7 @@ def _is_written(before: tuple[int, int], after: tuple[int, int]) -> bool:
 def _read(loss: Any, device: torch.device) -> float:
     """The one read that the host waits for; the mean over all ranks."""
     if isinstance(loss, Tensor):
+        loss = whole(loss)
         if loss.numel() != 1 or loss.is_complex():
             raise TypeError(f"the closure returned a {loss.dtype} tensor of shape {tuple(loss.shape)}, not one number")
     elif not isinstance(loss, (int, float, np.number)) and not (isinstance(loss, np.ndarray) and loss.ndim == 0):
@@ -191,7 +204,10 @@ def _read(loss: Any, device: torch.device) -> float:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks = torch.distributed.get_world_size()
         if ranks > 1:
-            total = torch.as_tensor(loss, dtype=torch.float32, device=device).detach().reshape(1).clone()
+            if device.type == "cpu" and isinstance(loss, Tensor):  # parameters offloaded by FSDP, and nothing else
+                device = loss.device
+            dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+            total = torch.as_tensor(loss, dtype=dtype, device=device).detach().reshape(1).clone()
             torch.distributed.all_reduce(total)
             return total.item() / ranks
     return float(loss)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from slimadam.direction import row_blocks
+from slimadam.distributed import local
 from slimadam.functional import second_moment_dtype
 from slimadam.sharpness.directions import (
     PendingUpdate,
@@ -44,19 +45,19 @@ class Copies:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        pending = [(update.param, update.direction()) for update in pending_updates(optimizer)]
+        pending = [(update.param, local(update.direction())) for update in pending_updates(optimizer)]
         self._params = [param for param, _ in pending]
         self._directions = [direction for _, direction in pending]
-        self._originals = [param.data.clone() for param in self._params]
+        self._originals = [held(param).clone() for param in self._params]
 
     def to(self, eta: float) -> None:
         """See :class:`Moves`."""
         self.back()
-        torch._foreach_add_([param.data for param in self._params], self._directions, alpha=-eta)
+        torch._foreach_add_([held(param) for param in self._params], self._directions, alpha=-eta)
 
     def back(self) -> None:
         """See :class:`Moves`."""
-        torch._foreach_copy_([param.data for param in self._params], self._originals)
+        torch._foreach_copy_([held(param) for param in self._params], self._originals)
 
     @property
     def extra_bytes(self) -> int:
@@ -74,18 +75,18 @@ class Offloaded:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         params = (p for group in unwrapped(optimizer).param_groups for p in group["params"] if p.grad is not None)
-        self._kept = [(param, _host_copy(param.data)) for param in params]
+        self._kept = [(param, _host_copy(held(param))) for param in params]
 
     def to(self, eta: float) -> None:
         """See :class:`Moves`."""
         self.back()
         for pending in pending_updates(self._optimizer):
-            pending.param.data.sub_(pending.direction(), alpha=eta)
+            held(pending.param).sub_(local(pending.direction()), alpha=eta)
 
     def back(self) -> None:
         """See :class:`Moves`."""
         for param, kept in self._kept:
-            param.data.copy_(kept, non_blocking=True)
+            held(param).copy_(kept, non_blocking=True)
 
     @property
     def extra_bytes(self) -> int:
@@ -138,7 +139,7 @@ class Lean:
     def _blocks(self) -> Iterator[tuple[tuple[int, int], PendingUpdate]]:
         """Some rows of each parameter, as real numbers, with those of its update."""
         for pending in pending_updates(self._optimizer):
-            param, update = _real(pending.param.data), _real(pending.update)
+            param, update = _real(held(pending.param)), _real(local(pending.update))
             for index, rows in enumerate(row_blocks(param.shape)):
                 yield (id(pending.param), index), pending._replace(param=param[rows], update=update[rows])
 
@@ -155,6 +156,11 @@ class Lean:
 
 
 MOVES: dict[str, type[Copies] | type[Offloaded] | type[Lean]] = {"copy": Copies, "lean": Lean, "offload": Offloaded}
+
+
+def held(param: Tensor) -> Tensor:
+    """What this rank holds of a parameter, out of autograd's sight."""
+    return local(param).data
 
 
 def _host_copy(param: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimadam.distributed import local
+
 
 class Buffers:
     """The buffers of modules, batch-norm statistics among them, and how they were.
@@ -23,7 +25,8 @@ class Buffers:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         owners = {id(owner): owner for module in modules for owner in module.modules()}
         self._owners = [(owner, dict(owner._buffers)) for owner in owners.values()]
-        found = {id(buffer): buffer for _, names in self._owners for buffer in names.values() if buffer is not None}
+        buffers = (buffer for _, names in self._owners for buffer in names.values() if buffer is not None)
+        found = {id(buffer): buffer for buffer in map(local, buffers)}
         # What overlaps itself, as an expanded mask does, cannot be written to: nobody has.
         own = [buffer for buffer in found.values() if torch._debug_has_internal_overlap(buffer) != 1]
         self._kept = [(buffer, buffer.data, buffer.detach().clone()) for buffer in own]
@@ -76,12 +79,13 @@ class Precision:
 
     Args:
         params: The parameters.
+        is_narrow: Whether that is known already.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], is_narrow: bool = False) -> None:
         devices = {param.device.type for param in params}
         around = any(torch.is_autocast_enabled(device) for device in devices)
-        self.is_narrow = around or any(param.dtype in (torch.bfloat16, torch.float16) for param in params)
+        self.is_narrow = is_narrow or around or any(param.dtype in (torch.bfloat16, torch.float16) for param in params)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

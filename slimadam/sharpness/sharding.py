@@ -1,0 +1,67 @@
+"""FSDP2 modules keep whole copies of their parameters after some forward passes: none may outlive a move."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimadam.distributed import is_dtensor
+
+
+class Sharding:
+    """The FSDP2 modules that hold some parameters' shards.
+
+    A root module keeps its whole parameters after a forward pass that no backward pass follows, as do others with
+    ``reshard_after_forward=False``; the next forward pass would take those, whatever has become of the shards.
+
+    Args:
+        params: Parameters, as an optimizer holds them.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        wanted = {id(param) for param in params if is_dtensor(param)}
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        self._modules: list[Any] = []
+        if wanted and fsdp is not None:
+            alive = [one for one in gc.get_objects() if issubclass(type(one), fsdp.FSDPModule)]
+            self._modules = [module for module in alive if _holds(module, wanted)]
+
+    def reshard(self) -> None:
+        """Free all whole parameters: the next forward pass gathers the shards as they are then."""
+        for module in self._modules:
+            module.reshard()
+
+    def abandon_forward(self) -> None:
+        """Make forward passes possible again after one that has ended by an exception."""
+        for module in self._modules:
+            state = module._get_fsdp_state()
+            state._state_ctx.iter_forward_root = None
+            for one in (state, *_groups(state)):
+                one._training_state = type(one._training_state).IDLE
+            for group in _groups(state):
+                group._all_gather_result = None  # sent for ahead of time, of parameters as they were then
+        self.reshard()
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether forward passes compute with parameters of 16 bits, by ``MixedPrecisionPolicy(param_dtype=...)``."""
+        policies = [getattr(module._get_fsdp_state(), "_mp_policy", None) for module in self._modules]
+        return any(getattr(policy, "param_dtype", None) in (torch.bfloat16, torch.float16) for policy in policies)
+
+
+def _holds(module: Any, wanted: set[int]) -> bool:
+    """Whether a module's state, rather than its attributes, which may be whole parameters now, has one of these."""
+    groups = _groups(module._get_fsdp_state())
+    return any(id(one.sharded_param) in wanted for group in groups for one in group.fsdp_params)
+
+
+def _groups(state: Any) -> list[Any]:
+    """FSDP2's groups of parameters; earlier releases of torch have one at most."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
