@@ -14,7 +14,7 @@ from slimadam.distributed import local
 from slimadam.sharpness.directions import pending_directions
 from tests.ranks import on_ranks
 from tests.test_distributed_parts import PLANS
-from tests.test_distributed_step import MESHES, full, mesh_of, named, sharded, train
+from tests.test_distributed_step import MESHES, mesh_of, named, sharded, train
 
 LR = 1e-2
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 STEPS = (0, 3)
 
 
-def _snapshot(optimizer: Any) -> list[Any]:
+def snapshot(optimizer: Any) -> list[Any]:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     tensors = [[param, param.grad, *_tensors(optimizer.state.get(param, {}).values())] for param in params]
     return [[(one.data_ptr(), one.clone()) for one in map(local, found)] for found in tensors]
@@ -37,7 +37,7 @@ def _tensors(values: Any) -> list[Tensor]:
     return [one for value in values for one in (value if isinstance(value, list) else [value])]
 
 
-def _same(before: list[Any], after: list[Any]) -> bool:
+def same(before: list[Any], after: list[Any]) -> bool:
     return [len(one) for one in before] == [len(one) for one in after] and all(
         at == now and torch.equal(value, other)
         for one, two in zip(before, after, strict=True)
@@ -51,22 +51,21 @@ def _errors(alone: Any, together: Any, mesh: Any, kinds: Sequence[str], grads: S
         params = [param for group in optimizer.param_groups for param in group["params"]]
         for param, grad in zip(params, own, strict=True):
             param.grad = grad
-    before = _snapshot(together)
+    before = snapshot(together)
     found = list(pending_directions(together))
-    assert _same(before, _snapshot(together)), "asking for the direction has changed something"
+    assert same(before, snapshot(together)), "asking for the direction has changed something"
     wanted = list(pending_directions(alone))
     assert all(direction.placements == param.placements and direction.shape == param.shape for param, direction in found)
-    apart = max(
-        float(((full(one) - two).abs() / (1 + two.abs())).max())
-        for (_, one), (_, two) in zip(found, wanted, strict=True)
-    )
+    shards = [local(sharded(direction, mesh, kinds)) for _, direction in wanted]
+    apart = [((local(one) - two) / (1 + two.abs())) for (_, one), two in zip(found, shards, strict=True)]
     ends = [local(param).detach() - LR * local(direction) for param, direction in found]
     together.step()
-    missed = max(
-        (float((end - local(param)).abs().max()) for (param, _), end in zip(found, ends, strict=True) if end.numel()),
-        default=0.0,
-    )
-    return {"apart": apart, "missed": missed}
+    missed = [end - local(param) for (param, _), end in zip(found, ends, strict=True)]
+    return {"apart": _largest(apart), "missed": _largest(missed)}
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
 
 
 def _slimadam(name: str) -> dict[Any, Any]:
