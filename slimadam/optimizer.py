@@ -342,8 +342,15 @@ class SlimAdam(Optimizer):
             RuntimeError: A gradient is sparse.
         """
         self._check_gradients()
-        sharded = (one for one in self._parameters() if is_dtensor(one[1]) and one[1].grad is not None)
-        averages = averages_after_step(sharded, self._rules, self.state)
+        averages = averages_after_step(
+            (
+                (name, param, group)
+                for name, param, group in self._parameters()
+                if is_dtensor(param) and param.grad is not None
+            ),
+            self._rules,
+            self.state,
+        )
         for name, param, group in self._parameters():
             if param.grad is not None:
                 rules = self._rules[name]

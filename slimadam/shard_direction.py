@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from slimadam.averages import Exchange, SharedPiece, shared_pieces
@@ -82,9 +81,7 @@ def update_of_shards(
     """
     on_shard = local_rules(name, rules, param)
     held, plain = local(param), [one.rule for one in on_shard]
-    entries = entries_of(
-        plain, held, local_gradient(name, param), group, local_state(name, on_shard, param, state)
-    )
+    entries = entries_of(plain, held, local_gradient(name, param), group, local_state(name, on_shard, param, state))
     averaged = shared.get(id(param), [None] * len(on_shard))
     given = (entry if piece is None else piece.given(entry) for entry, piece in zip(entries, averaged, strict=True))
     directions = (update_without_decay(entry, hyperparameters(group)) for entry in given)

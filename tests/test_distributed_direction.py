@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimadam import CompressionPlan, SlimAdam
+from slimadam import CompressionPlan
 from slimadam.distributed import local
 from slimadam.sharpness.directions import pending_directions
 from tests.ranks import on_ranks
@@ -55,7 +55,9 @@ def _errors(alone: Any, together: Any, mesh: Any, kinds: Sequence[str], grads: S
     found = list(pending_directions(together))
     assert same(before, snapshot(together)), "asking for the direction has changed something"
     wanted = list(pending_directions(alone))
-    assert all(direction.placements == param.placements and direction.shape == param.shape for param, direction in found)
+    assert all(
+        direction.placements == param.placements and direction.shape == param.shape for param, direction in found
+    )
     shards = [local(sharded(direction, mesh, kinds)) for _, direction in wanted]
     apart = [((local(one) - two) / (1 + two.abs())) for (_, one), two in zip(found, shards, strict=True)]
     ends = [local(param).detach() - LR * local(direction) for param, direction in found]

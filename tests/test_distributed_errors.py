@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import CompressionPlan, CriticalSharpness, Rule, SlimAdam
+from slimadam import CompressionPlan, CriticalSharpness, Rule, SlimAdam, directional_sharpness, hessian_sharpness
 from tests.ranks import on_ranks
 from tests.test_distributed_step import full, mesh_of, sharded
 
@@ -124,27 +124,24 @@ def test_gradients_laid_out_otherwise_are_redistributed(tmp_path: Path) -> None:
         assert max(found) <= 1e-6
 
 
-def _probe() -> list[str]:
+def _without_second_derivative() -> list[str]:
     mesh = mesh_of((2,))
+    param = nn.Parameter(sharded(torch.randn(6, 4), mesh, ["0"]))
+    loss = param.square().sum()
+    loss.backward(retain_graph=True)
     said = []
-    for make in (SlimAdam, torch.optim.AdamW):
-        param = nn.Parameter(sharded(torch.randn(6, 4), mesh, ["0"]))
-        optimizer: Any = make([param], **({"plan": None} if make is SlimAdam else {}))
-        param.grad = sharded(torch.randn(6, 4), mesh, ["0"])
-        before = full(param).clone()
+    for measure in (
+        lambda: directional_sharpness(torch.optim.SGD([param], lr=0.1), loss),
+        lambda: hessian_sharpness([param], loss),
+        lambda: CriticalSharpness(torch.optim.Muon([param])).measure(lambda: 0.0),
+    ):
         with pytest.raises(RuntimeError) as error:
-            CriticalSharpness(optimizer).measure(lambda: 0.0)
-        assert torch.equal(full(param), before)
+            measure()
         said.append(str(error.value))
-        if make is SlimAdam:
-            with pytest.raises(RuntimeError) as error:
-                list(optimizer.update_direction())
-            said.append(str(error.value))
     return said
 
 
-def test_probing_sharded_parameters_is_refused(tmp_path: Path) -> None:
-    for of_slimadam, of_direction, of_adamw in on_ranks(2, tmp_path, _probe):
-        assert "parameters of type DTensor cannot be probed yet" in of_slimadam
-        assert of_slimadam == of_adamw
-        assert "update_direction() does not support DTensors yet" in of_direction
+def test_what_needs_whole_parameters_is_refused(tmp_path: Path) -> None:
+    for *of_hessians, of_muon in on_ranks(2, tmp_path, _without_second_derivative):
+        assert all("measure the critical sharpness, slimadam.CriticalSharpness" in message for message in of_hessians)
+        assert "the direction of Muon on sharded parameters" in of_muon
