@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,9 +129,17 @@ def find_lr(
     """Run a training script unmodified up to an optimizer step and find that step's critical learning rate.
 
     It is the smallest rate at which the step raises the loss of its own batch: where a warmup may start. The script
-    ends before the step is taken. Everything after SCRIPT goes to the script. Exit codes: 0 done, 1 the script failed,
-    2 usage, 3 nothing to measure: no optimizer stepped, or its loss cannot be computed again.
+    ends before the step is taken. It trains in one process, not under torchrun. Everything after SCRIPT goes to the
+    script. Exit codes: 0 done, 1 the script failed, 2 usage, 3 nothing to measure: no optimizer stepped, or its loss
+    cannot be computed again.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise click.UsageError(
+            f"find-lr follows a script that trains in one process, and this is one of {processes} processes: run it "
+            "without torchrun, or call slimadam.critical_lr(optimizer, closure) in the script, which measures over all "
+            "of them"
+        )
     console, stdout = status_console(), sys.stdout
     finder = _Finder(step, max_lr)
     with finder.watching():
