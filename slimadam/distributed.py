@@ -59,9 +59,11 @@ def fill(target: DTensor, values: Tensor) -> None:
         target: Is written to.
         values: Of its global shape, the same on every rank.
     """
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
-    local(target).copy_(local(distribute_tensor(values, target.device_mesh, target.placements)))
+    mesh = target.device_mesh
+    everywhere = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    local(target).copy_(local(everywhere.redistribute(mesh, target.placements)))
 
 
 def laid_out_as(param: DTensor, held: Tensor) -> DTensor:

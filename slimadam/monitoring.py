@@ -14,8 +14,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from slimadam.distributed import is_dtensor
 from slimadam.functional import second_moment_dtype
 from slimadam.rules import Dims, Form, Rule
+from slimadam.sample_shards import SampleShard
 from slimadam.samples import (
     Sample,
     checked_field,
@@ -108,7 +110,7 @@ class Monitor:
     @property
     def memory(self) -> int:
         """Bytes of the tracked second moments, known before the first step."""
-        return sum(sample.elements * sample.dtype.itemsize for sample in self._samples.values())
+        return sum(math.prod(sample.held_shape) * sample.dtype.itemsize for sample in self._samples.values())
 
     def add(self, key: str, rule: Rule, param: Tensor) -> None:
         """Watch a parameter, or a part of one, from now on; the sample starts at zero.
@@ -121,11 +123,19 @@ class Monitor:
         self.drop(key)
         if rule.form == "full":
             return
-        placement = place(rule, tuple(rule.take(param).shape))
-        if placement is not None and not param.is_complex():
-            self._samples[key] = Sample(rule, placement, second_moment_dtype(param.dtype))
+        shape = tuple(param.shape) if rule.part is None else rule.part.shape
+        placement, shard = place(rule, shape), None
+        if is_dtensor(param) and placement is not None and rule.part is None:
+            shard = SampleShard.of(param, is_flat=len(placement.shape) != param.dim())
+        if param.is_complex():
+            reason = "complex parameters are not monitored"
+        elif placement is None:
+            reason = "too small to monitor"
+        elif is_dtensor(param) and shard is None:
+            reason = "cannot be monitored through these shards"
+        else:
+            self._samples[key] = Sample(rule, placement, second_moment_dtype(param.dtype), shard=shard)
             return
-        reason = "complex parameters are not monitored" if param.is_complex() else "too small to monitor"
         self._left_out[key] = Check(math.nan, self.cutoff, rule.form, rule.dims, 0, False, reason)
 
     def start(self, key: str, second_moment: Tensor) -> None:
@@ -140,6 +150,10 @@ class Monitor:
         if key in self._samples:
             self._samples[key].start(second_moment, self.cutoff)
 
+    def samples_shards_of(self, key: str) -> bool:
+        """Whether a DTensor is watched under a name."""
+        return key in self._samples and self._samples[key].shard is not None
+
     def drop(self, key: str) -> None:
         """Forget a parameter, as when it goes back to a full second moment."""
         self._samples.pop(key, None)
@@ -152,7 +166,8 @@ class Monitor:
         Steps in which a sample rests still count for what it forgets, as they do for the true second moment.
 
         Args:
-            grads: Name and gradient of each parameter of a group (of the whole parameter for each of its parts).
+            grads: Name and gradient of each parameter of a group (of the whole parameter for each of its parts; of a
+                DTensor this rank's shard).
                 Those without a gradient, and those that are not watched, are passed over.
             beta2: The group's decay rate of second moments.
         """
@@ -166,7 +181,7 @@ class Monitor:
             if grad is not None and key in self._samples:
                 sample = self._samples[key]
                 moments.append(sample.moment_beside(grad))
-                seen.append(sample.placement.take(sample.rule.take(grad)))
+                seen.append(sample.seen(grad))
                 rested = sample.look(window, every / (self.interval - resting)) * resting
                 kept.append(beta2 ** (every + rested))
                 sample.unfilled *= beta2**every
@@ -189,7 +204,8 @@ class Monitor:
         for key, sample in self._samples.items():
             known = key in averages or sample.rule.form != FACTORED
             if known and sample.moment is not None and sample.unfilled <= _STILL_FILLING:
-                value = sampled_snr(sample.rule, sample.placement, sample.moment, averages.get(key, ()))
+                moment = sample.whole_moment(sample.moment)
+                value = sampled_snr(sample.rule, sample.placement, moment, averages.get(key, ()))
                 sample.record(value, self.cutoff)
         self._warn_once()
 
@@ -246,12 +262,15 @@ class Monitor:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers from which :meth:`load_state_dict` goes on to the last bit."""
+        """Tensors and plain numbers from which :meth:`load_state_dict` goes on to the last bit.
+
+        Without samples of DTensors, of which each rank has its own: they start anew.
+        """
         return {
             "steps": self.steps,
             "longest_memory": self._longest_memory,
             "warned": self._warned,
-            "samples": {key: saved(sample) for key, sample in self._samples.items()},
+            "samples": {key: saved(sample) for key, sample in self._samples.items() if sample.shard is None},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from slimadam.averages import distributed_moments, rules_that_shards_allow
 from slimadam.backends import Backend
 from slimadam.choosing import EXPANDED
 from slimadam.direction import update_without_decay, with_decay
-from slimadam.distributed import FLAT, is_dtensor, kept_shapes, local, local_rules, whole
+from slimadam.distributed import FLAT, is_dtensor, kept_shapes, local, local_gradient, local_rules, whole
 from slimadam.entries import (
     assembled,
     decoded,
@@ -513,11 +513,15 @@ class SlimAdam(Optimizer):
         """Sample what is compressed of a parameter, from its full second moment where it still has one."""
         if self._monitor is None:
             return
-        full = self.state.get(param, {}).get("exp_avg_sq")
-        for rule in self._rules[name]:
-            key = key_of(name, rule.part)
+        keys = [key_of(name, rule.part) for rule in self._rules[name]]
+        for key, rule in zip(keys, self._rules[name], strict=True):
             self._monitor.add(key, rule, param)
-            if isinstance(full, Tensor) and full.shape == param.shape and not is_dtensor(full):
+        full = self.state.get(param, {}).get("exp_avg_sq")
+        if isinstance(full, Tensor) and full.shape == param.shape:
+            if is_dtensor(param) and not any(map(self._monitor.samples_shards_of, keys)):
+                return
+            full = whole(full)
+            for key, rule in zip(keys, self._rules[name], strict=True):
                 self._monitor.start(key, rule.take(full))
 
     @torch.no_grad()
@@ -525,17 +529,18 @@ class SlimAdam(Optimizer):
         for names, group in zip(self._names, self.param_groups, strict=True):
             if not group["capturable"]:
                 grads = (
-                    (key_of(name, rule.part), param.grad)
+                    (key, local_gradient(name, param))
                     for name, param in zip(names, group["params"], strict=True)
-                    if param.grad is not None and type(param.grad) is Tensor
-                    for rule in self._rules[name]
+                    if param.grad is not None
+                    for key in (key_of(name, rule.part) for rule in self._rules[name])
+                    if (monitor.samples_shards_of(key) if is_dtensor(param) else type(param.grad) is Tensor)
                 )
                 monitor.update(grads, float(group["betas"][1]))
         monitor.watch(self._stored_by_key)
 
     def _stored_by_key(self) -> dict[str, Sequence[Tensor]]:
         return {
-            key_of(name, rule.part): moments
+            key_of(name, rule.part): [whole(one) for one in moments] if rule.form == "factored" else moments
             for name, param, _ in self._parameters()
             if self.state.get(param)
             for rule, moments in state_format.by_rule(

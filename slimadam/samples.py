@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slimadam.errors import shown
 from slimadam.rules import Rule
+from slimadam.sample_shards import Index, SampleShard
 from slimadam.snr import FACTORED, snr
 
 LARGEST_SHARE: Final = 0.01
@@ -86,7 +87,11 @@ class Placement:
 
     def take(self, tensor: Tensor) -> Tensor:
         """The sampled elements; a view unless all dimensions are averaged and the tensor is not contiguous."""
-        return (tensor if tensor.dim() == len(self.shape) else tensor.reshape(-1))[self.index]
+        return self.at(tensor, self.index)
+
+    def at(self, tensor: Tensor, index: Index) -> Tensor:
+        """What lies at an index of a tensor, or of a shard, which is flattened where all dimensions are averaged."""
+        return (tensor if tensor.dim() == len(self.shape) else tensor.reshape(-1))[index]
 
 
 def place(rule: Rule, shape: tuple[int, ...]) -> Placement | None:
@@ -134,6 +139,7 @@ def _row_dim(rule: Rule, ndim: int) -> int:
 class Sample:
     """The tracked second moments of one parameter, and what was measured of them.
 
+    Of a DTensor each rank tracks what lies in its ``shard``, and only a measurement brings the sample together.
     ``unfilled`` is the weight that the start at zero still has. ``window`` is the interval in which it last saw a
     gradient, ``arrived`` the share of that interval's looks which met one. ``usual`` are the first finite SNRs, but for
     those clearly below them: ``recent`` are the last of these, until one comes back up; ``lowest`` is the lowest SNR
@@ -152,16 +158,44 @@ class Sample:
     usual: list[float] = field(default_factory=list)
     lowest: float = math.inf
     recent: list[float] = field(default_factory=list)
+    shard: SampleShard | None = None
 
     @property
     def elements(self) -> int:
         """How many there are."""
         return math.prod(self.placement.counts)
 
+    @property
+    def held(self) -> Index:
+        """Which of them this rank tracks."""
+        if self.shard is None:
+            return tuple(slice(0, count) for count in self.placement.counts)
+        return self.shard.indices(self.placement.index)[1]
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Their number along each dimension."""
+        return tuple(one.stop - one.start for one in self.held)
+
+    def seen(self, grad: Tensor) -> Tensor:
+        """Of this rank's gradient of the parameter what the tracked second moments follow."""
+        grad = self.rule.take(grad)
+        if self.shard is None:
+            return self.placement.take(grad)
+        return self.placement.at(grad, self.shard.indices(self.placement.index)[0])
+
+    def whole_moment(self, held: Tensor) -> Tensor:
+        """All of the sample, from what each rank tracks, which all must ask."""
+        if self.shard is None:
+            return held
+        all_of_it = held.new_zeros(self.placement.counts)
+        all_of_it[self.held] = held
+        return self.shard.add_up(all_of_it)
+
     def moment_beside(self, grad: Tensor) -> Tensor:
         """The tracked second moments, on the gradient's device."""
         if self.moment is None:
-            self.moment = torch.zeros(self.placement.counts, dtype=self.dtype, device=grad.device)
+            self.moment = torch.zeros(self.held_shape, dtype=self.dtype, device=grad.device)
         elif self.moment.device != grad.device:
             self.moment = self.moment.to(grad.device)
         return self.moment
@@ -192,7 +226,7 @@ class Sample:
         average = math.fsum(telling.values()) / max(1, len(telling))
         phase = min(telling, key=lambda phase: abs(telling[phase] - average), default=_MIDDLE)
         self.placement = candidates[phase]
-        self.moment = self.placement.take(second_moment).to(self.dtype, copy=True)
+        self.moment = self.placement.take(second_moment)[self.held].to(self.dtype, copy=True)
         self.unfilled = 0.0
         self.record(found[phase], cutoff)
 
@@ -296,7 +330,10 @@ def loaded(key: str, sample: Sample, saved: object) -> Sample:
                 f"{sample.placement.counts}; load it under the plan that it was saved under"
             )
         moment = moment.detach().to(sample.dtype, copy=True)
-    return replace(sample, placement=replace(sample.placement, phase=phase), moment=moment, **values)
+    goes_on = replace(sample, placement=replace(sample.placement, phase=phase), moment=moment, **values)
+    if moment is not None:
+        goes_on.moment = moment[goes_on.held]
+    return goes_on
 
 
 def checked_field(saved: Mapping[str, Any], name: str, fits: Callable[[Any], bool], where: str = "") -> Any:
