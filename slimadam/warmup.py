@@ -17,6 +17,7 @@ from slimadam.names import owning_modules
 from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.sharpness.directions import unwrapped
 from slimadam.sharpness.line import Closure
+from slimadam.sharpness.sharding import Sharding
 
 _FRACTION_OF_A_STEP = 1e-9
 """Less of a step than this is rounding of the rates' ratio."""
@@ -240,7 +241,9 @@ class PersistentCatapultWarmup(LRScheduler):
                 warnings.warn("optimizer.step() was called without gradients: nothing to measure", stacklevel=3)
             return
         if self._modules is None:  # to look for them in each step would take longer than a small model's forward
-            self._modules = owning_modules([param for group in optimizer.param_groups for param in group["params"]])
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            Sharding(params).reshard()  # whole parameters are none of the optimizer's
+            self._modules = owning_modules(params)
         self._follow(_measure(optimizer, self._closure, self.rate, self._limit(), self._modules))
         self._due = False
         self._set_rates()

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import CompressionPlan, CriticalSharpness, Rule, SlimAdam, directional_sharpness, hessian_sharpness
+from slimadam import (
+    CompressionPlan,
+    CriticalSharpness,
+    Rule,
+    SlimAdam,
+    advise_mix,
+    directional_sharpness,
+    hessian_sharpness,
+)
 from tests.ranks import on_ranks
 from tests.test_distributed_step import full, mesh_of, sharded
 
@@ -134,6 +142,7 @@ def _without_second_derivative() -> list[str]:
         lambda: directional_sharpness(torch.optim.SGD([param], lr=0.1), loss),
         lambda: hessian_sharpness([param], loss),
         lambda: CriticalSharpness(torch.optim.Muon([param])).measure(lambda: 0.0),
+        lambda: advise_mix(torch.optim.SGD([param], lr=0.1), {"one": lambda batch: loss, "two": lambda batch: loss}),
     ):
         with pytest.raises(RuntimeError) as error:
             measure()
@@ -142,6 +151,7 @@ def _without_second_derivative() -> list[str]:
 
 
 def test_what_needs_whole_parameters_is_refused(tmp_path: Path) -> None:
-    for *of_hessians, of_muon in on_ranks(2, tmp_path, _without_second_derivative):
+    for *of_hessians, of_muon, of_mix in on_ranks(2, tmp_path, _without_second_derivative):
         assert all("measure the critical sharpness, slimadam.CriticalSharpness" in message for message in of_hessians)
         assert "the direction of Muon on sharded parameters" in of_muon
+        assert "load the checkpoint into a model that is not sharded" in of_mix

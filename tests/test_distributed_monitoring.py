@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_shards_hold_each_element_of_a_sample_once(start: int, stride: int, cuts
     sampled = slice(start, start + 3 * stride, stride)
     wanted = whole[sampled]
     counted = torch.zeros_like(wanted)
-    for first, end in zip(cuts, cuts[1:], strict=False):
+    for first, end in itertools.pairwise(cuts):
         shard = SampleShard(((first, end - first),), None, ())  # type: ignore[arg-type]
         (here,), (there,) = shard.indices((sampled,))
         assert torch.equal(whole[first:end][here], wanted[there])

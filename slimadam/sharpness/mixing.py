@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimadam.distributed import is_dtensor
 from slimadam.names import owning_modules
 from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.sharpness.directions import unwrapped
@@ -91,6 +92,7 @@ def advise_mix(
     Raises:
         TypeError: An argument has the wrong type, or a loss is not a tensor of one element.
         ValueError: An argument is out of range, or a loss or gradient is not finite at the checkpoint.
+        RuntimeError: A parameter is sharded.
     """
     tasks = losses if tasks is None else tasks
     _check(optimizer, losses, tasks, batches, level)
@@ -248,7 +250,11 @@ def _lattice(count: int, divisions: int) -> list[Weights]:
 def _check(
     optimizer: Optimizer, losses: Mapping[str, BatchLoss], tasks: Mapping[str, BatchLoss], batches: int, level: float
 ) -> None:
-    unwrapped(optimizer)
+    if any(is_dtensor(param) for group in unwrapped(optimizer).param_groups for param in group["params"]):
+        raise RuntimeError(
+            "parameters are sharded (DTensors), of which advise_mix cannot take each domain's gradient apart; load the "
+            "checkpoint into a model that is not sharded"
+        )
     for label, closures, least in (("losses", losses, 2), ("tasks", tasks, 1)):
         if not isinstance(closures, Mapping) or len(closures) < least:
             raise TypeError(f"{label} must be a dict of at least {least} losses by name, not {closures!r:.80}")
