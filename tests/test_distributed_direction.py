@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,10 @@ def _errors(alone: Any, together: Any, mesh: Any, kinds: Sequence[str], grads: S
         for param, grad in zip(params, own, strict=True):
             param.grad = grad
     before = snapshot(together)
-    found = list(pending_directions(together))
+    with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as sent:
+        found = list(pending_directions(together))
+    if any(together.state.values()):
+        assert sent.call_count == mesh.ndim, "one for each process group"
     assert same(before, snapshot(together)), "asking for the direction has changed something"
     wanted = list(pending_directions(alone))
     assert all(

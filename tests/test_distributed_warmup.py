@@ -52,7 +52,7 @@ def _measured(kinds: list[str], folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("ranks", "kinds"),
-    [(3, ["replicated", "sharded"]), (4, ["hybrid", "sharded and tensor parallel", "tensor parallel"])],
+    [(3, ["replicated", "sharded"]), (4, ["hybrid", "sharded and tensor parallel"])],
 )
 def test_every_rank_finds_what_one_process_does(ranks: int, kinds: list[str], tmp_path: Path) -> None:
     of_ranks = on_ranks(ranks, tmp_path, _measured, kinds, tmp_path)

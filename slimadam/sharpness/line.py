@@ -121,7 +121,7 @@ class LineProbe:
     def _find_modules(self, params: list[Tensor]) -> None:
         """Modules that own the parameters, unless they were given; again only when parameters have changed."""
         if self._owned is None or list(map(id, self._owned)) != list(map(id, params)):
-            self._sharding, self._owned = Sharding(params), params
+            self._sharding, self._owned = Sharding(params, self._modules), params
             self._sharding.reshard()  # whole parameters are none of the optimizer's
             if not self._are_given:
                 self._modules = owning_modules(params)
