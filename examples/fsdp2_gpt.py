@@ -1,11 +1,11 @@
 """Train a GPT on as many GPUs as there are, with FSDP2 and SlimAdam, in plain PyTorch.
 
-    torchrun --nproc-per-node 8 examples/fsdp2_gpt.py --tokens tokens.npy --vocabulary 50304 --compile
+    torchrun --nproc-per-node 8 examples/fsdp2_gpt.py --tokens tokens.npy --vocabulary 50304 --checkpoints run
     torchrun --nproc-per-node 2 examples/fsdp2_gpt.py --tiny        # on CPUs, on bytes that every Python has
 
 ``--tokens`` is a one-dimensional array of integers saved by ``numpy.save``; it is mapped into memory, not read.
-The same command started again goes on from the last complete checkpoint, on any number of ranks. Batches depend on
-the seed and the step alone, so that training is the same on any number of ranks, but for rounding.
+With ``--checkpoints`` the same command started again goes on from the last complete one, on any number of ranks.
+Weights and batches depend on the seed and the step alone: but for rounding, training is the same on any number.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ def save(folder: Path, step: int, model: GPT, optimizer: SlimAdam, schedule: LRS
             file.flush()
             os.fsync(file.fileno())
         pending.replace(folder / "latest")
-        complete = sorted(one for one in folder.glob("step-*") if one.name <= path.name)
-        for old in complete[: max(0, len(complete) - keep)]:
+        newest_first = sorted((one for one in folder.glob("step-*") if one.name <= path.name), reverse=True)
+        for old in newest_first[keep:]:
             shutil.rmtree(old)
 
 
@@ -238,6 +238,9 @@ def train(options: argparse.Namespace) -> dict[int, float]:
     Returns:
         The loss of each step that was logged.
     """
+    ranks = dist.get_world_size()
+    if options.batch % (ranks * options.micro_batch):
+        raise SystemExit(f"--batch {options.batch} must be a multiple of --micro-batch times {ranks} ranks")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     tokens = read_tokens(options)
     model = build_model(options, device)
@@ -250,21 +253,23 @@ def train(options: argparse.Namespace) -> dict[int, float]:
     schedule = build_schedule(optimizer, options, critical)
     if first:
         resume(options.checkpoints, first, model, optimizer, schedule)
-    sharpness = SharpnessLogger(optimizer, every=options.probe_every or options.steps, log=print_row)
-    sharpness.steps = first
+    probe = None
+    if options.probe_every:
+        probe = SharpnessLogger(optimizer, every=options.probe_every, log=print_row)
+        probe.steps = first
     losses, started, tokens_seen = {}, time.perf_counter(), 0
     for step, batch in enumerate(batches(tokens, options, first, device), start=first + 1):
         optimizer.zero_grad()
         loss = accumulate(model, batch)
         norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-        if options.probe_every:
-            sharpness.step(partial(evaluate, model, batch))
+        if probe is not None:
+            probe.step(partial(evaluate, model, batch))
         optimizer.step()
         schedule.step()
         tokens_seen += options.batch * options.context
         if step % options.log_every == 0:
             dist.all_reduce(loss)
-            losses[step] = loss.item() / dist.get_world_size()
+            losses[step] = loss.item() / ranks
             print_row(
                 {
                     "loss": losses[step],
@@ -332,9 +337,6 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device else "gloo", device_id=device)
-    ranks = dist.get_world_size()
-    if options.batch % (ranks * options.micro_batch):
-        raise SystemExit(f"--batch {options.batch} must be a multiple of --micro-batch times {ranks} ranks")
     train(options)
     dist.destroy_process_group()
 
