@@ -310,7 +310,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=int, default=1000, help="steps of linear warmup from zero")
     add("--catapult", action="store_true", help="start the warmup at the critical learning rate, with the same slope")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--plan", default="factored", help="factored, rules, auto, none, or the path of a plan")
+    add("--plan", default="factored", help="factored, rules, none, or the path of a plan; auto without --checkpoints")
     add("--momentum", choices=["float32", "bfloat16"], default="float32")
     add("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="of forward and backward pass")
     add("--recompute", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing")
@@ -326,6 +326,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 1 <= options.warmup < options.steps:
         parser.error(f"--warmup {options.warmup} must be at least 1 and less than --steps {options.steps}")
+    if options.plan == "auto" and options.checkpoints:
+        parser.error("--plan auto is not saved while it measures; make a plan by slimadam calibrate and give its path")
     return options
 
 

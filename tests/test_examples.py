@@ -84,3 +84,16 @@ def test_fsdp2_gpt_learns_under_torchrun(tmp_path: Path) -> None:
     assert [row[1] for row in rows] == ["5", "10", "15", "20"]
     assert float(rows[-1][3]) < float(rows[0][3]) - 0.5
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--warmup", "20"], "--warmup 20 must be at least 1 and less than --steps 20"),
+        (["--plan", "auto", "--checkpoints", "run"], "--plan auto is not saved"),
+    ],
+)
+def test_fsdp2_gpt_refuses(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fsdp2_gpt.parse(["--tiny", *options])
+    assert message in capsys.readouterr().err
