@@ -26,8 +26,8 @@ SHAPES = MODELS["tiny"]()
 def _real_costs() -> dict[str, tuple[dict[str, Any], int, int]]:
     """For each way what is counted of a step on this rank, and the bytes that its tensors hold."""
     found = {}
+    model = scale.sharded(SHAPES, "cpu")
     for label, settings in scale.WAYS.items():
-        model = scale.sharded(SHAPES, "cpu")
         optimizer = SlimAdam(model, **settings)
         counted = asdict(scale.cost(optimizer))
         state = sum(
@@ -45,9 +45,10 @@ def test_computed_costs_are_those_of_real_ranks(tmp_path: Path) -> None:
     """Rows that do not divide by the number of ranks included."""
     for rank, real in enumerate(on_ranks(RANKS, tmp_path, _real_costs)):
         with scale.pretended(RANKS, rank):
+            model = scale.sharded(SHAPES)
             for label, settings in scale.WAYS.items():
                 counted, state, beside = real[label]
-                assert asdict(scale.cost(SlimAdam(scale.sharded(SHAPES), **settings))) == counted
+                assert asdict(scale.cost(SlimAdam(model, **settings))) == counted
                 assert counted["state"] == state
                 assert counted["buffers"] == beside
     assert not dist.is_initialized()
