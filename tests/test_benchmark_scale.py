@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import scale
 from benchmarks.stopwatch import tensor_bytes
@@ -41,9 +45,40 @@ def _real_costs() -> dict[str, tuple[dict[str, Any], int, int]]:
     return found
 
 
+class _Sent(TorchDispatchMode):
+    """Counts the numbers of the larger tensor of each collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            numbers = max(one.numel() for one in args if isinstance(one, torch.Tensor))
+            self.numbers[func.name()] = self.numbers.get(func.name(), 0) + numbers
+        return func(*args, **(kwargs or {}))
+
+
+def _real_traffic() -> dict[str, int]:
+    """What FSDP2 sends for one forward and backward pass: two blocks of 90 numbers, 9 in the root module."""
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9), nn.LayerNorm(9, bias=False))
+    for block in model[:2]:
+        fully_shard(block)
+    fully_shard(model)
+    with _Sent() as sent:
+        model(torch.randn(2, 9)).sum().backward()
+    return sent.numbers
+
+
+def _real() -> tuple[dict[str, tuple[dict[str, Any], int, int]], dict[str, int]]:
+    return _real_costs(), _real_traffic()
+
+
 def test_computed_costs_are_those_of_real_ranks(tmp_path: Path) -> None:
     """Rows that do not divide by the number of ranks included."""
-    for rank, real in enumerate(on_ranks(RANKS, tmp_path, _real_costs)):
+    for rank, (real, traffic) in enumerate(on_ranks(RANKS, tmp_path, _real)):
+        blocks, root = 2 * 90, 9
+        assert traffic == {"c10d::_allgather_base_": 2 * blocks + root, "c10d::_reduce_scatter_base_": blocks + root}
         with scale.pretended(RANKS, rank):
             model = scale.sharded(SHAPES)
             for label, settings in scale.WAYS.items():
