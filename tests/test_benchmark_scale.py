@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import scale
 from benchmarks.stopwatch import tensor_bytes
 from benchmarks.workloads.shapes import MODELS
-from slimadam import SlimAdam
 from slimadam.distributed import local
 from slimadam.state import parts
 from tests.ranks import on_ranks
@@ -31,8 +30,8 @@ def _real_costs() -> dict[str, tuple[dict[str, Any], int, int]]:
     """For each way what is counted of a step on this rank, and the bytes that its tensors hold."""
     found = {}
     model = scale.sharded(SHAPES, "cpu")
-    for label, settings in scale.WAYS.items():
-        optimizer = SlimAdam(model, **settings)
+    for label in scale.WAYS:
+        optimizer = scale.optimizer_of(model, label)
         counted = asdict(scale.cost(optimizer))
         state = sum(
             local(tensor).nbytes
@@ -81,9 +80,9 @@ def test_computed_costs_are_those_of_real_ranks(tmp_path: Path) -> None:
         assert traffic == {"c10d::_allgather_base_": 2 * blocks + root, "c10d::_reduce_scatter_base_": blocks + root}
         with scale.pretended(RANKS, rank):
             model = scale.sharded(SHAPES)
-            for label, settings in scale.WAYS.items():
+            for label in scale.WAYS:
                 counted, state, beside = real[label]
-                assert asdict(scale.cost(SlimAdam(model, **settings))) == counted
+                assert asdict(scale.cost(scale.optimizer_of(model, label))) == counted
                 assert counted["state"] == state
                 assert counted["buffers"] == beside
     assert not dist.is_initialized()
@@ -99,7 +98,8 @@ def test_bytes_moved_and_sent() -> None:
     }
     with scale.pretended(2):
         for label, (moved, sent) in expected.items():
-            counted = scale.cost(SlimAdam(scale.sharded({"wte.weight": (4, 5)}), **scale.WAYS[label]))
+            model = scale.sharded({"wte.weight": (4, 5)})
+            counted = scale.cost(scale.optimizer_of(model, label))
             assert (counted.moved, sum(counted.numbers_sent)) == (moved, sent), label
     assert scale.on_wire(6, 4) == 2 * 24 * 3 / 4
     assert scale.fsdp_on_wire(100, 4) == 3 * 200 * 3 / 4
