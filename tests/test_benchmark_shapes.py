@@ -13,7 +13,8 @@ from benchmarks.workloads.shapes import MODELS, elements
 from benchmarks.workloads.skeleton import skeleton
 from slimadam import SlimAdam
 
-# Sources: GPT-2's, Llama 3.1's and ViT's model cards, Meta's card of Llama 3.2 ("1.23B"), torchvision's table for ResNet-50.
+# Sources: GPT-2's, Llama 3.1's and ViT's model cards, Meta's card of Llama 3.2 ("1.23B"), torchvision's table for
+# ResNet-50.
 PUBLISHED = {
     "gpt2-small": 124_439_808,
     "llama-1b": 1_235_814_400,
