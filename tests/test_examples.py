@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -44,14 +46,42 @@ def _killed_in_its_second_save(options: Any) -> list[Path]:
     return paths
 
 
-def _train_then_resume(folder: Path) -> tuple[dict[int, float], dict[int, float], list[str]]:
-    """Losses of a run, those of one that went on after it had been killed, and the checkpoints in the end."""
+class Together(NamedTuple):
+    """What two ranks found.
+
+    Attributes:
+        losses: Of a run.
+        resumed: Of one that went on after it had been killed.
+        kept: Its checkpoints in the end.
+        from_critical_rate: Losses of a run whose warmup starts at the critical learning rate.
+        measured: Of the same one, killed, resumed, and its sharpness measured.
+        printed: By that.
+    """
+
+    losses: dict[int, float]
+    resumed: dict[int, float]
+    kept: list[str]
+    from_critical_rate: dict[int, float]
+    measured: dict[int, float]
+    printed: list[str]
+
+
+def _train_then_resume(folder: Path) -> Together:
     losses = fsdp2_gpt.train(_options(folder))
     options = _options(folder, "--checkpoints", str(folder / "saved"))
     assert [path.name for path in _killed_in_its_second_save(options)] == ["step-00000003", "step-00000006"]
     resumed = fsdp2_gpt.train(options)
     torch.distributed.barrier()
-    return losses, resumed, sorted(path.name for path in (folder / "saved").iterdir())
+    kept = sorted(path.name for path in (folder / "saved").iterdir())
+
+    catapult = ["--catapult", "--lr", "0.3"]
+    from_critical_rate = fsdp2_gpt.train(_options(folder, *catapult))
+    options = _options(folder, *catapult, "--probe-every", "4", "--checkpoints", str(folder / "measured"))
+    _killed_in_its_second_save(options)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        measured = fsdp2_gpt.train(options)
+    lines = [line.split(" ", 3)[1:3] for line in printed.getvalue().splitlines()]
+    return Together(losses, resumed, kept, from_critical_rate, measured, [" ".join(line) for line in lines])
 
 
 def _train_alone(folder: Path) -> tuple[dict[int, float], dict[int, float]]:
@@ -64,11 +94,16 @@ def _train_alone(folder: Path) -> tuple[dict[int, float], dict[int, float]]:
 def test_fsdp2_gpt_resumes_as_if_nothing_had_happened_on_any_number_of_ranks(tmp_path: Path) -> None:
     np.save(tmp_path / "tokens.npy", (np.arange(5000) * 7 % 97).astype(np.uint16))
     together = on_ranks(2, tmp_path, _train_then_resume, tmp_path)
-    losses, resumed, kept = together[0]
-    assert together[1] == together[0]
+    losses, resumed, kept, from_critical_rate, measured, printed = together[0]
+    assert together[1] == together[0]._replace(printed=[])
     assert list(losses) == list(range(1, 10))
     assert resumed == {step: loss for step, loss in losses.items() if step > 3}
     assert kept == ["latest", "step-00000006", "step-00000009"]
+    assert from_critical_rate[1] == losses[1]  # before the first step
+    assert from_critical_rate[2] != pytest.approx(losses[2], rel=1e-3)
+    assert measured == {step: loss for step, loss in from_critical_rate.items() if step > 3}
+    assert printed == ["4 loss", "4 sharpness/critical", *(f"{step} loss" for step in (5, 6, 7, 8)),
+                       "8 sharpness/critical", "9 loss"]  # fmt: skip
     (tmp_path / "store").unlink()
     ((alone, went_on),) = on_ranks(1, tmp_path, _train_alone, tmp_path)
     assert alone == pytest.approx(losses, rel=2e-5)
