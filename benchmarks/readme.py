@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import readme_calibration, readme_sharpness, readme_warmup
+from benchmarks import readme_calibration, readme_scale, readme_sharpness, readme_warmup
 from benchmarks.machine import RESULTS
 from benchmarks.readme_calibration import origin
 from benchmarks.readme_mix import mix
@@ -245,6 +245,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "momentum": momentum,
     "torch_properties": torch_properties,
     **readme_calibration.SECTIONS,
+    **readme_scale.SECTIONS,
     **readme_sharpness.SECTIONS,
     **readme_warmup.SECTIONS,
 }

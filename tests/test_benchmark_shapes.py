@@ -13,10 +13,13 @@ from benchmarks.workloads.shapes import MODELS, elements
 from benchmarks.workloads.skeleton import skeleton
 from slimadam import SlimAdam
 
-# Sources: GPT-2's and ViT's model cards, Meta's card of Llama 3.2 ("1.23B"), torchvision's table for ResNet-50.
+# Sources: GPT-2's, Llama 3.1's and ViT's model cards, Meta's card of Llama 3.2 ("1.23B"), torchvision's table for
+# ResNet-50.
 PUBLISHED = {
     "gpt2-small": 124_439_808,
     "llama-1b": 1_235_814_400,
+    "llama-8b": 8_030_261_248,
+    "llama-70b": 70_553_706_496,
     "vit-base": 86_567_656,
     "resnet50": 25_557_032,
 }
@@ -27,15 +30,15 @@ def test_totals_are_the_published_ones(model: str) -> None:
     assert elements(MODELS[model]()) == PUBLISHED[model]
 
 
-def _llama(t: Any) -> nn.Module:
+def _llama(t: Any, width: int, inner: int, layers: int, heads: int, tied: bool) -> nn.Module:
     config = t.LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=8,
         vocab_size=128256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     return t.LlamaForCausalLM(config)
 
@@ -54,7 +57,9 @@ def _mixtral(t: Any) -> nn.Module:
 
 
 BUILDERS: dict[str, Callable[[Any], nn.Module]] = {
-    "llama-1b": _llama,
+    "llama-1b": lambda t: _llama(t, 2048, 8192, 16, 32, True),
+    "llama-8b": lambda t: _llama(t, 4096, 14336, 32, 32, False),
+    "llama-70b": lambda t: _llama(t, 8192, 28672, 80, 64, False),
     "mixtral-small": _mixtral,
     "vit-base": lambda t: t.ViTForImageClassification(t.ViTConfig(num_labels=1000)),
     "resnet50": lambda t: t.ResNetForImageClassification(t.ResNetConfig(num_labels=1000)),

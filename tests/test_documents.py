@@ -73,6 +73,7 @@ def test_documents_link_to_files_that_exist() -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_readme_shows_the_committed_figures() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert filled(readme) == readme, "run python -m benchmarks.readme"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_show_the_committed_figures(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert filled(text) == text, "run python -m benchmarks.readme"

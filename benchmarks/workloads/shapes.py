@@ -28,9 +28,22 @@ def gpt2(width: int, layers: int, vocabulary: int, context: int) -> Shapes:
 
 def llama_1b() -> Shapes:
     """Llama 3.2 1B: grouped-query attention (32 heads of queries, 8 of keys), tied embeddings."""
-    width, keys, inner = 2048, 512, 8192
+    return _llama(width=2048, keys=512, inner=8192, layers=16)
+
+
+def llama_8b() -> Shapes:
+    """Llama 3.1 8B: grouped-query attention (32 heads of queries, 8 of keys), the head not tied."""
+    return _llama(width=4096, keys=1024, inner=14336, layers=32) | {"lm_head.weight": (128256, 4096)}
+
+
+def llama_70b() -> Shapes:
+    """Llama 3.1 70B: grouped-query attention (64 heads of queries, 8 of keys), the head not tied."""
+    return _llama(width=8192, keys=1024, inner=28672, layers=80) | {"lm_head.weight": (128256, 8192)}
+
+
+def _llama(width: int, keys: int, inner: int, layers: int) -> Shapes:
     shapes: Shapes = {"model.embed_tokens.weight": (128256, width)}
-    for layer in range(16):
+    for layer in range(layers):
         block = f"model.layers.{layer}."
         shapes |= _grouped_query_attention(block, width, keys)
         shapes |= {f"{block}mlp.{name}.weight": (inner, width) for name in ("gate_proj", "up_proj")}
@@ -124,6 +137,8 @@ def _decoder_norms(block: str, width: int) -> Shapes:
 MODELS = {
     "gpt2-small": gpt2_small,
     "llama-1b": llama_1b,
+    "llama-8b": llama_8b,
+    "llama-70b": llama_70b,
     "vit-base": vit_base,
     "resnet50": resnet50,
     "mixtral-small": mixtral_small,
