@@ -20,7 +20,7 @@ from slimadam.rules import Rule
 _STATE_KEYS: Final = ("step", "exp_avg", "exp_avg_scale", *state_format.SECOND_MOMENTS)
 # What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on. How first moments
 # are stored is, like the plan, the choice of the optimizer that loads.
-_NOT_LOADED: Final = ("params", "decoupled_weight_decay", "fused", "momentum_dtype")
+_NOT_LOADED: Final = ("params", "decoupled_weight_decay", "fused", "momentum_dtype", "plan", "model")
 
 
 def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

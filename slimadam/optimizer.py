@@ -179,7 +179,7 @@ class SlimAdam(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         group = dict(param_group)
-        own_plan = {"plan": group.pop("plan")} if "plan" in group else {}
+        own_plan = self._resolver.take_arguments(group)
         check_group({**self.defaults, **group})
         before = self._resolver.snapshot()
         super().add_param_group(group)
