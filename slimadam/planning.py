@@ -16,7 +16,7 @@ from slimadam.distributed import refuse_flat
 from slimadam.errors import PlanError, did_you_mean
 from slimadam.fused import declared_parts, refuse_unmatched
 from slimadam.names import NamedParameters, is_position, owning_modules, position_name
-from slimadam.parts import Piece, key_of, pieces
+from slimadam.parts import Piece, key_of, owner_of, pieces
 from slimadam.plan import CompressionPlan
 from slimadam.roles import BIAS, NORM, UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
 from slimadam.rules import NO_RULE, Rule, factored_rule, fit_rules, full_rule, paper_rule
@@ -208,7 +208,8 @@ class Resolver:
         unmatched = {pattern: parts for pattern, parts in self._declared.items() if pattern not in self._matched}
         refuse_unmatched(unmatched, self._owner)
         for plan, used in self._used:
-            unused = [key for key in plan if key not in used and canonical_name(key) not in self._model_names]
+            others = (key for key in plan if key not in used)
+            unused = [key for key in others if canonical_name(owner_of(key, plan[key].part)) not in self._model_names]
             if unused and all(map(is_position, plan)):
                 raise PlanError(
                     f"the plan goes by positions such as {unused[0]!r}, since it was made by an optimizer without "
