@@ -61,7 +61,9 @@ def fill(target: DTensor, values: Tensor) -> None:
     """
     from torch.distributed.tensor import distribute_tensor
 
-    local(target).copy_(local(distribute_tensor(values, target.device_mesh, target.placements)))
+    # Without a source nothing is sent, and shards of uneven sizes may be strided.
+    split = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
+    local(target).copy_(local(split))
 
 
 def local_gradient(name: str, param: Tensor) -> Tensor:

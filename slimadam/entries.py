@@ -67,7 +67,7 @@ def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Seque
         raise RuntimeError(
             f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
             f"{tuple(param.shape)} keeps {wanted}; param_groups must stay in the order in which they were added, and a "
-            "parameter keep its shape; ZeroRedundancyOptimizer's state dict has no plan: give the one it was saved under"
+            "parameter keep its shape; ZeroRedundancyOptimizer's state dict has no plan: pass the one it was saved with"
         )
 
 

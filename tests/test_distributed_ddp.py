@@ -25,8 +25,8 @@ class Network(nn.Module):
         super().__init__()
         # A bias of the key has no gradient but rounding, which Adam makes steps of.
         self.attention = nn.MultiheadAttention(6, 2, bias=False, batch_first=True)
-        self.up = nn.Linear(6, 17)
-        self.down = nn.Linear(17, 5)
+        self.up = nn.Linear(6, 18)
+        self.down = nn.Linear(18, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.tanh(self.up(self.attention(x, x, x, need_weights=False)[0])))
