@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
+from slimadam import scaling
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
 from slimadam.averages import distributed_moments, rules_that_shards_allow
@@ -229,13 +230,15 @@ class SlimAdam(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler leaves unscaling, and leaving out a step, to the step itself, as with fused AdamW.
 
-        Not while gradients are also measured or watched, nor with DTensors, whose averages are taken before the kernels
-        run: those must be unscaled.
+        Not while gradients are also measured or watched, which must be unscaled. With DTensors only where ranks must
+        first agree whether to leave out the step.
         """
+        params = [param for _, param, _ in self._parameters()]
+        if any(map(is_dtensor, params)):
+            return scaling.may_differ(self._gradients())
         if self._measuring is not None or self._monitor is not None:
             return False
-        params = [param for _, param, _ in self._parameters()]
-        return not any(map(is_dtensor, params)) and any(self.backend(param) == "triton" for param in params)
+        return any(self.backend(param) == "triton" for param in params)
 
     def memory(self) -> MemoryReport:
         """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`.
@@ -299,15 +302,15 @@ class SlimAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scaling != (None, None) and not self._takes_scaled_gradients():
-            if self._unscale(*scaling):
+        scaled = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scaled != (None, None) and not self._takes_scaled_gradients():
+            if self._unscale(*scaled):
                 return loss
-            scaling = None, None
+            scaled = None, None
         for group in self.param_groups:
             self._init_group(group)
         groups = list(zip(self._names, self.param_groups, strict=True))
-        self._stepper.update(groups, self._rules, self.state, *scaling)
+        self._stepper.update(groups, self._rules, self.state, *scaled)
         self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
         if self._measuring is not None:
             self._measure()
@@ -573,13 +576,17 @@ class SlimAdam(Optimizer):
     @torch.no_grad()
     def _unscale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Do what GradScaler left to the step; True: a gradient was not finite, and the step is left out."""
-        if found_inf is not None and found_inf.item():
-            return True
-        if grad_scale is not None:
-            for _, param, _ in self._parameters():
-                if param.grad is not None:
-                    param.grad.div_(grad_scale.to(param.grad.device))
-        return False
+        grads = list(self._gradients())
+        found = found_inf is not None and bool(found_inf.item())
+        if scaling.may_differ(grads):
+            found = scaling.agreed(found, grads)
+        if not found and grad_scale is not None:
+            for grad in map(local, grads):
+                grad.div_(grad_scale.to(grad.device))
+        return found
+
+    def _gradients(self) -> Iterator[Tensor]:
+        return (param.grad for _, param, _ in self._parameters() if param.grad is not None)
 
     def _init_group(self, group: dict[str, Any]) -> None:
         """Make missing state. ``torch.compile`` runs a method of this name and signature untraced, once."""

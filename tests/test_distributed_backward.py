@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimadam import SlimAdam
 from tests.ranks import on_ranks
-from tests.test_distributed_ddp import LR, PLANS, TOLERANCE, Network, batches, network, shares, storage, train
+from tests.test_distributed_ddp import LR, PLANS, TOLERANCE, Network, batches, network, storage, train
 from tests.test_distributed_step import full
 
 
