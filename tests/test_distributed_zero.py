@@ -72,7 +72,7 @@ def test_training_equals_one_process(tmp_path: Path) -> None:
                 assert found[name]["worst"] <= TOLERANCE, (ranks, name)
 
 
-def _resume() -> dict[str, Any]:
+def _resume(folder: Path) -> dict[str, Any]:
     """Errors of trainings that are saved and loaded in their midst."""
     alone, found = {}, {}
     for name in ("factored", "plan", "auto"):
@@ -85,6 +85,9 @@ def _resume() -> dict[str, Any]:
         state, own = consolidated(optimizer), optimizer.optim.state_dict()
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         decided = gathered_plan(optimizer)
+        if torch.distributed.get_rank() == 0:
+            decided.save(folder / f"{name}.json")
+            torch.save([state, weights, alone[name].state_dict()], folder / f"{name}.pt")
         for way in ("consolidated", "of each rank"):
             model.load_state_dict(weights)
             optimizer = zero(model, plan=decided if way == "consolidated" else plan, model=model)
@@ -94,6 +97,20 @@ def _resume() -> dict[str, Any]:
                 optimizer.optim.load_state_dict(own)
             train_shared(model, optimizer, batches(6, STEPS))
             found[name, way] = worst(alone[name], model)
+    return found
+
+
+def _resume_on_more(folder: Path) -> dict[str, float]:
+    found = {}
+    for saved in sorted(folder.glob("*.pt")):
+        state, weights, alone = torch.load(saved, weights_only=True)
+        model, expected = network(), network()
+        model.load_state_dict(weights)
+        expected.load_state_dict(alone)
+        optimizer = zero(model, plan=str(saved.with_suffix(".json")), model=model)
+        optimizer.load_state_dict(state)
+        train_shared(model, optimizer, batches(6, STEPS))
+        found[saved.stem] = worst(expected, model)
     return found
 
 
@@ -111,10 +128,15 @@ def train_shared(model: nn.Module, optimizer: Any, data: list[Tensor]) -> None:
 
 
 def test_saved_and_loaded_training_goes_on(tmp_path: Path) -> None:
-    for found in on_ranks(2, tmp_path, _resume):
+    for found in on_ranks(2, tmp_path, _resume, tmp_path):
         assert len(found) == 6
         for case, error in found.items():
             assert error <= TOLERANCE, case
+    (tmp_path / "3").mkdir()
+    for on_three in on_ranks(3, tmp_path / "3", _resume_on_more, tmp_path):
+        assert len(on_three) == 3
+        for name, error in on_three.items():
+            assert error <= TOLERANCE, name
 
 
 def _later_group() -> dict[str, Any]:
