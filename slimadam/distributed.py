@@ -66,6 +66,14 @@ def fill(target: DTensor, values: Tensor) -> None:
     local(target).copy_(local(split))
 
 
+def laid_out_as(other: DTensor, held: Tensor, shape: Sequence[int]) -> DTensor:
+    """What this rank holds of a tensor of a global shape, as a DTensor on the mesh and with the placements of another."""
+    from torch.distributed.tensor import DTensor
+
+    strides = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(held, other.device_mesh, other.placements, shape=torch.Size(shape), stride=strides)
+
+
 def local_gradient(name: str, param: Tensor) -> Tensor:
     """What this rank holds of a parameter's gradient, laid out as the parameter is.
 
@@ -248,6 +256,8 @@ def local_state(name: str, rules: Sequence[LocalRule], param: DTensor, state: Ma
         RuntimeError: It does not lie as the parameter does.
     """
     own: dict[str, Any] = {"step": state["step"], "exp_avg": local(state["exp_avg"])}
+    if "exp_avg_scale" in state:
+        own["exp_avg_scale"] = local(state["exp_avg_scale"]).view(-1)
     wanted = _stored_shapes(rules)
     for key in ("exp_avg_sq", "max_exp_avg_sq"):
         if key in state:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, overload
@@ -30,6 +30,7 @@ from slimadam.entries import (
     hyperparameters,
     initial_state,
     momentum_bytes,
+    stores_codes,
 )
 from slimadam.errors import did_you_mean, shown
 from slimadam.functional import (
@@ -38,6 +39,7 @@ from slimadam.functional import (
 )
 from slimadam.loading import loaded_state, merged_groups
 from slimadam.memory import MemoryReport
+from slimadam.momentum import INT8
 from slimadam.monitoring import Check, Monitor
 from slimadam.options import check_group
 from slimadam.parts import key_of
@@ -250,9 +252,9 @@ class SlimAdam(Optimizer):
         moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
         for name, param, group in self._parameters():
             stored = sum(map(math.prod, kept_shapes(name, self._rules[name], param)))
+            moments += momentum_bytes(param, group)
             param = local(param)
             size = second_moment_dtype(param.dtype).itemsize
-            moments += momentum_bytes(param, group)
             seconds += stored * size
             maxima += stored * size if group["amsgrad"] else 0
             steps += state_format.step_dtype().itemsize
@@ -551,7 +553,7 @@ class SlimAdam(Optimizer):
                     f"{name!r}: differentiable=True does not follow the step of a DTensor; use differentiable=False, "
                     "or parameters that are not sharded"
                 )
-            if group["momentum_dtype"] == "int8" and type(param.data) is not Tensor:
+            if group["momentum_dtype"] == "int8" and not is_dtensor(param) and type(param.data) is not Tensor:
                 raise RuntimeError(
                     f"{name!r}: momentum_dtype='int8' does not support {type(param.data).__name__}, whose elements a "
                     "block of 256 cannot follow; use torch.bfloat16"
@@ -595,6 +597,7 @@ class SlimAdam(Optimizer):
             for name, param, owner in self._parameters():
                 if owner is group and param in missing:
                     self.state[param].update(initial_state(name, self._rules[name], param, group))
+            _tell_without_codes(group, missing)
 
     # -- state dicts -------------------------------------------------------------------------------------
 
@@ -743,6 +746,20 @@ def _whole(rules: Sequence[Rule], reason: str) -> Rule:
     if rules[0].part is None:
         return replace(rules[0], reason=reason)
     return Rule(shape=rules[0].owner_shape, reason=reason)
+
+
+def _tell_without_codes(group: Mapping[str, Any], params: Collection[Tensor]) -> None:
+    """Say how much of what ``momentum_dtype="int8"`` is asked for is not stored in codes."""
+    without = [param for param in params if group["momentum_dtype"] == INT8 and not stores_codes(param, group)]
+    if without:
+        logger.warning(
+            "momentum_dtype='int8': the first moments of %d of %d parameters, %.1f%% of their elements, stay in the "
+            "parameters' precision: a shard of them need not consist of whole blocks of 256 elements; shard a dimension "
+            "whose slices have a multiple of 256, as fully_shard does with matrices of such rows",
+            len(without),
+            len(params),
+            100 * sum(param.numel() for param in without) / max(1, sum(param.numel() for param in params)),
+        )
 
 
 def _refuse_lazy(params: Sequence[Tensor]) -> None:

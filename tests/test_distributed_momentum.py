@@ -1,0 +1,135 @@
+"""``momentum_dtype="int8"`` on DTensors: the codes and scales of one process, where shards consist of whole blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from slimadam import SlimAdam, backends
+from tests.ranks import on_ranks
+from tests.test_distributed_step import BACKENDS, MESHES, TOLERANCE, full, mesh_of, moments, named, sharded
+
+STEPS = 4
+SHAPES: list[tuple[tuple[int, ...], Any]] = [
+    ((7, 256), ()),
+    ((7, 256), (0,)),
+    ((7, 256), (1,)),
+    ((7, 512), "factored"),
+    ((2, 256), (0, 1)),
+    ((4, 3, 256), (1,)),
+    ((4, 3, 256), "stacked"),
+    ((7,), ()),
+    ((7, 300), (0,)),
+    ((16, 16), "factored"),
+]
+CODED = {
+    "2 ranks, rows": {0, 1, 2, 3, 4, 5, 6},
+    "3 ranks, rows": {0, 1, 2, 3, 4, 5, 6},
+    "3 ranks, columns": {5, 6, 7},
+    "3 ranks, replicated": set(range(len(SHAPES))),
+    "2x2, rows and columns": {5, 6},
+    "2x2, replicated and rows": {0, 1, 2, 3, 4, 5, 6},
+    "2x2, strided rows": {0, 1, 2, 3, 4, 5, 6},
+}
+"""Whose first moments are stored in codes; a vector that cannot be cut along columns is replicated."""
+OF_BACKEND = {"triton": ("3 ranks, rows",)}
+
+
+def _train(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Errors against one process that stores the same first moments in codes, and what is kept where."""
+    shape, kinds = MESHES[name]
+    mesh = mesh_of(shape)
+    if mesh.get_coordinate() is None:
+        return {}
+    tensors, plan, grads = named(SHAPES)
+    plain = {key: nn.Parameter(tensor.clone()) for key, tensor in tensors.items()}
+    split = {key: nn.Parameter(sharded(tensor, mesh, kinds)) for key, tensor in tensors.items()}
+    groups = [
+        {"params": [(key, param)], "momentum_dtype": "int8" if index in CODED[name] else None}
+        for index, (key, param) in enumerate(plain.items())
+    ]
+    given = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "plan": plan, **options}
+    alone = SlimAdam(groups, **given)
+    together = SlimAdam(split.items(), momentum_dtype="int8", **given)
+    expected = together.memory()
+    for step in grads[:STEPS]:
+        for one, other, grad in zip(plain.values(), split.values(), step, strict=True):
+            one.grad = grad.float()
+            one.grad.view(-1)[: grad.numel() // 3] = 0
+            other.grad = sharded(one.grad, mesh, kinds)
+        alone.step()
+        together.step()
+    pairs = list(zip(plain.values(), split.values(), strict=True))
+    states = [together.state[param] for param in split.values()]
+    return {
+        "error": max(_difference(alone, together, one, other) for one, other in pairs),
+        "coded": {index for index, state in enumerate(states) if "exp_avg_scale" in state},
+        "same": [_same_codes(alone.state[one], together.state[other]) for one, other in pairs],
+        "memory": [expected.exp_avg, sum(_held(state) for state in states)],
+        "backend": together.backend("p0"),
+    }
+
+
+def _difference(alone: SlimAdam, together: SlimAdam, one: nn.Parameter, other: nn.Parameter) -> float:
+    seconds = zip(moments(alone, one)[1:], moments(together, other)[1:], strict=True)
+    return max(float(((a - b).abs() / (1 + a.abs())).max()) for a, b in [(full(one), full(other)), *seconds])
+
+
+def _same_codes(alone: dict[str, Any], together: dict[str, Any]) -> bool:
+    codes = torch.equal(alone["exp_avg"], full(together["exp_avg"]))
+    if "exp_avg_scale" not in together:
+        return codes and together["exp_avg"].dtype == torch.float32
+    return codes and torch.equal(alone["exp_avg_scale"], full(together["exp_avg_scale"]).view(-1))
+
+
+def _held(state: dict[str, Any]) -> int:
+    return sum(state[key].to_local().nbytes for key in ("exp_avg", "exp_avg_scale") if key in state)
+
+
+def _train_all(backend: str, meshes: Sequence[str]) -> dict[str, Any]:
+    backends.runs_triton = lambda device: backend == "triton"  # type: ignore[assignment]
+    found = {}
+    for name in meshes:
+        found[name] = _train(name, BACKENDS[backend])
+        torch.distributed.barrier()
+    return found
+
+
+@pytest.mark.parametrize("backend", ["blocked", "compiled", "reference", "triton"])
+def test_codes_are_those_of_one_process(backend: str, tmp_path: Path) -> None:
+    meshes = OF_BACKEND.get(backend, tuple(CODED))
+    for of_rank in on_ranks(4, tmp_path, _train_all, backend, meshes):
+        for name, found in of_rank.items():
+            if found:
+                assert found["backend"] == backend
+                assert found["coded"] == CODED[name], name
+                assert all(found["same"]), (name, found["same"])
+                assert found["error"] <= TOLERANCE, name
+                assert found["memory"][0] == found["memory"][1]
+
+
+def _messages() -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("slimadam").addHandler(handler)
+    mesh = mesh_of((2,))
+    params = [nn.Parameter(sharded(torch.ones(shape), mesh, ["0"])) for shape in ((8, 256), (64,), (8, 32))]
+    optimizer = SlimAdam(params, plan=None, momentum_dtype="int8")
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    return said
+
+
+def test_what_is_not_stored_in_codes_is_told_once(tmp_path: Path) -> None:
+    for said in on_ranks(2, tmp_path, _messages):
+        (message,) = said
+        assert "the first moments of 2 of 3 parameters, 13.5% of their elements, stay in the parameters'" in message
