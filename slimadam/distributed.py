@@ -67,7 +67,7 @@ def fill(target: DTensor, values: Tensor) -> None:
 
 
 def laid_out_as(other: DTensor, held: Tensor, shape: Sequence[int]) -> DTensor:
-    """What this rank holds of a tensor of a global shape, as a DTensor on the mesh and with the placements of another."""
+    """What this rank holds of a tensor of a global shape, as a DTensor with the mesh and placements of another."""
     from torch.distributed.tensor import DTensor
 
     strides = torch.empty(tuple(shape), device="meta").stride()

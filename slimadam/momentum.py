@@ -18,9 +18,9 @@ Rounding to nearest has a trap: once decaying by ``beta1`` changes a code by les
 again. A parameter that gets no gradient, such as an embedding's row whose token does not occur, would then move on for
 ever. Where the gradient is exactly zero, codes are therefore rounded down.
 
-Blocks run over the elements in the order of memory. A DTensor has codes where every shard consists of whole blocks of the
-whole tensor, on however many ranks: where a slice of all dimensions up to the last sharded one has a multiple of 256
-elements. Scales are then a DTensor too, whose shape is that of those dimensions and the number of blocks in a slice.
+Blocks run over the elements in the order of memory. A DTensor has codes where every shard consists of whole blocks of
+the whole tensor, on however many ranks: where what follows the last sharded dimension has a multiple of 256 elements.
+Scales are then a DTensor too, of the shape of the dimensions up to that one and the number of blocks in what follows.
 """
 
 from __future__ import annotations

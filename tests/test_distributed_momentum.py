@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import SlimAdam, backends
+from slimadam import CompressionPlan, Rule, SlimAdam, backends
 from tests.ranks import on_ranks
 from tests.test_distributed_step import BACKENDS, MESHES, TOLERANCE, full, mesh_of, moments, named, sharded
 
@@ -133,3 +133,58 @@ def test_what_is_not_stored_in_codes_is_told_once(tmp_path: Path) -> None:
     for said in on_ranks(2, tmp_path, _messages):
         (message,) = said
         assert "the first moments of 2 of 3 parameters, 13.5% of their elements, stay in the parameters'" in message
+
+
+PLAN = CompressionPlan({"0.weight": Rule((0,), "mean"), "1.weight": Rule(form="factored")})
+
+
+def _run(model: nn.Module, optimizer: SlimAdam, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model(torch.randn(6, 256, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+
+
+def _resumed(folder: Path, loads: bool) -> dict[str, Any]:
+    """Three steps that are saved, or two that go on from them and their error against one process."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    alone, together = (nn.Sequential(nn.Linear(256, 7), nn.Linear(7, 256)) for _ in range(2))
+    together.load_state_dict(alone.state_dict())
+    fully_shard(together)
+    optimizer = SlimAdam(together, lr=1e-2, plan=PLAN, momentum_dtype="int8")
+    if not loads:
+        torch.save(alone.state_dict(), folder / "start.pt")
+        _run(together, optimizer, range(3))
+    parts = [state_dict.get_model_state_dict(together), state_dict.get_optimizer_state_dict(together, optimizer)]
+    saved: dict[str, Any] = dict(zip(("model", "optimizer"), parts, strict=True))
+    if not loads:
+        checkpoint.save(saved, checkpoint_id=folder / "saved")
+        return {}
+    checkpoint.load(saved, checkpoint_id=folder / "saved")
+    state_dict.set_model_state_dict(together, saved["model"])
+    state_dict.set_optimizer_state_dict(together, optimizer, saved["optimizer"])
+    _run(together, optimizer, range(3, 5))
+    alone.load_state_dict(torch.load(folder / "start.pt"))
+    groups = [
+        {"params": [(name, param)], "momentum_dtype": "int8" if name == "0.weight" else None}
+        for name, param in alone.named_parameters()
+    ]
+    _run(alone, SlimAdam(groups, lr=1e-2, plan=PLAN), range(5))
+    pairs = zip(alone.parameters(), together.parameters(), strict=True)
+    coded = optimizer.state[together[0].weight]
+    return {
+        "error": max(float((full(one) - full(other)).abs().max()) for one, other in pairs),
+        "coded": [str(coded["exp_avg"].dtype), tuple(coded["exp_avg_scale"].shape)],
+    }
+
+
+def test_codes_saved_on_two_ranks_go_on_on_three(tmp_path: Path) -> None:
+    for ranks, loads in ((2, False), (3, True)):
+        (tmp_path / str(ranks)).mkdir()
+        of_ranks = on_ranks(ranks, tmp_path / str(ranks), _resumed, tmp_path, loads)
+    for found in of_ranks:
+        assert found["error"] <= TOLERANCE
+        assert found["coded"] == ["torch.int8", (7, 1)]
