@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -59,7 +59,8 @@ def can_follow(param: Tensor) -> bool:
 
 def _sliced_dims(param: DTensor) -> int:
     """How many dimensions there are up to the last one that is sharded."""
-    return max((placement.dim + 1 for placement in param.placements if not placement.is_replicate()), default=0)
+    placements: tuple[Any, ...] = param.placements
+    return max((placement.dim + 1 for placement in placements if not placement.is_replicate()), default=0)
 
 
 def new_codes(param: Tensor) -> Tensor:

@@ -754,8 +754,8 @@ def _tell_without_codes(group: Mapping[str, Any], params: Collection[Tensor]) ->
     if without:
         logger.warning(
             "momentum_dtype='int8': the first moments of %d of %d parameters, %.1f%% of their elements, stay in the "
-            "parameters' precision: their shards need not consist of whole blocks of 256 elements; shard along a "
-            "dimension after which a multiple of 256 elements follow, as rows do in a matrix of such rows",
+            "parameters' precision: their shards need not consist of whole blocks of 256 elements; shard along "
+            "a dimension followed by a multiple of 256 elements, such as the first of a matrix of so many columns",
             len(without),
             len(params),
             100 * sum(param.numel() for param in without) / max(1, sum(param.numel() for param in params)),

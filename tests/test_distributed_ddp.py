@@ -100,15 +100,13 @@ def _train_both() -> dict[str, Any]:
 
 
 def test_training_equals_one_process(tmp_path: Path) -> None:
-    for ranks in (2, 3):
-        (tmp_path / str(ranks)).mkdir()
-        of_ranks = on_ranks(ranks, tmp_path / str(ranks), _train_both)
-        for name in PLANS:
-            for found in of_ranks:
-                alone, together = found[name]["storage"]
-                assert alone == together
-                assert any(form != "full" for form, _ in together.values()) == (name != "None")
-                assert found[name]["worst"] <= TOLERANCE, (ranks, name)
-                # Every rank steps and decides alone; nothing but equal numbers keeps them together.
-                assert found[name]["weights"] == of_ranks[0][name]["weights"]
-                assert found[name]["snr"][1] == of_ranks[0][name]["snr"][1]
+    of_ranks = on_ranks(3, tmp_path, _train_both)  # on two those of ZeRO-1
+    for name in PLANS:
+        for found in of_ranks:
+            alone, together = found[name]["storage"]
+            assert alone == together
+            assert any(form != "full" for form, _ in together.values()) == (name != "None")
+            assert found[name]["worst"] <= TOLERANCE, name
+            # Every rank steps and decides alone; nothing but equal numbers keeps them together.
+            assert found[name]["weights"] == of_ranks[0][name]["weights"]
+            assert found[name]["snr"][1] == of_ranks[0][name]["snr"][1]

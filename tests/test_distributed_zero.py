@@ -160,6 +160,7 @@ def _later_group() -> dict[str, Any]:
         "worst": worst(*models),
         "storage": [storage(optimizers[0].plan), storage(gathered_plan(optimizers[1]))],
         "lonely": [len(lonely.optim.plan), few.weight.tolist()],
+        "messages": _messages(),
     }
 
 
@@ -171,13 +172,17 @@ def make(model: nn.Module, groups: list[dict[str, Any]], split: bool) -> Any:
     return SlimAdam(groups, lr=LR, plan="factored", model=model)
 
 
-def test_groups_added_later_and_ranks_without_parameters(tmp_path: Path) -> None:
+def test_groups_added_later_ranks_without_parameters_and_what_is_refused(tmp_path: Path) -> None:
     of_ranks = on_ranks(3, tmp_path, _later_group)
     assert sorted(found["lonely"][0] for found in of_ranks) == [0, 0, 1]
     for found in of_ranks:
         assert found["worst"] <= TOLERANCE
         assert found["storage"][0] == found["storage"][1]
         assert found["lonely"][1] == of_ranks[0]["lonely"][1]
+        nameless, overlapping, undecided = found["messages"]
+        assert "the plan goes by parameter names, but these parameters have none: pass model=model" in nameless
+        assert "no supported functional optimizer equivalent" in overlapping
+        assert "ZeroRedundancyOptimizer's state dict has no plan" in undecided
 
 
 def _messages() -> list[str]:
@@ -201,13 +206,6 @@ def _messages() -> list[str]:
             wrong()
         said.append(str(error.value))
     return said
-
-
-def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
-    for nameless, overlapping, undecided in on_ranks(2, tmp_path, _messages):
-        assert "the plan goes by parameter names, but these parameters have none: pass model=model" in nameless
-        assert "no supported functional optimizer equivalent" in overlapping
-        assert "ZeroRedundancyOptimizer's state dict has no plan" in undecided
 
 
 def test_a_group_has_no_model_of_its_own() -> None:
