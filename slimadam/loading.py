@@ -12,6 +12,7 @@ from torch import Tensor
 from slimadam import momentum
 from slimadam import state as state_format
 from slimadam.backends import steps_on_device
+from slimadam.distributed import is_dtensor
 from slimadam.entries import decoded, encode, initial_first_moment, momentum_dtype, stores_codes
 from slimadam.functional import second_moment_dtype
 from slimadam.options import check_group
@@ -116,6 +117,8 @@ def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, A
         return {"exp_avg": decoded(param, given)["exp_avg"].to(dtype, copy=True)}
     made = initial_first_moment(param, group)
     if "exp_avg_scale" in given and given["exp_avg"].stride() == made["exp_avg"].stride():
+        if not is_dtensor(param):  # one that was has a row of scales for each slice
+            given["exp_avg_scale"] = given["exp_avg_scale"].reshape(-1)
         return {key: tensor.clone() for key, tensor in given.items()}
     value = decoded(param, given)["exp_avg"].to(dtype)
     encode(param, value, value, made)

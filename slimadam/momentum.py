@@ -71,12 +71,17 @@ def new_codes(param: Tensor) -> Tensor:
 
 def new_scales(codes: Tensor) -> Tensor:
     """Scales of a first moment that is zero, one for each block of the codes."""
+    shape, held = scales_shape(codes), local(codes)
     if not is_dtensor(codes):
-        return torch.zeros(scale_count(codes.numel()), dtype=torch.uint8, device=codes.device)
-    sliced, held = _sliced_dims(codes), local(codes)
-    blocks = scale_count(math.prod(codes.shape[sliced:]))
-    zeros = torch.zeros((*held.shape[:sliced], blocks), dtype=torch.uint8, device=held.device)
-    return laid_out_as(codes, zeros, (*codes.shape[:sliced], blocks))
+        return torch.zeros(shape, dtype=torch.uint8, device=codes.device)
+    zeros = torch.zeros((*held.shape[: len(shape) - 1], shape[-1]), dtype=torch.uint8, device=held.device)
+    return laid_out_as(codes, zeros, shape)
+
+
+def scales_shape(codes: Tensor) -> tuple[int, ...]:
+    """Shape of the scales of codes; of a DTensor the global one."""
+    sliced = _sliced_dims(codes) if is_dtensor(codes) else 0
+    return (*codes.shape[:sliced], scale_count(math.prod(codes.shape[sliced:])))
 
 
 def scale_count(elements: int) -> int:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -177,3 +178,26 @@ def test_codes_saved_on_two_ranks_go_on_on_three(tmp_path: Path) -> None:
     for found in of_ranks:
         assert found["error"] <= TOLERANCE
         assert found["coded"] == ["torch.int8", (7, 1)]
+
+
+def test_codes_gathered_from_shards_go_on_on_one_process() -> None:
+    """A whole state dict of a sharded run has a row of scales for each slice."""
+    plan = CompressionPlan({"p": Rule((0,), "mean")})
+    grads = torch.randn(4, 7, 512, generator=torch.Generator().manual_seed(0))
+    params = [nn.Parameter(torch.ones(7, 512)) for _ in range(2)]
+    optimizers = [SlimAdam([("p", param)], plan=plan, momentum_dtype="int8") for param in params]
+    for optimizer, param, steps in zip(optimizers, params, (grads, grads[:2]), strict=True):
+        for grad in steps:
+            param.grad = grad
+            optimizer.step()
+    saved = optimizers[1].state_dict()
+    saved["state"][0]["exp_avg_scale"] = saved["state"][0]["exp_avg_scale"].view(7, 2)
+    resumed = SlimAdam([("p", params[1])], plan=plan, momentum_dtype="int8")
+    resumed.load_state_dict(saved)
+    for grad in grads[2:]:
+        params[1].grad = grad
+        resumed.step()
+    assert torch.equal(params[1], params[0])
+    resumed.state[params[1]]["exp_avg_scale"] = torch.zeros(7, 2, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"exp_avg_scale has shape \(7, 2\), its exp_avg needs \(14,\)"):
+        resumed.step()
