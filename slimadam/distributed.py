@@ -66,18 +66,20 @@ def fill(target: DTensor, values: Tensor) -> None:
     local(target).copy_(local(everywhere.redistribute(mesh, target.placements)))
 
 
-def laid_out_as(param: DTensor, held: Tensor) -> DTensor:
-    """A DTensor laid out as a parameter.
+def laid_out_as(other: DTensor, held: Tensor, shape: Sequence[int] | None = None) -> DTensor:
+    """A DTensor with the mesh and placements of another.
 
     Args:
-        param: The parameter.
-        held: What this rank holds of the DTensor.
+        other: The other.
+        held: What this rank holds.
+        shape: The global shape; None: the other's.
     """
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        held, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
+    size, strides = other.shape, other.stride()
+    if shape is not None:
+        size, strides = torch.Size(shape), torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(held, other.device_mesh, other.placements, run_check=False, shape=size, stride=strides)
 
 
 def local_gradient(name: str, param: Tensor) -> Tensor:
@@ -262,6 +264,8 @@ def local_state(name: str, rules: Sequence[LocalRule], param: DTensor, state: Ma
         RuntimeError: It does not lie as the parameter does.
     """
     own: dict[str, Any] = {"step": state["step"], "exp_avg": local(state["exp_avg"])}
+    if "exp_avg_scale" in state:
+        own["exp_avg_scale"] = local(state["exp_avg_scale"]).view(-1)
     wanted = _stored_shapes(rules)
     for key in ("exp_avg_sq", "max_exp_avg_sq"):
         if key in state:

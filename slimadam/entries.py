@@ -13,7 +13,7 @@ from slimadam import momentum
 from slimadam import state as state_format
 from slimadam.averages import initial_moments
 from slimadam.backends import steps_on_device
-from slimadam.distributed import is_dtensor
+from slimadam.distributed import is_dtensor, laid_out_as, local
 from slimadam.functional import Entry, Hyperparameters, Scalar, initial_second_moment, second_moment_dtype
 from slimadam.rules import Rule
 
@@ -67,7 +67,7 @@ def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Seque
         raise RuntimeError(
             f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
             f"{tuple(param.shape)} keeps {wanted}; param_groups must stay in the order in which they were added, and a "
-            "parameter keep its shape"
+            "parameter keep its shape; ZeroRedundancyOptimizer's state dict has no plan: pass the one it was saved with"
         )
 
 
@@ -77,7 +77,13 @@ def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> No
     Raises:
         RuntimeError: Names the parameter and both shapes.
     """
-    exp_avg = state["exp_avg"]
+    exp_avg, scales = state["exp_avg"], state.get("exp_avg_scale")
+    if scales is not None and tuple(scales.shape) != momentum.scales_shape(exp_avg):
+        raise RuntimeError(
+            f"{name!r}: its exp_avg_scale has shape {tuple(scales.shape)}, its exp_avg needs "
+            f"{momentum.scales_shape(exp_avg)}; load codes of a run whose parameters were DTensors where they are "
+            "now, or another momentum_dtype's"
+        )
     wanted = (*param.shape, 2) if "exp_avg_scale" in state and param.is_complex() else tuple(param.shape)
     if tuple(exp_avg.shape) != wanted:
         raise RuntimeError(
@@ -116,7 +122,7 @@ def initial_state(name: str, rules: Sequence[Rule], param: Tensor, group: Mappin
 
 def initial_first_moment(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """A first moment of zero as the group stores it: a tensor, or codes and their scales."""
-    if group["momentum_dtype"] == momentum.INT8:
+    if stores_codes(param, group):
         codes = momentum.new_codes(param)
         return {"exp_avg": codes, "exp_avg_scale": momentum.new_scales(codes)}
     dtype = momentum_dtype(param, group)
@@ -127,7 +133,10 @@ def decoded(param: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """The parameter's state with the first moment itself in the place of codes and scales."""
     own = dict(state)
     if "exp_avg_scale" in own:
-        value = momentum.decode(own["exp_avg"], own.pop("exp_avg_scale"))
+        codes = own["exp_avg"]
+        value = momentum.decode(local(codes), local(own.pop("exp_avg_scale")).view(-1))
+        if is_dtensor(codes):
+            value = laid_out_as(codes, value, codes.shape)
         own["exp_avg"] = torch.view_as_complex(value) if param.is_complex() else value
     return own
 
@@ -136,23 +145,31 @@ def encode(param: Tensor, exp_avg: Tensor, grad: Tensor, state: Mapping[str, Any
     """Write a first moment to the codes and scales in the parameter's state, see :func:`slimadam.momentum.encode`."""
     if param.is_complex():
         exp_avg, grad = torch.view_as_real(exp_avg), torch.view_as_real(grad)
-    momentum.encode(exp_avg, grad, state["exp_avg"], state["exp_avg_scale"])
+    momentum.encode(local(exp_avg), local(grad), local(state["exp_avg"]), local(state["exp_avg_scale"]).view(-1))
+
+
+def stores_codes(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter's first moment is stored as codes."""
+    return group["momentum_dtype"] == momentum.INT8 and momentum.can_follow(param)
 
 
 def momentum_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
     """Precision in which updates see a parameter's first moment; codes are decoded for them."""
     chosen = group["momentum_dtype"]
     if chosen == momentum.INT8:
+        if not momentum.can_follow(param):
+            return param.dtype
         return torch.complex64 if param.is_complex() else torch.float32
     return param.dtype if chosen is None or param.is_complex() else chosen  # there is no complex bfloat16
 
 
 def momentum_bytes(param: Tensor, group: Mapping[str, Any]) -> int:
-    """Bytes of a parameter's first moment, the scales of codes included."""
-    if group["momentum_dtype"] == momentum.INT8:
-        elements = param.numel() * (2 if param.is_complex() else 1)
+    """Bytes of what this rank holds of a parameter's first moment, the scales of codes included."""
+    held = local(param).numel()
+    if stores_codes(param, group):
+        elements = held * (2 if param.is_complex() else 1)
         return elements * torch.int8.itemsize + momentum.scale_count(elements) * torch.uint8.itemsize
-    return param.numel() * momentum_dtype(param, group).itemsize
+    return held * momentum_dtype(param, group).itemsize
 
 
 def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:

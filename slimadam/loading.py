@@ -12,7 +12,8 @@ from torch import Tensor
 from slimadam import momentum
 from slimadam import state as state_format
 from slimadam.backends import steps_on_device
-from slimadam.entries import decoded, encode, initial_first_moment, momentum_dtype
+from slimadam.distributed import is_dtensor
+from slimadam.entries import decoded, encode, initial_first_moment, momentum_dtype, stores_codes
 from slimadam.functional import second_moment_dtype
 from slimadam.options import check_group
 from slimadam.rules import Rule
@@ -20,7 +21,7 @@ from slimadam.rules import Rule
 _STATE_KEYS: Final = ("step", "exp_avg", "exp_avg_scale", *state_format.SECOND_MOMENTS)
 # What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on. How first moments
 # are stored is, like the plan, the choice of the optimizer that loads.
-_NOT_LOADED: Final = ("params", "decoupled_weight_decay", "fused", "momentum_dtype")
+_NOT_LOADED: Final = ("params", "decoupled_weight_decay", "fused", "momentum_dtype", "plan", "model")
 
 
 def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -95,7 +96,7 @@ def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> N
         count = momentum.scale_count(exp_avg.numel())
         if exp_avg.dtype != torch.int8:
             raise ValueError(f"{name!r}: the state dict has an exp_avg_scale, but its exp_avg is {exp_avg.dtype}")
-        if scales.shape != (count,) or scales.dtype != torch.uint8:
+        if scales.numel() != count or scales.dtype != torch.uint8:
             raise ValueError(
                 f"{name!r}: the state dict's exp_avg_scale is {scales.dtype} of shape {tuple(scales.shape)}, "
                 f"{exp_avg.numel()} codes need torch.uint8 of shape {(count,)}"
@@ -112,10 +113,12 @@ def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, A
     """The saved first moment as the group stores it; codes that stay codes keep every bit."""
     given = {key: saved[key].to(param.device) for key in ("exp_avg", "exp_avg_scale") if key in saved}
     dtype = momentum_dtype(param, group)
-    if group["momentum_dtype"] != momentum.INT8:
+    if not stores_codes(param, group):
         return {"exp_avg": decoded(param, given)["exp_avg"].to(dtype, copy=True)}
     made = initial_first_moment(param, group)
     if "exp_avg_scale" in given and given["exp_avg"].stride() == made["exp_avg"].stride():
+        if not is_dtensor(param):  # one that was has a row of scales for each slice
+            given["exp_avg_scale"] = given["exp_avg_scale"].reshape(-1)
         return {key: tensor.clone() for key, tensor in given.items()}
     value = decoded(param, given)["exp_avg"].to(dtype)
     encode(param, value, value, made)

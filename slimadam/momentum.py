@@ -17,15 +17,25 @@ know is ``s / 16129``, and the distance between neighbours, ``2 sqrt(|m| s) / 12
 Rounding to nearest has a trap: once decaying by ``beta1`` changes a code by less than a half, the code never changes
 again. A parameter that gets no gradient, such as an embedding's row whose token does not occur, would then move on for
 ever. Where the gradient is exactly zero, codes are therefore rounded down.
+
+Blocks run over the elements in the order of memory. A DTensor has codes where every shard consists of whole blocks of
+the whole tensor, on however many ranks: where what follows the last sharded dimension has a multiple of 256 elements.
+Scales are then a DTensor too, of the shape of the dimensions up to that one and the number of blocks in what follows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from slimadam.distributed import is_dtensor, laid_out_as, local
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 INT8 = "int8"
 """The ``momentum_dtype`` that asks for codes."""
@@ -37,6 +47,22 @@ _LARGEST = 127
 _BLOCKS_AT_ONCE = 1024  # one MiB of float32: arithmetic on them stays in cache and takes little memory
 
 
+def can_follow(param: Tensor) -> bool:
+    """Whether codes can lie as a parameter does, whatever the number of ranks that share it."""
+    if not is_dtensor(param):
+        return True
+    in_order = torch.empty(param.shape, device="meta").stride()
+    sliced = _sliced_dims(param)
+    whole_blocks = not sliced or math.prod(param.shape[sliced:]) % BLOCK == 0
+    return whole_blocks and not param.is_complex() and param.stride() == in_order
+
+
+def _sliced_dims(param: DTensor) -> int:
+    """How many dimensions there are up to the last one that is sharded."""
+    placements: tuple[Any, ...] = param.placements
+    return max((placement.dim + 1 for placement in placements if not placement.is_replicate()), default=0)
+
+
 def new_codes(param: Tensor) -> Tensor:
     """Codes of a first moment that is zero: of the parameter's shape and layout, a complex one's parts apart."""
     real = torch.view_as_real(param) if param.is_complex() else param
@@ -45,7 +71,17 @@ def new_codes(param: Tensor) -> Tensor:
 
 def new_scales(codes: Tensor) -> Tensor:
     """Scales of a first moment that is zero, one for each block of the codes."""
-    return torch.zeros(scale_count(codes.numel()), dtype=torch.uint8, device=codes.device)
+    shape, held = scales_shape(codes), local(codes)
+    if not is_dtensor(codes):
+        return torch.zeros(shape, dtype=torch.uint8, device=codes.device)
+    zeros = torch.zeros((*held.shape[: len(shape) - 1], shape[-1]), dtype=torch.uint8, device=held.device)
+    return laid_out_as(codes, zeros, shape)
+
+
+def scales_shape(codes: Tensor) -> tuple[int, ...]:
+    """Shape of the scales of codes; of a DTensor the global one."""
+    sliced = _sliced_dims(codes) if is_dtensor(codes) else 0
+    return (*codes.shape[:sliced], scale_count(math.prod(codes.shape[sliced:])))
 
 
 def scale_count(elements: int) -> int:

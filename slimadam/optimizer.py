@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, overload
@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
+from slimadam import scaling
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
 from slimadam.averages import distributed_moments, rules_that_shards_allow
@@ -29,6 +30,7 @@ from slimadam.entries import (
     hyperparameters,
     initial_state,
     momentum_bytes,
+    stores_codes,
 )
 from slimadam.errors import did_you_mean, shown
 from slimadam.functional import (
@@ -37,6 +39,7 @@ from slimadam.functional import (
 )
 from slimadam.loading import loaded_state, merged_groups
 from slimadam.memory import MemoryReport
+from slimadam.momentum import INT8
 from slimadam.monitoring import Check, Monitor
 from slimadam.options import check_group
 from slimadam.parts import key_of
@@ -180,7 +183,7 @@ class SlimAdam(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         group = dict(param_group)
-        own_plan = {"plan": group.pop("plan")} if "plan" in group else {}
+        own_plan = self._resolver.take_arguments(group)
         check_group({**self.defaults, **group})
         before = self._resolver.snapshot()
         super().add_param_group(group)
@@ -230,13 +233,15 @@ class SlimAdam(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler leaves unscaling, and leaving out a step, to the step itself, as with fused AdamW.
 
-        Not while gradients are also measured or watched, nor with DTensors, whose averages are taken before the kernels
-        run: those must be unscaled.
+        Not while gradients are also measured or watched, which must be unscaled. With DTensors only where ranks must
+        first agree whether to leave out the step.
         """
+        params = [param for _, param, _ in self._parameters()]
+        if any(map(is_dtensor, params)):
+            return scaling.may_differ(self._gradients())
         if self._measuring is not None or self._monitor is not None:
             return False
-        params = [param for _, param, _ in self._parameters()]
-        return not any(map(is_dtensor, params)) and any(self.backend(param) == "triton" for param in params)
+        return any(self.backend(param) == "triton" for param in params)
 
     def memory(self) -> MemoryReport:
         """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`.
@@ -248,9 +253,9 @@ class SlimAdam(Optimizer):
         moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
         for name, param, group in self._parameters():
             stored = sum(map(math.prod, kept_shapes(name, self._rules[name], param)))
+            moments += momentum_bytes(param, group)
             param = local(param)
             size = second_moment_dtype(param.dtype).itemsize
-            moments += momentum_bytes(param, group)
             seconds += stored * size
             maxima += stored * size if group["amsgrad"] else 0
             steps += state_format.step_dtype().itemsize
@@ -300,15 +305,15 @@ class SlimAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scaling != (None, None) and not self._takes_scaled_gradients():
-            if self._unscale(*scaling):
+        scaled = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scaled != (None, None) and not self._takes_scaled_gradients():
+            if self._unscale(*scaled):
                 return loss
-            scaling = None, None
+            scaled = None, None
         for group in self.param_groups:
             self._init_group(group)
         groups = list(zip(self._names, self.param_groups, strict=True))
-        self._stepper.update(groups, self._rules, self.state, *scaling)
+        self._stepper.update(groups, self._rules, self.state, *scaled)
         self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
         if self._measuring is not None:
             self._measure()
@@ -562,7 +567,7 @@ class SlimAdam(Optimizer):
                     f"{name!r}: differentiable=True does not follow the step of a DTensor; use differentiable=False, "
                     "or parameters that are not sharded"
                 )
-            if group["momentum_dtype"] == "int8" and type(param.data) is not Tensor:
+            if group["momentum_dtype"] == "int8" and not is_dtensor(param) and type(param.data) is not Tensor:
                 raise RuntimeError(
                     f"{name!r}: momentum_dtype='int8' does not support {type(param.data).__name__}, whose elements a "
                     "block of 256 cannot follow; use torch.bfloat16"
@@ -587,13 +592,17 @@ class SlimAdam(Optimizer):
     @torch.no_grad()
     def _unscale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
         """Do what GradScaler left to the step; True: a gradient was not finite, and the step is left out."""
-        if found_inf is not None and found_inf.item():
-            return True
-        if grad_scale is not None:
-            for _, param, _ in self._parameters():
-                if param.grad is not None:
-                    param.grad.div_(grad_scale.to(param.grad.device))
-        return False
+        grads = list(self._gradients())
+        found = found_inf is not None and bool(found_inf.item())
+        if scaling.may_differ(grads):
+            found = scaling.agreed(found, grads)
+        if not found and grad_scale is not None:
+            for grad in map(local, grads):
+                grad.div_(grad_scale.to(grad.device))
+        return found
+
+    def _gradients(self) -> Iterator[Tensor]:
+        return (param.grad for _, param, _ in self._parameters() if param.grad is not None)
 
     def _init_group(self, group: dict[str, Any]) -> None:
         """Make missing state. ``torch.compile`` runs a method of this name and signature untraced, once."""
@@ -602,6 +611,7 @@ class SlimAdam(Optimizer):
             for name, param, owner in self._parameters():
                 if owner is group and param in missing:
                     self.state[param].update(initial_state(name, self._rules[name], param, group))
+            _tell_without_codes(group, missing)
 
     # -- state dicts -------------------------------------------------------------------------------------
 
@@ -750,6 +760,20 @@ def _whole(rules: Sequence[Rule], reason: str) -> Rule:
     if rules[0].part is None:
         return replace(rules[0], reason=reason)
     return Rule(shape=rules[0].owner_shape, reason=reason)
+
+
+def _tell_without_codes(group: Mapping[str, Any], params: Collection[Tensor]) -> None:
+    """Say how much of what ``momentum_dtype="int8"`` is asked for is not stored in codes."""
+    without = [param for param in params if group["momentum_dtype"] == INT8 and not stores_codes(param, group)]
+    if without:
+        logger.warning(
+            "momentum_dtype='int8': the first moments of %d of %d parameters, %.1f%% of their elements, stay in the "
+            "parameters' precision: their shards need not consist of whole blocks of 256 elements; shard along "
+            "a dimension followed by a multiple of 256 elements, such as the first of a matrix of so many columns",
+            len(without),
+            len(params),
+            100 * sum(param.numel() for param in without) / max(1, sum(param.numel() for param in params)),
+        )
 
 
 def _refuse_lazy(params: Sequence[Tensor]) -> None:

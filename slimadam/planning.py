@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Final, Literal
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from slimadam.distributed import refuse_flat
 from slimadam.errors import PlanError, did_you_mean
 from slimadam.fused import declared_parts, refuse_unmatched
 from slimadam.names import NamedParameters, is_position, owning_modules, position_name
-from slimadam.parts import Piece, key_of, pieces
+from slimadam.parts import Piece, key_of, owner_of, pieces
 from slimadam.plan import CompressionPlan
 from slimadam.roles import BIAS, NORM, UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
 from slimadam.rules import NO_RULE, Rule, factored_rule, fit_rules, full_rule, paper_rule
@@ -26,6 +27,7 @@ ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
 DECIDED_BEFORE: Final = "added after plan='auto' had decided"
 MEASURING: Final = "plan='auto' is still measuring: as AdamW until it has decided"
 NOT_IN_THE_PLAN: Final = "not in the plan"
+OF_THE_OPTIMIZER: Final = "the optimizer's"
 LARGEST_SHARE_WITHOUT_RULE: Final = 0.1
 NAMES_IN_WARNING: Final = 3
 logger = logging.getLogger("slimadam")
@@ -71,6 +73,7 @@ class Resolver:
     def __init__(self, plan: object, model: nn.Module | None) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} must be an nn.Module or None")
+        self._arguments = {"plan": plan, "model": model}
         self.plan = read_plan(plan)
         self._declared = self.plan.parts if isinstance(self.plan, AutoPlan) else {}
         self._named = NamedParameters([] if model is None else [model], self._declared)
@@ -94,6 +97,27 @@ class Resolver:
         if isinstance(self.plan, AutoPlan):
             return self.plan.cutoff if self.plan.budget is None else None
         return self.plan.cutoff if isinstance(self.plan, CompressionPlan) else None
+
+    def take_arguments(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Take plan and model from a group, and return its plan if that is its own.
+
+        ``ZeroRedundancyOptimizer`` puts the optimizer's arguments into each group, and what the group has then into its
+        state dict: there a word stands for a plan or a model.
+
+        Raises:
+            TypeError: The group has a model of its own.
+        """
+        own = {}
+        for key, argument in self._arguments.items():
+            if key in group:
+                value = group.pop(key)
+                if value is not argument and value != OF_THE_OPTIMIZER:
+                    own[key] = value
+                elif not isinstance(value, (str, NoneType)):
+                    group[key] = OF_THE_OPTIMIZER
+        if own.pop("model", None) is not None:
+            raise TypeError("model in a parameter group: it is for a whole optimizer; pass model=model to SlimAdam")
+        return own
 
     def names(self, group: Mapping[str, Any], group_index: int) -> list[str]:
         """A name for each parameter of a group: as given, else from the model, else its position.
@@ -184,7 +208,8 @@ class Resolver:
         unmatched = {pattern: parts for pattern, parts in self._declared.items() if pattern not in self._matched}
         refuse_unmatched(unmatched, self._owner)
         for plan, used in self._used:
-            unused = [key for key in plan if key not in used and canonical_name(key) not in self._model_names]
+            others = (key for key in plan if key not in used)
+            unused = [key for key in others if canonical_name(owner_of(key, plan[key].part)) not in self._model_names]
             if unused and all(map(is_position, plan)):
                 raise PlanError(
                     f"the plan goes by positions such as {unused[0]!r}, since it was made by an optimizer without "

@@ -107,6 +107,9 @@ class _Prepared(NamedTuple):
         )
 
 
+_Coded = tuple[str, Tensor, Mapping[str, Any], list[Rule], Mapping[str, Any], list[SharedPiece | None]]
+
+
 class _Work(NamedTuple):
     """What a step does for one parameter group.
 
@@ -116,7 +119,8 @@ class _Work(NamedTuple):
         entries: By implementation, what can be updated at once,
         given: and what waits for averages over several ranks,
         shared: which are taken of these pieces and gradients.
-        to_decode: Name, parameter, group, rules and state of parameters whose codes are decoded first.
+        to_decode: Name, parameter, group, rules, state and averages of parameters whose codes are decoded first,
+        to_decode_given: and of those that wait for averages over several ranks.
     """
 
     group: int
@@ -124,7 +128,8 @@ class _Work(NamedTuple):
     entries: dict[Backend, list[Entry]]
     given: dict[Backend, list[Entry]]
     shared: list[tuple[SharedPiece, Tensor]]
-    to_decode: list[tuple[str, Tensor, Mapping[str, Any], list[Rule], Mapping[str, Any]]]
+    to_decode: list[_Coded]
+    to_decode_given: list[_Coded]
 
 
 class Stepper:
@@ -202,6 +207,8 @@ class Stepper:
             for step, hyper in on_triton:
                 step.run_given(hyper)
             for work in works:
+                for parameter in work.to_decode_given:
+                    _update_decoded(*parameter, work.hyper)
                 for backend, entries in work.given.items():
                     UPDATES[backend](entries, work.hyper)
 
@@ -220,7 +227,7 @@ class Stepper:
         """Count a step of every parameter of a group that has a gradient, and find what it takes."""
         options = _options(group)
         hyper = hyperparameters(group)
-        work = _Work(id(group), hyper, defaultdict(list), defaultdict(list), [], [])
+        work = _Work(id(group), hyper, defaultdict(list), defaultdict(list), [], [], [])
         held = []
         for name, param in zip(names, group["params"], strict=True):
             if param.grad is not None:
@@ -231,14 +238,16 @@ class Stepper:
         if steps:
             torch._foreach_add_(steps, 1)
         for name, param, grad, state, prepared in held:
-            if not prepared.takes_codes and "exp_avg_scale" in state:
-                work.to_decode.append((name, param, group, all_rules[name], state))
-                continue
+            decodes = not prepared.takes_codes and "exp_avg_scale" in state
+            if decodes:
+                averages = [piece.shared for piece in prepared.pieces]
+                coded = work.to_decode_given if any(averages) else work.to_decode
+                coded.append((name, param, group, all_rules[name], state, averages))
             for piece in prepared.pieces:
                 entry = _with_gradient(piece, grad, hyper)
                 if piece.shared is not None:
                     work.shared.append((piece.shared, entry.grad))
-                if entry.param.numel():
+                if entry.param.numel() and not decodes:
                     together = work.entries if piece.shared is None else work.given
                     together[piece.backend].append(entry)
         return work
@@ -335,14 +344,15 @@ def _update_decoded(
     group: Mapping[str, Any],
     rules: Sequence[Rule],
     state: Mapping[str, Any],
+    averages: list[SharedPiece | None],
     hyper: Hyperparameters,
 ) -> None:
     """Update a parameter whose codes its implementation does not read, one at a time so that little is decoded."""
-    assert param.grad is not None
-    own = decoded(param, state)
-    for piece in _pieces(name, param, param.grad, group, rules, own, counted=True):
-        UPDATES[piece.backend]([_with_gradient(piece, param.grad, hyper)], hyper)
-    encode(param, own["exp_avg"], param.grad, state)
+    own, grad = decoded(param, state), local_gradient(name, param)
+    for piece in _pieces(name, param, grad, group, rules, own, averages, counted=True):
+        if piece.entry.param.numel():
+            UPDATES[piece.backend]([_with_gradient(piece, grad, hyper)], hyper)
+    encode(param, own["exp_avg"], grad, state)
 
 
 def _pieces(
@@ -352,6 +362,7 @@ def _pieces(
     group: Mapping[str, Any],
     rules: Sequence[Rule],
     state: Mapping[str, Any],
+    averages: list[SharedPiece | None] | None = None,
     counted: bool = False,
 ) -> Iterator[Piece]:
     """A parameter, or each of its parts, with the implementation that updates it.
@@ -360,16 +371,17 @@ def _pieces(
     """
     keys = [key_of(name, rule.part) for rule in rules]
     shared: list[SharedPiece | None] = [None] * len(rules)
+    exp_avg_dtype = momentum_dtype(param, group)
     if is_dtensor(param):
         on_shard = local_rules(name, rules, param)
         state = local_state(name, on_shard, param, state)
-        shared = shared_pieces(on_shard, param, state)
+        shared = shared_pieces(on_shard, param, state) if averages is None else averages
         rules, param = [one.rule for one in on_shard], local(param)
     entries = [
         entry if of_all is None else of_all.given(entry)
         for entry, of_all in zip(entries_of(rules, param, grad, group, state), shared, strict=True)
     ]
-    backends = [_backend_of(rule, param, group) for rule in rules]
+    backends = [_backend_of(rule, param, exp_avg_dtype, group) for rule in rules]
     fitting = [
         backend if fits(backend, entry) else "reference" for backend, entry in zip(backends, entries, strict=True)
     ]
@@ -382,9 +394,9 @@ def _pieces(
 def backend_of(name: str, param: Tensor, group: Mapping[str, Any], rules: Sequence[Rule]) -> Backend:
     """The implementation for a parameter, or for the first of its parts."""
     rule = local_rules(name, rules, param)[0].rule if is_dtensor(param) else rules[0]
-    return _backend_of(rule, local(param), group)
+    return _backend_of(rule, local(param), momentum_dtype(param, group), group)
 
 
-def _backend_of(rule: Rule, param: Tensor, group: Mapping[str, Any]) -> Backend:
+def _backend_of(rule: Rule, param: Tensor, exp_avg_dtype: torch.dtype, group: Mapping[str, Any]) -> Backend:
     piece = rule.take(param)
-    return choose_backend(piece, momentum_dtype(param, group), rule.averaged_dims(piece.dim()), group)
+    return choose_backend(piece, exp_avg_dtype, rule.averaged_dims(piece.dim()), group)

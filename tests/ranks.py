@@ -17,7 +17,9 @@ TIMEOUT = 180
 def on_ranks(ranks: int, tmp_path: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``function(*args)`` returns on each rank; it must be importable. A rank's exception fails the test."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "slimadam"])
+    context.set_forkserver_preload(
+        ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "slimadam"]
+    )
     queue = context.Queue()
     store = str(tmp_path / "store")
     processes = [

@@ -1,0 +1,203 @@
+"""``momentum_dtype="int8"`` on DTensors: the codes and scales of one process, where shards consist of whole blocks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from slimadam import CompressionPlan, Rule, SlimAdam, backends
+from tests.ranks import on_ranks
+from tests.test_distributed_step import BACKENDS, MESHES, TOLERANCE, full, mesh_of, moments, named, sharded
+
+STEPS = 4
+SHAPES: list[tuple[tuple[int, ...], Any]] = [
+    ((7, 256), ()),
+    ((7, 256), (0,)),
+    ((7, 256), (1,)),
+    ((7, 512), "factored"),
+    ((2, 256), (0, 1)),
+    ((4, 3, 256), (1,)),
+    ((4, 3, 256), "stacked"),
+    ((7,), ()),
+    ((7, 300), (0,)),
+    ((16, 16), "factored"),
+]
+CODED = {
+    "2 ranks, rows": {0, 1, 2, 3, 4, 5, 6},
+    "3 ranks, rows": {0, 1, 2, 3, 4, 5, 6},
+    "3 ranks, columns": {5, 6, 7},
+    "3 ranks, replicated": set(range(len(SHAPES))),
+    "2x2, rows and columns": {5, 6},
+    "2x2, replicated and rows": {0, 1, 2, 3, 4, 5, 6},
+    "2x2, strided rows": {0, 1, 2, 3, 4, 5, 6},
+}
+"""Whose first moments are stored in codes; a vector that cannot be cut along columns is replicated."""
+OF_BACKEND = {
+    "blocked": tuple(CODED),
+    "compiled": ("3 ranks, rows", "2x2, strided rows"),
+    "reference": ("3 ranks, rows",),
+    "triton": ("3 ranks, rows",),
+}
+
+
+def _train(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Errors against one process that stores the same first moments in codes, and what is kept where."""
+    shape, kinds = MESHES[name]
+    mesh = mesh_of(shape)
+    if mesh.get_coordinate() is None:
+        return {}
+    tensors, plan, grads = named(SHAPES)
+    plain = {key: nn.Parameter(tensor.clone()) for key, tensor in tensors.items()}
+    split = {key: nn.Parameter(sharded(tensor, mesh, kinds)) for key, tensor in tensors.items()}
+    groups = [
+        {"params": [(key, param)], "momentum_dtype": "int8" if index in CODED[name] else None}
+        for index, (key, param) in enumerate(plain.items())
+    ]
+    given = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "plan": plan, **options}
+    alone = SlimAdam(groups, **given)
+    together = SlimAdam(split.items(), momentum_dtype="int8", **given)
+    expected = together.memory()
+    for step in grads[:STEPS]:
+        for one, other, grad in zip(plain.values(), split.values(), step, strict=True):
+            one.grad = grad.float()
+            one.grad.view(-1)[: grad.numel() // 3] = 0
+            other.grad = sharded(one.grad, mesh, kinds)
+        alone.step()
+        together.step()
+    pairs = list(zip(plain.values(), split.values(), strict=True))
+    states = [together.state[param] for param in split.values()]
+    return {
+        "error": max(_difference(alone, together, one, other) for one, other in pairs),
+        "coded": {index for index, state in enumerate(states) if "exp_avg_scale" in state},
+        "same": [_same_codes(alone.state[one], together.state[other]) for one, other in pairs],
+        "memory": [expected.exp_avg, sum(_held(state) for state in states)],
+        "backend": together.backend("p0"),
+    }
+
+
+def _difference(alone: SlimAdam, together: SlimAdam, one: nn.Parameter, other: nn.Parameter) -> float:
+    seconds = zip(moments(alone, one)[1:], moments(together, other)[1:], strict=True)
+    return max(float(((a - b).abs() / (1 + a.abs())).max()) for a, b in [(full(one), full(other)), *seconds])
+
+
+def _same_codes(alone: dict[str, Any], together: dict[str, Any]) -> bool:
+    codes = torch.equal(alone["exp_avg"], full(together["exp_avg"]))
+    if "exp_avg_scale" not in together:
+        return codes and together["exp_avg"].dtype == torch.float32
+    return codes and torch.equal(alone["exp_avg_scale"], full(together["exp_avg_scale"]).view(-1))
+
+
+def _held(state: dict[str, Any]) -> int:
+    return sum(state[key].to_local().nbytes for key in ("exp_avg", "exp_avg_scale") if key in state)
+
+
+def _train_all() -> dict[Any, Any]:
+    found = {}
+    for backend, meshes in OF_BACKEND.items():
+        backends.runs_triton = lambda device, backend=backend: backend == "triton"  # type: ignore[assignment,misc]
+        for name in meshes:
+            found[backend, name] = _train(name, BACKENDS[backend])
+            torch.distributed.barrier()
+    return found
+
+
+def test_codes_are_those_of_one_process(tmp_path: Path) -> None:
+    for of_rank in on_ranks(4, tmp_path, _train_all):
+        for (backend, name), found in of_rank.items():
+            if found:
+                assert found["backend"] == backend
+                assert found["coded"] == CODED[name], name
+                assert all(found["same"]), (name, found["same"])
+                assert found["error"] <= TOLERANCE, name
+                assert found["memory"][0] == found["memory"][1]
+
+
+PLAN = CompressionPlan({"0.weight": Rule((0,), "mean"), "1.weight": Rule(form="factored")})
+
+
+def _run(model: nn.Module, optimizer: SlimAdam, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model(torch.randn(6, 256, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+
+
+def _resumed(folder: Path, loads: bool) -> dict[str, Any]:
+    """Three steps that are saved, or two that go on from them and their error against one process."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("slimadam").addHandler(handler)
+    alone, together = (nn.Sequential(nn.Linear(256, 7), nn.Linear(7, 256)) for _ in range(2))
+    together.load_state_dict(alone.state_dict())
+    fully_shard(together)
+    optimizer = SlimAdam(together, lr=1e-2, plan=PLAN, momentum_dtype="int8")
+    if not loads:
+        torch.save(alone.state_dict(), folder / "start.pt")
+        _run(together, optimizer, range(3))
+    parts = [state_dict.get_model_state_dict(together), state_dict.get_optimizer_state_dict(together, optimizer)]
+    saved: dict[str, Any] = dict(zip(("model", "optimizer"), parts, strict=True))
+    if not loads:
+        checkpoint.save(saved, checkpoint_id=folder / "saved")
+        return {"said": said}
+    checkpoint.load(saved, checkpoint_id=folder / "saved")
+    state_dict.set_model_state_dict(together, saved["model"])
+    state_dict.set_optimizer_state_dict(together, optimizer, saved["optimizer"])
+    _run(together, optimizer, range(3, 5))
+    alone.load_state_dict(torch.load(folder / "start.pt"))
+    groups = [
+        {"params": [(name, param)], "momentum_dtype": "int8" if name == "0.weight" else None}
+        for name, param in alone.named_parameters()
+    ]
+    _run(alone, SlimAdam(groups, lr=1e-2, plan=PLAN), range(5))
+    pairs = zip(alone.parameters(), together.parameters(), strict=True)
+    coded = optimizer.state[together[0].weight]
+    return {
+        "said": said,
+        "error": max(float((full(one) - full(other)).abs().max()) for one, other in pairs),
+        "coded": [str(coded["exp_avg"].dtype), tuple(coded["exp_avg_scale"].shape)],
+    }
+
+
+def test_codes_saved_on_two_ranks_go_on_on_three(tmp_path: Path) -> None:
+    for ranks, loads in ((2, False), (3, True)):
+        (tmp_path / str(ranks)).mkdir()
+        of_ranks = on_ranks(ranks, tmp_path / str(ranks), _resumed, tmp_path, loads)
+        for found in of_ranks:
+            (message,) = found["said"]
+            assert "the first moments of 3 of 4 parameters, 53.4% of their elements, stay in the parameters'" in message
+    for found in of_ranks:
+        assert found["error"] <= TOLERANCE
+        assert found["coded"] == ["torch.int8", (7, 1)]
+
+
+def test_codes_gathered_from_shards_go_on_on_one_process() -> None:
+    """A whole state dict of a sharded run has a row of scales for each slice."""
+    plan = CompressionPlan({"p": Rule((0,), "mean")})
+    grads = torch.randn(4, 7, 512, generator=torch.Generator().manual_seed(0))
+    params = [nn.Parameter(torch.ones(7, 512)) for _ in range(2)]
+    optimizers = [SlimAdam([("p", param)], plan=plan, momentum_dtype="int8") for param in params]
+    for optimizer, param, steps in zip(optimizers, params, (grads, grads[:2]), strict=True):
+        for grad in steps:
+            param.grad = grad
+            optimizer.step()
+    saved = optimizers[1].state_dict()
+    saved["state"][0]["exp_avg_scale"] = saved["state"][0]["exp_avg_scale"].view(7, 2)
+    resumed = SlimAdam([("p", params[1])], plan=plan, momentum_dtype="int8")
+    resumed.load_state_dict(saved)
+    for grad in grads[2:]:
+        params[1].grad = grad
+        resumed.step()
+    assert torch.equal(params[1], params[0])
+    resumed.state[params[1]]["exp_avg_scale"] = torch.zeros(7, 2, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"exp_avg_scale has shape \(7, 2\), its exp_avg needs \(14,\)"):
+        resumed.step()
