@@ -59,6 +59,9 @@ class Checkpointed(Optimizer):
         """
         saved = super().state_dict()
         saved["state"] = {key: state_format.as_saved(state) for key, state in saved["state"].items()}
+        for group in saved["param_groups"]:
+            if isinstance(group["momentum_dtype"], torch.dtype):
+                group["momentum_dtype"] = str(group["momentum_dtype"])  # torch gathers and broadcasts no dtypes
         saved[state_format.KEY] = {
             "format_version": state_format.FORMAT_VERSION,
             "plan": CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff).to_dict(),
@@ -198,6 +201,7 @@ class Checkpointed(Optimizer):
             "_measuring": self._measuring,
             "_monitor": self._monitor,
             "_complete": self._complete,
+            "_state_is_blank": self._state_is_blank,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
