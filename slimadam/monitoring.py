@@ -121,7 +121,7 @@ class Monitor:
         self.drop(key)
         if rule.form == "full":
             return
-        placement = place(rule, tuple(rule.take(param).shape))
+        placement = place(rule, tuple(param.shape) if rule.part is None else rule.part.shape)
         if placement is not None and not param.is_complex():
             self._samples[key] = Sample(rule, placement, second_moment_dtype(param.dtype))
             return

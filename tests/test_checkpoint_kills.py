@@ -1,4 +1,4 @@
-"""A rank killed while it saves leaves the previous checkpoint as it was; 20 such kills are in the benchmark's results."""
+"""A rank killed while it saves leaves the previous checkpoint as it was; the results hold 20 such kills."""
 
 from __future__ import annotations
 
