@@ -15,6 +15,7 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -111,7 +112,9 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
 
     model, optimizer = build(None)
     state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    load(state, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        load(state, checkpoint_id=folder, no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return whole(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)))
 
