@@ -297,7 +297,7 @@ class SlimAdam(Checkpointed):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        if not self.state and not torch.compiler.is_compiling() and self._only_makes_state():
+        if not torch.compiler.is_compiling() and not self.state and self._only_makes_state():
             for group in self.param_groups:
                 self._init_group(group)
             self._state_is_blank = True
