@@ -58,9 +58,12 @@ class Checkpointed(Optimizer):
         Second moments of several tensors, of a factored parameter or of parts, are dicts ``{"0": ..., "1": ...}``.
         """
         saved = super().state_dict()
-        saved["state"] = {key: state_format.as_saved(state) for key, state in saved["state"].items()}
+        saved["state"] = {
+            key: state_format.as_saved(state) if isinstance(state, dict) else state  # a hook's
+            for key, state in saved["state"].items()
+        }
         for group in saved["param_groups"]:
-            if isinstance(group["momentum_dtype"], torch.dtype):
+            if isinstance(group.get("momentum_dtype"), torch.dtype):
                 group["momentum_dtype"] = str(group["momentum_dtype"])  # torch gathers and broadcasts no dtypes
         saved[state_format.KEY] = {
             "format_version": state_format.FORMAT_VERSION,

@@ -44,7 +44,8 @@ def _saved(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def _tensors(state: Any) -> list[Tensor]:
-    return [tensor for value in state.values() for tensor in (value if isinstance(value, list) else [value])]
+    values = (value.values() if isinstance(value, dict) else value for value in state.values())
+    return [tensor for value in values for tensor in ([value] if isinstance(value, Tensor) else value)]
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
