@@ -124,8 +124,9 @@ class Checkpointed(Optimizer):
             if saved_id not in taken.owners:
                 state[saved_id] = deepcopy(saved)
         for saved_id, (name, param, group) in taken.owners.items():
-            if saved_id in taken.state:
-                state[param] = loaded_state(name, taken.rules[name], param, group, taken.state[saved_id])
+            loaded = loaded_state(name, taken.rules[name], param, group, taken.state.get(saved_id, {}))
+            if loaded:
+                state[param] = loaded
         self._rules, self._measuring, self._monitor = taken.rules, taken.measuring, taken.monitor
         self._state_is_blank = False
         self.__setstate__({"state": state, "param_groups": taken.groups})

@@ -164,7 +164,8 @@ def _check_second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rule
             f"{name!r}: the state dict holds a second moment of shape {' and '.join(map(str, shapes))}, this "
             f"optimizer's plan ({described}) keeps {' and '.join(map(str, wanted))}; "
             "convert it with slimadam.convert_state_dict(state_dict, optimizer.plan), or build the optimizer with the "
-            "plan it was saved under, slimadam.CompressionPlan.from_dict(state_dict['slimadam']['plan'])"
+            "plan it was saved under, slimadam.CompressionPlan.from_dict(state_dict['slimadam']['plan']) or, with a "
+            "distributed checkpoint, the one saved beside it (optimizer.plan.save)"
         )
 
 

@@ -41,6 +41,10 @@ def test_training_goes_on_as_if_it_had_not_been(plan: str, is_saved: bool, varia
     if is_saved:
         optimizer = SlimAdam(model, **options)
         set_optimizer_state_dict(model, optimizer, blank)
+        again = get_optimizer_state_dict(model, optimizer)["state"]
+        assert {name: state.keys() for name, state in again.items()} == {
+            name: state.keys() for name, state in blank["state"].items()
+        }
     _train(model, optimizer)
     _train(untouched, expected)
     assert optimizer.plan == expected.plan
