@@ -2,6 +2,7 @@
 
 from slimadam.automatic import AutoPlan
 from slimadam.calibration import SNRRecorder, calibrate, every, paper_schedule
+from slimadam.conversion import convert_state_dict
 from slimadam.errors import PlanError
 from slimadam.history import SNRHistory
 from slimadam.optimizer import SlimAdam
@@ -17,7 +18,6 @@ from slimadam.sharpness.regimes import Regime, regimes
 from slimadam.sharpness.rows import SharpnessRow
 from slimadam.sharpness.thresholds import edge_of_stability
 from slimadam.snr import snr
-from slimadam.state import convert_state_dict
 from slimadam.warmup import CatapultWarmup, PersistentCatapultWarmup, critical_lr
 
 __version__ = "0.1.0"

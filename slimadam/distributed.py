@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard
 
@@ -80,6 +80,36 @@ def laid_out_as(other: DTensor, held: Tensor, shape: Sequence[int] | None = None
     if shape is not None:
         size, strides = torch.Size(shape), torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(held, other.device_mesh, other.placements, run_check=False, shape=size, stride=strides)
+
+
+def place(target: Tensor, source: Tensor) -> None:
+    """Write a tensor of the same global shape to a DTensor, however that tensor lies; every rank must call.
+
+    Args:
+        target: A DTensor, which is written to.
+        source: A DTensor, or a tensor that every rank has all of.
+    """
+    assert is_dtensor(target)
+    alike = is_dtensor(source) and source.device_mesh == target.device_mesh and source.placements == target.placements
+    if alike:
+        local(target).copy_(local(source))
+    else:
+        fill(target, whole(source).to(local(target).device))
+
+
+def on_any_rank(flag: bool, params: Iterable[Tensor]) -> bool:
+    """Whether something is so here, or on a rank that holds shards of the same parameters; all of those must ask."""
+    groups = dict.fromkeys(
+        (local(param).device, group)
+        for param in params
+        if is_dtensor(param) and param.device.type != "meta"
+        for group in groups_of(param, range(param.device_mesh.ndim))
+    )
+    for device, group in groups:
+        found = torch.tensor(int(flag), device=device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
+        flag = bool(found)
+    return flag
 
 
 def local_gradient(name: str, param: Tensor) -> Tensor:

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from slimadam import momentum
 from slimadam import state as state_format
+from slimadam.averages import distributed_moments, initial_moments
 from slimadam.backends import steps_on_device
-from slimadam.distributed import is_dtensor
+from slimadam.distributed import is_dtensor, place, whole
 from slimadam.entries import decoded, encode, initial_first_moment, momentum_dtype, stores_codes
+from slimadam.errors import PlanError
 from slimadam.functional import second_moment_dtype
 from slimadam.options import check_group
 from slimadam.rules import Rule
+from slimadam.state import StoredMoment
 
 _STATE_KEYS: Final = ("step", "exp_avg", "exp_avg_scale", *state_format.SECOND_MOMENTS)
 # What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on. How first moments
@@ -48,18 +51,14 @@ def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mappi
     return merged
 
 
-def loaded_state(
-    name: str,
-    rules: Sequence[Rule],
-    param: Tensor,
-    group: Mapping[str, Any],
-    saved: Mapping[str, Any],
-) -> dict[str, Any]:
-    """One parameter's saved state as its optimizer keeps it; every tensor is a copy.
+def check_saved(
+    name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
+    """Refuse saved state that :func:`loaded_state` could not take over; no other rank is asked.
 
     Args:
-        name: The parameter's name, for errors.
-        rules: Its rule, or one for each of its parts; full second moments are averaged by them.
+        name: The parameter's name.
+        rules: Its rule, or one for each of its parts.
         param: The parameter.
         group: Its group.
         saved: Its entry in the state dict.
@@ -68,23 +67,51 @@ def loaded_state(
         ValueError: An entry is missing or damaged.
         PlanError: The second moment was saved under another plan.
     """
-    loaded = deepcopy({key: value for key, value in saved.items() if key not in _STATE_KEYS})
     if not saved:
-        return loaded
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in saved]
+        return
+    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if _is_missing(saved, key)]
     if missing:
         raise ValueError(f"{name!r}: the state dict lacks {missing}; it is not of Adam, AdamW or SlimAdam")
-    if group["amsgrad"] and "max_exp_avg_sq" not in saved:
+    if group["amsgrad"] and _is_missing(saved, "max_exp_avg_sq"):
         raise ValueError(f"{name!r}: amsgrad=True, but the state dict has no max_exp_avg_sq; set amsgrad=False")
     state_format.check_tensors(name, saved, param)
     _check_first_moment(name, saved, param)
+    for key in state_format.SECOND_MOMENTS:
+        if key in saved:
+            _check_second_moment(name, state_format.parts(saved[key]), param, rules)
+
+
+def loaded_state(
+    name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One parameter's saved state as its optimizer keeps it; every tensor is a copy.
+
+    State of no step is none: it is made anew in the first step, from that step's gradient if need be.
+
+    Args:
+        name: The parameter's name.
+        rules: Its rule, or one for each of its parts; full second moments are averaged by them.
+        param: The parameter. With a DTensor every rank must call, and tensors that lie otherwise are gathered.
+        group: Its group.
+        saved: Its entry in the state dict, checked by :func:`check_saved`.
+    """
+    if saved and not saved["step"] > 0:
+        return {}
+    loaded = deepcopy({key: value for key, value in saved.items() if key not in _STATE_KEYS})
+    if not saved:
+        return loaded
     device = param.device if steps_on_device(param, group) else torch.device("cpu")
     loaded["step"] = torch.as_tensor(saved["step"], dtype=state_format.step_dtype()).to(device, copy=True)
     loaded.update(_first_moment(param, group, saved))
     for key in state_format.SECOND_MOMENTS:
         if key in saved:
-            loaded[key] = state_format.convert(name, saved[key], param, rules, second_moment_dtype(param.dtype))
+            loaded[key] = _second_moment(name, state_format.parts(saved[key]), param, rules)
     return loaded
+
+
+def _is_missing(saved: Mapping[str, Any], key: str) -> bool:
+    # torch unflattens a second moment of which it finds no tensor to an empty dict.
+    return key not in saved or (isinstance(saved[key], Mapping) and not saved[key])
 
 
 def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
@@ -111,8 +138,16 @@ def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> N
 
 def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """The saved first moment as the group stores it; codes that stay codes keep every bit."""
-    given = {key: saved[key].to(param.device) for key in ("exp_avg", "exp_avg_scale") if key in saved}
     dtype = momentum_dtype(param, group)
+    if is_dtensor(param) and not stores_codes(param, group):
+        made = initial_first_moment(param, group)
+        place(made["exp_avg"], decoded(param, saved)["exp_avg"])
+        return made
+    given = {
+        key: (saved[key] if is_dtensor(param) else whole(saved[key])).to(param.device)
+        for key in ("exp_avg", "exp_avg_scale")
+        if key in saved
+    }
     if not stores_codes(param, group):
         return {"exp_avg": decoded(param, given)["exp_avg"].to(dtype, copy=True)}
     made = initial_first_moment(param, group)
@@ -123,3 +158,37 @@ def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, A
     value = decoded(param, given)["exp_avg"].to(dtype)
     encode(param, value, value, made)
     return made
+
+
+def _check_second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Sequence[Rule]) -> None:
+    shape = tuple(param.shape)
+    shapes = tuple(tuple(part.shape) for part in saved)
+    wanted = state_format.state_shapes(rules, shape)
+    if shapes not in (wanted, (shape,)):
+        described = ", ".join(f"{rule.form}, dims={rule.dims}" for rule in rules)
+        raise PlanError(
+            f"{name!r}: the state dict holds a second moment of shape {' and '.join(map(str, shapes))}, this "
+            f"optimizer's plan ({described}) keeps {' and '.join(map(str, wanted))}; "
+            "convert it with slimadam.convert_state_dict(state_dict, optimizer.plan), or build the optimizer with the "
+            "plan it was saved under, slimadam.CompressionPlan.from_dict(state_dict['slimadam']['plan']) or, with a "
+            "distributed checkpoint, the one saved beside it (optimizer.plan.save)"
+        )
+
+
+def _second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Sequence[Rule]) -> StoredMoment:
+    """A saved second moment as the rules store it; a full one is averaged by them."""
+    shape = tuple(param.shape)
+    dtype = second_moment_dtype(param.dtype)
+    is_full = state_format.state_shapes(rules, shape) != tuple(tuple(part.shape) for part in saved)
+    if is_dtensor(param) and not is_full:
+        made = initial_moments(name, rules, param, from_gradient=False)
+        for target, part in zip(made, saved, strict=True):
+            place(target, part)
+        return state_format.stored(made)
+    given = [whole(part).to(device=param.device, dtype=dtype, copy=True) for part in saved]
+    if not is_full:
+        return state_format.stored(given)
+    averaged = state_format.average(given[0].contiguous(), rules)
+    if is_dtensor(param):
+        averaged = distributed_moments(name, rules, param, averaged)
+    return state_format.stored(averaged)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from slimadam import scaling
@@ -20,9 +17,10 @@ from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
 from slimadam.averages import distributed_moments, rules_that_shards_allow
 from slimadam.backends import Backend
+from slimadam.checkpoints import Checkpointed
 from slimadam.choosing import EXPANDED
 from slimadam.direction import update_without_decay, with_decay
-from slimadam.distributed import FLAT, is_dtensor, kept_shapes, local, local_gradient, local_rules, whole
+from slimadam.distributed import FLAT, is_dtensor, kept_shapes, local, local_gradient, local_rules, on_any_rank, whole
 from slimadam.entries import (
     assembled,
     decoded,
@@ -37,7 +35,6 @@ from slimadam.functional import (
     Scalar,
     second_moment_dtype,
 )
-from slimadam.loading import loaded_state, merged_groups
 from slimadam.memory import MemoryReport
 from slimadam.momentum import INT8
 from slimadam.monitoring import Check, Monitor
@@ -50,17 +47,16 @@ from slimadam.planning import (
     PlanArgument,
     Resolver,
     logger,
-    refuse_factored_amsgrad,
 )
 from slimadam.roles import canonical_name
-from slimadam.rules import Rule, fit_rules
+from slimadam.rules import Rule
 from slimadam.shard_direction import averages_after_step, update_of_shards
 from slimadam.stepping import Stepper, backend_of
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
 
 
-class SlimAdam(Optimizer):
+class SlimAdam(Checkpointed):
     r"""AdamW whose second moments are stored only as finely as a plan says each parameter needs.
 
     For a parameter whose second moment is averaged over the dimensions :math:`K` (arXiv 2503.01843)::
@@ -167,6 +163,8 @@ class SlimAdam(Optimizer):
         self._measuring = Measuring(self._resolver.plan) if isinstance(self._resolver.plan, AutoPlan) else None
         self._monitor = Monitor(self._resolver.cutoff) if monitor else None
         self._complete = False
+        # Made for a checkpoint to be loaded into, by a step of zero: no step was done.
+        self._state_is_blank = False
         self._stepper = Stepper()
         super().__init__(params, defaults)
         self._resolver.check_all_used()
@@ -305,6 +303,11 @@ class SlimAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
+        if not torch.compiler.is_compiling() and not self.state and self._only_makes_state():
+            for group in self.param_groups:
+                self._init_group(group)
+            self._state_is_blank = True
+            return loss
         scaled = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scaled != (None, None) and not self._takes_scaled_gradients():
             if self._unscale(*scaled):
@@ -466,7 +469,7 @@ class SlimAdam(Optimizer):
         """Return a parameter, or one part of it, to a full second moment.
 
         What its averages stand for is spread out; the rest is learnt anew within about ``1 / (1 - beta2)`` steps.
-        A checkpoint remembers it.
+        A checkpoint remembers it. With a DTensor every rank must call.
 
         Args:
             name: A parameter's name, or a part's (``"attn.c_attn.weight[query]"``), as in ``plan``.
@@ -474,7 +477,7 @@ class SlimAdam(Optimizer):
         Raises:
             TypeError: ``name`` is no text.
             KeyError: The optimizer holds no such parameter; the closest name is told.
-            RuntimeError: ``plan="auto"`` is still measuring.
+            RuntimeError: ``plan="auto"`` is still measuring, or shards end inside the part.
         """
         if not isinstance(name, str):
             raise TypeError(f"name={shown(name)} must be a parameter's name, one of those in optimizer.plan")
@@ -497,9 +500,11 @@ class SlimAdam(Optimizer):
             else rule
             for rule in before
         ]
+        if is_dtensor(param):
+            local_rules(name, after, param)
         for key in state_format.SECOND_MOMENTS:
             if key in self.state.get(param, {}):
-                stored = state_format.parts(self.state[param][key])
+                stored = [whole(moment) for moment in state_format.parts(self.state[param][key])]
                 full = state_format.expand(stored, before, tuple(param.shape))
                 kept = [
                     moments if rule == was else [rule.take(full).clone()]
@@ -507,7 +512,10 @@ class SlimAdam(Optimizer):
                         before, after, state_format.by_rule(before, stored, param.dim()), strict=True
                     )
                 ]
-                self.state[param][key] = state_format.stored([moment for moments in kept for moment in moments])
+                expanded = [moment for moments in kept for moment in moments]
+                if is_dtensor(param):
+                    expanded = distributed_moments(name, after, param, expanded)
+                self.state[param][key] = state_format.stored(expanded)
         self._rules[name] = after
         self._stepper.forget()
         if self._monitor is not None:
@@ -578,6 +586,13 @@ class SlimAdam(Optimizer):
                     "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"
                 )
 
+    def _only_makes_state(self) -> bool:
+        """Whether this first step is that of torch's ``get_optimizer_state_dict``: all rates and gradients are zero."""
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        grads = [local(param.grad) for _, param, _ in self._parameters() if param.grad is not None]
+        return not on_any_rank(any(bool(grad.any()) for grad in grads), (param for _, param, _ in self._parameters()))
+
     def _takes_scaled_gradients(self) -> bool:
         """Whether the kernels divide by GradScaler's scale, and leave a step out, for every parameter."""
         if any(group["variance_init"] == "gradient" for group in self.param_groups):
@@ -606,153 +621,16 @@ class SlimAdam(Optimizer):
 
     def _init_group(self, group: dict[str, Any]) -> None:
         """Make missing state. ``torch.compile`` runs a method of this name and signature untraced, once."""
+        if self._state_is_blank:
+            self._state_is_blank = False
+            for param in [param for param, state in self.state.items() if state and not state["step"] > 0]:
+                del self.state[param]
         missing = {param for param in group["params"] if param.grad is not None and not self.state[param]}
         if missing:
             for name, param, owner in self._parameters():
                 if owner is group and param in missing:
                     self.state[param].update(initial_state(name, self._rules[name], param, group))
             _tell_without_codes(group, missing)
-
-    # -- state dicts -------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """As :meth:`torch.optim.Optimizer.state_dict`, with the plan and a format version under ``"slimadam"``."""
-        saved = super().state_dict()
-        saved[state_format.KEY] = {
-            "format_version": state_format.FORMAT_VERSION,
-            "plan": self.plan.to_dict(),
-        }
-        if self._measuring is not None:
-            saved[state_format.KEY]["measuring"] = self._measuring.to_dict()
-        elif self._monitor is not None:
-            saved[state_format.KEY]["monitor"] = self._monitor.state_dict()
-        return saved
-
-    def adamw_state_dict(self) -> dict[str, Any]:
-        """A state dict that ``torch.optim.AdamW`` loads, with every second moment in full.
-
-        Averages are broadcast back, factored ones multiplied out; moments take the parameter's dtype.
-        """
-        packed = super().state_dict()
-        state: dict[int, dict[str, Any]] = {}
-        for index, (name, param, _) in enumerate(self._parameters()):
-            if index in packed["state"]:
-                state[index] = decoded(param, packed["state"][index])
-                state[index]["exp_avg"] = state[index]["exp_avg"].to(param.dtype, copy=True)
-                for key in state_format.SECOND_MOMENTS:
-                    if key in state[index]:
-                        moments = state_format.parts(state[index][key])
-                        full = state_format.expand(moments, self._rules[name], tuple(param.shape))
-                        state[index][key] = full.to(param.dtype)
-        own = ("variance_init", "momentum_dtype", "bf16_stochastic_round")
-        groups = [
-            {**{key: value for key, value in group.items() if key not in own}, "decoupled_weight_decay": True}
-            for group in packed["param_groups"]
-        ]
-        return {"state": state, "param_groups": groups}
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of SlimAdam, ``torch.optim.AdamW`` or ``torch.optim.Adam``.
-
-        Full second moments are averaged by this optimizer's plan; none is cast to the parameter's dtype.
-        First moments are stored as this optimizer's ``momentum_dtype`` says, whatever they were saved in.
-        Tensors are copied. Options that the saved groups lack keep their present values.
-
-        Args:
-            state_dict: What ``state_dict()`` returned.
-
-        Raises:
-            ValueError: Groups or shapes do not match, or a later release wrote it.
-            PlanError: It was saved under another plan. The optimizer is as it was after any error.
-        """
-        state_format.check_is_mapping(state_dict)
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        state_format.check_layout(state_dict)
-        groups = merged_groups(self.param_groups, state_dict["param_groups"])
-        owners = {
-            saved_id: (name, param, group)
-            for names, group, saved in zip(self._names, groups, state_dict["param_groups"], strict=True)
-            for name, param, saved_id in zip(names, group["params"], saved["params"], strict=True)
-        }
-        own = state_dict.get(state_format.KEY) or {}
-        rules, measuring = self._phase_of(own)
-        state: dict[Any, Any] = defaultdict(dict)
-        for name, _, group in owners.values():
-            for rule in rules[name]:
-                refuse_factored_amsgrad(name, rule, group)
-        for saved_id, saved in state_dict["state"].items():
-            if saved_id in owners:
-                name, param, group = owners[saved_id]
-                state[param] = loaded_state(name, rules[name], param, group, saved)
-            else:
-                state[saved_id] = deepcopy(saved)
-        monitor = self._loaded_monitor(rules, measuring, own)
-        self._rules, self._measuring, self._monitor = rules, measuring, monitor
-        self.__setstate__({"state": state, "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _phase_of(self, own: Mapping[str, Any]) -> tuple[dict[str, list[Rule]], Measuring | None]:
-        """Rules and phase under which to load.
-
-        With ``plan="auto"`` those of the checkpoint; else the present ones, but for what ``expand()`` has changed.
-        """
-        if not own:
-            return self._rules, self._measuring
-        settings = self._resolver.plan
-        automatic = isinstance(settings, AutoPlan)
-        saved = CompressionPlan.from_dict(own["plan"])
-        rules = dict(self._rules)
-        for name, param, _ in self._parameters():
-            found = [saved[key] for key in saved.keys_of(name)]
-            expanded = any(rule.reason == EXPANDED for rule in [*found, *self._rules[name]])
-            if found and (automatic or expanded):
-                rules[name] = fit_rules(name, found, tuple(param.shape))
-        if not isinstance(settings, AutoPlan):
-            return rules, self._measuring
-        if "measuring" not in own:
-            return rules, None
-        measured = CompressionPlan.of_parameters(self._measured)
-        return rules, Measuring.from_dict(settings, own["measuring"], measured)
-
-    def _loaded_monitor(
-        self, rules: Mapping[str, list[Rule]], measuring: Measuring | None, own: Mapping[str, Any]
-    ) -> Monitor | None:
-        if self._monitor is None:
-            return None
-        monitor = Monitor(self._monitor.cutoff)
-        if measuring is None:
-            for name, param, _ in self._parameters():
-                for rule in rules[name]:
-                    monitor.add(key_of(name, rule.part), rule, param)
-            if "monitor" in own:
-                monitor.load_state_dict(own["monitor"])
-        return monitor
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_names": self._names,
-            "_rules": self._rules,
-            "_measured": self._measured,
-            "_plan": self._resolver.plan,
-            "_measuring": self._measuring,
-            "_monitor": self._monitor,
-            "_complete": self._complete,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        if "_plan" in state:
-            self._resolver = Resolver(state.pop("_plan"), None)
-        resumed = "_resolver" not in self.__dict__ or "_names" in state
-        self._stepper = Stepper()
-        super().__setstate__(state)
-        if resumed:
-            self._resolver.resume((name, param) for name, param, _ in self._parameters())
 
 
 def _whole(rules: Sequence[Rule], reason: str) -> Rule:

@@ -1,4 +1,4 @@
-"""The state dict: its format, and conversions between stored forms of a second moment."""
+"""The state: its format in memory and in state dicts, and what stored second moments stand for."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from slimadam.errors import PlanError, shown
+from slimadam.errors import shown
 from slimadam.functional import stand_in
-from slimadam.plan import CompressionPlan
-from slimadam.rules import Rule, fit_rules
+from slimadam.rules import Rule
 
 KEY: Final = "slimadam"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""1: second moments of several tensors were saved as lists, which are still read."""
 SECOND_MOMENTS: Final = ("exp_avg_sq", "max_exp_avg_sq")
 
 StoredMoment = Tensor | list[Tensor]
+SavedMoment = StoredMoment | Mapping[str, Tensor]
 
 
 def step_dtype() -> torch.dtype:
@@ -25,14 +26,29 @@ def step_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-def parts(stored: StoredMoment | tuple[()]) -> Sequence[Tensor]:
-    """A stored second moment as a sequence of tensors."""
+def parts(stored: SavedMoment | tuple[()]) -> Sequence[Tensor]:
+    """A second moment, as it is stored or saved, as a sequence of tensors."""
+    if isinstance(stored, Mapping):
+        return [stored[str(index)] for index in range(len(stored))]
     return [stored] if isinstance(stored, Tensor) else stored
 
 
 def stored(moments: Sequence[Tensor]) -> StoredMoment:
     """How a second moment is kept in the state: one tensor as itself, several in a list."""
     return moments[0] if len(moments) == 1 else list(moments)
+
+
+def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as a state dict holds it: several tensors under their numbers, ``{"0": rows, "1": columns}``.
+
+    Distributed checkpoints flatten nested dicts, but refuse lists.
+    """
+    return {
+        key: {str(index): part for index, part in enumerate(value)}
+        if key in SECOND_MOMENTS and isinstance(value, (list, tuple))
+        else value
+        for key, value in state.items()
+    }
 
 
 def check_is_mapping(state_dict: object) -> None:
@@ -79,6 +95,10 @@ def check_tensors(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
         raise ValueError(f"{name!r}: the state dict's step is {step!r}; it must be one number >= 0")
     for key in ("exp_avg", "exp_avg_scale", *SECOND_MOMENTS):
         value = saved.get(key, ())
+        if key in SECOND_MOMENTS and isinstance(value, Mapping):
+            if set(value) != {str(index) for index in range(len(value))}:
+                raise ValueError(f"{name!r}: the state dict's {key} has the keys {list(value)}, not '0', '1', ...")
+            value = parts(value)
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
                 raise ValueError(f"{name!r}: the state dict's {key} holds {type(tensor).__name__}, not a dense tensor")
@@ -94,9 +114,9 @@ def check_version(state_dict: Mapping[str, Any]) -> None:
         ValueError: Names the version found and the one that is read.
     """
     version = state_dict.get(KEY, {}).get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1) or isinstance(version, bool):
         raise ValueError(
-            f"the state dict has format version {version!r}; this release reads {FORMAT_VERSION}: update slimadam"
+            f"the state dict has format version {version!r}; this release reads 1 to {FORMAT_VERSION}: update slimadam"
         )
 
 
@@ -143,86 +163,3 @@ def expand(moments: Sequence[Tensor], rules: Sequence[Rule], shape: tuple[int, .
         else:
             piece.copy_(stand_in(stored, dims))
     return whole
-
-
-def convert(name: str, saved: StoredMoment, param: Tensor, rules: Sequence[Rule], dtype: torch.dtype) -> StoredMoment:
-    """A saved second moment as this optimizer stores it; full ones are averaged by the rules.
-
-    Args:
-        name: The parameter's name, for errors.
-        saved: What the state dict holds.
-        param: The parameter.
-        rules: Its rule, or one for each of its parts.
-        dtype: Precision to keep it in.
-
-    Raises:
-        PlanError: It was saved under another plan.
-    """
-    given = [part.to(device=param.device, dtype=dtype, copy=True) for part in parts(saved)]
-    shapes = tuple(tuple(part.shape) for part in given)
-    shape = tuple(param.shape)
-    wanted = state_shapes(rules, shape)
-    if shapes == wanted:
-        return stored(given)
-    if shapes == (shape,):
-        return stored(average(given[0].contiguous(), rules))
-    described = ", ".join(f"{rule.form}, dims={rule.dims}" for rule in rules)
-    raise PlanError(
-        f"{name!r}: the state dict holds a second moment of shape {' and '.join(map(str, shapes))}, this "
-        f"optimizer's plan ({described}) keeps {' and '.join(map(str, wanted))}; "
-        "convert it with slimadam.convert_state_dict(state_dict, optimizer.plan), or build the optimizer with the "
-        "plan it was saved under, slimadam.CompressionPlan.from_dict(state_dict['slimadam']['plan'])"
-    )
-
-
-def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | None) -> dict[str, Any]:
-    """A state dict of SlimAdam as an optimizer with another plan would have saved it.
-
-    Second moments that the old plan averaged are spread out evenly again where the new plan needs more detail;
-    what was averaged away does not come back, but is learnt anew within about ``1 / (1 - beta2)`` steps.
-
-    Args:
-        state_dict: What :meth:`SlimAdam.state_dict` returned; it is not changed.
-        plan: The plan to convert to; None keeps every second moment in full.
-
-    Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: The state dict does not carry a plan, as that of AdamW (which needs no conversion).
-        PlanError: The plan does not fit the saved parameters.
-    """
-    if not (plan is None or isinstance(plan, CompressionPlan)):
-        raise TypeError(f"plan={shown(plan)} must be a CompressionPlan, such as CompressionPlan.load(path), or None")
-    check_is_mapping(state_dict)
-    check_layout(state_dict)
-    if KEY not in state_dict:
-        raise ValueError(
-            "the state dict carries no plan: it is not SlimAdam's; one of Adam or AdamW is loaded as it is"
-        )
-    old = CompressionPlan.from_dict(state_dict[KEY]["plan"])
-    new = {name: _rules_under(plan, name, rules) for name, rules in old.by_parameter().items()}
-    saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
-    state = dict(state_dict["state"])
-    for saved_id, (name, rules) in zip(saved_ids, new.items(), strict=True):
-        before = old.by_parameter()[name]
-        if saved_id in state and [rule.storage for rule in rules] != [rule.storage for rule in before]:
-            state[saved_id] = _with_rules(state[saved_id], before, rules)
-    own = {"format_version": FORMAT_VERSION, "plan": CompressionPlan.of_parameters(new).to_dict()}
-    return {**state_dict, "state": state, KEY: own}
-
-
-def _rules_under(plan: CompressionPlan | None, name: str, old: Sequence[Rule]) -> list[Rule]:
-    shape = old[0].owner_shape or ()
-    keys = [] if plan is None else plan.keys_of(name)
-    if plan is None or not keys:
-        role = old[0].role if old[0].part is None else ""
-        return [Rule(shape=shape, role=role, reason="not in the plan" if plan else "plan=None: as AdamW")]
-    return fit_rules(name, [plan[key] for key in keys], shape)
-
-
-def _with_rules(state: Mapping[str, Any], before: Sequence[Rule], rules: Sequence[Rule]) -> dict[str, Any]:
-    changed = dict(state)
-    for key in SECOND_MOMENTS:
-        if key in state:
-            full = expand(parts(state[key]), before, before[0].owner_shape or ())
-            changed[key] = stored(average(full, rules))
-    return changed

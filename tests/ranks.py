@@ -12,14 +12,21 @@ from typing import Any
 import torch
 
 TIMEOUT = 180
+# torch imports the last three, which takes seconds, when FSDP first steps or a checkpoint is saved.
+PRELOADED = (
+    "torch",
+    "torch.distributed.tensor",
+    "slimadam",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+)
 
 
 def on_ranks(ranks: int, tmp_path: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``function(*args)`` returns on each rank; it must be importable. A rank's exception fails the test."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "slimadam"]
-    )
+    context.set_forkserver_preload(list(PRELOADED))
     queue = context.Queue()
     store = str(tmp_path / "store")
     processes = [

@@ -28,6 +28,8 @@ def _snippets(document: Path) -> list[tuple[str, str]]:
 # Lightning 2.6 asks torch's pytree in a way that torch 2.13 deprecates; a few numbers need no loader processes.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+# What torch says of a distributed checkpoint that one process saves or loads.
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_snippets_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -320,6 +320,8 @@ def _same_state(one: SlimAdam, other: SlimAdam) -> bool:
 
 
 def _as_list(value: Any) -> list[Tensor]:
+    if isinstance(value, dict):
+        return list(value.values())
     return value if isinstance(value, list) else [value]
 
 

@@ -44,7 +44,8 @@ def _saved(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def _tensors(state: Any) -> list[Tensor]:
-    return [tensor for value in state.values() for tensor in (value if isinstance(value, list) else [value])]
+    values = (value.values() if isinstance(value, dict) else value for value in state.values())
+    return [tensor for value in values for tensor in ([value] if isinstance(value, Tensor) else value)]
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -78,7 +79,7 @@ def test_state_dict_carries_plan_and_version_and_copies() -> None:
     optimizer = SlimAdam(model, plan=PLANS["mean"])
     _train(model, optimizer, range(2))
     saved = optimizer.state_dict()
-    assert saved["slimadam"]["format_version"] == 1
+    assert saved["slimadam"]["format_version"] == 2
     assert CompressionPlan.from_dict(saved["slimadam"]["plan"]) == optimizer.plan
     other = SlimAdam(_model(), plan=CompressionPlan.from_dict(saved["slimadam"]["plan"]))
     other.load_state_dict(saved)
@@ -142,7 +143,7 @@ def _first(saved: Any) -> Any:
 
 
 WRONG_STATES = [
-    _complain(lambda s: s["slimadam"].update(format_version=2), "format version 2; this release reads 1"),
+    _complain(lambda s: s["slimadam"].update(format_version=3), "format version 3; this release reads 1 to 2"),
     _complain(lambda s: s["param_groups"].pop(), "different number of parameter groups: 0, the optimizer has 1"),
     _complain(lambda s: s["param_groups"][0]["params"].pop(), "group 0 has 3 parameters, the optimizer's 4"),
     _complain(lambda s: s["param_groups"][0].update(lr=-1.0), "Invalid learning rate: -1.0"),

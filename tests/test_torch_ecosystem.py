@@ -494,18 +494,9 @@ def test_compiled_step_is_the_eager_one_and_compiles_no_more_often_than_adamws(
 
 # -- distributed checkpoints -----------------------------------------------------------------------------
 
-LISTS = pytest.mark.xfail(strict=True, raises=NotImplementedError, reason="torch flattens no lists of state tensors")
 
-
-@pytest.mark.parametrize(
-    ("plan", "flat"),
-    [
-        *((plan, False) for plan in PLANS.values()),
-        (None, True),
-        (MEAN, True),
-        pytest.param("factored", True, marks=LISTS),
-    ],
-)
+@pytest.mark.parametrize("flat", [False, True])
+@every_plan
 def test_distributed_checkpoint_state_dicts_resume(plan: Any, flat: bool) -> None:
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
     model = network()

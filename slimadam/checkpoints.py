@@ -1,0 +1,219 @@
+"""The state dicts of an optimizer: what it saves, and what it takes over."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from slimadam import state as state_format
+from slimadam.automatic import AutoPlan, Measuring
+from slimadam.choosing import EXPANDED
+from slimadam.conversion import full_state
+from slimadam.distributed import on_any_rank
+from slimadam.loading import check_saved, loaded_state, merged_groups
+from slimadam.monitoring import Monitor
+from slimadam.parts import key_of
+from slimadam.plan import CompressionPlan
+from slimadam.planning import Resolver, refuse_factored_amsgrad
+from slimadam.rules import Rule, fit_rules
+from slimadam.stepping import Stepper
+
+
+class _Taken(NamedTuple):
+    """What is taken over from a state dict: ``owners`` are name, parameter and group by key of ``state``."""
+
+    groups: list[dict[str, Any]]
+    owners: dict[Any, tuple[str, Tensor, dict[str, Any]]]
+    state: Mapping[Any, Any]
+    rules: dict[str, list[Rule]]
+    measuring: Measuring | None
+    monitor: Monitor | None
+
+
+class Checkpointed(Optimizer):
+    """The half of :class:`~slimadam.SlimAdam` that saves and loads its state."""
+
+    _resolver: Resolver
+    _names: list[list[str]]
+    _rules: dict[str, list[Rule]]
+    _measured: dict[str, list[Rule]]
+    _measuring: Measuring | None
+    _monitor: Monitor | None
+    _complete: bool
+    _state_is_blank: bool
+    _stepper: Stepper
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`torch.optim.Optimizer.state_dict`, with the plan and a format version under ``"slimadam"``.
+
+        Second moments of several tensors, of a factored parameter or of parts, are dicts ``{"0": ..., "1": ...}``.
+        """
+        saved = super().state_dict()
+        saved["state"] = {
+            key: state_format.as_saved(state) if isinstance(state, dict) else state  # a hook's
+            for key, state in saved["state"].items()
+        }
+        for group in saved["param_groups"]:
+            if isinstance(group.get("momentum_dtype"), torch.dtype):
+                group["momentum_dtype"] = str(group["momentum_dtype"])  # torch gathers and broadcasts no dtypes
+        saved[state_format.KEY] = {
+            "format_version": state_format.FORMAT_VERSION,
+            "plan": CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff).to_dict(),
+        }
+        if self._measuring is not None:
+            saved[state_format.KEY]["measuring"] = self._measuring.to_dict()
+        elif self._monitor is not None:
+            saved[state_format.KEY]["monitor"] = self._monitor.state_dict()
+        return saved
+
+    def adamw_state_dict(self) -> dict[str, Any]:
+        """A state dict that ``torch.optim.AdamW`` loads, with every second moment in full.
+
+        Averages are broadcast back, factored ones multiplied out; moments take the parameter's dtype. Those of
+        DTensors lie as their parameters do, and every rank must call.
+        """
+        packed = super().state_dict()
+        state = {
+            index: full_state(param, self._rules[name], packed["state"][index])
+            for index, (name, param, _) in enumerate(self._parameters())
+            if index in packed["state"]
+        }
+        own = ("variance_init", "momentum_dtype", "bf16_stochastic_round")
+        groups = [
+            {**{key: value for key, value in group.items() if key not in own}, "decoupled_weight_decay": True}
+            for group in packed["param_groups"]
+        ]
+        return {"state": state, "param_groups": groups}
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of SlimAdam, ``torch.optim.AdamW`` or ``torch.optim.Adam``.
+
+        Full second moments are averaged by this optimizer's plan; none is cast to the parameter's dtype.
+        First moments are stored as this optimizer's ``momentum_dtype`` says, whatever they were saved in.
+        Tensors are copied. Options that the saved groups lack keep their present values. With DTensors among the
+        parameters every rank must call; tensors of the state dict may lie otherwise, or be whole on every rank.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            ValueError: Groups or shapes do not match, or a later release wrote it.
+            PlanError: It was saved under another plan.
+            RuntimeError: Another rank that holds shards of the same parameters has refused its state dict.
+                The optimizer is as it was after any error.
+        """
+        try:
+            taken = self._checked(state_dict)
+        except Exception:
+            on_any_rank(True, self._held())
+            raise
+        if on_any_rank(False, self._held()):
+            raise RuntimeError("another rank cannot load its state dict, and says why; this optimizer is as it was")
+        state: dict[Any, Any] = defaultdict(dict)
+        for saved_id, saved in taken.state.items():
+            if saved_id not in taken.owners:
+                state[saved_id] = deepcopy(saved)
+        for saved_id, (name, param, group) in taken.owners.items():
+            loaded = loaded_state(name, taken.rules[name], param, group, taken.state.get(saved_id, {}))
+            if loaded:
+                state[param] = loaded
+        self._rules, self._measuring, self._monitor = taken.rules, taken.measuring, taken.monitor
+        self._state_is_blank = False
+        self.__setstate__({"state": state, "param_groups": taken.groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _held(self) -> Iterator[Tensor]:
+        return (param for _, param, _ in self._parameters())
+
+    def _checked(self, state_dict: dict[str, Any]) -> _Taken:
+        """All that is taken over from a state dict; nothing has changed, and no other rank been asked."""
+        state_format.check_is_mapping(state_dict)
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        state_format.check_layout(state_dict)
+        groups = merged_groups(self.param_groups, state_dict["param_groups"])
+        owners = {
+            saved_id: (name, param, group)
+            for names, group, saved in zip(self._names, groups, state_dict["param_groups"], strict=True)
+            for name, param, saved_id in zip(names, group["params"], saved["params"], strict=True)
+        }
+        own = state_dict.get(state_format.KEY) or {}
+        rules, measuring = self._phase_of(own)
+        for saved_id, (name, param, group) in owners.items():
+            for rule in rules[name]:
+                refuse_factored_amsgrad(name, rule, group)
+            check_saved(name, rules[name], param, group, state_dict["state"].get(saved_id, {}))
+        monitor = self._loaded_monitor(rules, measuring, own)
+        return _Taken(groups, owners, state_dict["state"], rules, measuring, monitor)
+
+    def _phase_of(self, own: Mapping[str, Any]) -> tuple[dict[str, list[Rule]], Measuring | None]:
+        """Rules and phase under which to load.
+
+        With ``plan="auto"`` those of the checkpoint; else the present ones, but for what ``expand()`` has changed.
+        """
+        if not own:
+            return self._rules, self._measuring
+        settings = self._resolver.plan
+        automatic = isinstance(settings, AutoPlan)
+        saved = CompressionPlan.from_dict(own["plan"])
+        rules = dict(self._rules)
+        for name, param, _ in self._parameters():
+            found = [saved[key] for key in saved.keys_of(name)]
+            expanded = any(rule.reason == EXPANDED for rule in [*found, *self._rules[name]])
+            if found and (automatic or expanded):
+                rules[name] = fit_rules(name, found, tuple(param.shape))
+        if not isinstance(settings, AutoPlan):
+            return rules, self._measuring
+        if "measuring" not in own:
+            return rules, None
+        measured = CompressionPlan.of_parameters(self._measured)
+        return rules, Measuring.from_dict(settings, own["measuring"], measured)
+
+    def _loaded_monitor(
+        self, rules: Mapping[str, list[Rule]], measuring: Measuring | None, own: Mapping[str, Any]
+    ) -> Monitor | None:
+        if self._monitor is None:
+            return None
+        monitor = Monitor(self._monitor.cutoff)
+        if measuring is None:
+            for name, param, _ in self._parameters():
+                for rule in rules[name]:
+                    monitor.add(key_of(name, rule.part), rule, param)
+            if "monitor" in own:
+                monitor.load_state_dict(own["monitor"])
+        return monitor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_names": self._names,
+            "_rules": self._rules,
+            "_measured": self._measured,
+            "_plan": self._resolver.plan,
+            "_measuring": self._measuring,
+            "_monitor": self._monitor,
+            "_complete": self._complete,
+            "_state_is_blank": self._state_is_blank,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "_plan" in state:
+            self._resolver = Resolver(state.pop("_plan"), None)
+        resumed = "_resolver" not in self.__dict__ or "_names" in state
+        self._stepper = Stepper()
+        super().__setstate__(state)
+        if resumed:
+            self._resolver.resume((name, param) for name, param, _ in self._parameters())

@@ -1,0 +1,102 @@
+"""State dicts from one plan to another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimadam import state as state_format
+from slimadam.averages import distributed_moments
+from slimadam.distributed import is_dtensor, place, whole
+from slimadam.entries import decoded
+from slimadam.errors import shown
+from slimadam.plan import CompressionPlan
+from slimadam.rules import Rule, fit_rules
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | None) -> dict[str, Any]:
+    """A state dict of SlimAdam as an optimizer with another plan would have saved it.
+
+    Second moments that the old plan averaged are spread out evenly again where the new plan needs more detail;
+    what was averaged away does not come back, but is learnt anew within about ``1 / (1 - beta2)`` steps.
+
+    Args:
+        state_dict: What :meth:`SlimAdam.state_dict` returned; it is not changed. With DTensors in it every rank must
+            call.
+        plan: The plan to convert to; None keeps every second moment in full.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: The state dict does not carry a plan, as that of AdamW (which needs no conversion).
+        PlanError: The plan does not fit the saved parameters.
+    """
+    if not (plan is None or isinstance(plan, CompressionPlan)):
+        raise TypeError(f"plan={shown(plan)} must be a CompressionPlan, such as CompressionPlan.load(path), or None")
+    state_format.check_is_mapping(state_dict)
+    state_format.check_layout(state_dict)
+    if state_format.KEY not in state_dict:
+        raise ValueError(
+            "the state dict carries no plan: it is not SlimAdam's; one of Adam or AdamW is loaded as it is"
+        )
+    old = CompressionPlan.from_dict(state_dict[state_format.KEY]["plan"])
+    new = {name: _rules_under(plan, name, rules) for name, rules in old.by_parameter().items()}
+    saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+    state = {saved_id: state_format.as_saved(saved) for saved_id, saved in state_dict["state"].items()}
+    for saved_id, (name, rules) in zip(saved_ids, new.items(), strict=True):
+        before = old.by_parameter()[name]
+        if saved_id in state and [rule.storage for rule in rules] != [rule.storage for rule in before]:
+            state[saved_id] = _with_rules(name, state[saved_id], before, rules)
+    own = {"format_version": state_format.FORMAT_VERSION, "plan": CompressionPlan.of_parameters(new).to_dict()}
+    return {**state_dict, "state": state, state_format.KEY: own}
+
+
+def full_state(param: Tensor, rules: Sequence[Rule], state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as ``torch.optim.AdamW`` keeps it.
+
+    Args:
+        param: The parameter. With a DTensor every rank must call.
+        rules: Its rule, or one for each of its parts.
+        state: Its state.
+    """
+    made = decoded(param, state)
+    made["exp_avg"] = made["exp_avg"].to(param.dtype, copy=True)
+    for key in state_format.SECOND_MOMENTS:
+        if key in made:
+            full = _expanded(state_format.parts(made[key]), rules, param)
+            made[key] = full.to(param.dtype)
+            if is_dtensor(param):
+                made[key] = torch.zeros_like(param)
+                place(made[key], full)
+    return made
+
+
+def _expanded(moments: Sequence[Tensor], rules: Sequence[Rule], param: Tensor) -> Tensor:
+    if len(moments) == 1 and moments[0].shape == param.shape:
+        return moments[0].clone()
+    return state_format.expand([whole(moment) for moment in moments], rules, tuple(param.shape))
+
+
+def _rules_under(plan: CompressionPlan | None, name: str, old: Sequence[Rule]) -> list[Rule]:
+    shape = old[0].owner_shape or ()
+    keys = [] if plan is None else plan.keys_of(name)
+    if plan is None or not keys:
+        role = old[0].role if old[0].part is None else ""
+        return [Rule(shape=shape, role=role, reason="not in the plan" if plan else "plan=None: as AdamW")]
+    return fit_rules(name, [plan[key] for key in keys], shape)
+
+
+def _with_rules(name: str, state: Mapping[str, Any], before: Sequence[Rule], rules: Sequence[Rule]) -> dict[str, Any]:
+    changed = dict(state)
+    for key in state_format.SECOND_MOMENTS:
+        if key in state:
+            moments = [whole(moment) for moment in state_format.parts(state[key])]
+            full = state_format.expand(moments, before, before[0].owner_shape or ())
+            averaged = state_format.average(full, rules)
+            exp_avg = state["exp_avg"]
+            if is_dtensor(exp_avg):
+                averaged = distributed_moments(name, rules, exp_avg, averaged)
+            changed[key] = state_format.stored(averaged)
+    return state_format.as_saved(changed)
