@@ -138,25 +138,33 @@ def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> N
 
 def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """The saved first moment as the group stores it; codes that stay codes keep every bit."""
+    if is_dtensor(param):
+        return _sharded_first_moment(param, group, saved)
     dtype = momentum_dtype(param, group)
-    if is_dtensor(param) and not stores_codes(param, group):
-        made = initial_first_moment(param, group)
-        place(made["exp_avg"], decoded(param, saved)["exp_avg"])
-        return made
-    given = {
-        key: (saved[key] if is_dtensor(param) else whole(saved[key])).to(param.device)
-        for key in ("exp_avg", "exp_avg_scale")
-        if key in saved
-    }
+    given = {key: whole(saved[key]).to(param.device) for key in ("exp_avg", "exp_avg_scale") if key in saved}
     if not stores_codes(param, group):
         return {"exp_avg": decoded(param, given)["exp_avg"].to(dtype, copy=True)}
     made = initial_first_moment(param, group)
     if "exp_avg_scale" in given and given["exp_avg"].stride() == made["exp_avg"].stride():
-        if not is_dtensor(param):  # one that was has a row of scales for each slice
-            given["exp_avg_scale"] = given["exp_avg_scale"].reshape(-1)
-        return {key: tensor.clone() for key, tensor in given.items()}
+        return {"exp_avg": given["exp_avg"].clone(), "exp_avg_scale": given["exp_avg_scale"].flatten().clone()}
     value = decoded(param, given)["exp_avg"].to(dtype)
     encode(param, value, value, made)
+    return made
+
+
+def _sharded_first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    made = initial_first_moment(param, group)
+    scales = saved.get("exp_avg_scale")
+    if scales is not None and "exp_avg_scale" in made and saved["exp_avg"].is_contiguous():
+        shape = made["exp_avg_scale"].shape
+        place(made["exp_avg"], saved["exp_avg"])
+        place(made["exp_avg_scale"], scales if scales.shape == shape else whole(scales).reshape(shape))
+    elif "exp_avg_scale" in made:
+        value = torch.zeros_like(param, dtype=torch.float32)
+        place(value, decoded(param, saved)["exp_avg"])
+        encode(param, value, value, made)
+    else:
+        place(made["exp_avg"], decoded(param, saved)["exp_avg"])
     return made
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from slimadam import CompressionPlan, Rule, SlimAdam, backends
+from slimadam.entries import decoded
 from tests.ranks import on_ranks
 from tests.test_distributed_step import BACKENDS, MESHES, TOLERANCE, full, mesh_of, moments, named, sharded
 
@@ -178,6 +179,39 @@ def test_codes_saved_on_two_ranks_go_on_on_three(tmp_path: Path) -> None:
     for found in of_ranks:
         assert found["error"] <= TOLERANCE
         assert found["coded"] == ["torch.int8", (7, 1)]
+
+
+def _loaded_from_one_process() -> list[tuple[bool, float]]:
+    """Whether codes and scales arrive on shards bit for bit; with what error, from and to other precisions."""
+    mesh, grad = mesh_of((3,)), torch.randn(7, 512, generator=torch.Generator().manual_seed(0))
+    found = []
+    for before, after in (("int8", "int8"), (None, "int8"), ("int8", None)):
+        alone = nn.Parameter(torch.ones(7, 512))
+        split = nn.Parameter(sharded(torch.ones(7, 512), mesh, ["0"]))
+        one, other = (
+            SlimAdam([("p", param)], plan=None, momentum_dtype=kept)
+            for param, kept in ((alone, before), (split, after))
+        )
+        alone.grad = grad
+        one.step()
+        other.load_state_dict(one.state_dict())
+        keys = ("exp_avg", "exp_avg_scale")
+        pairs = [(one.state[alone].get(key), other.state[split].get(key)) for key in keys]
+        exact = all(a is not None and b is not None and torch.equal(a.flatten(), full(b).flatten()) for a, b in pairs)
+        values = [decoded(alone, one.state[alone])["exp_avg"], full(decoded(split, other.state[split])["exp_avg"])]
+        found.append((exact, float((values[0] - values[1]).abs().max() / values[0].abs().max())))
+        split.grad = sharded(grad, mesh, ["0"])
+        other.step()
+    return found
+
+
+def test_codes_of_one_process_are_loaded_into_shards(tmp_path: Path) -> None:
+    for same, encoded, read in on_ranks(3, tmp_path, _loaded_from_one_process):
+        assert same == (True, 0.0)
+        assert (
+            not encoded[0] and 0 < encoded[1] <= 2 / 127
+        )  # half a code of roots, of a scale at most twice the largest
+        assert read == (False, 0.0)
 
 
 def test_codes_gathered_from_shards_go_on_on_one_process() -> None:
