@@ -208,9 +208,8 @@ def _loaded_from_one_process() -> list[tuple[bool, float]]:
 def test_codes_of_one_process_are_loaded_into_shards(tmp_path: Path) -> None:
     for same, encoded, read in on_ranks(3, tmp_path, _loaded_from_one_process):
         assert same == (True, 0.0)
-        assert (
-            not encoded[0] and 0 < encoded[1] <= 2 / 127
-        )  # half a code of roots, of a scale at most twice the largest
+        assert not encoded[0]
+        assert 0 < encoded[1] <= 2 / 127  # half a code of roots, of a scale at most twice the largest
         assert read == (False, 0.0)
 
 
