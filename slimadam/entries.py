@@ -81,8 +81,7 @@ def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> No
     if scales is not None and tuple(scales.shape) != momentum.scales_shape(exp_avg):
         raise RuntimeError(
             f"{name!r}: its exp_avg_scale has shape {tuple(scales.shape)}, its exp_avg needs "
-            f"{momentum.scales_shape(exp_avg)}; load codes of a run whose parameters were DTensors where they are "
-            "now, or another momentum_dtype's"
+            f"{momentum.scales_shape(exp_avg)}; load both from one state dict with load_state_dict"
         )
     wanted = (*param.shape, 2) if "exp_avg_scale" in state and param.is_complex() else tuple(param.shape)
     if tuple(exp_avg.shape) != wanted:
