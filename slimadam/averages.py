@@ -120,7 +120,8 @@ def initial_moments(name: str, rules: Sequence[Rule], param: DTensor, from_gradi
         name: The parameter's name.
         rules: Its rules.
         param: The parameter.
-        from_gradient: Start at the gradient's.
+        from_gradient: Start at the gradient's. Averages over several ranks are left at zero: the step's exchange sends
+            for the gradient's anyway, and makes them that with ``beta2 = 0``.
     """
     on_shard = local_rules(name, rules, param)
     made = [zeros(rule, param, dims) for rule in on_shard for dims in rule.rule.averaged_dims(len(rule.shape))]
@@ -131,14 +132,10 @@ def initial_moments(name: str, rules: Sequence[Rule], param: DTensor, from_gradi
     shared = shared_pieces(on_shard, param, {"exp_avg_sq": held})
     moments = state_format.by_rule([one.rule for one in on_shard], held, len(on_shard[0].shape))
     for piece, (rule, own) in zip(shared, moments, strict=True):
-        gradient = rule.take(grad)
         if piece is None:
+            gradient = rule.take(grad)
             for moment, dims in zip(own, rule.averaged_dims(gradient.dim()), strict=True):
                 moment.copy_(initial_second_moment(gradient, dims))
-        else:
-            exchange = Exchange([piece])
-            exchange.start([gradient], [0.0])
-            exchange.finish([0.0])
     return made
 
 

@@ -630,6 +630,8 @@ class SlimAdam(Checkpointed):
             for name, param, owner in self._parameters():
                 if owner is group and param in missing:
                     self.state[param].update(initial_state(name, self._rules[name], param, group))
+            if group["variance_init"] == "gradient":
+                self._stepper.start_from_gradient(missing)
             _tell_without_codes(group, missing)
 
 

@@ -11,6 +11,7 @@ from slimadam.averages import Exchange, SharedPiece, shared_pieces
 from slimadam.direction import update_without_decay
 from slimadam.distributed import laid_out_as, local, local_gradient, local_rules, local_state
 from slimadam.entries import assembled, entries_of, hyperparameters, initial_state
+from slimadam.functional import Scalar
 from slimadam.rules import Rule
 
 if TYPE_CHECKING:
@@ -36,19 +37,22 @@ def averages_after_step(
     """
     found: Shared = {}
     pieces: list[SharedPiece] = []
-    grads, beta2s = [], []
+    grads: list[Tensor] = []
+    beta2s: list[Scalar] = []
     for name, param, group in pending:
         rules = local_rules(name, all_rules[name], param)
         if not any(rule.summed_over(dims) for rule in rules for dims in rule.rule.averaged_dims(len(rule.shape))):
             continue
-        state = states.get(param) or initial_state(name, all_rules[name], param, group)
+        state = states.get(param)
+        starts = not state and group["variance_init"] == "gradient"
+        state = state or initial_state(name, all_rules[name], param, group)
         shared = shared_pieces(rules, param, local_state(name, rules, param, state))
         copies = found[id(param)] = [None if piece is None else _with_own_moments(piece) for piece in shared]
         for piece in copies:
             if piece is not None:
                 pieces.append(piece)
                 grads.append(piece.rule.rule.take(local_gradient(name, param)))
-                beta2s.append(hyperparameters(group).beta2)
+                beta2s.append(0.0 if starts else hyperparameters(group).beta2)
     if pieces:
         exchange = Exchange(pieces)
         exchange.start(grads, beta2s)

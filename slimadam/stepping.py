@@ -27,7 +27,7 @@ from slimadam.entries import (
     momentum_dtype,
     rounding_seed,
 )
-from slimadam.functional import Entry, Hyperparameters
+from slimadam.functional import Entry, Hyperparameters, Scalar
 from slimadam.parts import key_of
 from slimadam.rules import Rule
 
@@ -118,7 +118,7 @@ class _Work(NamedTuple):
         hyper: Its hyperparameters.
         entries: By implementation, what can be updated at once,
         given: and what waits for averages over several ranks,
-        shared: which are taken of these pieces and gradients.
+        shared: which are taken of these pieces and gradients, with these decays.
         to_decode: Name, parameter, group, rules, state and averages of parameters whose codes are decoded first,
         to_decode_given: and of those that wait for averages over several ranks.
     """
@@ -127,7 +127,7 @@ class _Work(NamedTuple):
     hyper: Hyperparameters
     entries: dict[Backend, list[Entry]]
     given: dict[Backend, list[Entry]]
-    shared: list[tuple[SharedPiece, Tensor]]
+    shared: list[tuple[SharedPiece, Tensor, Scalar]]
     to_decode: list[_Coded]
     to_decode_given: list[_Coded]
 
@@ -139,6 +139,11 @@ class Stepper:
         self._prepared: dict[int, _Prepared] = {}
         self._triton: dict[tuple[int, torch.device, torch.dtype], TritonStep] = {}
         self._exchange: Exchange | None = None
+        self._starting: set[int] = set()
+
+    def start_from_gradient(self, params: Iterable[Tensor]) -> None:
+        """Let averages of these over several ranks be those of the next squared gradient alone."""
+        self._starting.update(map(id, params))
 
     def forget(self) -> None:
         """Let go of the state's tensors, which are about to be replaced."""
@@ -191,10 +196,10 @@ class Stepper:
             self._update_untraced(groups, all_rules, states)
             return
         works = [self._begin(names, group, all_rules, states) for names, group in groups]
-        exchange = self._exchange_of([piece for work in works for piece, _ in work.shared])
+        exchange = self._exchange_of([piece for work in works for piece, _, _ in work.shared])
         if exchange is not None:
-            beta2s = [work.hyper.beta2 for work in works for _ in work.shared]
-            exchange.start([grad for work in works for _, grad in work.shared], beta2s)
+            beta2s = [beta2 for work in works for _, _, beta2 in work.shared]
+            exchange.start([grad for work in works for _, grad, _ in work.shared], beta2s)
         on_triton: list[tuple[TritonStep, Hyperparameters]] = []
         for work in works:
             for parameter in work.to_decode:
@@ -211,6 +216,7 @@ class Stepper:
                     _update_decoded(*parameter, work.hyper)
                 for backend, entries in work.given.items():
                     UPDATES[backend](entries, work.hyper)
+        self._starting.clear()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
     def _update_untraced(self, *arguments: Any) -> None:
@@ -246,7 +252,8 @@ class Stepper:
             for piece in prepared.pieces:
                 entry = _with_gradient(piece, grad, hyper)
                 if piece.shared is not None:
-                    work.shared.append((piece.shared, entry.grad))
+                    beta2 = 0.0 if id(param) in self._starting else hyper.beta2
+                    work.shared.append((piece.shared, entry.grad, beta2))
                 if entry.param.numel() and not decodes:
                     together = work.entries if piece.shared is None else work.given
                     together[piece.backend].append(entry)

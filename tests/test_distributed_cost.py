@@ -72,15 +72,15 @@ def test_fsdp_trains_as_one_process_with_one_all_reduce_a_step(tmp_path: Path) -
                 assert of_plan["collectives"] == [expected] * 10, (ranks, name)
 
 
-def _profile(shape: tuple[int, ...], kinds: list[str]) -> dict[str, int]:
-    """Names of collectives that a profiler sees in one step, and how often."""
+def _profile(shape: tuple[int, ...], kinds: list[str], steps: int = 2, **options: Any) -> dict[str, int]:
+    """Names of collectives that a profiler sees in the last step, and how often."""
     mesh = mesh_of(shape)
     tensors, plan, grads = named()
     params = {name: nn.Parameter(sharded(tensor, mesh, kinds)) for name, tensor in tensors.items()}
     half = len(params) // 2
     groups: list[dict[str, Any]] = [{"params": list(params.items())[:half]}, {"params": list(params.items())[half:]}]
-    optimizer = SlimAdam(groups, plan=plan)
-    for step in grads[:2]:
+    optimizer = SlimAdam(groups, plan=plan, **options)
+    for step in grads[:steps]:
         for param, grad in zip(params.values(), step, strict=True):
             param.grad = sharded(grad.float(), mesh, kinds)
         with torch.profiler.profile() as profiler:
@@ -90,15 +90,22 @@ def _profile(shape: tuple[int, ...], kinds: list[str]) -> dict[str, int]:
 
 
 def _profile_meshes() -> list[dict[str, int]]:
-    return [_profile((4,), ["0"]), _profile((2, 2), ["0", "1"]), _profile((2, 2), ["r", "0"]), _profile((4,), ["r"])]
+    return [
+        _profile((4,), ["0"]),
+        _profile((2, 2), ["0", "1"]),
+        _profile((2, 2), ["r", "0"]),
+        _profile((4,), ["r"]),
+        _profile((4,), ["0"], steps=1, variance_init="gradient"),
+    ]
 
 
 def test_one_all_reduce_for_each_group_whatever_the_number_of_tensors(tmp_path: Path) -> None:
-    for rows, both, hybrid, replicated in on_ranks(4, tmp_path, _profile_meshes):
+    for rows, both, hybrid, replicated, first in on_ranks(4, tmp_path, _profile_meshes):
         assert rows == {"gloo:all_reduce": 1}
         assert both == {"gloo:all_reduce": 2}
         assert hybrid == {"gloo:all_reduce": 1}
         assert replicated == {}
+        assert first == {"gloo:all_reduce": 1}
 
 
 def _log_of_a_step() -> tuple[list[str], list[int]]:
