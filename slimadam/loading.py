@@ -13,7 +13,7 @@ from slimadam import momentum
 from slimadam import state as state_format
 from slimadam.averages import distributed_moments, initial_moments
 from slimadam.backends import steps_on_device
-from slimadam.distributed import is_dtensor, place, whole
+from slimadam.distributed import is_dtensor, local, place, whole
 from slimadam.entries import decoded, encode, initial_first_moment, momentum_dtype, stores_codes
 from slimadam.errors import PlanError
 from slimadam.functional import second_moment_dtype
@@ -114,8 +114,16 @@ def _is_missing(saved: Mapping[str, Any], key: str) -> bool:
     return key not in saved or (isinstance(saved[key], Mapping) and not saved[key])
 
 
+def _scales(saved: Mapping[str, Any]) -> Tensor | None:
+    """The scales of a saved first moment's codes."""
+    scales = saved.get("exp_avg_scale")
+    # torch leaves those of the optimizer that loads, of no step, beside a first moment that was saved without.
+    is_left = scales is not None and saved["exp_avg"].is_floating_point() and not local(scales).any()
+    return None if is_left else scales
+
+
 def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
-    exp_avg, scales = saved["exp_avg"], saved.get("exp_avg_scale")
+    exp_avg, scales = saved["exp_avg"], _scales(saved)
     shape = tuple(param.shape)
     if scales is None and exp_avg.dtype == torch.int8:
         raise ValueError(f"{name!r}: the state dict's exp_avg holds int8 codes, but it has no exp_avg_scale for them")
@@ -141,7 +149,7 @@ def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, A
     if is_dtensor(param):
         return _sharded_first_moment(param, group, saved)
     dtype = momentum_dtype(param, group)
-    given = {key: whole(saved[key]).to(param.device) for key in ("exp_avg", "exp_avg_scale") if key in saved}
+    given = {key: whole(value).to(param.device) for key, value in _as_stored(saved).items()}
     if not stores_codes(param, group):
         return {"exp_avg": decoded(param, given)["exp_avg"].to(dtype, copy=True)}
     made = initial_first_moment(param, group)
@@ -152,19 +160,35 @@ def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, A
     return made
 
 
+def _as_stored(saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    scales = _scales(saved)
+    return {"exp_avg": saved["exp_avg"]} if scales is None else {"exp_avg": saved["exp_avg"], "exp_avg_scale": scales}
+
+
+def _saved_value(param: Tensor, saved: Mapping[str, Any]) -> Tensor:
+    """A saved first moment itself, gathered if its scales do not lie as its codes do."""
+    given = _as_stored(saved)
+    codes, scales = given["exp_avg"], given.get("exp_avg_scale")
+    if scales is not None and is_dtensor(codes):
+        alike = is_dtensor(scales) and (scales.device_mesh, scales.placements) == (codes.device_mesh, codes.placements)
+        if not alike or tuple(scales.shape) != momentum.scales_shape(codes):
+            given = {key: whole(value) for key, value in given.items()}
+    return decoded(param, given)["exp_avg"]  # type: ignore[no-any-return]
+
+
 def _sharded_first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
     made = initial_first_moment(param, group)
-    scales = saved.get("exp_avg_scale")
+    scales = _scales(saved)
     if scales is not None and "exp_avg_scale" in made and saved["exp_avg"].is_contiguous():
         shape = made["exp_avg_scale"].shape
         place(made["exp_avg"], saved["exp_avg"])
         place(made["exp_avg_scale"], scales if scales.shape == shape else whole(scales).reshape(shape))
     elif "exp_avg_scale" in made:
         value = torch.zeros_like(param, dtype=torch.float32)
-        place(value, decoded(param, saved)["exp_avg"])
+        place(value, _saved_value(param, saved))
         encode(param, value, value, made)
     else:
-        place(made["exp_avg"], decoded(param, saved)["exp_avg"])
+        place(made["exp_avg"], _saved_value(param, saved))
     return made
 
 
