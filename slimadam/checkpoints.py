@@ -15,7 +15,7 @@ from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
 from slimadam.choosing import EXPANDED
 from slimadam.conversion import full_state
-from slimadam.distributed import on_any_rank
+from slimadam.distributed import differing, on_any_rank
 from slimadam.loading import check_saved, loaded_state, merged_groups
 from slimadam.monitoring import Monitor
 from slimadam.parts import key_of
@@ -34,6 +34,19 @@ class _Taken(NamedTuple):
     rules: dict[str, list[Rule]]
     measuring: Measuring | None
     monitor: Monitor | None
+
+
+def _described(taken: _Taken) -> Iterator[tuple[str, Tensor, str]]:
+    """What must be the same on all ranks that share a parameter, for each of those in the state dict."""
+    for saved_id, (name, param, _) in taken.owners.items():
+        saved = taken.state.get(saved_id, {})
+        tensors = [
+            (key, tuple(part.shape), str(part.dtype), str(getattr(part, "placements", None)))
+            for key in ("exp_avg", "exp_avg_scale", *state_format.SECOND_MOMENTS)
+            for part in (state_format.parts(saved[key]) if key in saved else ())
+        ]
+        rules = [(rule.form, rule.dims, rule.batch_dims, key_of(name, rule.part)) for rule in taken.rules[name]]
+        yield name, param, repr((float(saved.get("step", 0)), tensors, rules))
 
 
 class Checkpointed(Optimizer):
@@ -109,7 +122,8 @@ class Checkpointed(Optimizer):
         Raises:
             ValueError: Groups or shapes do not match, or a later release wrote it.
             PlanError: It was saved under another plan.
-            RuntimeError: Another rank that holds shards of the same parameters has refused its state dict.
+            RuntimeError: Another rank that holds shards of the same parameters has refused its state dict, or was
+                given another one.
                 The optimizer is as it was after any error.
         """
         try:
@@ -119,6 +133,13 @@ class Checkpointed(Optimizer):
             raise
         if on_any_rank(False, self._held()):
             raise RuntimeError("another rank cannot load its state dict, and says why; this optimizer is as it was")
+        name = differing(_described(taken))
+        if on_any_rank(name is not None, self._held()):
+            raise RuntimeError(
+                f"{name or 'a parameter of other ranks'!r}: ranks that share it were given state dicts of which that "
+                "parameter's steps, entries, their layout or its rules differ; pass the same one on every rank; this "
+                "optimizer is as it was"
+            )
         state: dict[Any, Any] = defaultdict(dict)
         for saved_id, saved in taken.state.items():
             if saved_id not in taken.owners:

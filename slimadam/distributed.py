@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard
@@ -110,6 +111,28 @@ def on_any_rank(flag: bool, params: Iterable[Tensor]) -> bool:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
         flag = bool(found)
     return flag
+
+
+def differing(described: Iterable[tuple[str, Tensor, str]]) -> str | None:
+    """The name of a parameter of which another rank with shards of it has another description; all must ask.
+
+    Args:
+        described: Name, parameter and description; in the same order on every rank.
+    """
+    by_group: dict[tuple[torch.device, ProcessGroup], list[tuple[str, int]]] = {}
+    for name, param, text in described:
+        if is_dtensor(param) and param.device.type != "meta":
+            for group in groups_of(param, range(param.device_mesh.ndim)):
+                by_group.setdefault((local(param).device, group), []).append((name, zlib.crc32(text.encode())))
+    found = None
+    for (device, group), sums in by_group.items():
+        own = torch.tensor([[value, -value] for _, value in sums], device=device)
+        largest = own.clone()
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+        found = found or next(
+            (name for (name, _), same in zip(sums, largest == own, strict=True) if not same.all()), None
+        )
+    return found
 
 
 def local_gradient(name: str, param: Tensor) -> Tensor:

@@ -184,6 +184,37 @@ def refused(mesh: Any, folder: Path) -> dict[str, bool]:
     }
 
 
+def another(mesh: Any, folder: Path) -> dict[str, bool]:
+    """A state dict that is sound, but another one on one rank, is loaded by none; and no rank waits for ever."""
+    _, optimizer = _trained(mesh)
+    before = whole(optimizer.state_dict())
+    adamw = _adamw(optimizer)
+    adamw.load_state_dict(optimizer.adamw_state_dict())
+
+    def without(state_dict: Any) -> Any:
+        return {**state_dict, "state": {key: state for key, state in state_dict["state"].items() if key != 2}}
+
+    def stepped(state_dict: Any) -> Any:
+        return {**state_dict, "state": {**state_dict["state"], 2: {**state_dict["state"][2], "step": 9}}}
+
+    def gathered(state_dict: Any) -> Any:
+        return {**state_dict, "state": {**state_dict["state"], 2: whole(state_dict["state"][2])}}
+
+    found = {}
+    for kind, given in (("its own", optimizer.state_dict()), ("AdamW's", adamw.state_dict())):
+        for change in (without, stepped, gathered):
+            changed = change(given)
+            try:
+                optimizer.load_state_dict(changed if torch.distributed.get_rank() == 1 else given)
+                message = ""
+            except RuntimeError as error:
+                message = str(error)
+            case = f"{kind}, {change.__name__}"
+            found[case] = message.startswith("'factored, bfloat16.weight': ranks that share it")
+            found[f"{case}: unchanged"] = same(before, optimizer.state_dict())
+    return found
+
+
 def automatic(mesh: Any, folder: Path) -> dict[str, bool]:
     """plan="auto": resumed after the decision with the plan in force; before, measuring starts anew."""
     from torch.distributed.fsdp import fully_shard
@@ -234,7 +265,7 @@ def automatic(mesh: Any, folder: Path) -> dict[str, bool]:
 
 def run_cases(folder: Path) -> dict[str, dict[str, bool]]:
     mesh = mesh_of((RANKS,))
-    cases = (adamw_state, other_plans, whole_tensors, refused, automatic)
+    cases = (adamw_state, other_plans, whole_tensors, refused, another, automatic)
     return {case.__name__: case(mesh, folder) for case in cases}
 
 
