@@ -350,6 +350,9 @@ class SlimAdam(Checkpointed):
             RuntimeError: A gradient is sparse.
         """
         self._check_gradients()
+        states: Mapping[Tensor, Any] = self.state
+        if self._state_is_blank:
+            states = {param: state for param, state in states.items() if not _is_of_no_step(state)}
         averages = averages_after_step(
             (
                 (name, param, group)
@@ -357,12 +360,12 @@ class SlimAdam(Checkpointed):
                 if is_dtensor(param) and param.grad is not None
             ),
             self._rules,
-            self.state,
+            states,
         )
         for name, param, group in self._parameters():
             if param.grad is not None:
                 rules = self._rules[name]
-                state = self.state.get(param) or initial_state(name, rules, param, group)
+                state = states.get(param) or initial_state(name, rules, param, group)
                 state = {**decoded(param, state), "step": state["step"] + 1}
                 if is_dtensor(param):
                     yield param, group, update_of_shards(name, param, group, rules, state, averages)
@@ -623,7 +626,7 @@ class SlimAdam(Checkpointed):
         """Make missing state. ``torch.compile`` runs a method of this name and signature untraced, once."""
         if self._state_is_blank:
             self._state_is_blank = False
-            for param in [param for param, state in self.state.items() if state and not state["step"] > 0]:
+            for param in [param for param, state in self.state.items() if _is_of_no_step(state)]:
                 del self.state[param]
         missing = {param for param in group["params"] if param.grad is not None and not self.state[param]}
         if missing:
@@ -633,6 +636,10 @@ class SlimAdam(Checkpointed):
             if group["variance_init"] == "gradient":
                 self._stepper.start_from_gradient(missing)
             _tell_without_codes(group, missing)
+
+
+def _is_of_no_step(state: Mapping[str, Any]) -> bool:
+    return "step" in state and not state["step"] > 0
 
 
 def _whole(rules: Sequence[Rule], reason: str) -> Rule:

@@ -67,6 +67,25 @@ def test_state_loaded_in_place_is_kept(copied: bool) -> None:
     assert all(optimizer.state[param]["step"] == 4 for param in model.parameters())
 
 
+def test_a_pending_direction_starts_from_its_gradient() -> None:
+    model = nn.Linear(5, 7)
+    asked, other = (SlimAdam(model, plan="factored", variance_init="gradient") for _ in range(2))
+    get_optimizer_state_dict(model, asked)
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape)
+    for (_, one), (_, expected) in zip(asked.update_direction(), other.update_direction(), strict=True):
+        assert torch.equal(one, expected)
+
+
+def test_entries_of_others_in_the_state_are_left_alone() -> None:
+    model = nn.Linear(5, 7)
+    optimizer = SlimAdam(model, plan=None)
+    get_optimizer_state_dict(model, optimizer)
+    optimizer.state["of a hook"] = {"count": 1}  # type: ignore[index]
+    _train(model, optimizer, 1)
+    assert optimizer.state["of a hook"] == {"count": 1}  # type: ignore[index]
+
+
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_a_warmup_from_zero_is_counted_as_adamw_does(lr: Any, scale: float) -> None:
