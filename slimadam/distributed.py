@@ -170,6 +170,19 @@ def refuse_flat(name: str, param: Tensor) -> None:
         raise RuntimeError(f"{name!r} belongs to {owner}, {FLAT}, or use plan=None, which needs none")
 
 
+def refuse_elsewhere(name: str, param: DTensor) -> None:
+    """Refuse a parameter that lies on other ranks only.
+
+    Raises:
+        RuntimeError: This rank is not part of the parameter's mesh.
+    """
+    if param.device_mesh.get_coordinate() is None:
+        raise RuntimeError(
+            f"{name!r} lies on {param.device_mesh}, which this rank {torch.distributed.get_rank()} is not part of; "
+            "build this rank's optimizer without it, or keep its second moment in full, CompressionPlan({name: Rule()})"
+        )
+
+
 class LocalRule(NamedTuple):
     """A rule as it applies to what this rank holds of a parameter.
 
@@ -300,7 +313,9 @@ def _cannot_follow(name: str, part: Part, why: str) -> str:
 
 
 def groups_of(param: DTensor, mesh_dims: Sequence[int]) -> tuple[ProcessGroup, ...]:
-    """The process groups of some dimensions of a parameter's mesh."""
+    """The process groups of some dimensions of a parameter's mesh; none where this rank is not part of it."""
+    if param.device_mesh.get_coordinate() is None:
+        return ()
     return tuple(param.device_mesh.get_group(index) for index in mesh_dims)
 
 

@@ -20,7 +20,17 @@ from slimadam.backends import Backend
 from slimadam.checkpoints import Checkpointed
 from slimadam.choosing import EXPANDED
 from slimadam.direction import update_without_decay, with_decay
-from slimadam.distributed import FLAT, is_dtensor, kept_shapes, local, local_gradient, local_rules, on_any_rank, whole
+from slimadam.distributed import (
+    FLAT,
+    is_dtensor,
+    kept_shapes,
+    local,
+    local_gradient,
+    local_rules,
+    on_any_rank,
+    refuse_elsewhere,
+    whole,
+)
 from slimadam.entries import (
     assembled,
     decoded,
@@ -190,6 +200,8 @@ class SlimAdam(Checkpointed):
             names = self._resolver.names(group, len(self.param_groups) - 1)
             rules = self._resolver.rules(group, names, **own_plan)
             for name, param, own in zip(names, group["params"], rules, strict=True):
+                if is_dtensor(param) and any(rule.reason == MEASURING or rule.form != "full" for rule in own):
+                    refuse_elsewhere(name, param)
                 if is_dtensor(param) and own[0].reason != MEASURING:
                     local_rules(name, own, param)
             if self._complete:

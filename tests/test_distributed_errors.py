@@ -104,6 +104,37 @@ def test_state_that_lies_otherwise_is_refused(tmp_path: Path) -> None:
         assert "differentiable=True does not follow the step of a DTensor" in differentiable
 
 
+def _on_other_ranks() -> tuple[list[str], float]:
+    """Errors of a parameter that lies on the ranks 0 and 1 only; and of one that is not averaged."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    everywhere, there = mesh_of((3,)), DeviceMesh("cpu", torch.arange(2))
+    params = [nn.Parameter(sharded(torch.ones(6, 4), mesh, ["0"])) for mesh in (everywhere, there)]
+    named = list(zip(("0.weight", "1.weight"), params, strict=True))
+    said = []
+    for plan in ("auto", "factored"):
+        try:
+            SlimAdam(named, plan=plan)
+        except RuntimeError as error:
+            said.append(str(error))
+    held = [pair for pair in named if pair[1].device_mesh.get_coordinate() is not None]
+    for part, plan, rate in ((held, "factored", 0.5), (named, None, 0.0), (named, None, 0.5)):
+        optimizer = SlimAdam(part, lr=rate, plan=plan, weight_decay=0.0)
+        for _, param in part:
+            param.grad = sharded(torch.ones(6, 4), param.device_mesh, ["0"])
+        optimizer.step()
+    return said, float(full(params[0]).abs().max())
+
+
+def test_what_lies_on_other_ranks_is_refused_by_those(tmp_path: Path) -> None:
+    for rank, (said, value) in enumerate(on_ranks(3, tmp_path, _on_other_ranks)):
+        assert len(said) == (2 if rank == 2 else 0)
+        assert all(
+            "'1.weight' lies on" in message and "build this rank's optimizer without" in message for message in said
+        )
+        assert value < 1e-6
+
+
 def _partial_gradient() -> list[float]:
     """Errors of a step whose gradient has yet to be summed, or is laid out otherwise."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
