@@ -16,7 +16,8 @@ from slimadam.automatic import AutoPlan, Measuring
 from slimadam.choosing import EXPANDED
 from slimadam.conversion import full_state
 from slimadam.distributed import differing, on_any_rank
-from slimadam.loading import check_saved, loaded_state, merged_groups
+from slimadam.loading import check_saved, loaded_state, merged_groups, refuse_bare_codes
+from slimadam.momentum import INT8
 from slimadam.monitoring import Monitor
 from slimadam.parts import key_of
 from slimadam.plan import CompressionPlan
@@ -176,6 +177,10 @@ class Checkpointed(Optimizer):
             for rule in rules[name]:
                 refuse_factored_amsgrad(name, rule, group)
             check_saved(name, rules[name], param, group, state_dict["state"].get(saved_id, {}))
+        for names, saved_group in zip(self._names, state_dict["param_groups"], strict=True):
+            if saved_group.get("momentum_dtype") == INT8:
+                for name, saved_id in zip(names, saved_group["params"], strict=True):
+                    refuse_bare_codes(name, state_dict["state"].get(saved_id, {}))
         monitor = self._loaded_monitor(rules, measuring, own)
         return _Taken(groups, owners, state_dict["state"], rules, measuring, monitor)
 

@@ -160,6 +160,25 @@ def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, A
     return made
 
 
+def refuse_bare_codes(name: str, saved: Mapping[str, Any]) -> None:
+    """Refuse codes that a distributed checkpoint has copied, without their scales, into a tensor of another precision.
+
+    Args:
+        name: The parameter's name.
+        saved: Its checked entry in a state dict whose groups say ``momentum_dtype="int8"``.
+
+    Raises:
+        ValueError: The first moment is one of codes: whole numbers, the largest between 90 and 127.
+    """
+    held = local(saved["exp_avg"]) if saved and "exp_avg_scale" not in saved else torch.zeros(0)
+    if held.is_floating_point() and held.numel() and 90 <= held.abs().max() <= 127 and torch.equal(held, held.round()):
+        raise ValueError(
+            f"{name!r}: the state dict's exp_avg holds 8-bit codes as {held.dtype}, without their scales; load the "
+            "distributed checkpoint with momentum_dtype='int8' and parameters sharded along the same dimensions, "
+            "or bring its state here with StateDictOptions(full_state_dict=True)"
+        )
+
+
 def _as_stored(saved: Mapping[str, Any]) -> dict[str, Tensor]:
     scales = _scales(saved)
     return {"exp_avg": saved["exp_avg"]} if scales is None else {"exp_avg": saved["exp_avg"], "exp_avg_scale": scales}
