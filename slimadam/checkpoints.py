@@ -16,8 +16,7 @@ from slimadam.automatic import AutoPlan, Measuring
 from slimadam.choosing import EXPANDED
 from slimadam.conversion import full_state
 from slimadam.distributed import differing, on_any_rank
-from slimadam.loading import check_saved, loaded_state, merged_groups, refuse_bare_codes
-from slimadam.momentum import INT8
+from slimadam.loading import as_kept, check_saved, loaded_state, merged_groups
 from slimadam.monitoring import Monitor
 from slimadam.parts import key_of
 from slimadam.plan import CompressionPlan
@@ -165,6 +164,9 @@ class Checkpointed(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         state_format.check_layout(state_dict)
+        saved_state = {
+            key: as_kept(value) if isinstance(value, Mapping) else value for key, value in state_dict["state"].items()
+        }
         groups = merged_groups(self.param_groups, state_dict["param_groups"])
         owners = {
             saved_id: (name, param, group)
@@ -176,13 +178,9 @@ class Checkpointed(Optimizer):
         for saved_id, (name, param, group) in owners.items():
             for rule in rules[name]:
                 refuse_factored_amsgrad(name, rule, group)
-            check_saved(name, rules[name], param, group, state_dict["state"].get(saved_id, {}))
-        for names, saved_group in zip(self._names, state_dict["param_groups"], strict=True):
-            if saved_group.get("momentum_dtype") == INT8:
-                for name, saved_id in zip(names, saved_group["params"], strict=True):
-                    refuse_bare_codes(name, state_dict["state"].get(saved_id, {}))
+            check_saved(name, rules[name], param, group, saved_state.get(saved_id, {}))
         monitor = self._loaded_monitor(rules, measuring, own)
-        return _Taken(groups, owners, state_dict["state"], rules, measuring, monitor)
+        return _Taken(groups, owners, saved_state, rules, measuring, monitor)
 
     def _phase_of(self, own: Mapping[str, Any]) -> tuple[dict[str, list[Rule]], Measuring | None]:
         """Rules and phase under which to load.

@@ -13,6 +13,7 @@ from slimadam.averages import distributed_moments
 from slimadam.distributed import is_dtensor, place, whole
 from slimadam.entries import decoded
 from slimadam.errors import shown
+from slimadam.loading import as_kept
 from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule, fit_rules
 
@@ -95,7 +96,7 @@ def _with_rules(name: str, state: Mapping[str, Any], before: Sequence[Rule], rul
             moments = [whole(moment) for moment in state_format.parts(state[key])]
             full = state_format.expand(moments, before, before[0].owner_shape or ())
             averaged = state_format.average(full, rules)
-            exp_avg = state["exp_avg"]
+            exp_avg = as_kept(state)["exp_avg"]
             if is_dtensor(exp_avg):
                 averaged = distributed_moments(name, rules, exp_avg, averaged)
             changed[key] = state_format.stored(averaged)

@@ -51,6 +51,19 @@ def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mappi
     return merged
 
 
+def as_kept(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A parameter's saved state with codes of its first moment where an optimizer keeps them."""
+    if "exp_avg_codes" not in saved:
+        return saved
+    kept = {key: value for key, value in saved.items() if key not in ("exp_avg_codes", "exp_avg_scale")}
+    scales = saved.get("exp_avg_scale")
+    # torch leaves blank ones of the optimizer that loads beside a first moment that was saved without codes.
+    if "exp_avg" in saved and isinstance(scales, Tensor) and not local(scales).any():
+        return kept
+    kept["exp_avg"] = saved["exp_avg_codes"]
+    return {**kept, "exp_avg_scale": scales} if "exp_avg_scale" in saved else kept
+
+
 def check_saved(
     name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> None:
@@ -114,16 +127,8 @@ def _is_missing(saved: Mapping[str, Any], key: str) -> bool:
     return key not in saved or (isinstance(saved[key], Mapping) and not saved[key])
 
 
-def _scales(saved: Mapping[str, Any]) -> Tensor | None:
-    """The scales of a saved first moment's codes."""
-    scales = saved.get("exp_avg_scale")
-    # torch leaves those of the optimizer that loads, of no step, beside a first moment that was saved without.
-    is_left = scales is not None and saved["exp_avg"].is_floating_point() and not local(scales).any()
-    return None if is_left else scales
-
-
 def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
-    exp_avg, scales = saved["exp_avg"], _scales(saved)
+    exp_avg, scales = saved["exp_avg"], saved.get("exp_avg_scale")
     shape = tuple(param.shape)
     if scales is None and exp_avg.dtype == torch.int8:
         raise ValueError(f"{name!r}: the state dict's exp_avg holds int8 codes, but it has no exp_avg_scale for them")
@@ -160,27 +165,8 @@ def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, A
     return made
 
 
-def refuse_bare_codes(name: str, saved: Mapping[str, Any]) -> None:
-    """Refuse codes that a distributed checkpoint has copied, without their scales, into a tensor of another precision.
-
-    Args:
-        name: The parameter's name.
-        saved: Its checked entry in a state dict whose groups say ``momentum_dtype="int8"``.
-
-    Raises:
-        ValueError: The first moment is one of codes: whole numbers, the largest between 90 and 127.
-    """
-    held = local(saved["exp_avg"]) if saved and "exp_avg_scale" not in saved else torch.zeros(0)
-    if held.is_floating_point() and held.numel() and 90 <= held.abs().max() <= 127 and torch.equal(held, held.round()):
-        raise ValueError(
-            f"{name!r}: the state dict's exp_avg holds 8-bit codes as {held.dtype}, without their scales; load the "
-            "distributed checkpoint with momentum_dtype='int8' and parameters sharded along the same dimensions, "
-            "or bring its state here with StateDictOptions(full_state_dict=True)"
-        )
-
-
 def _as_stored(saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    scales = _scales(saved)
+    scales = saved.get("exp_avg_scale")
     return {"exp_avg": saved["exp_avg"]} if scales is None else {"exp_avg": saved["exp_avg"], "exp_avg_scale": scales}
 
 
@@ -197,7 +183,7 @@ def _saved_value(param: Tensor, saved: Mapping[str, Any]) -> Tensor:
 
 def _sharded_first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
     made = initial_first_moment(param, group)
-    scales = _scales(saved)
+    scales = saved.get("exp_avg_scale")
     if scales is not None and "exp_avg_scale" in made and saved["exp_avg"].is_contiguous():
         shape = made["exp_avg_scale"].shape
         place(made["exp_avg"], saved["exp_avg"])

@@ -39,16 +39,21 @@ def stored(moments: Sequence[Tensor]) -> StoredMoment:
 
 
 def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state as a state dict holds it: several tensors under their numbers, ``{"0": rows, "1": columns}``.
+    """A parameter's state as a state dict holds it.
 
-    Distributed checkpoints flatten nested dicts, but refuse lists.
+    Several tensors go under their numbers, ``{"0": rows, "1": columns}``: distributed checkpoints flatten nested dicts,
+    but refuse lists. Codes of a first moment go under ``exp_avg_codes``: such checkpoints copy what has the name and
+    shape they look for, and would take them for a first moment.
     """
-    return {
+    saved = {
         key: {str(index): part for index, part in enumerate(value)}
         if key in SECOND_MOMENTS and isinstance(value, (list, tuple))
         else value
         for key, value in state.items()
     }
+    if "exp_avg_scale" in saved and "exp_avg" in saved:
+        saved["exp_avg_codes"] = saved.pop("exp_avg")
+    return saved
 
 
 def check_is_mapping(state_dict: object) -> None:

@@ -543,8 +543,12 @@ WRONG_STATES: dict[str, Any] = {
         "exp_avg_scale": state["exp_avg_scale"][:1]
     },
     "exp_avg_scale is torch.float32 of shape \\(3,\\)": lambda state: {"exp_avg_scale": state["exp_avg_scale"].float()},
-    "has an exp_avg_scale, but its exp_avg is torch.float32": lambda state: {"exp_avg": state["exp_avg"].float()},
-    "exp_avg has shape \\(561,\\), the parameter \\(17, 33\\)": lambda state: {"exp_avg": state["exp_avg"].flatten()},
+    "has an exp_avg_scale, but its exp_avg is torch.float32": lambda state: {
+        "exp_avg_codes": state["exp_avg_codes"].float()
+    },
+    "exp_avg has shape \\(561,\\), the parameter \\(17, 33\\)": lambda state: {
+        "exp_avg_codes": state["exp_avg_codes"].flatten()
+    },
     "exp_avg_scale holds NoneType, not a dense": lambda state: {"exp_avg_scale": None},
 }
 
