@@ -50,7 +50,7 @@ from slimadam.planning import (
 )
 from slimadam.roles import canonical_name
 from slimadam.rules import Rule
-from slimadam.shard_direction import averages_after_step, update_of_shards
+from slimadam.shard_direction import Shared, averages_after_step, update_of_shards
 from slimadam.stepping import Stepper, backend_of
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
@@ -340,17 +340,14 @@ class SlimAdam(Checkpointed):
             yield param, with_decay(direction, param, hyperparameters(group).weight_decay)
 
     @torch.no_grad()
-    def updates_without_decay(self) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
-        """As :meth:`update_direction`, but of gradients and state alone: the parameters' values play no part.
-
-        Yields:
-            ``(parameter, group, m_hat / (sqrt(v_hat) + eps))``.
+    def averages_after_step(self) -> Shared:
+        """What the pending step would make of averages over several ranks: all that an update asks of other ranks.
 
         Raises:
             RuntimeError: A gradient is sparse.
         """
         self._check_gradients()
-        averages = averages_after_step(
+        return averages_after_step(
             (
                 (name, param, group)
                 for name, param, group in self._parameters()
@@ -359,6 +356,23 @@ class SlimAdam(Checkpointed):
             self._rules,
             self.state,
         )
+
+    @torch.no_grad()
+    def updates_without_decay(self, averages: Shared | None = None) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
+        """As :meth:`update_direction`, but of gradients and state alone: the parameters' values play no part.
+
+        Args:
+            averages: Of :meth:`averages_after_step`, for the same gradients and state; None: it is called.
+
+        Yields:
+            ``(parameter, group, m_hat / (sqrt(v_hat) + eps))``.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        self._check_gradients()
+        if averages is None:
+            averages = self.averages_after_step()
         for name, param, group in self._parameters():
             if param.grad is not None:
                 rules = self._rules[name]
