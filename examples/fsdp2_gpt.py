@@ -156,7 +156,12 @@ def read_tokens(options: argparse.Namespace) -> np.ndarray:
     """A mapped file of tokens, or the bytes of Python's standard library."""
     if options.tokens is None:
         return load(None, options.context).train.numpy()
-    return np.load(options.tokens, mmap_mode="r")
+    tokens = np.load(options.tokens, mmap_mode="r")
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise SystemExit(f"--tokens {options.tokens} must be one array of integers with one dimension, by numpy.save")
+    if len(tokens) <= options.context:
+        raise SystemExit(f"--tokens {options.tokens} has {len(tokens)} tokens, --context {options.context} needs more")
+    return tokens
 
 
 def batches(tokens: np.ndarray, options: argparse.Namespace, first: int, device: torch.device) -> Iterator[Batch]:
@@ -165,6 +170,9 @@ def batches(tokens: np.ndarray, options: argparse.Namespace, first: int, device:
     for step in range(first, options.steps):
         drawn = np.random.default_rng((options.seed, step)).integers(len(tokens) - options.context, size=options.batch)
         windows = np.stack([tokens[start : start + options.context + 1] for start in drawn[rank::ranks]])
+        if not 0 <= windows.min() <= windows.max() < options.vocabulary:
+            found = f"{windows.min()} to {windows.max()}"
+            raise SystemExit(f"--vocabulary {options.vocabulary} must be larger than any token; found {found}")
         micro_batches = torch.from_numpy(windows.astype(np.int64)).to(device).split(options.micro_batch)
         yield [(micro[:, :-1], micro[:, 1:]) for micro in micro_batches]
 
@@ -292,22 +300,30 @@ def print_row(values: dict[str, float], step: int) -> None:
         print(f"step {step}", *(f"{name} {value:.5g}" for name, value in values.items()), flush=True)
 
 
+def at_least(lowest: int, text: str) -> int:
+    """A whole number of the command line."""
+    if not text.isdecimal() or int(text) < lowest:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {lowest}")
+    return int(text)
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    count = partial(at_least, 1)
     add("--tiny", action="store_true", help="sizes that a CPU trains in seconds")
     add("--tokens", type=Path, help="tokens saved by numpy.save; default: Python's standard library as bytes")
-    add("--vocabulary", type=int, default=256)
-    add("--layers", type=int, default=24)
-    add("--width", type=int, default=2048)
-    add("--heads", type=int, default=16)
-    add("--context", type=int, default=2048, help="tokens in a sequence")
-    add("--steps", type=int, default=20_000)
-    add("--batch", type=int, default=512, help="sequences in a step, of all ranks together")
-    add("--micro-batch", type=int, default=8, help="sequences at a time on a rank; gradients of the rest accumulate")
+    add("--vocabulary", type=count, default=256)
+    add("--layers", type=count, default=24)
+    add("--width", type=count, default=2048)
+    add("--heads", type=count, default=16)
+    add("--context", type=count, default=2048, help="tokens in a sequence")
+    add("--steps", type=count, default=20_000)
+    add("--batch", type=count, default=512, help="sequences in a step, of all ranks together")
+    add("--micro-batch", type=count, default=8, help="sequences at a time on a rank; gradients of the rest accumulate")
     add("--lr", type=float, default=3e-4)
-    add("--warmup", type=int, default=1000, help="steps of linear warmup from zero")
+    add("--warmup", type=count, default=1000, help="steps of linear warmup from zero")
     add("--catapult", action="store_true", help="start the warmup at the critical learning rate, with the same slope")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--plan", default="factored", help="factored, rules, none, or the path of a plan; auto without --checkpoints")
@@ -315,17 +331,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="of forward and backward pass")
     add("--recompute", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing")
     add("--compile", action="store_true", help="torch.compile each block")
-    add("--seed", type=int, default=0)
-    add("--log-every", type=int, default=10)
-    add("--probe-every", type=int, default=0, help="steps between measurements of critical sharpness; 0: none")
+    add("--seed", type=partial(at_least, 0), default=0)
+    add("--log-every", type=count, default=10)
+    add("--probe-every", type=partial(at_least, 0), default=0, help="steps between sharpness measurements; 0: none")
     add("--checkpoints", type=Path, help="folder to save to and to resume from; default: neither")
-    add("--save-every", type=int, default=1000)
-    add("--keep", type=int, default=2, help="complete checkpoints to keep")
+    add("--save-every", type=count, default=1000)
+    add("--keep", type=count, default=2, help="complete checkpoints to keep")
     if parser.parse_args(arguments).tiny:
         parser.set_defaults(**TINY)
     options = parser.parse_args(arguments)
-    if not 1 <= options.warmup < options.steps:
-        parser.error(f"--warmup {options.warmup} must be at least 1 and less than --steps {options.steps}")
+    if not options.warmup < options.steps:
+        parser.error(f"--warmup {options.warmup} must be less than --steps {options.steps}")
+    if options.width % options.heads:
+        parser.error(f"--width {options.width} must be a multiple of --heads {options.heads}")
     if options.plan == "auto" and options.checkpoints:
         parser.error("--plan auto is not saved while it measures; make a plan by slimadam calibrate and give its path")
     return options

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from slimadam.errors import PlanError
 from slimadam.fused import matches_any, pieces_of, refuse_unmatched
 from slimadam.parts import Parts, Piece, check_declared, pieces
-from slimadam.roles import ParameterRole, canonical_name, names_of, roles_of
+from slimadam.roles import ParameterRole, canonical_name, class_name, names_of, roles_of
 
 logger = logging.getLogger("slimadam")
 
@@ -62,7 +62,7 @@ class NamedParameters:
             for name, parameter in model.named_parameters():
                 if id(parameter) in self._names:
                     continue
-                shown = _free_name(canonical_name(name), type(model).__name__, taken)
+                shown = _free_name(canonical_name(name), class_name(model), taken)
                 taken.add(shown)
                 self._add(parameter, shown, found.get(name))
                 self._all_names[id(parameter)] = names[parameter]

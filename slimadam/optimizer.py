@@ -60,7 +60,7 @@ from slimadam.planning import (
 )
 from slimadam.roles import canonical_name
 from slimadam.rules import Rule
-from slimadam.shard_direction import averages_after_step, update_of_shards
+from slimadam.shard_direction import Shared, averages_after_step, update_of_shards
 from slimadam.stepping import Stepper, backend_of
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
@@ -352,8 +352,29 @@ class SlimAdam(Checkpointed):
             yield param, with_decay(direction, param, hyperparameters(group).weight_decay)
 
     @torch.no_grad()
-    def updates_without_decay(self) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
+    def averages_after_step(self) -> Shared:
+        """What the pending step would make of averages over several ranks: all that an update asks of other ranks.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        self._check_gradients()
+        return averages_after_step(
+            (
+                (name, param, group)
+                for name, param, group in self._parameters()
+                if is_dtensor(param) and param.grad is not None
+            ),
+            self._rules,
+            self._states_of_steps(),
+        )
+
+    @torch.no_grad()
+    def updates_without_decay(self, averages: Shared | None = None) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
         """As :meth:`update_direction`, but of gradients and state alone: the parameters' values play no part.
+
+        Args:
+            averages: Of :meth:`averages_after_step`, for the same gradients and state; None: it is called.
 
         Yields:
             ``(parameter, group, m_hat / (sqrt(v_hat) + eps))``.
@@ -362,18 +383,9 @@ class SlimAdam(Checkpointed):
             RuntimeError: A gradient is sparse.
         """
         self._check_gradients()
-        states: Mapping[Tensor, Any] = self.state
-        if self._state_is_blank:
-            states = {param: state for param, state in states.items() if not _is_of_no_step(state)}
-        averages = averages_after_step(
-            (
-                (name, param, group)
-                for name, param, group in self._parameters()
-                if is_dtensor(param) and param.grad is not None
-            ),
-            self._rules,
-            states,
-        )
+        if averages is None:
+            averages = self.averages_after_step()
+        states = self._states_of_steps()
         for name, param, group in self._parameters():
             if param.grad is not None:
                 rules = self._rules[name]
@@ -387,6 +399,12 @@ class SlimAdam(Checkpointed):
                     for entry in entries_of(rules, param, param.grad, group, state)
                 )
                 yield param, group, assembled(param, rules, directions)
+
+    def _states_of_steps(self) -> Mapping[Tensor, Any]:
+        """The state, but for what a step of zero has made."""
+        if not self._state_is_blank:
+            return self.state
+        return {param: state for param, state in self.state.items() if not _is_of_no_step(state)}
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Name, tensor and group of each parameter."""

@@ -7,6 +7,7 @@ does. With it comes the layout: which dimensions of the stored tensor are fan-in
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -81,6 +82,14 @@ _INNER_ATTENTION = frozenset({"query", "key", "value", "fused_qkv", "fused_kv"})
 _FEED_FORWARD = frozenset({"fused_gate_up", "mlp_gate", "mlp_up", "mlp_down"})
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class; ``fully_shard`` gives it another one, ``FSDP`` in front."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, fsdp.FSDPModule))
+    return type(module).__name__
+
+
 def roles_of(model: nn.Module) -> dict[str, ParameterRole]:
     """Role and layout of each parameter of a model.
 
@@ -141,7 +150,7 @@ class _Graph:
         by_name = role_from_name(name, len(shape))
         if by_name == BIAS:
             return ParameterRole(BIAS)
-        if leaf == "weight_g" or (_NORM_TYPE.search(type(module).__name__) and _is_vector(shape)):
+        if leaf == "weight_g" or (_NORM_TYPE.search(class_name(module)) and _is_vector(shape)):
             return ParameterRole(NORM)
         adapter = search(role_patterns.ADAPTERS, bare_name(name))
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -162,7 +171,7 @@ class _Graph:
     def _add_table(self, path: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
         role = search(role_patterns.TABLES, bare_name(path))
         if role == UNKNOWN:
-            role = "position_embedding" if "position" in type(module).__name__.lower() else "token_embedding"
+            role = "position_embedding" if "position" in class_name(module).lower() else "token_embedding"
         if role == "token_embedding":
             self._vocabulary.add(module.num_embeddings)
         # Heads share their weight with the table; a parametrized one keeps it elsewhere.
@@ -231,13 +240,13 @@ class _Graph:
 
     def _in_attention(self, path: str) -> bool:
         parts = {search(role_patterns.ATTENTION_PARTS, f".{own.lower()}") for own in self._children.get(path, {})}
-        named = f"{path}.{type(self._modules[path]).__name__}"
+        named = f"{path}.{class_name(self._modules[path])}"
         together = "fused_qkv" in parts or {"query", "key"} <= parts
         return together or _ATTENTION_TYPE.search(named) is not None
 
     def _in_squeeze_excite(self, path: str) -> bool:
         parent, _ = _split(path)
-        types = (type(self._modules[above]).__name__ for above in (parent, _split(parent)[0]))
+        types = (class_name(self._modules[above]) for above in (parent, _split(parent)[0]))
         named = search(role_patterns.SQUEEZE_EXCITE, bare_name(path)) != UNKNOWN
         return named or any(_SQUEEZE_TYPE.search(name) for name in types)
 
@@ -257,7 +266,7 @@ class _Graph:
             return _matrix("router")
         role = self._role_among_siblings(path, leaf)
         role = by_name if role == UNKNOWN else role
-        if ndim == 3 and (experts == shape[0] or "expert" in f"{path}.{type(module).__name__}".lower()):
+        if ndim == 3 and (experts == shape[0] or "expert" in f"{path}.{class_name(module)}".lower()):
             inputs, outputs = (2, 1) if self._inputs_last(path, shape[0]) else (1, 2)
             return ParameterRole(role, (inputs,), (outputs,))
         if ndim == 2 and experts is not None and role in _FEED_FORWARD:
@@ -304,7 +313,7 @@ def _as_linear(module: nn.Module) -> _Linear | None:
     if weight is None or weight.dim() != 2:
         return None
     rows, columns = weight.shape
-    if type(module).__name__ == "Conv1D":
+    if class_name(module) == "Conv1D":
         return _Linear(rows, columns, transposed=True)
     declared = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return _Linear(columns, rows, transposed=False) if declared == (columns, rows) else None

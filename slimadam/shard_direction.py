@@ -60,6 +60,16 @@ def averages_after_step(
     return found
 
 
+def nbytes_of(shared: Shared) -> int:
+    """What the averages hold, in bytes."""
+    pieces = [piece for pieces in shared.values() for piece in pieces if piece is not None]
+    held = [piece.relative_rows for piece in pieces]
+    for piece in pieces:
+        for moment in piece.moments:
+            held += [moment.stored, moment.maximum]
+    return sum(one.nbytes for one in held if one is not None)
+
+
 def _with_own_moments(piece: SharedPiece) -> SharedPiece:
     moments = [
         moment._replace(

@@ -266,6 +266,13 @@ def test_usage_errors_come_before_the_script_runs(arguments: list[str], message:
     assert message in result.stderr
 
 
+def test_other_ranks_need_no_folder_to_write_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    result = calibrate("--out", "missing/plan.json", "--report", ".", "--steps", "1", MIXED)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert not Path("missing").exists()
+
+
 def test_syntax_error_is_the_scripts_failure() -> None:
     Path("broken.py").write_text("print('never')\ndef (:\n", encoding="utf-8")
     result = calibrate("broken.py")

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from benchmarks.scale import pretended
 from slimadam import SNRHistory
 from slimadam.cli import cli
+from slimadam.cli.script_names import prefix_of
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "sharded.py")
 STEPS = 5
@@ -50,6 +54,13 @@ def test_calibrates_a_sharded_script_into_one_plan(tmp_path: Path, monkeypatch: 
         assert measured.shape == history[name].shape
         for step, values in measured.values.items():
             assert values == pytest.approx(history[name].values[step], rel=1e-4)
+
+
+def test_several_sharded_models_are_told_apart_by_their_own_classes() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pretended(2):
+        fully_shard(model)
+        assert prefix_of(model.parameters()) == "Sequential"
 
 
 def test_find_lr_says_that_it_follows_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

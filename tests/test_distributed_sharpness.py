@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -139,9 +140,14 @@ def probe_lines(kinds: list[str], optimizers: list[str]) -> dict[Any, Any]:
             run = Run(kind, name)
             before, calls, loss = snapshot(run.optimizer), run.calls(), run.loss_of_all()
             for memory in MEMORY.get(name, ("copy",)):
-                with LineProbe(run.optimizer, memory) as line:
+                with (
+                    mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as asked,
+                    LineProbe(run.optimizer, memory) as line,
+                ):
+                    on_entering = asked.call_count
                     losses = [line.loss(run.loss, eta) for eta in ETAS]
                     assert line.is_narrow == (kind == "in 16 bits")
+                assert asked.call_count == on_entering + len(ETAS), "moving and going back take no other rank"
                 _interrupted(run, memory)
                 assert same(before, snapshot(run.optimizer)), (kind, memory)
                 assert run.calls() == calls + 1, (kind, memory)
@@ -167,3 +173,19 @@ def test_losses_along_the_line_are_those_of_one_process(
         assert losses == pytest.approx(wanted, rel=0.05 if "in 16 bits" in case else 1e-5), case
         assert losses[0] == losses[4] != losses[3], case
         assert all(found[case][0] == losses for found in of_ranks), case
+
+
+def _losses_by_buffers() -> tuple[list[float], int]:
+    """Of a model whose buffers differ between ranks until a forward pass; and what the next training step has there."""
+    run = Run("replicated", "AdamW")
+    next(run.model.buffers()).fill_(torch.distributed.get_rank())
+    with LineProbe(run.optimizer) as line:
+        losses = [line.loss(lambda: run.loss() * run.calls()) for _ in range(3)]
+    run.backward()
+    return losses, run.calls()
+
+
+def test_buffers_are_made_alike_as_without_a_measurement(tmp_path: Path) -> None:
+    for losses, calls in on_ranks(2, tmp_path, _losses_by_buffers):
+        assert losses[0] == losses[1] == losses[2]
+        assert calls == 1

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from benchmarks.scale import pretended
 from examples import fsdp2_gpt
 from tests.ranks import on_ranks
 
@@ -124,7 +125,9 @@ def test_fsdp2_gpt_learns_under_torchrun(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--warmup", "20"], "--warmup 20 must be at least 1 and less than --steps 20"),
+        (["--warmup", "20"], "--warmup 20 must be less than --steps 20"),
+        (["--keep", "0"], "argument --keep: '0' must be a whole number of at least 1"),
+        (["--heads", "5"], "--width 64 must be a multiple of --heads 5"),
         (["--plan", "auto", "--checkpoints", "run"], "--plan auto is not saved"),
     ],
 )
@@ -132,3 +135,19 @@ def test_fsdp2_gpt_refuses(options: list[str], message: str, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         fsdp2_gpt.parse(["--tiny", *options])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.zeros((99, 99), np.uint16), "must be one array of integers"),
+        (np.zeros(99, np.float32), "must be one array of integers"),
+        (np.zeros(16, np.uint16), "has 16 tokens, --context 16 needs more"),
+        (np.full(17, 256, np.uint16), "--vocabulary 256 must be larger than any token; found 256 to 256"),
+    ],
+)
+def test_fsdp2_gpt_refuses_tokens(tokens: np.ndarray, message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", tokens)
+    options = _options(tmp_path)
+    with pytest.raises(SystemExit, match=message), pretended(1):
+        next(fsdp2_gpt.batches(fsdp2_gpt.read_tokens(options), options, 0, torch.device("cpu")))

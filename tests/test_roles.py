@@ -14,7 +14,10 @@ from torch.nn.utils import parametrizations
 pytest.importorskip("transformers")
 
 import transformers
+from torch.distributed.fsdp import fully_shard
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from benchmarks.scale import pretended
 from benchmarks.workloads.architectures import ARCHITECTURES
 from benchmarks.workloads.expected_roles import Architecture, collapsed, findings, stale_rows
 from benchmarks.workloads.written_modules import MODULES, meta_llama
@@ -230,6 +233,16 @@ def test_wrapped_models_have_the_roles_of_the_bare_one() -> None:
     found = roles_of(compiled)
     assert all("_checkpoint_wrapped_module" in name for name in found if "layers" in name)
     assert {canonical_name(name): role for name, role in found.items()} == bare
+
+
+def test_fully_sharded_layers_have_the_roles_of_the_bare_ones() -> None:
+    block = GPT2Block(transformers.GPT2Config(n_embd=8, n_head=2))
+    bare = roles_of(block)
+    with pretended(2):
+        for module in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.ln_1, block.attn, block):
+            fully_shard(module)
+        assert roles_of(block) == bare
+    assert bare["attn.c_attn.weight"].fan_in == (0,)
 
 
 def test_a_model_that_is_one_layer() -> None:

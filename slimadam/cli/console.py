@@ -28,6 +28,8 @@ def output_path(ctx: click.Context, parameter: click.Parameter, value: str | Non
     if value is None:
         return None
     path = Path(value).absolute()
+    if not is_main_rank():  # perhaps on another machine, and it writes nothing
+        return path
     if path.is_dir():
         raise click.BadParameter(f"{value!r} is a folder; name a file", ctx, parameter)
     if not path.parent.is_dir():

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimadam.names import NamedParameters, owning_modules
+from slimadam.roles import class_name
 
 
 def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def pairs(items: Iterable[Any], named: NamedParameters, group_index: int) -> lis
 def prefix_of(parameters: Iterable[Tensor]) -> str:
     """What tells optimizers' parameters apart: the class of the outermost module that owns them."""
     roots = owning_modules(list(parameters))
-    return type(_unwrapped(roots[0])).__name__ if roots else "optimizer"
+    return class_name(_unwrapped(roots[0])) if roots else "optimizer"
 
 
 def prefixed(prefix: str, name: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ from slimadam.direction import row_blocks, with_decay
 from slimadam.distributed import is_dtensor, laid_out_as, local, local_gradient
 from slimadam.functional import Scalar, second_moment_dtype
 from slimadam.optimizer import SlimAdam
+from slimadam.shard_direction import Shared
 
 # Their step on a parameter is linear in lr, and depends on the parameter's value through weight decay alone.
 LINEAR_IN_LR = tuple(
@@ -87,13 +88,18 @@ def pending_directions(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def pending_updates(optimizer: Optimizer) -> Iterator[PendingUpdate]:
-    """As :func:`pending_directions`, with the decoupled weight decay apart."""
+def pending_updates(optimizer: Optimizer, averages: Shared | None = None) -> Iterator[PendingUpdate]:
+    """As :func:`pending_directions`, with the decoupled weight decay apart.
+
+    Args:
+        optimizer: As there.
+        averages: Of :func:`averages_of_ranks`, so that other ranks are not asked again.
+    """
     optimizer = unwrapped(optimizer)
     check_pending(optimizer)
     rates = {id(group): rate for group, rate in zip(optimizer.param_groups, relative_rates(optimizer), strict=True)}
     if isinstance(optimizer, SlimAdam):
-        for param, group, update in optimizer.updates_without_decay():
+        for param, group, update in optimizer.updates_without_decay(averages):
             yield PendingUpdate(param, update, group["weight_decay"], rates[id(group)])
     elif type(optimizer) in LINEAR_IN_LR:
         for group in optimizer.param_groups:
@@ -106,6 +112,12 @@ def pending_updates(optimizer: Optimizer) -> Iterator[PendingUpdate]:
     else:
         for param, update, group in _trial_step(optimizer):
             yield PendingUpdate(param, update, 0.0, rates[id(group)])
+
+
+def averages_of_ranks(optimizer: Optimizer) -> Shared:
+    """What SlimAdam's pending update asks of other ranks, which all must do."""
+    optimizer = unwrapped(optimizer)
+    return optimizer.averages_after_step() if isinstance(optimizer, SlimAdam) else {}
 
 
 def depends_on_parameters(optimizer: Optimizer) -> bool:

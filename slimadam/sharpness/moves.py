@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from slimadam.direction import row_blocks
 from slimadam.distributed import local
 from slimadam.functional import second_moment_dtype
+from slimadam.shard_direction import nbytes_of
 from slimadam.sharpness.directions import (
     PendingUpdate,
+    averages_of_ranks,
     depends_on_parameters,
     pending_updates,
     unwrapped,
@@ -76,11 +78,12 @@ class Offloaded:
         self._optimizer = optimizer
         params = (p for group in unwrapped(optimizer).param_groups for p in group["params"] if p.grad is not None)
         self._kept = [(param, _host_copy(held(param))) for param in params]
+        self._averages = averages_of_ranks(optimizer)
 
     def to(self, eta: float) -> None:
         """See :class:`Moves`."""
         self.back()
-        for pending in pending_updates(self._optimizer):
+        for pending in pending_updates(self._optimizer, self._averages):
             held(pending.param).sub_(local(pending.direction()), alpha=eta)
 
     def back(self) -> None:
@@ -91,7 +94,8 @@ class Offloaded:
     @property
     def extra_bytes(self) -> int:
         """See :class:`Moves`; on a CPU the copies lie in the same memory."""
-        return sum(kept.nbytes for param, kept in self._kept if param.device.type == "cpu")
+        on_cpu = sum(kept.nbytes for param, kept in self._kept if param.device.type == "cpu")
+        return on_cpu + nbytes_of(self._averages)
 
 
 class Lean:
@@ -117,6 +121,8 @@ class Lean:
                 "of the gradient, or a step known to itself alone); use memory='copy' or 'offload'"
             )
         self._optimizer = optimizer
+        # Asked for once: on the way back, after an error on this rank alone, nobody would answer.
+        self._averages = averages_of_ranks(optimizer)
         # By parameter and block, so that running out of memory half-way loses nothing.
         self._moved: dict[tuple[int, int], tuple[float, _Correction]] = {}
 
@@ -138,7 +144,7 @@ class Lean:
 
     def _blocks(self) -> Iterator[tuple[tuple[int, int], PendingUpdate]]:
         """Some rows of each parameter, as real numbers, with those of its update."""
-        for pending in pending_updates(self._optimizer):
+        for pending in pending_updates(self._optimizer, self._averages):
             param, update = _real(held(pending.param)), _real(local(pending.update))
             for index, rows in enumerate(row_blocks(param.shape)):
                 yield (id(pending.param), index), pending._replace(param=param[rows], update=update[rows])
@@ -152,7 +158,7 @@ class Lean:
     @property
     def extra_bytes(self) -> int:
         """See :class:`Moves`."""
-        return sum(correction.nbytes for _, correction in self._moved.values())
+        return sum(correction.nbytes for _, correction in self._moved.values()) + nbytes_of(self._averages)
 
 
 MOVES: dict[str, type[Copies] | type[Offloaded] | type[Lean]] = {"copy": Copies, "lean": Lean, "offload": Offloaded}

@@ -45,6 +45,7 @@ class Sharding:
         for module in self._modules:
             state = module._get_fsdp_state()
             state._state_ctx.iter_forward_root = None
+            state._modules_to_run_forward.clear()
             for one in (state, *_groups(state)):
                 one._training_state = type(one._training_state).IDLE
             for group in _groups(state):

@@ -30,6 +30,9 @@ class Buffers:
         # What overlaps itself, as an expanded mask does, cannot be written to: nobody has.
         own = [buffer for buffer in found.values() if torch._debug_has_internal_overlap(buffer) != 1]
         self._kept = [(buffer, buffer.data, buffer.detach().clone()) for buffer in own]
+        # A forward pass without gradients makes DistributedDataParallel leave the next one's buffers as they are.
+        replicated = [owner for owner in owners.values() if isinstance(owner, nn.parallel.DistributedDataParallel)]
+        self._synced = [(owner, owner.require_forward_param_sync) for owner in replicated]
 
     def restore(self) -> None:
         """Put the same tensors with the same contents back, and no others."""
@@ -39,6 +42,8 @@ class Buffers:
         for owner, names in self._owners:
             owner._buffers.clear()
             owner._buffers.update(names)
+        for owner, is_synced in self._synced:
+            owner.require_forward_param_sync = is_synced
 
     @property
     def tensors(self) -> list[Tensor]:
