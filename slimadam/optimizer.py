@@ -680,9 +680,9 @@ def _whole(rules: Sequence[Rule], reason: str) -> Rule:
 
 
 def _tell_without_codes(group: Mapping[str, Any], params: Collection[Tensor]) -> None:
-    """Say how much of what ``momentum_dtype="int8"`` is asked for is not stored in codes."""
+    """Say how much of what ``momentum_dtype="int8"`` is asked for is not stored in codes; of vectors alone nothing."""
     without = [param for param in params if group["momentum_dtype"] == INT8 and not stores_codes(param, group)]
-    if without:
+    if any(param.dim() > 1 for param in without):
         logger.warning(
             "momentum_dtype='int8': the first moments of %d of %d parameters, %.1f%% of their elements, stay in the "
             "parameters' precision: their shards need not consist of whole blocks of 256 elements; shard along "
