@@ -11,6 +11,7 @@ Weights and batches depend on the seed and the step alone: but for rounding, tra
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -37,6 +38,9 @@ from slimadam.demo.data import load
 
 Batch = list[tuple[Tensor, Tensor]]
 """The micro-batches of one step on this rank: inputs and targets."""
+
+SETTINGS = ("layers", "width", "heads", "vocabulary", "context", "batch", "steps", "lr", "warmup", "catapult", "plan",
+            "momentum", "seed")  # fmt: skip
 
 TINY = {"layers": 2, "width": 64, "heads": 4, "context": 64, "batch": 8, "micro_batch": 2, "steps": 20, "warmup": 5}
 
@@ -192,11 +196,12 @@ def evaluate(model: GPT, batch: Batch) -> Tensor:
     return torch.stack([model(inputs, targets) for inputs, targets in batch]).mean()
 
 
-def save(folder: Path, step: int, model: GPT, optimizer: SlimAdam, schedule: LRScheduler, keep: int) -> None:
+def save(options: argparse.Namespace, step: int, model: GPT, optimizer: SlimAdam, schedule: LRScheduler) -> None:
     """Write a checkpoint into a folder of its own; only when it is complete does ``latest`` name it.
 
     Whoever is killed on the way leaves the checkpoint that ``latest`` names as it was.
     """
+    folder: Path = options.checkpoints
     path = folder / f"step-{step:08d}"
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)  # what a killed run left of it
@@ -204,6 +209,7 @@ def save(folder: Path, step: int, model: GPT, optimizer: SlimAdam, schedule: LRS
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state, "schedule": schedule}, checkpoint_id=path)
     if dist.get_rank() == 0:
+        (path / "settings.json").write_text(json.dumps(settings(options)))
         pending = folder / "latest.pending"
         with pending.open("w") as file:
             file.write(path.name)
@@ -211,17 +217,32 @@ def save(folder: Path, step: int, model: GPT, optimizer: SlimAdam, schedule: LRS
             os.fsync(file.fileno())
         pending.replace(folder / "latest")
         newest_first = sorted((one for one in folder.glob("step-*") if one.name <= path.name), reverse=True)
-        for old in newest_first[keep:]:
+        for old in newest_first[options.keep :]:
             shutil.rmtree(old)
 
 
-def latest_step(folder: Path | None) -> int:
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What a run that is resumed must have as it was."""
+    return {name: str(value) for name, value in vars(options).items() if name in SETTINGS}
+
+
+def latest_step(options: argparse.Namespace) -> int:
     """The step of the last complete checkpoint, the same on every rank; 0: there is none."""
-    found = [0]
-    if folder is not None and dist.get_rank() == 0 and (folder / "latest").exists():
-        found = [int((folder / "latest").read_text().removeprefix("step-"))]
+    found: list[Any] = [0, []]
+    if options.checkpoints is not None and dist.get_rank() == 0 and (options.checkpoints / "latest").exists():
+        name = (options.checkpoints / "latest").read_text()
+        saved = json.loads((options.checkpoints / name / "settings.json").read_text())
+        changed = [
+            f"--{key} {saved[key]}, not {value}" for key, value in settings(options).items() if saved[key] != value
+        ]
+        found = [int(name.removeprefix("step-")), changed]
     dist.broadcast_object_list(found)
-    return found[0]
+    step, changed = found
+    if changed:
+        raise SystemExit(
+            f"{options.checkpoints} holds a run with {'; '.join(changed)}: resume it with its own settings"
+        )
+    return int(step)
 
 
 def resume(folder: Path, step: int, model: GPT, optimizer: SlimAdam, schedule: LRScheduler) -> None:
@@ -253,7 +274,7 @@ def train(options: argparse.Namespace) -> dict[int, float]:
     tokens = read_tokens(options)
     model = build_model(options, device)
     optimizer = build_optimizer(model, options)
-    first = latest_step(options.checkpoints)
+    first = latest_step(options)
     critical = None
     if options.catapult:  # a schedule that is loaded brings the rate that was measured
         batch = next(batches(tokens, options, 0, device))
@@ -290,7 +311,7 @@ def train(options: argparse.Namespace) -> dict[int, float]:
             )
             started, tokens_seen = time.perf_counter(), 0
         if options.checkpoints and (step % options.save_every == 0 or step == options.steps):
-            save(options.checkpoints, step, model, optimizer, schedule, options.keep)
+            save(options, step, model, optimizer, schedule)
     return losses
 
 

@@ -71,6 +71,8 @@ def _train_then_resume(folder: Path) -> Together:
     losses = fsdp2_gpt.train(_options(folder))
     options = _options(folder, "--checkpoints", str(folder / "saved"))
     assert [path.name for path in _killed_in_its_second_save(options)] == ["step-00000003", "step-00000006"]
+    with pytest.raises(SystemExit, match=r"holds a run with --steps 9, not 12; --lr 0\.01, not 0\.02: resume"):
+        fsdp2_gpt.train(_options(folder, "--checkpoints", str(folder / "saved"), "--steps", "12", "--lr", "2e-2"))
     resumed = fsdp2_gpt.train(options)
     torch.distributed.barrier()
     kept = sorted(path.name for path in (folder / "saved").iterdir())
