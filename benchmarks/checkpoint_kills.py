@@ -3,8 +3,8 @@
     python -m benchmarks.checkpoint_kills
 
 Each trial trains and saves, each time into a folder of its own, synchronously or in the background, and kills one rank
-at a random moment of the last save. A program started anew then follows docs/distributed.md: it takes the newest folder
-that has a ``.metadata`` file.
+at a random moment of the last save. A program started anew then follows docs/distributed-checkpoints.md: it takes the
+newest folder that has a ``.metadata`` file.
 """
 
 from __future__ import annotations
