@@ -162,7 +162,7 @@ def probe_lines(kinds: list[str], optimizers: list[str]) -> dict[Any, Any]:
     [
         (2, ["in 16 bits", "replicated", "sharded"], ["AdamW", "SGD", "unknown"]),
         (3, ["sharded"], ["SlimAdam in groups"]),
-        (4, ["hybrid", "kept whole", "sharded", "sharded and tensor parallel", "tensor parallel"], ["SlimAdam"]),
+        (4, ["hybrid", "kept whole", "sharded and tensor parallel", "tensor parallel"], ["SlimAdam"]),
     ],
 )
 def test_losses_along_the_line_are_those_of_one_process(
