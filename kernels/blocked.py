@@ -1,7 +1,8 @@
 """The update in eager PyTorch on blocks that stay in the CPU's cache.
 
 Each block is read from memory once, however many operations work on it, so that a row-averaged step moves
-20 bytes per float32 parameter and a column-averaged one 24 (AdamW: 28). The plain reference beside it is
+20 bytes per float32 parameter and a column-averaged one 24 (AdamW: 28). Where there are enough parameters, each core
+takes some of its own (workers.py); the results are those of one core, bit for bit. The plain reference beside it is
 :func:`slimadam.functional.reference_update`; parameters stored in full, where everything has one dtype, go to
 PyTorch's own fused CPU kernel.
 """
@@ -11,9 +12,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from slimadam.kernels import workers
 from slimadam.kernels.layout import Layout, layout
 from torch import Tensor
 
@@ -30,6 +33,12 @@ from slimadam.functional import (
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements worked on at a time; ``python -m benchmarks.throughput --block N`` measures another size."""
+
+SHARE_ELEMENTS = 1 << 21
+"""Elements of a large parameter that one core takes at once."""
+
+WORTH_WAKING = 1 << 21
+"""Elements from which on several cores take parameters of their own."""
 
 LONGEST_NORM = 1 << 16
 """Longest row summed by ``vector_norm``, whose running sums lose precision where ``mean``'s do not."""
@@ -52,13 +61,47 @@ def layouts(param: Tensor, averaged_dims: Sequence[Dims]) -> list[Layout] | None
 def blocked_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     """Update every parameter in place. For each, :func:`layouts` must have found a view."""
     whole: dict[torch.dtype, list[Entry]] = {}
+    averaged = []
     for entry in entries:
         if _is_plain(entry):
             whole.setdefault(entry.param.dtype, []).append(entry)
         else:
-            _update_one(entry, hyper)
+            averaged.append(entry)
+    _update_averaged(averaged, hyper)
     for same_dtype in whole.values():
         _torch_fused(same_dtype, hyper)
+
+
+class _Share(NamedTuple):
+    """One of several equal shares of a parameter's slices."""
+
+    entry: Entry
+    number: int
+    of: int
+
+    @property
+    def elements(self) -> int:
+        return self.entry.param.numel() // self.of
+
+
+def _update_averaged(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
+    """Each share on one core where there are enough to keep all of them busy; else one parameter after the other."""
+    shares = sorted((share for entry in entries for share in _shares(entry)), key=lambda share: -share.elements)
+    total = sum(share.elements for share in shares)
+    if total >= WORTH_WAKING and shares[0].elements * workers.count() <= total:
+        workers.run(partial(_update_share, share, hyper) for share in shares)
+    else:
+        for entry in entries:
+            _update_share(_Share(entry, 0, 1), hyper)
+
+
+def _shares(entry: Entry) -> Iterator[_Share]:
+    """A parameter whole, or in shares if it is large and no view of a share would copy anything outside of it."""
+    tensors = (entry.param, entry.grad, entry.exp_avg, *entry.exp_avg_sq, *entry.max_exp_avg_sq)
+    divisible = all(tensor.is_contiguous() for tensor in tensors)
+    most = entry.param.numel() // SHARE_ELEMENTS if divisible else 1
+    of = max(1, min(most, _geometry(entry).pre))
+    return (_Share(entry, number, of) for number in range(of))
 
 
 def _is_plain(entry: Entry) -> bool:
@@ -86,17 +129,10 @@ def _torch_fused(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     )
 
 
-def _update_one(entry: Entry, hyper: Hyperparameters) -> None:
-    found = layouts(entry.param, entry.averaged_dims)
-    assert found is not None
-    order, pre, red, post = found[0]
-    if entry.param.is_contiguous():
-        order = ()
-    shapes = [(pre, 1, post)]
-    if len(entry.exp_avg_sq) == 2:
-        ((row_dim,), shape) = entry.averaged_dims[1], entry.param.shape
-        pre, red, post = math.prod(shape[:row_dim]), shape[row_dim], math.prod(shape[row_dim + 1 :])
-        shapes = [(pre, red, 1), (pre, 1, post)]
+def _update_share(share: _Share, hyper: Hyperparameters) -> None:
+    entry = share.entry
+    order, pre, red, post = _geometry(entry)
+    shapes = [(pre, 1, post)] if len(entry.exp_avg_sq) == 1 else [(pre, red, 1), (pre, 1, post)]
     numbers = hyper._replace(lr=float(hyper.lr), beta1=float(hyper.beta1), beta2=float(hyper.beta2))
     step_size, root = bias_corrections(entry.step, numbers)
     update = Update(
@@ -116,10 +152,12 @@ def _update_one(entry: Entry, hyper: Hyperparameters) -> None:
         is_given=entry.is_given,
         seed=entry.seed,
     )
+    blocks = list(_blocks(pre, red * post))
+    blocks = blocks[len(blocks) * share.number // share.of : len(blocks) * (share.number + 1) // share.of]
     if len(shapes) == 1 and red * post <= BLOCK_ELEMENTS:
-        _one_pass(update)
+        _one_pass(update, blocks)
     else:
-        for index in range(pre):
+        for index in (index for block in blocks for index in range(block.start, block.stop)):
             _two_passes(update.at(index))
     if entry.is_given:
         return
@@ -128,6 +166,16 @@ def _update_one(entry: Entry, hyper: Hyperparameters) -> None:
         if moment.data_ptr() != view.data_ptr():
             target = moment.permute(order) if order else moment
             target.copy_(view.reshape(target.shape))
+
+
+def _geometry(entry: Entry) -> Layout:
+    """How an entry is seen as ``[pre, red, post]``, with no order where it lies in that of its dimensions."""
+    found = layouts(entry.param, entry.averaged_dims)
+    assert found is not None
+    if len(found) == 2:
+        ((row_dim,), shape) = entry.averaged_dims[1], entry.param.shape
+        return Layout((), math.prod(shape[:row_dim]), shape[row_dim], math.prod(shape[row_dim + 1 :]))
+    return found[0]._replace(order=()) if entry.param.is_contiguous() else found[0]
 
 
 def _view(tensor: Tensor, order: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -185,11 +233,10 @@ class Update(NamedTuple):
             target.copy_(stochastic_round(work, self.seed + block.start))
 
 
-def _one_pass(update: Update) -> None:
+def _one_pass(update: Update, blocks: Sequence[slice]) -> None:
     """For each block of whole slices: moments, then the parameter while everything is in cache."""
     (part,) = update.parts
-    pre, red, post = update.param.shape
-    for block in _blocks(pre, red * post):
+    for block in blocks:
         # first and second moment
         update.update_first_moment(block)
         used = part[block]

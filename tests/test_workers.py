@@ -1,0 +1,223 @@
+"""Blocks of several parameters on several cores at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from slimadam.kernels import blocked, workers
+from torch.utils.flop_counter import FlopCounterMode
+
+from slimadam import CompressionPlan, Rule, SlimAdam
+
+RULES = {
+    "rows": Rule((1,), "mean"),
+    "columns": Rule((0,), "mean"),
+    "all": Rule((0, 1), "mean"),
+    "factored": Rule(form="factored"),
+    "experts": Rule((2,), "mean"),
+    "expert_columns": Rule((1,), "mean"),
+    "full": Rule(),
+}
+SHAPES = {"experts": (5, 6, 7), "expert_columns": (4, 9, 5)}
+
+
+@pytest.fixture(autouse=True)
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small parameters are worth several cores, of which PyTorch uses three."""
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 32)
+    monkeypatch.setattr(blocked, "SHARE_ELEMENTS", 64)
+    monkeypatch.setattr(blocked, "WORTH_WAKING", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def _train(dtype: torch.dtype, steps: int, seen: set[str], **options: Any) -> list[torch.Tensor]:
+    """Parameters and state after some steps; ``seen`` gets the names of the threads that updated them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: SHAPES.get(name, (23, 11)) for name in RULES}
+    drawn = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    params = {name: torch.nn.Parameter(start) for name, start in drawn.items()}
+    optimizer = SlimAdam(list(params.items()), plan=CompressionPlan(RULES), monitor=False, **options)
+    update = blocked._update_share
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            blocked,
+            "_update_share",
+            lambda *arguments: (seen.add(threading.current_thread().name), update(*arguments)),
+        )
+        for _ in range(steps):
+            for param in params.values():
+                param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+            optimizer.step()
+    state = [value for kept in optimizer.state_dict()["state"].values() for value in _tensors(kept)]
+    return [*(param.detach() for param in params.values()), *state]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for held in value.values():
+            yield from _tensors(held)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"weight_decay": 0.1, "betas": (0.8, 0.95)}),
+        (torch.float64, {"maximize": True}),
+        (torch.bfloat16, {"bf16_stochastic_round": True}),
+        (torch.bfloat16, {"momentum_dtype": torch.float32}),
+        (torch.float32, {"momentum_dtype": torch.bfloat16, "variance_init": "gradient"}),
+    ],
+    ids=str,
+)
+def test_several_cores_give_what_one_gives(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    on_three: set[str] = set()
+    several = _train(dtype, 4, on_three, **options)
+    torch.set_num_threads(1)
+    on_one: set[str] = set()
+    one = _train(dtype, 4, on_one, **options)
+    for ours, expected in zip(several, one, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert on_one == {threading.current_thread().name}
+    assert len(on_three) > 1
+    assert on_one.isdisjoint(on_three)
+
+
+def test_one_large_parameter_is_left_to_all_cores() -> None:
+    param = torch.nn.Parameter(torch.ones(40, 40))
+    param.grad = torch.ones(40, 40)
+    optimizer = SlimAdam([("w", param)], plan=CompressionPlan({"w": Rule((0,), "mean")}), lr=0.5, weight_decay=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "run", lambda _: pytest.fail("a column average cannot be shared"))
+        optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.full((40, 40), 0.5))
+
+
+def test_each_worker_uses_one_core_and_every_other_thread_as_many_as_before() -> None:
+    found: list[int] = []
+    workers.run([lambda: found.append(torch.get_num_threads())] * 6)
+    assert found == [1] * 6
+    assert torch.get_num_threads() == 3
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found[-1] == 3
+
+
+def test_a_mode_that_sees_operations_goes_on_seeing_them() -> None:
+    names: list[str] = []
+    tasks = [lambda: names.append(threading.current_thread().name)] * 4
+    with FlopCounterMode(display=False):
+        workers.run(tasks)
+    with torch.device("cpu"):
+        workers.run(tasks)
+    assert set(names) == {threading.current_thread().name}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_workers_record_no_gradients_and_share_inference_mode(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        param = torch.ones(3)
+        modes: list[tuple[bool, bool]] = []
+
+        def task() -> None:
+            modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+            param.clone().add_(1)
+
+        workers.run([task] * 4)
+    assert modes == [(False, inference)] * 4
+
+
+def test_an_error_reaches_the_caller_and_nothing_begins_after_it() -> None:
+    done: list[int] = []
+
+    def task(number: int) -> None:
+        if number == 0:
+            raise MemoryError("no room")
+        time.sleep(0.05)
+        done.append(number)
+
+    with pytest.raises(MemoryError, match="no room"):
+        workers.run(partial(task, number) for number in range(50))
+    at_return = list(done)
+    time.sleep(0.2)
+    assert done == at_return
+    assert len(done) < 10
+
+
+def test_an_interrupted_caller_waits_for_what_is_at_work() -> None:
+    at_work, ended = [], []
+
+    def task() -> None:
+        at_work.append(1)
+        time.sleep(0.3)
+        ended.append(1)
+
+    timer = threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))  # type: ignore[arg-type]
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        workers.run([task] * 30)
+    assert len(at_work) == len(ended) == 3
+
+
+def test_threads_of_the_user_take_steps_at_once() -> None:
+    torch.set_num_threads(1)
+    (*expected,) = _train(torch.float32, 3, set())
+    torch.set_num_threads(3)
+    results: list[list[torch.Tensor]] = []
+
+    def train() -> None:
+        torch.set_num_threads(3)
+        results.append(_train(torch.float32, 3, set()))
+
+    threads = [threading.Thread(target=train) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    for result in results:
+        for ours, wanted in zip(result, expected, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
+
+
+PROGRAM = """
+import os, threading, torch
+from slimadam.kernels import workers
+torch.set_num_threads(2)
+done = []
+tasks = [lambda: done.append(os.getpid())] * 4
+"""
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "workers.run(tasks)\nif os.fork() == 0:\n    workers.run(tasks)\n    os._exit(len(done) - 8)\n"
+        "assert os.wait()[1] == 0\nprint(len(done))",
+        "import atexit\natexit.register(lambda: (workers.run(tasks), print(len(done))))",
+        "workers.run(tasks)\ndone.clear()\n"
+        "def late():\n    threading.main_thread().join()\n    workers.run(tasks)\n    print(len(done))\n"
+        "threading.Thread(target=late).start()",
+    ],
+    ids=["in a forked child", "at exit", "after the main thread has ended"],
+)
+def test_it_works_where_threads_are_hard_to_have(ending: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM + ending], capture_output=True, text=True, timeout=60, env={**os.environ}
+    )
+    assert (ran.returncode, ran.stdout) == (0, "4\n"), ran.stderr
