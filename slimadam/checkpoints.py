@@ -61,7 +61,7 @@ class Checkpointed(Optimizer):
     _complete: bool
     _state_is_blank: bool
     _max_grad_norm: float | None
-    grad_norm: Tensor | None
+    _norms: dict[str, Tensor]
     _stepper: Stepper
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -233,7 +233,7 @@ class Checkpointed(Optimizer):
             "_complete": self._complete,
             "_state_is_blank": self._state_is_blank,
             "_max_grad_norm": self._max_grad_norm,
-            "grad_norm": self.grad_norm,
+            "_norms": self._norms,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -243,7 +243,7 @@ class Checkpointed(Optimizer):
         resumed = "_resolver" not in self.__dict__ or "_names" in state
         self._stepper = Stepper()
         if resumed:  # a pickle of an earlier release lacks them
-            state = {"_max_grad_norm": None, "grad_norm": None, **state}
+            state = {"_max_grad_norm": None, "_norms": {}, **state}
         super().__setstate__(state)
         if resumed:
             self._resolver.resume((name, param) for name, param, _ in self._parameters())

@@ -165,7 +165,7 @@ def clipped(grad: Tensor, factor: Tensor | None) -> Tensor:
     if factor is None:
         return grad
     wide = grad.to(second_moment_dtype(grad.dtype))
-    return wide * factor.to(wide.device, wide.dtype.to_real())
+    return (wide * factor.to(wide.device)).to(wide.dtype)  # a scalar may have become wider
 
 
 def bias_corrections(step: Tensor, hyper: Hyperparameters) -> tuple[float, float]:

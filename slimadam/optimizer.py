@@ -121,10 +121,6 @@ class SlimAdam(Checkpointed):
 
     Everything after ``amsgrad`` but ``model``, ``max_grad_norm`` and ``monitor`` may be set per parameter group.
 
-    Attributes:
-        grad_norm: With ``max_grad_norm`` the norm of the gradients of the last step before clipping, 0-dimensional
-            and on their device; else, and before the first step, None.
-
     Raises:
         ValueError: An option is out of range.
         TypeError: An option has the wrong type or a misspelt name.
@@ -189,7 +185,8 @@ class SlimAdam(Checkpointed):
         self._state_is_blank = False
         self._stepper = Stepper()
         self._max_grad_norm = max_grad_norm
-        self.grad_norm: Tensor | None = None
+        # In a dict, because torch.compile forgets what is assigned to attributes of an optimizer.
+        self._norms: dict[str, Tensor] = {}
         super().__init__(params, defaults)
         self._resolver.check_all_used()
         self._complete = True
@@ -254,6 +251,15 @@ class SlimAdam(Checkpointed):
             for name, param, _ in self._parameters():
                 check_has_norm(name, param)
         self._max_grad_norm = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """With ``max_grad_norm`` the norm of the last step's gradients before clipping; before the first step None.
+
+        0-dimensional, on the first gradient's device, new in each step (the same in each replay of a CUDA graph), and
+        of unscaled gradients under ``GradScaler``.
+        """
+        return self._norms.get("grad")
 
     def __repr__(self) -> str:
         text = super().__repr__()
@@ -372,14 +378,14 @@ class SlimAdam(Checkpointed):
         return loss
 
     def _measure_norm(self, grad_scale: Tensor | None) -> Tensor | None:
-        """Set :attr:`grad_norm`, and return what the step multiplies gradients by once they are not scaled."""
+        """Find :attr:`grad_norm`, and return what the step multiplies gradients by once they are not scaled."""
         if self._max_grad_norm is None:
-            self.grad_norm = None
+            self._norms.clear()
             return None
         norm = self._global_norm()
         if grad_scale is not None:
             norm = norm / grad_scale.to(norm.device)
-        self.grad_norm = norm.detach()
+        self._norms["grad"] = norm.detach()
         return clip_factor(norm, self._max_grad_norm)
 
     def _global_norm(self) -> Tensor:
