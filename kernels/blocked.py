@@ -68,8 +68,10 @@ def blocked_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         else:
             averaged.append(entry)
     _update_averaged(averaged, hyper)
+    factor = _factor(hyper)
     for same_dtype in whole.values():
-        _torch_fused(same_dtype, hyper)
+        for together in [same_dtype] if factor == 1 else _scaled(same_dtype, factor):
+            _torch_fused(together, hyper)
 
 
 class _Share(NamedTuple):
@@ -110,6 +112,34 @@ def _is_plain(entry: Entry) -> bool:
     return not any(entry.averaged_dims) and same_dtype and entry.step.dtype == torch.float32
 
 
+def _factor(hyper: Hyperparameters) -> float:
+    return 1.0 if hyper.clip_factor is None else float(hyper.clip_factor)
+
+
+def _scaled(entries: Sequence[Entry], factor: float) -> Iterator[list[Entry]]:
+    """What the entries consist of, some elements at a time, with gradients times a factor, good until the next."""
+    together: list[Entry] = []
+    used = 0
+    for entry in entries:
+        found = layouts(entry.param, ((),))
+        assert found is not None
+        order, size, _, _ = found[0]
+        flat = [
+            _view(tensor, order, (size,))
+            for tensor in (entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq[0], *entry.max_exp_avg_sq)
+        ]
+        for block in _blocks(size, 1):
+            param, grad, exp_avg, exp_avg_sq, *largest = (tensor[block] for tensor in flat)
+            if used + param.numel() > BLOCK_ELEMENTS:
+                yield together
+                together, used = [], 0
+            scratch = _scratch(param.dtype, (BLOCK_ELEMENTS,), "gradient")[used : used + param.numel()]
+            used += param.numel()
+            scaled = _times(grad, factor, scratch)
+            together.append(Entry(param, scaled, exp_avg, [exp_avg_sq], largest, entry.step, entry.averaged_dims))
+    yield together
+
+
 def _torch_fused(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     steps = [entry.step for entry in entries]
     torch._fused_adamw_(
@@ -147,7 +177,7 @@ def _update_share(share: _Share, hyper: Hyperparameters) -> None:
         decay=1 - float(hyper.lr) * float(hyper.weight_decay),
         step_size=step_size,
         root=root,
-        maximize=hyper.maximize,
+        gradient_factor=-_factor(hyper) if hyper.maximize else _factor(hyper),
         rounds=hyper.stochastic_round and entry.param.dtype == torch.bfloat16,
         is_given=entry.is_given,
         seed=entry.seed,
@@ -197,7 +227,7 @@ class Update(NamedTuple):
     decay: float
     step_size: float
     root: float
-    maximize: bool
+    gradient_factor: float
     rounds: bool
     is_given: bool
     seed: int
@@ -217,10 +247,17 @@ class Update(NamedTuple):
         """``sqrt(v_hat) + eps``."""
         return second_moment.sqrt().div_(self.root).add_(self.eps)
 
-    def update_first_moment(self, block: slice) -> None:
-        """The first moment of one block."""
+    def gradient(self, block: slice) -> Tensor:
+        """That of one block, clipped and negated where it must be; good until the next."""
         grad = self.grad[block]
-        update_first_moment(self.exp_avg[block], -grad if self.maximize else grad, self.beta1)
+        if self.gradient_factor == 1:
+            return grad
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return _times(grad, self.gradient_factor, _scratch(wide, grad.shape, "gradient"))
+
+    def update_first_moment(self, block: slice, grad: Tensor) -> None:
+        """The first moment of one block."""
+        update_first_moment(self.exp_avg[block], grad, self.beta1)
 
     def update_param(self, block: slice, denominator: Tensor) -> None:
         """Weight decay and step of one block."""
@@ -238,10 +275,11 @@ def _one_pass(update: Update, blocks: Sequence[slice]) -> None:
     (part,) = update.parts
     for block in blocks:
         # first and second moment
-        update.update_first_moment(block)
+        grad = update.gradient(block)
+        update.update_first_moment(block, grad)
         used = part[block]
         if not update.is_given:
-            mean_square = _mean_square(update.grad[block], used.dtype)
+            mean_square = _mean_square(grad, used.dtype)
             used.mul_(update.beta2).add_(mean_square, alpha=1 - update.beta2)
         if update.maxima:
             (used,) = running_maximum([update.maxima[0][block]], [used])
@@ -267,14 +305,14 @@ def _two_passes(update: Update) -> None:
         denominator = update.denominator(columns)
         for block in blocks:
             if update.is_given:
-                update.update_first_moment(block)
+                update.update_first_moment(block, update.gradient(block))
             update.update_param(block, denominator)
         return
     row_roots = (rows[0] if update.is_given else relative_rows(rows[0], (0,))).sqrt()
     column_roots = columns.sqrt().div_(update.root)
     for block in blocks:
         if update.is_given:
-            update.update_first_moment(block)
+            update.update_first_moment(block, update.gradient(block))
         scratch = _scratch(columns.dtype, update.param[block].shape)
         torch.mul(row_roots[block], column_roots, out=scratch)
         update.update_param(block, scratch.add_(update.eps))
@@ -286,11 +324,12 @@ def _update_rows_and_columns(update: Update, blocks: Sequence[slice]) -> None:
     weight = 1 - update.beta2
     sums = torch.zeros_like(columns)
     for block in blocks:
-        squared = squares(update.grad[block], columns.dtype)
+        grad = update.gradient(block)
+        squared = squares(grad, columns.dtype)
         sums += squared.sum(0, keepdim=True)
         for row in rows:
             row[block].mul_(update.beta2).add_(squared.mean(1, keepdim=True), alpha=weight)
-        update.update_first_moment(block)
+        update.update_first_moment(block, grad)
     columns.mul_(update.beta2).add_(sums, alpha=weight / update.param.shape[0])
 
 
@@ -309,6 +348,12 @@ def _mean_square(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return squares(grad, dtype).mean(1, keepdim=True)
 
 
+def _times(grad: Tensor, factor: float, target: Tensor) -> Tensor:
+    if grad.dtype == target.dtype:
+        return torch.mul(grad, factor, out=target)
+    return target.copy_(grad).mul_(factor)
+
+
 def squares(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad**2`` in memory that the next block uses again."""
     scratch = _scratch(dtype, grad.shape)
@@ -320,11 +365,11 @@ def squares(grad: Tensor, dtype: torch.dtype) -> Tensor:
 _scratches = threading.local()
 
 
-def _scratch(dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """Uninitialised memory of this thread; valid until the next call for the same precision."""
-    wanted = math.prod(shape)
-    held: Tensor | None = getattr(_scratches, str(dtype), None)
+def _scratch(dtype: torch.dtype, shape: Sequence[int], use: str = "") -> Tensor:
+    """Uninitialised memory of this thread; valid until the next call for the same precision and use."""
+    wanted, key = math.prod(shape), f"{use}{dtype}"
+    held: Tensor | None = getattr(_scratches, key, None)
     if held is None or held.numel() < wanted:
         held = torch.empty(wanted, dtype=dtype)
-        setattr(_scratches, str(dtype), held)
+        setattr(_scratches, key, held)
     return held[:wanted].view(shape)

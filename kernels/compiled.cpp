@@ -43,8 +43,8 @@ struct Entry {  // one row of the table
 };
 
 struct Hyper {
-  double lr, beta1, beta2, eps, weight_decay;
-  int64_t maximize, stochastic_round;
+  double lr, beta1, beta2, eps, weight_decay, gradient_factor;  // the factor: negative to ascend
+  int64_t stochastic_round;
 };
 
 // -- number formats -------------------------------------------------------------------------------------------
@@ -158,11 +158,11 @@ void encode(const float* value, const P* grad, int8_t* codes, uint8_t* scales, i
 
 template <class A>
 struct Numbers {
-  A gradient_sign, lerp_weight, beta2, second_weight, decay, negative_step_size, root, eps;
+  A gradient_factor, lerp_weight, beta2, second_weight, decay, negative_step_size, root, eps;
   A lerp_from_gradient;  // 1 or 0; a number, because with a bool compilers do not vectorise
 
   Numbers(const Hyper& hyper, double step)
-      : gradient_sign(static_cast<A>(hyper.maximize ? -1 : 1)),
+      : gradient_factor(static_cast<A>(hyper.gradient_factor)),
         lerp_weight(static_cast<A>(1 - hyper.beta1)),
         beta2(static_cast<A>(hyper.beta2)),
         second_weight(static_cast<A>(1 - hyper.beta2)),
@@ -323,7 +323,7 @@ class Update {
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t k = 0; k < count; ++k) {
-      const A g = x.gradient_sign * load(grad[k]);
+      const A g = x.gradient_factor * load(grad[k]);
       const A before = load(exp_avg[k]);
       store(exp_avg[k], (x.lerp_from_gradient != 0 ? g : before) + x.lerp_weight * (g - before));
       store(param[k], load(param[k]) * x.decay + coefficient * static_cast<A>(load(exp_avg[k])));
@@ -422,7 +422,7 @@ class Update {
     const int64_t count = last - first;
 #pragma omp simd
     for (int64_t k = 0; k < count; ++k) {
-      const A g = x.gradient_sign * load(grad[k]);
+      const A g = x.gradient_factor * load(grad[k]);
       const A before = load(exp_avg[k]);
       store(exp_avg[k], (x.lerp_from_gradient != 0 ? g : before) + x.lerp_weight * (g - before));
       const A value = load(param[k]) * x.decay + step(static_cast<A>(load(exp_avg[k])), g, k);
@@ -483,6 +483,11 @@ class Update {
     for (int64_t k = 0; k < width; ++k) total[k] += sums[k];
   }
 
+  // From a sum of squares of gradients as they lie in memory; the square of a small factor would underflow.
+  A mean_square(A sum, int64_t count) const {
+    return x_.gradient_factor * (x_.gradient_factor * sum) / static_cast<A>(count);
+  }
+
   static A square(P value) { return static_cast<A>(load(value)) * static_cast<A>(load(value)); }
 
   // Second moments of columns [first, last) of a unit from the sums of their squares, which become coefficients.
@@ -493,7 +498,7 @@ class Update {
       return;
     }
     for (int64_t k = 0; k < last - first; ++k) {
-      A moment = second[k] * x_.beta2 + x_.second_weight * (sums[k] / static_cast<A>(red_));
+      A moment = second[k] * x_.beta2 + x_.second_weight * mean_square(sums[k], red_);
       second[k] = moment;
       if (largest_) {
         A& largest = largest_[unit * post_ + first + k];
@@ -505,7 +510,7 @@ class Update {
 
   void row_averages(int64_t unit, int64_t first, int64_t last) const {
     for (int64_t row = unit * red_ + first; row < unit * red_ + last; ++row) {
-      const A mean = sum_of_squares(grad_ + row * post_, post_) / static_cast<A>(post_);
+      const A mean = mean_square(sum_of_squares(grad_ + row * post_, post_), post_);
       second_[row] = second_[row] * x_.beta2 + x_.second_weight * mean;
     }
   }
@@ -514,7 +519,7 @@ class Update {
   void factors(int64_t unit, A* sums, A* row_roots) const {
     A* columns = columns_ + unit * post_;
     for (int64_t k = 0; k < post_; ++k) {
-      if (!entry_.is_given) columns[k] = columns[k] * x_.beta2 + x_.second_weight * (sums[k] / static_cast<A>(red_));
+      if (!entry_.is_given) columns[k] = columns[k] * x_.beta2 + x_.second_weight * mean_square(sums[k], red_);
       sums[k] = std::sqrt(columns[k]) / x_.root;
     }
     const A* rows = second_ + unit * red_;

@@ -40,8 +40,8 @@ if hasattr(os, "register_at_fork"):
 
 class _Hyper(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
-        *((name, ctypes.c_int64) for name in ("maximize", "stochastic_round")),
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "gradient_factor")),
+        ("stochastic_round", ctypes.c_int64),
     )
 
 
@@ -62,6 +62,9 @@ def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     """Update every parameter in place. For each, :func:`takes` must have said yes, and all must lie as it does."""
     compiled = library()
     assert compiled is not None
+    factor = 1.0 if hyper.clip_factor is None else float(hyper.clip_factor)
+    if factor == 0:  # an infinite norm: sums of squares may be infinite where no gradient is
+        entries, factor = [entry._replace(grad=entry.grad * 0) for entry in entries], 1.0
     aside: list[tuple[Tensor, Tensor]] = []
     rows = [_row(entry, aside) for entry in entries]
     table = np.array(rows, dtype=np.int64)
@@ -71,7 +74,7 @@ def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         float(hyper.beta2),
         hyper.eps,
         float(hyper.weight_decay),
-        hyper.maximize,
+        -factor if hyper.maximize else factor,
         hyper.stochastic_round,
     )
     threads = 1 if _forked else torch.get_num_threads()

@@ -185,12 +185,17 @@ class TritonStep:
             if not launch.key.is_given:
                 launch.run(self, values, hyper, grad_scale, found_inf)
 
-    def run_given(self, hyper: Hyperparameters) -> None:
-        """After :meth:`run`, and once their second moments are made: what is left of the step."""
+    def run_given(self, hyper: Hyperparameters, grad_scale: Tensor | None = None) -> None:
+        """After :meth:`run`, and once their second moments are made: what is left of the step.
+
+        Args:
+            hyper: As there.
+            grad_scale: As there.
+        """
         values = _numbers(hyper, self.table.device)
         for launch in self._launches:
             if launch.key.is_given:
-                launch.run(self, values, hyper, None, None)
+                launch.run(self, values, hyper, grad_scale, None)
 
 
 class _Launch:

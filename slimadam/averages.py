@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimadam import state as state_format
 from slimadam.distributed import LocalRule, fill, groups_of, local, local_gradient, local_rules, zeros
-from slimadam.functional import Dims, Entry, Scalar, initial_second_moment
+from slimadam.functional import Dims, Entry, Scalar, clipped, initial_second_moment
 from slimadam.kernels.blocked import squares
 from slimadam.rules import Rule, reduced_shape
 
@@ -113,7 +113,9 @@ def _shared_piece(
     return SharedPiece(rule, moments, torch.empty_like(stored[0]), groups_of(param, rows), replicas)
 
 
-def initial_moments(name: str, rules: Sequence[Rule], param: DTensor, from_gradient: bool) -> list[Tensor]:
+def initial_moments(
+    name: str, rules: Sequence[Rule], param: DTensor, from_gradient: bool, clip_factor: Tensor | None = None
+) -> list[Tensor]:
     """Second moments of a DTensor before its first step, zero or the averages of its first squared gradient.
 
     Args:
@@ -122,6 +124,7 @@ def initial_moments(name: str, rules: Sequence[Rule], param: DTensor, from_gradi
         param: The parameter.
         from_gradient: Start at the gradient's. Averages over several ranks are left at zero: the step's exchange sends
             for the gradient's anyway, and makes them that with ``beta2 = 0``.
+        clip_factor: What the gradient is multiplied by.
     """
     on_shard = local_rules(name, rules, param)
     made = [zeros(rule, param, dims) for rule in on_shard for dims in rule.rule.averaged_dims(len(rule.shape))]
@@ -133,7 +136,7 @@ def initial_moments(name: str, rules: Sequence[Rule], param: DTensor, from_gradi
     moments = state_format.by_rule([one.rule for one in on_shard], held, len(on_shard[0].shape))
     for piece, (rule, own) in zip(shared, moments, strict=True):
         if piece is None:
-            gradient = rule.take(grad)
+            gradient = clipped(rule.take(grad), clip_factor)
             for moment, dims in zip(own, rule.averaged_dims(gradient.dim()), strict=True):
                 moment.copy_(initial_second_moment(gradient, dims))
     return made
@@ -202,12 +205,13 @@ class Exchange:
         """Whether it was made for these."""
         return len(pieces) == len(self.pieces) and all(map(_is_same, pieces, self.pieces))
 
-    def start(self, grads: Sequence[Tensor], beta2s: Sequence[Scalar]) -> None:
+    def start(self, grads: Sequence[Tensor], beta2s: Sequence[Scalar], clip_factor: Tensor | None = None) -> None:
         """Sum this rank's squares, and send for the sums of the others.
 
         Args:
             grads: This rank's gradient of each piece.
             beta2s: Decay of the second moment of each.
+            clip_factor: What every gradient is multiplied by.
         """
         for buffer in self._buffers:
             buffer.zero_()
@@ -217,6 +221,10 @@ class Exchange:
                 self._sum(grad, dims, [piece.rule.own(item.first) for item in sums])
         if self._sum is write_norms:
             torch._foreach_mul_(self._buffers, self._buffers)
+        if clip_factor is not None:
+            factor = clip_factor.to(self._device, self._dtype)
+            for _ in range(2):  # the square of a small factor would underflow
+                torch._foreach_mul_(self._buffers, factor)
         for piece, beta2, sums, mean in zip(self.pieces, beta2s, self._sums, self._means, strict=True):
             if mean is not None:
                 _mean_of_rows(piece, sums[0].first, float(beta2), mean.first)

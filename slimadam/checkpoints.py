@@ -60,6 +60,8 @@ class Checkpointed(Optimizer):
     _monitor: Monitor | None
     _complete: bool
     _state_is_blank: bool
+    _max_grad_norm: float | None
+    _norms: dict[str, Tensor]
     _stepper: Stepper
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -230,6 +232,8 @@ class Checkpointed(Optimizer):
             "_monitor": self._monitor,
             "_complete": self._complete,
             "_state_is_blank": self._state_is_blank,
+            "_max_grad_norm": self._max_grad_norm,
+            "_norms": self._norms,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -238,6 +242,8 @@ class Checkpointed(Optimizer):
             self._resolver = Resolver(state.pop("_plan"), None)
         resumed = "_resolver" not in self.__dict__ or "_names" in state
         self._stepper = Stepper()
+        if resumed:  # a pickle of an earlier release lacks them
+            state = {"_max_grad_norm": None, "_norms": {}, **state}
         super().__setstate__(state)
         if resumed:
             self._resolver.resume((name, param) for name, param, _ in self._parameters())

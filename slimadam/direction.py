@@ -14,6 +14,7 @@ from slimadam.functional import (
     Entry,
     Hyperparameters,
     Scalar,
+    clipped,
     mean_square,
     second_moment_dtype,
     stand_in,
@@ -72,7 +73,8 @@ def update_without_decay(entry: Entry, hyper: Hyperparameters) -> Tensor:
         else:
             second = averaged if averaged.shape[dim] == 1 else averaged[rows]
         first = exp_avg[rows].clone()
-        update_first_moment(first, -grad[rows] if hyper.maximize else grad[rows], hyper.beta1)
+        clipped_grad = clipped(grad[rows], hyper.clip_factor)
+        update_first_moment(first, -clipped_grad if hyper.maximize else clipped_grad, hyper.beta1)
         denominator = (second.sqrt() / root).add_(hyper.eps)
         target[rows] = first.to(target.dtype) / correction / denominator
     return direction
@@ -102,7 +104,7 @@ def _second_moment_after(
 ) -> Tensor:
     """What stands for the second moment after the pending step, broadcastable to the gradient."""
     after = [
-        part * hyper.beta2 + _mean_square(grad, dims, part.dtype) * (1 - hyper.beta2)
+        part * hyper.beta2 + _mean_square(grad, dims, part.dtype, hyper.clip_factor) * (1 - hyper.beta2)
         for part, dims in zip(parts, averaged_dims, strict=True)
     ]
     if hyper.amsgrad:
@@ -110,9 +112,9 @@ def _second_moment_after(
     return stand_in(after, averaged_dims)
 
 
-def _mean_square(grad: Tensor, dims: Dims, dtype: torch.dtype) -> Tensor:
-    """As :func:`~slimadam.functional.mean_square`, some rows at a time."""
-    blocks = (mean_square(grad[rows].to(dtype), dims) for rows in row_blocks(grad.shape))
+def _mean_square(grad: Tensor, dims: Dims, dtype: torch.dtype, clip_factor: Tensor | None) -> Tensor:
+    """As :func:`~slimadam.functional.mean_square` of a clipped gradient, some rows at a time."""
+    blocks = (mean_square(clipped(grad[rows], clip_factor).to(dtype), dims) for rows in row_blocks(grad.shape))
     dim = block_dim(grad.shape)
     if dim not in dims:
         return torch.cat(list(blocks), dim) if grad.dim() else next(blocks)

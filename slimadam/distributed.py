@@ -155,18 +155,21 @@ def local_gradient(name: str, param: Tensor) -> Tensor:
     return local(grad)
 
 
+def is_flat(param: Tensor) -> bool:
+    """Whether another library laid parameters end to end to make this one, and said so."""
+    return bool(
+        getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_id")
+    )
+
+
 def refuse_flat(name: str, param: Tensor) -> None:
     """Refuse what other libraries made of parameters by laying them end to end: rows and columns are gone.
 
     Raises:
         RuntimeError: Says what to use instead.
     """
-    owner = None
-    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
-        owner = "FullyShardedDataParallel"
-    elif hasattr(param, "ds_id"):
-        owner = "DeepSpeed's ZeRO"
-    if owner is not None:
+    if is_flat(param):
+        owner = "DeepSpeed's ZeRO" if hasattr(param, "ds_id") else "FullyShardedDataParallel"
         raise RuntimeError(f"{name!r} belongs to {owner}, {FLAT}, or use plan=None, which needs none")
 
 

@@ -14,7 +14,14 @@ from slimadam import state as state_format
 from slimadam.averages import initial_moments
 from slimadam.backends import steps_on_device
 from slimadam.distributed import is_dtensor, laid_out_as, local
-from slimadam.functional import Entry, Hyperparameters, Scalar, initial_second_moment, second_moment_dtype
+from slimadam.functional import (
+    Entry,
+    Hyperparameters,
+    Scalar,
+    clipped,
+    initial_second_moment,
+    second_moment_dtype,
+)
 from slimadam.rules import Rule
 
 
@@ -91,14 +98,25 @@ def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> No
         )
 
 
-def initial_state(name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state before its first step; second moments start at zero, or at the first squared gradient."""
+def initial_state(
+    name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], clip_factor: Tensor | None = None
+) -> dict[str, Any]:
+    """A parameter's state before its first step; second moments start at zero, or at the first squared gradient.
+
+    Args:
+        name: The parameter's name.
+        rules: Its rules.
+        param: The parameter.
+        group: Its group.
+        clip_factor: What its gradient is multiplied by.
+    """
     dtype = second_moment_dtype(param.dtype)
     parts: Sequence[Tensor]
     if is_dtensor(param):
-        parts = initial_moments(name, rules, param, group["variance_init"] == "gradient" and param.grad is not None)
+        from_gradient = group["variance_init"] == "gradient" and param.grad is not None
+        parts = initial_moments(name, rules, param, from_gradient, clip_factor)
     elif group["variance_init"] == "gradient" and param.grad is not None:
-        grads = ((rule, rule.take(param.grad)) for rule in rules)
+        grads = ((rule, clipped(rule.take(param.grad), clip_factor)) for rule in rules)
         parts = [initial_second_moment(grad, dims) for rule, grad in grads for dims in rule.averaged_dims(grad.dim())]
     elif rules[0].part is None and rules[0].form == "full":
         parts = [torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)]
@@ -171,8 +189,8 @@ def momentum_bytes(param: Tensor, group: Mapping[str, Any]) -> int:
     return held * momentum_dtype(param, group).itemsize
 
 
-def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
-    """The options of a parameter group as an update takes them."""
+def hyperparameters(group: Mapping[str, Any], clip_factor: Tensor | None = None) -> Hyperparameters:
+    """The options of a parameter group as an update takes them, and what it multiplies gradients by."""
     beta1, beta2 = group["betas"]
     return Hyperparameters(
         lr=_scalar(group["lr"]),
@@ -185,6 +203,7 @@ def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
         capturable=group["capturable"],
         differentiable=group["differentiable"],
         stochastic_round=group["bf16_stochastic_round"],
+        clip_factor=clip_factor,
     )
 
 

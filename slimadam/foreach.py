@@ -29,6 +29,9 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     exp_avgs = [entry.exp_avg for entry in entries]
     steps = [entry.step for entry in entries]
     grads = [entry.grad for entry in entries]
+    if hyper.clip_factor is not None:
+        scaled = torch._foreach_mul(grads, hyper.clip_factor.to(grads[0].device))
+        grads = [new.to(grad.dtype) for new, grad in zip(scaled, grads, strict=True)]  # scalars have become wider
     grads = list(torch._foreach_neg(grads)) if hyper.maximize else grads
 
     # weight decay

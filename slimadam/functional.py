@@ -18,7 +18,10 @@ Dims = tuple[int, ...]
 
 
 class Hyperparameters(NamedTuple):
-    """What a step needs beside tensors; names and meanings as in ``torch.optim.AdamW``."""
+    """What a step needs beside tensors; names and meanings as in ``torch.optim.AdamW``.
+
+    Gradients are multiplied by ``clip_factor``, 0-dimensional, where there is one.
+    """
 
     lr: Scalar = 1e-3
     beta1: Scalar = 0.9
@@ -30,6 +33,7 @@ class Hyperparameters(NamedTuple):
     capturable: bool = False
     differentiable: bool = False
     stochastic_round: bool = False
+    clip_factor: Tensor | None = None
 
     def keeps_tensors(self, step: Tensor) -> bool:
         """Whether bias corrections stay tensors: to be traced, or not to make the host wait for a device."""
@@ -121,6 +125,7 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     """Update each parameter in place, one after the other. Step counts have been advanced before."""
     for entry in entries:
         param, grad, exp_avg, parts, maxima, step, dims, seed, _, is_given = entry
+        grad = clipped(grad, hyper.clip_factor)
         grad = -grad if hyper.maximize else grad
         if param.is_complex():
             param, grad, exp_avg = map(torch.view_as_real, (param, grad, exp_avg))
@@ -153,6 +158,14 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
             target.addcdiv_(exp_avg, denominator, value=-step_size)
         if rounds:
             param.copy_(stochastic_round(target, seed))
+
+
+def clipped(grad: Tensor, factor: Tensor | None) -> Tensor:
+    """A gradient times the factor that clips it, in at least float32; without one as it is."""
+    if factor is None:
+        return grad
+    wide = grad.to(second_moment_dtype(grad.dtype))
+    return (wide * factor.to(wide.device)).to(wide.dtype)  # a scalar may have become wider
 
 
 def bias_corrections(step: Tensor, hyper: Hyperparameters) -> tuple[float, float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slimadam.distributed import is_dtensor
-from slimadam.functional import second_moment_dtype
+from slimadam.functional import clipped, second_moment_dtype
 from slimadam.rules import Dims, Form, Rule
 from slimadam.sample_shards import SampleShard
 from slimadam.samples import (
@@ -160,7 +160,9 @@ class Monitor:
         self._left_out.pop(key, None)
 
     @torch.no_grad()
-    def update(self, grads: Iterable[tuple[str, Tensor | None]], beta2: float) -> None:
+    def update(
+        self, grads: Iterable[tuple[str, Tensor | None]], beta2: float, clip_factor: Tensor | None = None
+    ) -> None:
         """Let the samples see this step's gradients: ``v <- beta2 v + (1 - beta2) g**2``, where it is time.
 
         Steps in which a sample rests still count for what it forgets, as they do for the true second moment.
@@ -170,6 +172,7 @@ class Monitor:
                 DTensor this rank's shard).
                 Those without a gradient, and those that are not watched, are passed over.
             beta2: The group's decay rate of second moments.
+            clip_factor: What the gradients are multiplied by.
         """
         self._longest_memory = max(self._longest_memory, 1 / (1 - beta2))
         every, resting = thinning(beta2), max(0, self.interval - filling(beta2))
@@ -181,7 +184,7 @@ class Monitor:
             if grad is not None and key in self._samples:
                 sample = self._samples[key]
                 moments.append(sample.moment_beside(grad))
-                seen.append(sample.seen(grad))
+                seen.append(clipped(sample.seen(grad), clip_factor))
                 rested = sample.look(window, every / (self.interval - resting)) * resting
                 kept.append(beta2 ** (every + rested))
                 sample.unfilled *= beta2**every

@@ -19,6 +19,7 @@ from slimadam.averages import distributed_moments, rules_that_shards_allow
 from slimadam.backends import Backend
 from slimadam.checkpoints import Checkpointed
 from slimadam.choosing import EXPANDED
+from slimadam.clipping import check_has_norm, check_max_grad_norm, clip_factor, global_norm
 from slimadam.direction import update_without_decay, with_decay
 from slimadam.distributed import (
     FLAT,
@@ -110,10 +111,15 @@ class SlimAdam(Checkpointed):
             stay in cache. True: on a CPU one compiled pass, built once for a machine by its C++ compiler (into
             ``$SLIMADAM_CACHE_DIR``, else the user's cache folder); where that fails, one warning says why, and it
             is as None. :meth:`backend` says what runs.
+        max_grad_norm: Clip the L2 norm of all gradients together (of all groups, of DTensors over all ranks), as
+            ``torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)`` before each step, but within the update:
+            gradients are read once for it and never written, so ``param.grad`` stays unclipped. ``inf`` only
+            measures. :attr:`grad_norm` is the norm before clipping. Where each parameter has an optimizer of its
+            own (optimizer-in-backward, ``ZeroRedundancyOptimizer``), it is the norm of that optimizer's alone.
         monitor: Keep watching a sample of each compressed parameter, at most 1% of what was saved, for
             :meth:`snr_check`. Steps under ``torch.compile`` and groups with ``capturable=True`` are not watched.
 
-    Everything after ``amsgrad`` but ``model`` and ``monitor`` may be set per parameter group.
+    Everything after ``amsgrad`` but ``model``, ``max_grad_norm`` and ``monitor`` may be set per parameter group.
 
     Raises:
         ValueError: An option is out of range.
@@ -141,8 +147,10 @@ class SlimAdam(Checkpointed):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        max_grad_norm: float | None = None,
         monitor: bool = True,
     ) -> None:
+        check_max_grad_norm(max_grad_norm)
         if not isinstance(monitor, bool):
             raise TypeError(f"monitor={monitor!r} must be True or False")
         if isinstance(params, nn.Module):
@@ -176,6 +184,9 @@ class SlimAdam(Checkpointed):
         # Made for a checkpoint to be loaded into, by a step of zero: no step was done.
         self._state_is_blank = False
         self._stepper = Stepper()
+        self._max_grad_norm = max_grad_norm
+        # In a dict, because torch.compile forgets what is assigned to attributes of an optimizer.
+        self._norms: dict[str, Tensor] = {}
         super().__init__(params, defaults)
         self._resolver.check_all_used()
         self._complete = True
@@ -198,6 +209,9 @@ class SlimAdam(Checkpointed):
         try:
             _refuse_lazy(group["params"])
             names = self._resolver.names(group, len(self.param_groups) - 1)
+            if self._max_grad_norm is not None:
+                for name, param in zip(names, group["params"], strict=True):
+                    check_has_norm(name, param)
             rules = self._resolver.rules(group, names, **own_plan)
             for name, param, own in zip(names, group["params"], rules, strict=True):
                 if is_dtensor(param) and any(rule.reason == MEASURING or rule.form != "full" for rule in own):
@@ -224,6 +238,32 @@ class SlimAdam(Checkpointed):
     def plan(self) -> CompressionPlan:
         """The plan in force: one rule for each parameter of this optimizer, or for each of its parts."""
         return CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What the norm of all gradients is clipped to; may be set between steps."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        check_max_grad_norm(value)
+        if value is not None:
+            for name, param, _ in self._parameters():
+                check_has_norm(name, param)
+        self._max_grad_norm = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """With ``max_grad_norm`` the norm of the last step's gradients before clipping; before the first step None.
+
+        0-dimensional, on the first gradient's device, new in each step (the same in each replay of a CUDA graph), and
+        of unscaled gradients under ``GradScaler``.
+        """
+        return self._norms.get("grad")
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return text if self._max_grad_norm is None else f"{text[:-1]}max_grad_norm: {self._max_grad_norm}\n)"
 
     def backend(self, param: Tensor | str) -> Backend:
         """The implementation that updates a parameter.
@@ -327,14 +367,46 @@ class SlimAdam(Checkpointed):
             scaled = None, None
         for group in self.param_groups:
             self._init_group(group)
+        factor = self._measure_norm(scaled[0])
         groups = list(zip(self._names, self.param_groups, strict=True))
-        self._stepper.update(groups, self._rules, self.state, *scaled)
+        self._stepper.update(groups, self._rules, self.state, *scaled, factor)
         self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
         if self._measuring is not None:
             self._measure()
         elif self._monitor is not None and not torch.compiler.is_compiling():
-            self._watch(self._monitor)
+            self._watch(self._monitor, factor)
         return loss
+
+    def _measure_norm(self, grad_scale: Tensor | None) -> Tensor | None:
+        """Find :attr:`grad_norm`, and return what the step multiplies gradients by once they are not scaled."""
+        if self._max_grad_norm is None:
+            self._norms.clear()
+            return None
+        norm = self._global_norm()
+        if grad_scale is not None:
+            norm = norm / grad_scale.to(norm.device)
+        self._norms["grad"] = norm.detach()
+        return clip_factor(norm, self._max_grad_norm)
+
+    def _global_norm(self) -> Tensor:
+        held = [(name, param) for name, param, _ in self._parameters() if param.grad is not None]
+        if torch.compiler.is_compiling() and any(is_dtensor(param) for _, param in held):
+            return _untraced_norm(held)
+        return global_norm(held)
+
+    @torch.no_grad()
+    def clip_factor(self) -> Tensor | None:
+        """What the pending step multiplies gradients by: ``min(1, max_grad_norm / (norm + 1e-6))``.
+
+        Returns:
+            0-dimensional, on the first gradient's device; None without ``max_grad_norm``. With DTensors all ranks must
+            ask.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        self._check_gradients()
+        return None if self._max_grad_norm is None else clip_factor(self._global_norm(), self._max_grad_norm)
 
     @torch.no_grad()
     def update_direction(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -353,12 +425,11 @@ class SlimAdam(Checkpointed):
 
     @torch.no_grad()
     def averages_after_step(self) -> Shared:
-        """What the pending step would make of averages over several ranks: all that an update asks of other ranks.
+        """What the pending step would make of averages over several ranks, and how it clips: all that it asks others.
 
         Raises:
             RuntimeError: A gradient is sparse.
         """
-        self._check_gradients()
         return averages_after_step(
             (
                 (name, param, group)
@@ -367,6 +438,7 @@ class SlimAdam(Checkpointed):
             ),
             self._rules,
             self._states_of_steps(),
+            self.clip_factor(),
         )
 
     @torch.no_grad()
@@ -389,13 +461,13 @@ class SlimAdam(Checkpointed):
         for name, param, group in self._parameters():
             if param.grad is not None:
                 rules = self._rules[name]
-                state = states.get(param) or initial_state(name, rules, param, group)
+                state = states.get(param) or initial_state(name, rules, param, group, averages.clip_factor)
                 state = {**decoded(param, state), "step": state["step"] + 1}
                 if is_dtensor(param):
                     yield param, group, update_of_shards(name, param, group, rules, state, averages)
                     continue
                 directions = (
-                    update_without_decay(entry, hyperparameters(group))
+                    update_without_decay(entry, hyperparameters(group, averages.clip_factor))
                     for entry in entries_of(rules, param, param.grad, group, state)
                 )
                 yield param, group, assembled(param, rules, directions)
@@ -571,7 +643,7 @@ class SlimAdam(Checkpointed):
                 self._monitor.start(key, rule.take(full))
 
     @torch.no_grad()
-    def _watch(self, monitor: Monitor) -> None:
+    def _watch(self, monitor: Monitor, factor: Tensor | None) -> None:
         for names, group in zip(self._names, self.param_groups, strict=True):
             if not group["capturable"]:
                 grads = (
@@ -581,7 +653,7 @@ class SlimAdam(Checkpointed):
                     for key in (key_of(name, rule.part) for rule in self._rules[name])
                     if (monitor.samples_shards_of(key) if is_dtensor(param) else type(param.grad) is Tensor)
                 )
-                monitor.update(grads, float(group["betas"][1]))
+                monitor.update(grads, float(group["betas"][1]), factor)
         monitor.watch(self._stored_by_key)
 
     def _stored_by_key(self) -> dict[str, Sequence[Tensor]]:
@@ -660,12 +732,19 @@ class SlimAdam(Checkpointed):
                 del self.state[param]
         missing = {param for param in group["params"] if param.grad is not None and not self.state[param]}
         if missing:
+            factor = self.clip_factor() if group["variance_init"] == "gradient" else None
             for name, param, owner in self._parameters():
                 if owner is group and param in missing:
-                    self.state[param].update(initial_state(name, self._rules[name], param, group))
+                    self.state[param].update(initial_state(name, self._rules[name], param, group, factor))
             if group["variance_init"] == "gradient":
                 self._stepper.start_from_gradient(missing)
             _tell_without_codes(group, missing)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+def _untraced_norm(params: list[tuple[str, Tensor]]) -> Tensor:
+    """The norm of DTensors under ``torch.compile``: it waits for other ranks."""
+    return global_norm(params)
 
 
 def _is_of_no_step(state: Mapping[str, Any]) -> bool:

@@ -45,6 +45,11 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 def _check_names(group: Mapping[str, Any]) -> None:
     # Schedulers and trainers keep entries of their own in a group; only what looks like a slip is refused.
+    if "max_grad_norm" in group:
+        raise TypeError(
+            "max_grad_norm is no option of a parameter group: it clips the norm of all groups together; pass "
+            "SlimAdam(..., max_grad_norm=...)"
+        )
     for name in group:
         if name not in OPTIONS:
             hint = did_you_mean(str(name), OPTIONS, cutoff=0.85)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,14 +17,24 @@ from slimadam.rules import Rule
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-Shared = dict[int, list[SharedPiece | None]]
-"""By ``id`` of a parameter, for each of its rules, the averages that other ranks take part in."""
+
+class Shared(NamedTuple):
+    """All that a pending update asks of other ranks, or of other parameters.
+
+    Attributes:
+        averages: By ``id`` of a parameter, for each of its rules, the averages that other ranks take part in.
+        clip_factor: What every gradient is multiplied by.
+    """
+
+    averages: dict[int, list[SharedPiece | None]]
+    clip_factor: Tensor | None = None
 
 
 def averages_after_step(
     pending: Iterable[tuple[str, DTensor, Mapping[str, Any]]],
     all_rules: Mapping[str, list[Rule]],
     states: Mapping[Tensor, Mapping[str, Any]],
+    clip_factor: Tensor | None,
 ) -> Shared:
     """What the pending step would make of averages over several ranks, by one all-reduce for each process group.
 
@@ -34,8 +44,9 @@ def averages_after_step(
         pending: Name, parameter with a gradient, and group.
         all_rules: By name.
         states: By parameter.
+        clip_factor: What every gradient is multiplied by.
     """
-    found: Shared = {}
+    found: dict[int, list[SharedPiece | None]] = {}
     pieces: list[SharedPiece] = []
     grads: list[Tensor] = []
     beta2s: list[Scalar] = []
@@ -55,14 +66,14 @@ def averages_after_step(
                 beta2s.append(0.0 if starts else hyperparameters(group).beta2)
     if pieces:
         exchange = Exchange(pieces)
-        exchange.start(grads, beta2s)
+        exchange.start(grads, beta2s, clip_factor)
         exchange.finish(beta2s)
-    return found
+    return Shared(found, clip_factor)
 
 
 def nbytes_of(shared: Shared) -> int:
     """What the averages hold, in bytes."""
-    pieces = [piece for pieces in shared.values() for piece in pieces if piece is not None]
+    pieces = [piece for pieces in shared.averages.values() for piece in pieces if piece is not None]
     held = [piece.relative_rows for piece in pieces]
     for piece in pieces:
         for moment in piece.moments:
@@ -96,7 +107,7 @@ def update_of_shards(
     on_shard = local_rules(name, rules, param)
     held, plain = local(param), [one.rule for one in on_shard]
     entries = entries_of(plain, held, local_gradient(name, param), group, local_state(name, on_shard, param, state))
-    averaged = shared.get(id(param), [None] * len(on_shard))
+    averaged = shared.averages.get(id(param), [None] * len(on_shard))
     given = (entry if piece is None else piece.given(entry) for entry, piece in zip(entries, averaged, strict=True))
-    directions = (update_without_decay(entry, hyperparameters(group)) for entry in given)
+    directions = (update_without_decay(entry, hyperparameters(group, shared.clip_factor)) for entry in given)
     return laid_out_as(param, assembled(held, plain, directions))

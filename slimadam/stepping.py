@@ -110,6 +110,10 @@ class _Prepared(NamedTuple):
 _Coded = tuple[str, Tensor, Mapping[str, Any], list[Rule], Mapping[str, Any], list[SharedPiece | None]]
 
 
+# A step of Triton's kernels, and what their gradients are divided by.
+_OnTriton = tuple["TritonStep", Hyperparameters, Tensor | None]
+
+
 class _Work(NamedTuple):
     """What a step does for one parameter group.
 
@@ -181,6 +185,7 @@ class Stepper:
         states: Mapping[Tensor, MutableMapping[str, Any]],
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        clip_factor: Tensor | None = None,
     ) -> None:
         """Count a step of every parameter that has a gradient, and update it.
 
@@ -190,17 +195,18 @@ class Stepper:
             states: By parameter.
             grad_scale: What gradients are still scaled by; only where :meth:`is_on_triton`.
             found_inf: Not zero: leave everything as it is; only there.
+            clip_factor: What gradients, no longer scaled, are multiplied by.
         """
         groups = list(groups)
         if torch.compiler.is_compiling() and any(is_dtensor(param) for _, group in groups for param in group["params"]):
-            self._update_untraced(groups, all_rules, states)
+            self._update_untraced(groups, all_rules, states, None, None, clip_factor)
             return
-        works = [self._begin(names, group, all_rules, states) for names, group in groups]
+        works = [self._begin(names, group, all_rules, states, clip_factor) for names, group in groups]
         exchange = self._exchange_of([piece for work in works for piece, _, _ in work.shared])
         if exchange is not None:
             beta2s = [beta2 for work in works for _, _, beta2 in work.shared]
-            exchange.start([grad for work in works for _, grad, _ in work.shared], beta2s)
-        on_triton: list[tuple[TritonStep, Hyperparameters]] = []
+            exchange.start([grad for work in works for _, grad, _ in work.shared], beta2s, clip_factor)
+        on_triton: list[_OnTriton] = []
         for work in works:
             for parameter in work.to_decode:
                 _update_decoded(*parameter, work.hyper)
@@ -209,8 +215,8 @@ class Stepper:
                 UPDATES[backend](entries, work.hyper)
         if exchange is not None:
             exchange.finish(beta2s)
-            for step, hyper in on_triton:
-                step.run_given(hyper)
+            for step, hyper, scale in on_triton:
+                step.run_given(hyper, scale)
             for work in works:
                 for parameter in work.to_decode_given:
                     _update_decoded(*parameter, work.hyper)
@@ -229,10 +235,11 @@ class Stepper:
         group: Mapping[str, Any],
         all_rules: Mapping[str, list[Rule]],
         states: Mapping[Tensor, MutableMapping[str, Any]],
+        clip_factor: Tensor | None,
     ) -> _Work:
         """Count a step of every parameter of a group that has a gradient, and find what it takes."""
         options = _options(group)
-        hyper = hyperparameters(group)
+        hyper = hyperparameters(group, clip_factor)
         work = _Work(id(group), hyper, defaultdict(list), defaultdict(list), [], [], [])
         held = []
         for name, param in zip(names, group["params"], strict=True):
@@ -305,9 +312,7 @@ class Stepper:
             self._triton.clear()  # tables tell tensors by address alone
         return made
 
-    def _run_triton(
-        self, work: _Work, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> Iterator[tuple[TritonStep, Hyperparameters]]:
+    def _run_triton(self, work: _Work, grad_scale: Tensor | None, found_inf: Tensor | None) -> Iterator[_OnTriton]:
         """Take from a group what Triton updates, and all of its step that waits for no other rank."""
         entries = [*work.entries.pop("triton", ()), *work.given.pop("triton", ())]
         alike: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
@@ -317,9 +322,17 @@ class Stepper:
             prepared = self._triton.get((work.group, device, step_dtype))
             if prepared is None or not prepared.fits(there, work.hyper):
                 prepared = self._triton[work.group, device, step_dtype] = triton_step(there, work.hyper)
-            scale, found = (None if value is None else value.to(device) for value in (grad_scale, found_inf))
+            divisor = _divisor(grad_scale, work.hyper.clip_factor)
+            scale, found = (None if value is None else value.to(device) for value in (divisor, found_inf))
             prepared.run(work.hyper, scale, found)
-            yield prepared, work.hyper
+            yield prepared, work.hyper, scale
+
+
+def _divisor(grad_scale: Tensor | None, clip_factor: Tensor | None) -> Tensor | None:
+    """What Triton's kernels divide gradients by to unscale and to clip them."""
+    if clip_factor is None:
+        return grad_scale
+    return clip_factor.reciprocal() if grad_scale is None else grad_scale / clip_factor
 
 
 def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -51,24 +52,63 @@ def _clipped(optimizer: SlimAdam, params: list[nn.Parameter]) -> None:
     optimizer.step()
 
 
-def _train_clipped() -> dict[str, float]:
+def _clips_itself(optimizer: SlimAdam, params: list[nn.Parameter]) -> None:
+    directions = {param: full(direction) for param, direction in optimizer.update_direction()}
+    before = [full(param).clone() for param in params]
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+    assert optimizer.grad_norm > LARGEST_NORM
+    for param, was in zip(params, before, strict=True):
+        torch.testing.assert_close(full(param), was - OPTIONS["lr"] * directions[param], rtol=0, atol=TOLERANCE)
+
+
+def _train_clipped(inside: bool) -> dict[str, float]:
     found = {}
     for name in SHARDED:
         shape, kinds = MESHES[name]
         mesh = mesh_of(shape)
         if mesh.get_coordinate() is not None:
-            pair = Pair(mesh, kinds, SHAPES)
+            pair = Pair(mesh, kinds, SHAPES, variance_init="gradient" if inside else "zeros")
+            if inside:
+                pair.optimizers[1].max_grad_norm = LARGEST_NORM
             for grads in pair.grads:
-                pair.step(grads, (_clipped, _clipped))
+                pair.step(grads, (_clipped, _clips_itself if inside else _clipped))
             found[name] = pair.worst()
         torch.distributed.barrier()
     return found
 
 
-def test_clipped_training_equals_one_process(tmp_path: Path) -> None:
-    for found in on_ranks(4, tmp_path, _train_clipped):
+@pytest.mark.parametrize("inside", [False, True])
+def test_clipped_training_equals_one_process(tmp_path: Path, inside: bool) -> None:
+    for found in on_ranks(4, tmp_path, _train_clipped, inside):
+        assert found
         for case, error in found.items():
             assert error <= TOLERANCE, case
+
+
+def _norm_on_several_meshes() -> list[float]:
+    """Parameters on meshes of one and of two dimensions, replicated ones, and one that is no DTensor."""
+    grads = [torch.full((4, 6), 1.0), torch.full((8,), 2.0), torch.full((3, 5), 3.0), torch.full((2,), 4.0)]
+    line, square = mesh_of((4,)), mesh_of((2, 2))
+    params = [
+        nn.Parameter(sharded(torch.zeros(4, 6), square, ("0", "1"))),
+        nn.Parameter(sharded(torch.zeros(8), line, ("0",))),
+        nn.Parameter(sharded(torch.zeros(3, 5), square, ("r", "0"))),
+        nn.Parameter(torch.zeros(2)),
+    ]
+    layouts = [(square, ("0", "1")), (line, ("0",)), (square, ("r", "0"))]
+    for param, grad, (mesh, kinds) in zip(params, grads, layouts, strict=False):
+        param.grad = sharded(grad, mesh, kinds)
+    params[3].grad = grads[3]
+    optimizer = SlimAdam(params, plan=None, max_grad_norm=math.inf)
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+    return [float(optimizer.grad_norm), math.sqrt(sum(float(grad.square().sum()) for grad in grads))]
+
+
+def test_the_norm_over_several_meshes(tmp_path: Path) -> None:
+    for found, expected in on_ranks(4, tmp_path, _norm_on_several_meshes):
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 def _scaled(scaler: Any, unscales: bool) -> Step:

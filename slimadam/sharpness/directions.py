@@ -117,7 +117,7 @@ def pending_updates(optimizer: Optimizer, averages: Shared | None = None) -> Ite
 def averages_of_ranks(optimizer: Optimizer) -> Shared:
     """What SlimAdam's pending update asks of other ranks, which all must do."""
     optimizer = unwrapped(optimizer)
-    return optimizer.averages_after_step() if isinstance(optimizer, SlimAdam) else {}
+    return optimizer.averages_after_step() if isinstance(optimizer, SlimAdam) else Shared({})
 
 
 def depends_on_parameters(optimizer: Optimizer) -> bool:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from slimadam.functional import clipped
+from slimadam.optimizer import SlimAdam
 from slimadam.sharpness.directions import LINEAR_IN_LR, coupled_decay, unwrapped
 
 Momentum = Literal["settled", "kept"]
@@ -17,7 +19,7 @@ class SettledMomentum:
     """Sets first moments to where they settle under the pending gradient, and puts the real ones back.
 
     Of ``exp_avg`` (Adam and its kin, SlimAdam, Lion) that is the gradient, of the ``momentum_buffer`` of SGD the
-    gradient over ``1 - momentum``; weight decay that is part of the gradient included.
+    gradient over ``1 - momentum``; weight decay that is part of the gradient, and clipping by SlimAdam, included.
 
     Args:
         optimizer: The optimizer.
@@ -48,9 +50,10 @@ class SettledMomentum:
     @torch.no_grad()
     def settle(self) -> None:
         """Overwrite the first moments of parameters that have a gradient."""
+        factor = self._optimizer.clip_factor() if isinstance(self._optimizer, SlimAdam) else None
         for param, group, moment, _ in self._kept:
             if param.grad is not None:
-                moment.copy_(_settled(self._optimizer, group, param, param.grad))
+                moment.copy_(_settled(self._optimizer, group, param, clipped(param.grad, factor)))
 
     @torch.no_grad()
     def restore(self) -> None:
