@@ -24,6 +24,12 @@ PRELOADED = (
 )
 
 
+def environment_of_ranks() -> dict[str, str]:
+    """What ``torchrun`` is started with, so that ranks end in peace."""
+    folders = [str(Path(__file__).parent / "leaving"), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
 def clean_processes() -> ForkServerContext:
     """What starts processes that have imported torch and slimadam, and nothing else of this one."""
     context = multiprocessing.get_context("forkserver")
