@@ -189,6 +189,7 @@ class SlimAdam(Checkpointed):
         self._norms: dict[str, Tensor] = {}
         super().__init__(params, defaults)
         self._resolver.check_all_used()
+        self._resolver.forget_owners()
         self._complete = True
 
     # -- groups and plan ---------------------------------------------------------------------------------
@@ -220,6 +221,7 @@ class SlimAdam(Checkpointed):
                     local_rules(name, own, param)
             if self._complete:
                 self._resolver.check_all_used()
+                self._resolver.forget_owners()
         except Exception:
             self.param_groups.pop()
             self._resolver.restore(before)

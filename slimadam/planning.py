@@ -154,6 +154,8 @@ class Resolver:
             )
         if resolved is not None and not isinstance(resolved, CompressionPlan):
             self._look_for_owners(group["params"])
+        else:
+            self.forget_owners()
         found = []
         for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
             self._all_names[name] = self._known.all_names(param)
@@ -170,7 +172,6 @@ class Resolver:
             self._by_role.update(zip(names, found, strict=True))
         if isinstance(resolved, CompressionPlan):
             _tell_uncovered(names, found)
-        self._known = self._named  # what was looked up keeps other parameters of its modules alive
         return found
 
     def all_names(self, name: str) -> list[str]:
@@ -183,6 +184,10 @@ class Resolver:
             self._known = NamedParameters(modules, self._declared) if modules else self._named
             self._matched |= self._known.matched
 
+    def forget_owners(self) -> None:
+        """Let go of the modules that :meth:`rules` has found, which keep other parameters alive."""
+        self._known = self._named
+
     def snapshot(self) -> tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]:
         """What :meth:`names` and :meth:`rules` have taken note of, for :meth:`restore`."""
         return dict(self._owner), [(plan, set(keys)) for plan, keys in self._used]
@@ -190,6 +195,7 @@ class Resolver:
     def restore(self, snapshot: tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]) -> None:
         """Forget what was noted since the snapshot."""
         self._owner, self._used = snapshot
+        self.forget_owners()
 
     def resume(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Take over parameters that an earlier resolver has named and found rules for."""

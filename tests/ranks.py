@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,22 @@ PRELOADED = (
 )
 
 
-def on_ranks(ranks: int, tmp_path: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``function(*args)`` returns on each rank; it must be importable. A rank's exception fails the test."""
+def environment_of_ranks() -> dict[str, str]:
+    """What ``torchrun`` is started with, so that ranks end in peace."""
+    folders = [str(Path(__file__).parent / "leaving"), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+def clean_processes() -> ForkServerContext:
+    """What starts processes that have imported torch and slimadam, and nothing else of this one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
+def on_ranks(ranks: int, tmp_path: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``function(*args)`` returns on each rank; it must be importable. A rank's exception fails the test."""
+    context = clean_processes()
     queue = context.Queue()
     store = str(tmp_path / "store")
     processes = [

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+import uuid
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import clean_processes
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
@@ -29,30 +31,38 @@ def step():
 """
 
 
-def _start(script: str, cache: Path, **environment: str) -> subprocess.Popen[str]:
-    surroundings = {**os.environ, "SLIMADAM_CACHE_DIR": str(cache), **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", STEP + script],
-        env={key: value for key, value in surroundings.items() if key != "CXX" or "CXX" in environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def _start(script: str, cache: Path, **environment: str) -> tuple[BaseProcess, Path]:
+    """A process of its own, where torch is already imported, that runs the script; and the file it prints to."""
+    printed = cache.with_name(f"{uuid.uuid4()}.txt")
+    process = clean_processes().Process(target=_run_script, args=(script, cache, environment, printed))
+    process.start()
+    return process, printed
+
+
+def _run_script(script: str, cache: Path, environment: dict[str, str], printed: Path) -> None:
+    os.environ.pop("CXX", None)
+    os.environ.update({"SLIMADAM_CACHE_DIR": str(cache), **environment})
+    with printed.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    exec(STEP + script, {"__name__": "__main__"})
+
+
+def _output(process: BaseProcess, printed: Path) -> str:
+    process.join(timeout=120)
+    output = printed.read_text()
+    assert process.exitcode == 0, output
+    return output
 
 
 def _run(script: str, cache: Path, **environment: str) -> str:
-    process = _start(script, cache, **environment)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
+    return _output(*_start(script, cache, **environment))
 
 
 def test_built_once_then_loaded_and_rebuilt_where_damaged(tmp_path: Path) -> None:
     racing = [_start("print(step())", tmp_path / "new") for _ in range(2)]
-    for process in racing:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-        assert output.splitlines()[-1] == "compiled"
+    for process, printed in racing:
+        assert _output(process, printed).splitlines()[-1] == "compiled"
     (built,) = (tmp_path / "new").iterdir()
     assert "compiling" not in _run("print(step())", tmp_path / "new")
     content = built.read_bytes()

@@ -17,6 +17,7 @@ from benchmarks.scale import pretended
 from slimadam import SNRHistory
 from slimadam.cli import cli
 from slimadam.cli.script_names import prefix_of
+from tests.ranks import environment_of_ranks
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "sharded.py")
 STEPS = 5
@@ -24,7 +25,8 @@ STEPS = 5
 
 def _torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run([*launch, "-m", "slimadam", *arguments], capture_output=True, text=True, timeout=170)
+    command = [*launch, "-m", "slimadam", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment_of_ranks())
 
 
 def _storage(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tests.ranks import on_ranks
 from tests.test_distributed_step import BACKENDS, MESHES, TOLERANCE, full, mesh_of, moments, named, sharded
 
 STEPS = 4
+SHORT_STEPS = 2  # of kernels that are interpreted; the second reads what the first has stored
 SHAPES: list[tuple[tuple[int, ...], Any]] = [
     ((7, 256), ()),
     ((7, 256), (0,)),
@@ -63,7 +64,7 @@ def _train(name: str, options: dict[str, Any]) -> dict[str, Any]:
     alone = SlimAdam(groups, **given)
     together = SlimAdam(split.items(), momentum_dtype="int8", **given)
     expected = together.memory()
-    for step in grads[:STEPS]:
+    for step in grads[: SHORT_STEPS if together.backend("p0") == "triton" else STEPS]:
         for one, other, grad in zip(plain.values(), split.values(), step, strict=True):
             one.grad = grad.float()
             one.grad.view(-1)[: grad.numel() // 3] = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import filled
+from tests.ranks import environment_of_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,7 +66,7 @@ def _run(command: str) -> None:
             return
     else:
         pytest.fail(f"nobody knows how to run {command!r}")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=environment_of_ranks())
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks.scale import pretended
 from examples import fsdp2_gpt
-from tests.ranks import on_ranks
+from tests.ranks import environment_of_ranks, on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,7 +116,8 @@ def test_fsdp2_gpt_resumes_as_if_nothing_had_happened_on_any_number_of_ranks(tmp
 def test_fsdp2_gpt_learns_under_torchrun(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(ROOT / "examples" / "fsdp2_gpt.py"), "--tiny", "--log-every", "5", "--lr", "3e-3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    environment = environment_of_ranks()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[1] for row in rows] == ["5", "10", "15", "20"]

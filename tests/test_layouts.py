@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from slimadam import AutoPlan, CompressionPlan, Parts, PlanError, Rule, SlimAdam, SNRRecorder
+from slimadam import AutoPlan, CompressionPlan, Parts, PlanError, Rule, SlimAdam, SNRRecorder, planning
 from slimadam.fused import pieces_of
 
 
@@ -60,6 +61,35 @@ def test_without_a_module_the_layout_is_guessed() -> None:
         [("w", torch.ones(8, 6, requires_grad=True))], plan=AutoPlan(parts={"w": Parts({"a": 4, "b": 4})})
     )
     assert [rule.fan_in for rule in optimizer._measured["w"]] == [(1,), (1,)]
+
+
+def test_the_modules_of_many_groups_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
+
+    def search(params: Any) -> list[nn.Module]:
+        searches.append(params)
+        return owning_modules(params)
+
+    owning_modules = planning.owning_modules
+    monkeypatch.setattr(planning, "owning_modules", search)
+    models = [nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)), nn.LayerNorm(5)]
+    groups = [{"params": [param]} for model in models for param in model.parameters()]
+    optimizer = SlimAdam(groups, plan="factored")
+    roles = [rule.role for rule in optimizer.plan.values()]
+    assert roles == ["token_embedding", "unknown", "bias", "norm", "bias"]
+    assert len(searches) == len(models)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_modules_that_were_looked_for_are_let_go(later: bool) -> None:
+    layer, norm = nn.Linear(4, 3), nn.LayerNorm(5)
+    groups: list[dict[str, Any]] = [{"params": [norm.weight]}, {"params": [layer.weight]}]
+    optimizer = SlimAdam(groups[:1] if later else groups, plan="factored")
+    if later:
+        optimizer.add_param_group(groups[1])
+    biases = [weakref.ref(layer.bias), weakref.ref(norm.bias)]
+    del layer, norm
+    assert [bias() for bias in biases] == [None, None]
 
 
 class Tied(nn.Module):
