@@ -18,7 +18,8 @@
 namespace {
 
 constexpr int64_t kCodeBlock = 256;       // elements that share a scale, as slimadam.momentum.BLOCK
-constexpr int64_t kTask = 1 << 16;        // elements that a thread takes at a time
+constexpr int64_t kTask = 1 << 18;        // elements that a thread takes at a time
+constexpr int64_t kSumTask = 1 << 17;     // and at most where it sums their squares only
 constexpr int64_t kSmallUnit = 1 << 15;   // a unit of so few elements stays in one core's cache
 constexpr int64_t kSumBlock = 1024;       // elements summed in a row before their sum is added to others
 constexpr int64_t kColumnBlock = 4096;    // columns whose sums stay close at hand
@@ -332,7 +333,8 @@ class Update {
     return sum;
   }
 
-  // A unit too large for one thread, as its whole team sees it: sums of blocks of rows, then everything else.
+  // A unit too large for one thread, as its whole team sees it: sums of blocks of rows, then everything else. Who is
+  // done goes on with the next unit's sums while others still use these coefficients and roots.
   void together(int64_t unit, A* partial, A* coefficients, A* row_roots) const {
     const int64_t size = red_ * post_, rows = rows_in_block(red_, post_);
     const int64_t blocks = entry_.is_given ? 0 : (red_ + rows - 1) / rows;
@@ -351,15 +353,16 @@ class Update {
 #pragma omp single
       factors(unit, coefficients, row_roots);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t task = 0; task <= (size - 1) / kTask; ++task)
       range(unit * size + task * kTask, unit * size + std::min(size, (task + 1) * kTask), unit, coefficients, row_roots);
   }
 
-  // Bounded by a number of blocks, or of sums in all, to bound the memory for partial sums.
+  // So many that a few threads have equally many blocks; bounded to bound the memory for partial sums.
   static int64_t rows_in_block(int64_t red, int64_t post) {
-    const int64_t most_blocks = std::max<int64_t>(32, (1 << 20) / post);
-    return std::max((kTask + post - 1) / post, (red + most_blocks - 1) / most_blocks);
+    const int64_t wanted = (red * post / kSumTask + 7) / 8 * 8;
+    const int64_t blocks = std::min(std::max<int64_t>(8, wanted), std::max<int64_t>(32, (1 << 20) / post));
+    return (red + blocks - 1) / blocks;
   }
 
  private:
@@ -570,10 +573,14 @@ struct Task {
   int64_t first, last;  // elements if nothing is averaged, else units
 };
 
+struct Sums {  // of a unit that is shared
+  std::vector<double> partial, coefficients, row_roots;
+};
+
 struct Work {
   std::vector<Task> alone;          // for one thread each
   std::vector<const Entry*> shared;  // for the whole team, one after the other
-  std::vector<double> partial, coefficients, row_roots;  // for what is shared
+  Sums sums[2];                     // of the unit at hand and the next one
   int64_t elements = 0;
 
   void clear() {
@@ -606,9 +613,11 @@ struct Work {
   void share(const Entry& entry) {
     const int64_t rows = Update<float, float>::rows_in_block(entry.red, entry.post);
     const int64_t blocks = (entry.red + rows - 1) / rows;
-    grow(partial, blocks * entry.post);
-    grow(coefficients, entry.post);
-    grow(row_roots, entry.columns ? entry.red : 0);
+    for (Sums& own : sums) {
+      grow(own.partial, blocks * entry.post);
+      grow(own.coefficients, entry.post);
+      grow(own.row_roots, entry.columns ? entry.red : 0);
+    }
     shared.push_back(&entry);
   }
 
@@ -624,11 +633,13 @@ void run_alone(const Task& task, const Hyper& hyper) {
 }
 
 template <class P, class M>
-void run_together(const Update<P, M>& update, const Entry& entry, Work& work) {
+void run_together(const Update<P, M>& update, const Entry& entry, Work& work, int64_t& turn) {
   using A = Arithmetic<P>;
-  for (int64_t unit = 0; unit < entry.pre; ++unit)
-    update.together(unit, reinterpret_cast<A*>(work.partial.data()), reinterpret_cast<A*>(work.coefficients.data()),
-                    reinterpret_cast<A*>(work.row_roots.data()));
+  for (int64_t unit = 0; unit < entry.pre; ++unit, ++turn) {
+    Sums& sums = work.sums[turn % 2];
+    update.together(unit, reinterpret_cast<A*>(sums.partial.data()), reinterpret_cast<A*>(sums.coefficients.data()),
+                    reinterpret_cast<A*>(sums.row_roots.data()));
+  }
 }
 
 }  // namespace
@@ -644,7 +655,8 @@ extern "C" void slimadam_step(const Entry* table, int64_t count, const Hyper* hy
   {
 #pragma omp for schedule(dynamic) nowait
     for (int64_t index = 0; index < tasks; ++index) run_alone(work.alone[static_cast<size_t>(index)], *hyper);
+    int64_t turn = 0;  // each thread counts for itself, and all alike
     for (const Entry* entry : work.shared)
-      with_types(*entry, *hyper, [&](const auto& update) { run_together(update, *entry, work); });
+      with_types(*entry, *hyper, [&](const auto& update) { run_together(update, *entry, work, turn); });
   }
 }
