@@ -20,23 +20,22 @@ from torch.optim import Optimizer
 
 from benchmarks import exactness, machine, stopwatch
 from benchmarks.gpu_checks import ODD_MODEL
-from benchmarks.workloads.shapes import MODELS, elements
+from benchmarks.workloads.shapes import MODELS, Shapes, elements
 from benchmarks.workloads.skeleton import skeleton
 from slimadam import SlimAdam
 
 MAX_NORM = 1.0
 NORM = 2.0
 WARMUP_TURNS = 2
-OURS: dict[str, dict[str, Any]] = {"fused=True": {"fused": True}, "default": {}}
 
 
-def check(options: Mapping[str, Any]) -> float:
+def check(options: Mapping[str, Any], device: str = "cpu") -> float:
     """The largest error of clipped steps against float64, as a share of what rounding explains.
 
     Raises:
         WrongStepError: It is more than that.
     """
-    return exactness.run(skeleton(ODD_MODEL), "rules", options=options, step_with=_step_clipped).worst
+    return exactness.run(skeleton(ODD_MODEL, device), "rules", options=options, step_with=_step_clipped).worst
 
 
 def _step_clipped(optimizer: SlimAdam, grads: Mapping[str, list[Tensor]]) -> None:
@@ -61,13 +60,18 @@ class _Contender:
         self._optimizer.step()
 
 
-def _contenders(model: nn.Module) -> dict[str, _Contender]:
+def variants(device: str) -> dict[str, dict[str, Any]]:
+    """SlimAdam's options that run different code on a device."""
+    return {"default": {}} if stopwatch.is_cuda(device) else {"fused=True": {"fused": True}, "default": {}}
+
+
+def _contenders(model: nn.Module, device: str) -> dict[str, _Contender]:
     adamw: dict[str, Callable[[], Optimizer]] = {
         "AdamW (fused)": lambda: torch.optim.AdamW(model.parameters(), fused=True),
         "AdamW (default)": lambda: torch.optim.AdamW(model.parameters()),
     }
     found = {f"clip_grad_norm_ + {name}": _Contender(model, make(), inside=False) for name, make in adamw.items()}
-    for name, options in OURS.items():
+    for name, options in variants(device).items():
         before = SlimAdam(model, plan="rules", **options)
         within = SlimAdam(model, plan="rules", max_grad_norm=MAX_NORM, **options)
         found[f"clip_grad_norm_ + SlimAdam (rules, {name})"] = _Contender(model, before, inside=False)
@@ -75,39 +79,35 @@ def _contenders(model: nn.Module) -> dict[str, _Contender]:
     return found
 
 
-def measure(model: nn.Module, rounds: int) -> dict[str, list[float]]:
+def _laps(model: nn.Module, rounds: int, device: str) -> dict[str, list[float]]:
     """Milliseconds of each contender's steps, clipping included."""
     for param in model.parameters():
         param.grad = torch.randn_like(param)
-    contenders = _contenders(model)
+    contenders = _contenders(model, device)
     for turn in range(rounds + WARMUP_TURNS):
         order = list(contenders.values())
         first = turn % len(order)  # none always runs after the same one: caches and the clock remember it
         for one in [*order[first:], *order[:first]]:
             nn.utils.clip_grad_norm_(model.parameters(), NORM / 2)
             torch._foreach_mul_([param.grad for param in model.parameters() if param.grad is not None], 2.0)
-            lap = stopwatch.lap(one.step, "cpu")
+            lap = stopwatch.lap(one.step, device)
             one.laps += [lap.total] if turn >= WARMUP_TURNS else []
     return {label: one.laps for label, one in contenders.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, measure, print a table and write ``results/clipping.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default="gpt2-small")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each optimizer")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
-    errors = {name: check(chosen) for name, chosen in OURS.items()}
-    print("worst error as a share of what rounding explains:", *(f"{name} {one:.2f}" for name, one in errors.items()))
-    shapes = MODELS[options.model]()
-    laps = measure(skeleton(shapes), options.rounds)
+def measure(shapes: Shapes, rounds: int, device: str) -> dict[str, Any]:
+    """Check, then time every contender.
+
+    Returns:
+        Rows by label, and the errors of the check.
+
+    Raises:
+        WrongStepError: A clipped step is wrong.
+    """
+    errors = {name: check(options, device) for name, options in variants(device).items()}
+    laps = _laps(skeleton(shapes, device), rounds, device)
     medians = {label: statistics.median(times) for label, times in laps.items()}
     baseline = next(iter(medians.values()))
-    print(f"{options.model}, float32, {elements(shapes):,} parameters, cpu, {torch.get_num_threads()} threads")
-    print(" " * 52 + "      ms   of the first")
-    for label, median in medians.items():
-        print(f"{label:52s}{median:8.2f}{median / baseline:15.3f}")
     rows = {
         label: {
             "milliseconds": medians[label],
@@ -116,14 +116,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for label, times in laps.items()
     }
-    figures = {
-        "model": options.model,
+    return {
         "max_norm": MAX_NORM,
         "norm": NORM,
+        "rounds": rounds,
         "worst_share_of_rounding": errors,
         "rows": rows,
     }
-    print("written:", machine.write("clipping", figures, options.out))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, measure, print a table and write ``clipping.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="gpt2-small")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each optimizer")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    shapes = MODELS[options.model]()
+    found = measure(shapes, options.rounds, options.device)
+    errors = (f"{name} {one:.2f}" for name, one in found["worst_share_of_rounding"].items())
+    print("worst error as a share of what rounding explains:", *errors)
+    print(f"{options.model}, float32, {elements(shapes):,} parameters, {options.device}")
+    print(" " * 52 + "      ms   of the first")
+    for label, row in found["rows"].items():
+        print(f"{label:52s}{row['milliseconds']:8.2f}{row['ratio']:15.3f}")
+    name = (
+        "clipping"
+        if (options.model, options.device) == ("gpt2-small", "cpu")
+        else f"clipping_{options.model}_{options.device}"
+    )
+    print("written:", machine.write(name, {"model": options.model, "device": options.device, **found}, options.out))
     return 0
 
 

@@ -21,7 +21,13 @@ def page(run: Mapping[str, Any], stages: Mapping[str, Items]) -> str:
         "",
         *([f"- FAIL {line}" for line in run["missed"]] or ["Everything passed."]),
     ]
-    sections = {"checks": _checks, "throughput": _throughput, "memory": _memory, "training": _training}
+    sections = {
+        "checks": _checks,
+        "throughput": _throughput,
+        "clipping": _clipping,
+        "memory": _memory,
+        "training": _training,
+    }
     for name, items in stages.items():
         done = {label: item for label, item in items.items() if "failed" not in item}
         failed = {label: item["failed"] for label, item in items.items() if "failed" in item}
@@ -65,6 +71,14 @@ def _throughput(items: Items) -> list[str]:
         ]
         lines += [f"### {name}, {item['elements']:,} parameters", "", *_table(heads, rows), *_bars(item)]
         lines += ["", *(f"- left out: {label}: {reason}" for label, reason in item["left_out"].items()), ""]
+    return lines
+
+
+def _clipping(items: Items) -> list[str]:
+    lines = ["Gradients clipped before the step, and within it (`max_grad_norm`); clipping is part of the time.", ""]
+    for name, item in items.items():
+        rows = [[label, f"{row['milliseconds']:.3f}", f"{row['ratio']:.3f}"] for label, row in item["rows"].items()]
+        lines += [f"### {name}", "", *_table(["", "ms", "of the first"], rows), ""]
     return lines
 
 

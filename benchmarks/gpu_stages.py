@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_training, stopwatch
+from benchmarks import clipping, gpu_training, stopwatch
 from benchmarks.comparison import compare
 from benchmarks.contenders import FUSED, PEERS, Contender, ours, torch_own
 from benchmarks.gpu_checks import CHECKS, NotOnThisDeviceError
@@ -94,6 +94,12 @@ def throughput(settings: Settings, deadline: float) -> Items:
     return {f"{model}, {dtype}": measure(model, dtype) for model, dtype in pairs}
 
 
+def clipped(settings: Settings, deadline: float) -> Items:
+    """Clipping gradients within the step and before it."""
+    model, rounds = ("tiny", 2) if settings.quick else ("gpt2-small", 15)
+    return {f"{model}, float32": lambda: clipping.measure(MODELS[model](), rounds, settings.device)}
+
+
 def memory(settings: Settings, deadline: float) -> Items:
     """Each recipe."""
     # CUDA's allocator rounds up to 512 bytes, which is much for vectors of a tiny model.
@@ -131,6 +137,7 @@ def training(settings: Settings, deadline: float) -> Items:
 STAGES: Mapping[str, Stage] = {
     "checks": Stage(150, checks),
     "throughput": Stage(150, throughput),
+    "clipping": Stage(20, clipped),
     "memory": Stage(40, memory),
     "training": Stage(90, training),
 }

@@ -52,6 +52,23 @@ def throughput_in_short(result: dict[str, Any]) -> str:
     return throughput({**result, "rows": rows, "left_out": {}})
 
 
+def clipping(result: dict[str, Any]) -> str:
+    """Time of a step and the clipping of its gradients, within it and before it."""
+    lines = [f"| {label} | {row['ratio']:.2f} |" for label, row in result["rows"].items()]
+    first = next(iter(result["rows"].values()))["milliseconds"]
+    return "\n".join(
+        [
+            f"Clipping and step over the shapes of GPT-2 124M in float32 on a CPU, against the first row ({first:.0f} ms); "
+            f"{result['machine']['threads']} threads, medians of {result['rounds']} in turn {origin(result['machine'])}, "
+            "`python -m benchmarks.clipping`:",
+            "",
+            "| | time |",
+            "|---|---|",
+            *lines,
+        ]
+    )
+
+
 def memory(result: dict[str, Any]) -> str:
     """Bytes of training per parameter: kept between steps, and at most."""
     rows = result["models"]["gpt2-small"]["rows"]
@@ -234,6 +251,7 @@ def torch_properties(result: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
+    "clipping": clipping,
     "throughput": throughput,
     "throughput_in_short": throughput_in_short,
     "kernels": kernels,
