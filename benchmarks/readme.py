@@ -58,8 +58,9 @@ def clipping(result: dict[str, Any]) -> str:
     first = next(iter(result["rows"].values()))["milliseconds"]
     return "\n".join(
         [
-            f"Clipping and step over the shapes of GPT-2 124M in float32 on a CPU, against the first row ({first:.0f} ms); "
-            f"{result['machine']['threads']} threads, medians of {result['rounds']} in turn {origin(result['machine'])}, "
+            f"Clipping and step over the shapes of GPT-2 124M in float32 on a CPU, against the first row ({first:.0f} "
+            f"ms); {result['machine']['threads']} threads, medians of {result['rounds']} in turn "
+            f"{origin(result['machine'])}, "
             "`python -m benchmarks.clipping`:",
             "",
             "| | time |",
