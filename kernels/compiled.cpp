@@ -23,6 +23,7 @@ constexpr int64_t kSumTask = 1 << 17;     // and at most where it sums their squ
 constexpr int64_t kSmallUnit = 1 << 15;   // a unit of so few elements stays in one core's cache
 constexpr int64_t kSumBlock = 1024;       // elements summed in a row before their sum is added to others
 constexpr int64_t kColumnBlock = 4096;    // columns whose sums stay close at hand
+constexpr int64_t kColumnsInTurn = 64;    // columns that a thread averages at a time
 constexpr int64_t kRowBlock = 64;         // rows of a column summed before their sum is added to others
 constexpr int64_t kSerial = 1 << 14;      // fewer elements than this are not worth waking threads
 
@@ -176,6 +177,9 @@ struct Numbers {
   }
 
   A coefficient(A second_moment) const { return negative_step_size / (std::sqrt(second_moment) / root + eps); }
+
+  // From a sum of squares of gradients as they lie in memory; the square of a small factor would underflow.
+  A mean_square(A sum, A count) const { return gradient_factor * (gradient_factor * sum) / count; }
 };
 
 template <class A>
@@ -342,8 +346,8 @@ class Update {
     for (int64_t block = 0; block < blocks; ++block)
       sums(unit, block * rows, std::min(red_, (block + 1) * rows), partial + block * post_);
 #pragma omp for schedule(static)
-    for (int64_t start = 0; start < post_; start += kSumBlock) {
-      const int64_t end = std::min(post_, start + kSumBlock);
+    for (int64_t start = 0; start < post_; start += kColumnsInTurn) {
+      const int64_t end = std::min(post_, start + kColumnsInTurn);
       std::fill(coefficients + start, coefficients + end, A(0));
       for (int64_t block = 0; block < blocks; ++block)
         for (int64_t k = start; k < end; ++k) coefficients[k] += partial[block * post_ + k];
@@ -486,34 +490,32 @@ class Update {
     for (int64_t k = 0; k < width; ++k) total[k] += sums[k];
   }
 
-  // From a sum of squares of gradients as they lie in memory; the square of a small factor would underflow.
-  A mean_square(A sum, int64_t count) const {
-    return x_.gradient_factor * (x_.gradient_factor * sum) / static_cast<A>(count);
-  }
-
   static A square(P value) { return static_cast<A>(load(value)) * static_cast<A>(load(value)); }
 
   // Second moments of columns [first, last) of a unit from the sums of their squares, which become coefficients.
-  void average(int64_t unit, int64_t first, int64_t last, A* sums) const {
-    A* second = second_ + unit * post_ + first;
-    if (entry_.is_given) {
-      for (int64_t k = 0; k < last - first; ++k) sums[k] = x_.coefficient(second[k]);
-      return;
-    }
-    for (int64_t k = 0; k < last - first; ++k) {
-      A moment = second[k] * x_.beta2 + x_.second_weight * mean_square(sums[k], red_);
-      second[k] = moment;
+  void average(int64_t unit, int64_t first, int64_t last, A* __restrict__ sums) const {
+    const Numbers<A> x = x_;  // apart from what is written, so that loops vectorise
+    const int64_t start = unit * post_ + first, count = last - first;
+    A* __restrict__ second = second_ + start;
+    const A* used = second;
+    if (!entry_.is_given) {
+      const A rows = static_cast<A>(red_);
+#pragma omp simd
+      for (int64_t k = 0; k < count; ++k) second[k] = second[k] * x.beta2 + x.second_weight * x.mean_square(sums[k], rows);
       if (largest_) {
-        A& largest = largest_[unit * post_ + first + k];
-        largest = moment = maximum(largest, moment);
+        A* __restrict__ largest = largest_ + start;
+#pragma omp simd
+        for (int64_t k = 0; k < count; ++k) largest[k] = maximum(largest[k], second[k]);
+        used = largest;
       }
-      sums[k] = x_.coefficient(moment);
     }
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) sums[k] = x.coefficient(used[k]);
   }
 
   void row_averages(int64_t unit, int64_t first, int64_t last) const {
     for (int64_t row = unit * red_ + first; row < unit * red_ + last; ++row) {
-      const A mean = mean_square(sum_of_squares(grad_ + row * post_, post_), post_);
+      const A mean = x_.mean_square(sum_of_squares(grad_ + row * post_, post_), static_cast<A>(post_));
       second_[row] = second_[row] * x_.beta2 + x_.second_weight * mean;
     }
   }
@@ -522,7 +524,7 @@ class Update {
   void factors(int64_t unit, A* sums, A* row_roots) const {
     A* columns = columns_ + unit * post_;
     for (int64_t k = 0; k < post_; ++k) {
-      if (!entry_.is_given) columns[k] = columns[k] * x_.beta2 + x_.second_weight * mean_square(sums[k], red_);
+      if (!entry_.is_given) columns[k] = columns[k] * x_.beta2 + x_.second_weight * x_.mean_square(sums[k], static_cast<A>(red_));
       sums[k] = std::sqrt(columns[k]) / x_.root;
     }
     const A* rows = second_ + unit * red_;
