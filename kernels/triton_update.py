@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from slimadam.kernels import triton_kernels as kernels
+from slimadam.kernels import triton_table
 from slimadam.kernels.layout import layout
 from slimadam.kernels.triton_geometry import STRIP, Geometry, Kind, geometry
 from torch import Tensor
@@ -144,7 +145,7 @@ class TritonStep:
         self._corrections = torch.empty((len(places), 2), dtype=torch.float64, device=device)
         rows = [_table_row(member, hyper) for member in members]
         for address, row in zip(self._addresses["step"], rows, strict=True):
-            row[kernels.CORRECTIONS.value] = self._corrections[places[address]].data_ptr()
+            row[triton_table.CORRECTIONS.value] = self._corrections[places[address]].data_ptr()
         self._scratch = _allocate_scratch(members, rows, device)
         self._rows = torch.tensor(rows)
         self.table = _on_device(self._rows, device)
@@ -163,7 +164,7 @@ class TritonStep:
         self._addresses["grad"] = grads
         if not same or self._flags != _flags(hyper):
             return False
-        self._rows[:, kernels.GRAD.value] = torch.tensor(grads)
+        self._rows[:, triton_table.GRAD.value] = torch.tensor(grads)
         self.table.copy_(_pinned(self._rows, self.table.device), non_blocking=True)
         return True
 
@@ -352,24 +353,24 @@ def _row_tile(red: int) -> int:
 
 def _table_row(member: Member, hyper: Hyperparameters) -> list[int]:
     _, entry, found = member
-    row = [0] * kernels.FIELDS.value
+    row = [0] * triton_table.FIELDS.value
     by_row, by_column = _split(entry.exp_avg_sq, found)
-    row[kernels.PARAM.value] = entry.param.data_ptr()
-    row[kernels.GRAD.value] = entry.grad.data_ptr()
-    row[kernels.EXP_AVG.value] = entry.exp_avg.data_ptr()
-    row[kernels.EXP_AVG_SCALE.value] = 0 if entry.exp_avg_scale is None else entry.exp_avg_scale.data_ptr()
-    row[kernels.ROWS_SQ.value], row[kernels.COLUMNS_SQ.value] = by_row, by_column
+    row[triton_table.PARAM.value] = entry.param.data_ptr()
+    row[triton_table.GRAD.value] = entry.grad.data_ptr()
+    row[triton_table.EXP_AVG.value] = entry.exp_avg.data_ptr()
+    row[triton_table.EXP_AVG_SCALE.value] = 0 if entry.exp_avg_scale is None else entry.exp_avg_scale.data_ptr()
+    row[triton_table.ROWS_SQ.value], row[triton_table.COLUMNS_SQ.value] = by_row, by_column
     if hyper.amsgrad and not entry.is_given:
-        row[kernels.ROWS_MAX.value], row[kernels.COLUMNS_MAX.value] = _split(entry.max_exp_avg_sq, found)
-    row[kernels.STEP.value] = entry.step.data_ptr()
-    row[kernels.PRE.value] = found.pre
-    row[kernels.RED.value] = found.red
-    row[kernels.POST.value] = found.post
-    row[kernels.PITCH.value] = found.pitch
-    row[kernels.SEED.value] = entry.seed & 0xFFFFFFFF
-    row[kernels.SLICE_PITCH.value] = found.slice_pitch
-    row[kernels.SLICE_COUNT.value] = found.slice_count
-    row[kernels.WIDTH.value] = found.width
+        row[triton_table.ROWS_MAX.value], row[triton_table.COLUMNS_MAX.value] = _split(entry.max_exp_avg_sq, found)
+    row[triton_table.STEP.value] = entry.step.data_ptr()
+    row[triton_table.PRE.value] = found.pre
+    row[triton_table.RED.value] = found.red
+    row[triton_table.POST.value] = found.post
+    row[triton_table.PITCH.value] = found.pitch
+    row[triton_table.SEED.value] = entry.seed & 0xFFFFFFFF
+    row[triton_table.SLICE_PITCH.value] = found.slice_pitch
+    row[triton_table.SLICE_COUNT.value] = found.slice_count
+    row[triton_table.WIDTH.value] = found.width
     return row
 
 
@@ -390,10 +391,10 @@ def _allocate_scratch(members: Sequence[Member], rows: list[list[int]], device: 
             continue
         dtype = torch.float64 if member.entry.param.dtype == torch.float64 else torch.float32
         row_tiles, column_tiles = _ceil(found.red, SUMS.lines), _ceil(found.post, SUMS.columns)
-        sizes = {kernels.COLUMN_SUMS.value: found.pre * row_tiles * found.post}
+        sizes = {triton_table.COLUMN_SUMS.value: found.pre * row_tiles * found.post}
         if found.by_row and found.by_column:
-            sizes[kernels.ROW_SUMS.value] = found.pre * found.red * column_tiles
-            sizes[kernels.ROW_MEANS.value] = found.pre
+            sizes[triton_table.ROW_SUMS.value] = found.pre * found.red * column_tiles
+            sizes[triton_table.ROW_MEANS.value] = found.pre
         for field, size in sizes.items():
             scratch.append(torch.empty(size, dtype=dtype, device=device))
             row[field] = scratch[-1].data_ptr()

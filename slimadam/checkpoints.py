@@ -16,6 +16,7 @@ from slimadam.automatic import AutoPlan, Measuring
 from slimadam.choosing import EXPANDED
 from slimadam.conversion import full_state
 from slimadam.distributed import differing, on_any_rank
+from slimadam.groups import named_parameters
 from slimadam.loading import as_kept, check_saved, loaded_state, merged_groups
 from slimadam.monitoring import Monitor
 from slimadam.parts import key_of
@@ -65,7 +66,8 @@ class Checkpointed(Optimizer):
     _stepper: Stepper
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        raise NotImplementedError
+        """Name, tensor and group of each parameter."""
+        return named_parameters(self._names, self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`torch.optim.Optimizer.state_dict`, with the plan and a format version under ``"slimadam"``.

@@ -43,12 +43,17 @@ def check_max_grad_norm(value: object) -> None:
         raise ValueError(f"max_grad_norm={value} must be a number > 0 (inf only measures), or None to clip nothing")
 
 
-def check_has_norm(name: str, param: Tensor) -> None:
-    """Refuse a parameter of whose gradient this rank cannot know the norm.
+def check_have_norm(params: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse parameters of whose gradients this rank cannot know the norm; they come with their names.
 
     Raises:
         RuntimeError: Says what to use instead.
     """
+    for name, param in params:
+        _check_has_norm(name, param)
+
+
+def _check_has_norm(name: str, param: Tensor) -> None:
     if is_flat(param):
         raise RuntimeError(
             f"max_grad_norm: {name!r} is a flat parameter, of which each rank holds a piece that it knows nothing more "
@@ -89,6 +94,19 @@ def global_norm(params: Iterable[tuple[str, Tensor]]) -> Tensor:
         held.setdefault(_sharing(param), []).append(local_gradient(name, param))
     norms = [_over_ranks(_combined(_norms(grads)), groups) for groups, grads in held.items()]
     return _combined(norms) if norms else torch.zeros(())
+
+
+def norm_in_step(params: Iterable[tuple[str, Tensor]]) -> Tensor:
+    """:func:`global_norm`, which ``torch.compile`` does not trace where it waits for other ranks."""
+    held = list(params)
+    if torch.compiler.is_compiling() and any(is_dtensor(param) for _, param in held):
+        return _untraced_norm(held)
+    return global_norm(held)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+def _untraced_norm(params: list[tuple[str, Tensor]]) -> Tensor:
+    return global_norm(params)
 
 
 def _sharing(param: Tensor) -> tuple[ProcessGroup, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from slimadam.functional import (
     second_moment_dtype,
 )
 from slimadam.rules import Rule
+
+logger = logging.getLogger("slimadam")
 
 
 def entries_of(
@@ -168,6 +171,20 @@ def encode(param: Tensor, exp_avg: Tensor, grad: Tensor, state: Mapping[str, Any
 def stores_codes(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether a parameter's first moment is stored as codes."""
     return group["momentum_dtype"] == momentum.INT8 and momentum.can_follow(param)
+
+
+def tell_without_codes(group: Mapping[str, Any], params: Collection[Tensor]) -> None:
+    """Say how much of what ``momentum_dtype="int8"`` is asked for is not stored in codes; of vectors alone nothing."""
+    without = [param for param in params if group["momentum_dtype"] == momentum.INT8 and not stores_codes(param, group)]
+    if any(param.dim() > 1 for param in without):
+        logger.warning(
+            "momentum_dtype='int8': the first moments of %d of %d parameters, %.1f%% of their elements, stay in the "
+            "parameters' precision: their shards need not consist of whole blocks of 256 elements; shard along "
+            "a dimension followed by a multiple of 256 elements, such as the first of a matrix of so many columns",
+            len(without),
+            len(params),
+            100 * sum(param.numel() for param in without) / max(1, sum(param.numel() for param in params)),
+        )
 
 
 def momentum_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:

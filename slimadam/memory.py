@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from slimadam.distributed import kept_shapes, local
+from slimadam.entries import momentum_bytes
+from slimadam.functional import second_moment_dtype
+from slimadam.rules import Rule
+from slimadam.state import step_dtype
 
 
 @dataclass(frozen=True)
@@ -49,3 +59,44 @@ class MemoryReport(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(dataclasses.fields(self))
+
+
+def memory_report(
+    parameters: Iterable[tuple[str, Tensor, Mapping[str, Any]]],
+    all_rules: Mapping[str, Sequence[Rule]],
+    monitor: int = 0,
+) -> MemoryReport:
+    """Count what the state of these parameters costs, of DTensors this rank's shards.
+
+    Args:
+        parameters: Name, tensor and group of each.
+        all_rules: By name.
+        monitor: Bytes of the samples kept beside the state.
+    """
+    moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
+    for name, param, group in parameters:
+        stored = sum(map(math.prod, kept_shapes(name, all_rules[name], param)))
+        moments += momentum_bytes(param, group)
+        param = local(param)
+        size = second_moment_dtype(param.dtype).itemsize
+        seconds += stored * size
+        maxima += stored * size if group["amsgrad"] else 0
+        steps += step_dtype().itemsize
+        native = param.numel() * param.dtype.itemsize
+        adamw_seconds += native
+        adamw_total += native * (3 if group["amsgrad"] else 2)
+        elements += param.numel()
+        kept += stored
+    total = moments + seconds + maxima + steps
+    return MemoryReport(
+        exp_avg=moments,
+        exp_avg_sq=seconds,
+        max_exp_avg_sq=maxima,
+        step=steps,
+        total=total,
+        monitor=monitor,
+        adamw_exp_avg_sq=adamw_seconds,
+        adamw_total=adamw_total + steps,
+        second_moments_saved=1 - kept / elements if elements else 0.0,
+        bytes_per_parameter=total / elements if elements else 0.0,
+    )

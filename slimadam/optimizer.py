@@ -2,72 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from slimadam import scaling
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
-from slimadam.averages import distributed_moments, rules_that_shards_allow
 from slimadam.backends import Backend
-from slimadam.checkpoints import Checkpointed
-from slimadam.choosing import EXPANDED
-from slimadam.clipping import check_has_norm, check_max_grad_norm, clip_factor, global_norm
-from slimadam.direction import update_without_decay, with_decay
-from slimadam.distributed import (
-    FLAT,
-    is_dtensor,
-    kept_shapes,
-    local,
-    local_gradient,
-    local_rules,
-    on_any_rank,
-    refuse_elsewhere,
-    whole,
-)
-from slimadam.entries import (
-    assembled,
-    decoded,
-    entries_of,
-    hyperparameters,
-    initial_state,
-    momentum_bytes,
-    stores_codes,
-)
+from slimadam.clipping import check_have_norm, check_max_grad_norm, clip_factor, norm_in_step
+from slimadam.direction import with_decay
+from slimadam.distributed import is_dtensor, local, on_any_rank
+from slimadam.entries import hyperparameters, initial_state, tell_without_codes
 from slimadam.errors import did_you_mean, shown
-from slimadam.functional import (
-    Scalar,
-    second_moment_dtype,
-)
-from slimadam.memory import MemoryReport
-from slimadam.momentum import INT8
+from slimadam.functional import Scalar
+from slimadam.groups import check_gradients, check_shards, refuse_lazy
+from slimadam.memory import MemoryReport, memory_report
 from slimadam.monitoring import Check, Monitor
 from slimadam.options import check_group
 from slimadam.parts import key_of
+from slimadam.pending import updates_without_decay
 from slimadam.plan import CompressionPlan
-from slimadam.planning import (
-    DECIDED_BEFORE,
-    MEASURING,
-    PlanArgument,
-    Resolver,
-    logger,
-)
+from slimadam.planning import DECIDED_BEFORE, MEASURING, PlanArgument, Resolver
+from slimadam.replanning import Replanned
 from slimadam.roles import canonical_name
-from slimadam.rules import Rule
-from slimadam.shard_direction import Shared, averages_after_step, update_of_shards
+from slimadam.rules import Rule, rule_of_whole
+from slimadam.shard_direction import Shared, averages_after_step
 from slimadam.stepping import Stepper, backend_of
+from slimadam.watching import watch_step
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
 
 
-class SlimAdam(Checkpointed):
+class SlimAdam(Replanned):
     r"""AdamW whose second moments are stored only as finely as a plan says each parameter needs.
 
     For a parameter whose second moment is averaged over the dimensions :math:`K` (arXiv 2503.01843)::
@@ -208,17 +178,13 @@ class SlimAdam(Checkpointed):
         before = self._resolver.snapshot()
         super().add_param_group(group)
         try:
-            _refuse_lazy(group["params"])
+            refuse_lazy(group["params"])
             names = self._resolver.names(group, len(self.param_groups) - 1)
             if self._max_grad_norm is not None:
-                for name, param in zip(names, group["params"], strict=True):
-                    check_has_norm(name, param)
+                check_have_norm(zip(names, group["params"], strict=True))
             rules = self._resolver.rules(group, names, **own_plan)
             for name, param, own in zip(names, group["params"], rules, strict=True):
-                if is_dtensor(param) and any(rule.reason == MEASURING or rule.form != "full" for rule in own):
-                    refuse_elsewhere(name, param)
-                if is_dtensor(param) and own[0].reason != MEASURING:
-                    local_rules(name, own, param)
+                check_shards(name, param, own)
             if self._complete:
                 self._resolver.check_all_used()
                 self._resolver.forget_owners()
@@ -229,7 +195,7 @@ class SlimAdam(Checkpointed):
         reason = DECIDED_BEFORE if self._measuring is None else MEASURING
         for name, found in zip(names, rules, strict=True):
             if found[0].reason == MEASURING:
-                self._measured[name], found = found, [_whole(found, reason)]
+                self._measured[name], found = found, [rule_of_whole(found, reason)]
             self._rules[name] = found
         self._names.append(names)
         if self._measuring is None:
@@ -250,8 +216,7 @@ class SlimAdam(Checkpointed):
     def max_grad_norm(self, value: float | None) -> None:
         check_max_grad_norm(value)
         if value is not None:
-            for name, param, _ in self._parameters():
-                check_has_norm(name, param)
+            check_have_norm((name, param) for name, param, _ in self._parameters())
         self._max_grad_norm = value
 
     @property
@@ -302,33 +267,8 @@ class SlimAdam(Checkpointed):
 
         ``total`` does not include the samples for :meth:`snr_check`; they come on top, as ``monitor``.
         """
-        moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
-        for name, param, group in self._parameters():
-            stored = sum(map(math.prod, kept_shapes(name, self._rules[name], param)))
-            moments += momentum_bytes(param, group)
-            param = local(param)
-            size = second_moment_dtype(param.dtype).itemsize
-            seconds += stored * size
-            maxima += stored * size if group["amsgrad"] else 0
-            steps += state_format.step_dtype().itemsize
-            native = param.numel() * param.dtype.itemsize
-            adamw_seconds += native
-            adamw_total += native * (3 if group["amsgrad"] else 2)
-            elements += param.numel()
-            kept += stored
-        total = moments + seconds + maxima + steps
-        return MemoryReport(
-            exp_avg=moments,
-            exp_avg_sq=seconds,
-            max_exp_avg_sq=maxima,
-            step=steps,
-            total=total,
-            monitor=0 if self._monitor is None else self._monitor.memory,
-            adamw_exp_avg_sq=adamw_seconds,
-            adamw_total=adamw_total + steps,
-            second_moments_saved=1 - kept / elements if elements else 0.0,
-            bytes_per_parameter=total / elements if elements else 0.0,
-        )
+        watched = 0 if self._monitor is None else self._monitor.memory
+        return memory_report(self._parameters(), self._rules, watched)
 
     # -- the step ----------------------------------------------------------------------------------------
 
@@ -356,7 +296,7 @@ class SlimAdam(Checkpointed):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        check_gradients(self._parameters())
         if not torch.compiler.is_compiling() and not self.state and self._only_makes_state():
             for group in self.param_groups:
                 self._init_group(group)
@@ -364,7 +304,7 @@ class SlimAdam(Checkpointed):
             return loss
         scaled = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scaled != (None, None) and not self._takes_scaled_gradients():
-            if self._unscale(*scaled):
+            if scaling.unscale(list(self._gradients()), *scaled):
                 return loss
             scaled = None, None
         for group in self.param_groups:
@@ -376,7 +316,7 @@ class SlimAdam(Checkpointed):
         if self._measuring is not None:
             self._measure()
         elif self._monitor is not None and not torch.compiler.is_compiling():
-            self._watch(self._monitor, factor)
+            watch_step(self._monitor, groups, self._rules, self.state, factor)
         return loss
 
     def _measure_norm(self, grad_scale: Tensor | None) -> Tensor | None:
@@ -391,10 +331,7 @@ class SlimAdam(Checkpointed):
         return clip_factor(norm, self._max_grad_norm)
 
     def _global_norm(self) -> Tensor:
-        held = [(name, param) for name, param, _ in self._parameters() if param.grad is not None]
-        if torch.compiler.is_compiling() and any(is_dtensor(param) for _, param in held):
-            return _untraced_norm(held)
-        return global_norm(held)
+        return norm_in_step((name, param) for name, param, _ in self._parameters() if param.grad is not None)
 
     @torch.no_grad()
     def clip_factor(self) -> Tensor | None:
@@ -407,7 +344,7 @@ class SlimAdam(Checkpointed):
         Raises:
             RuntimeError: A gradient is sparse.
         """
-        self._check_gradients()
+        check_gradients(self._parameters())
         return None if self._max_grad_norm is None else clip_factor(self._global_norm(), self._max_grad_norm)
 
     @torch.no_grad()
@@ -456,99 +393,16 @@ class SlimAdam(Checkpointed):
         Raises:
             RuntimeError: A gradient is sparse.
         """
-        self._check_gradients()
+        check_gradients(self._parameters())
         if averages is None:
             averages = self.averages_after_step()
-        states = self._states_of_steps()
-        for name, param, group in self._parameters():
-            if param.grad is not None:
-                rules = self._rules[name]
-                state = states.get(param) or initial_state(name, rules, param, group, averages.clip_factor)
-                state = {**decoded(param, state), "step": state["step"] + 1}
-                if is_dtensor(param):
-                    yield param, group, update_of_shards(name, param, group, rules, state, averages)
-                    continue
-                directions = (
-                    update_without_decay(entry, hyperparameters(group, averages.clip_factor))
-                    for entry in entries_of(rules, param, param.grad, group, state)
-                )
-                yield param, group, assembled(param, rules, directions)
+        yield from updates_without_decay(self._parameters(), self._rules, self._states_of_steps(), averages)
 
     def _states_of_steps(self) -> Mapping[Tensor, Any]:
         """The state, but for what a step of zero has made."""
         if not self._state_is_blank:
             return self.state
-        return {param: state for param, state in self.state.items() if not _is_of_no_step(state)}
-
-    def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        """Name, tensor and group of each parameter."""
-        if len(self._names) != len(self.param_groups):
-            raise RuntimeError(
-                f"param_groups has {len(self.param_groups)} groups, but {len(self._names)} were added; add groups with "
-                "add_param_group, and build a new optimizer to leave one out"
-            )
-        for index, (names, group) in enumerate(zip(self._names, self.param_groups, strict=True)):
-            if len(names) != len(group["params"]):
-                flat = len(group["params"]) == 1 and group["params"][0].dim() == 1
-                raise RuntimeError(
-                    f"param_groups[{index}]['params'] has {len(group['params'])} parameters, but had {len(names)} when "
-                    "the group was added; add parameters with add_param_group"
-                    + (
-                        f" (one vector for all of them is the work of a library such as DeepSpeed, {FLAT})"
-                        if flat
-                        else ""
-                    )
-                )
-            for name, param in zip(names, group["params"], strict=True):
-                yield name, param, group
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
-    @torch.no_grad()
-    def _measure(self) -> None:
-        """One step of ``plan="auto"`` before its decision, and the decision."""
-        assert self._measuring is not None
-        for name, param, _ in self._parameters():
-            rule = self._rules[name][0]
-            if rule.reason == MEASURING and rule.shape != param.shape:  # exchanged for another parameter
-                self._rules[name] = self._measured[name] = [replace(rule, shape=tuple(param.shape), batch_dims=0)]
-        moments = (
-            (key_of(name, rule.part), rule, self.state[param]["exp_avg_sq"], self._resolver.all_names(name))
-            for name, param, _ in self._parameters()
-            if self._rules[name][0].reason == MEASURING and self.state.get(param)
-            for rule in self._measured[name]
-        )
-        factorable = not any(group["amsgrad"] for group in self.param_groups)
-        plan = self._measuring.after_step(moments, self._measuring.settings.forms if factorable else "mean")
-        if plan is not None:
-            self._compress(plan)
-
-    def _compress(self, plan: CompressionPlan) -> None:
-        """Put a decided plan in force: second moments shrink in place, the rest of their memory is freed."""
-        before = self.memory()
-        for name, param, _ in self._parameters():
-            if self._rules[name][0].reason != MEASURING:
-                continue
-            unmeasured = "no gradient while plan='auto' measured"
-            decided = [
-                plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured)) for rule in self._measured[name]
-            ]
-            self._rules[name] = decided if not is_dtensor(param) else rules_that_shards_allow(name, decided, param)
-            self._monitor_parameter(name, param)
-            for key in state_format.SECOND_MOMENTS:
-                if key in self.state.get(param, {}):
-                    averaged = state_format.average(whole(self.state[param][key]), self._rules[name])
-                    if is_dtensor(param):
-                        averaged = distributed_moments(name, self._rules[name], param, averaged)
-                    self.state[param][key] = state_format.stored(averaged)
-        self._stepper.forget()
-        self._measuring = None
-        after = self.memory()
-        logger.info(
-            "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %.1f -> %.1f MB",
-            100 * after.second_moments_saved,
-            before.total / 1e6,
-            after.total / 1e6,
-        )
+        return {param: state for param, state in self.state.items() if not state_format.is_of_no_step(state)}
 
     # -- does it still hold? -----------------------------------------------------------------------------
 
@@ -599,100 +453,6 @@ class SlimAdam(Checkpointed):
                 return
         raise KeyError(f"{name!r} is not a parameter of this optimizer; {did_you_mean(name, self.plan)}".rstrip("; "))
 
-    def _expand_pieces(self, name: str, param: Tensor, keys: set[str]) -> None:
-        before = self._rules[name]
-        after = [
-            replace(rule, form="full", dims=(), reason=EXPANDED)
-            if key_of(name, rule.part) in keys and rule.form != "full"
-            else rule
-            for rule in before
-        ]
-        if is_dtensor(param):
-            local_rules(name, after, param)
-        for key in state_format.SECOND_MOMENTS:
-            if key in self.state.get(param, {}):
-                stored = [whole(moment) for moment in state_format.parts(self.state[param][key])]
-                full = state_format.expand(stored, before, tuple(param.shape))
-                kept = [
-                    moments if rule == was else [rule.take(full).clone()]
-                    for was, rule, (_, moments) in zip(
-                        before, after, state_format.by_rule(before, stored, param.dim()), strict=True
-                    )
-                ]
-                expanded = [moment for moments in kept for moment in moments]
-                if is_dtensor(param):
-                    expanded = distributed_moments(name, after, param, expanded)
-                self.state[param][key] = state_format.stored(expanded)
-        self._rules[name] = after
-        self._stepper.forget()
-        if self._monitor is not None:
-            for key in keys:
-                self._monitor.drop(key)
-
-    def _monitor_parameter(self, name: str, param: Tensor) -> None:
-        """Sample what is compressed of a parameter, from its full second moment where it still has one."""
-        if self._monitor is None:
-            return
-        keys = [key_of(name, rule.part) for rule in self._rules[name]]
-        for key, rule in zip(keys, self._rules[name], strict=True):
-            self._monitor.add(key, rule, param)
-        full = self.state.get(param, {}).get("exp_avg_sq")
-        if isinstance(full, Tensor) and full.shape == param.shape:
-            if is_dtensor(param) and not any(map(self._monitor.samples_shards_of, keys)):
-                return
-            full = whole(full)
-            for key, rule in zip(keys, self._rules[name], strict=True):
-                self._monitor.start(key, rule.take(full))
-
-    @torch.no_grad()
-    def _watch(self, monitor: Monitor, factor: Tensor | None) -> None:
-        for names, group in zip(self._names, self.param_groups, strict=True):
-            if not group["capturable"]:
-                grads = (
-                    (key, local_gradient(name, param))
-                    for name, param in zip(names, group["params"], strict=True)
-                    if param.grad is not None
-                    for key in (key_of(name, rule.part) for rule in self._rules[name])
-                    if (monitor.samples_shards_of(key) if is_dtensor(param) else type(param.grad) is Tensor)
-                )
-                monitor.update(grads, float(group["betas"][1]), factor)
-        monitor.watch(self._stored_by_key)
-
-    def _stored_by_key(self) -> dict[str, Sequence[Tensor]]:
-        return {
-            key_of(name, rule.part): [whole(one) for one in moments] if rule.form == "factored" else moments
-            for name, param, _ in self._parameters()
-            if self.state.get(param)
-            for rule, moments in state_format.by_rule(
-                self._rules[name], state_format.parts(self.state[param]["exp_avg_sq"]), param.dim()
-            )
-        }
-
-    def _check_gradients(self) -> None:
-        for name, param, group in self._parameters():
-            if param.grad is None:
-                continue
-            if group["fused"] and not (param.is_floating_point() and param.device.type != "meta"):
-                raise RuntimeError(
-                    f"{name!r}: `fused=True` requires all the params to be floating point and on a real device, "
-                    f"not {param.dtype} on {param.device.type}; set fused=None"
-                )
-            if group["differentiable"] and is_dtensor(param):
-                raise RuntimeError(
-                    f"{name!r}: differentiable=True does not follow the step of a DTensor; use differentiable=False, "
-                    "or parameters that are not sharded"
-                )
-            if group["momentum_dtype"] == "int8" and not is_dtensor(param) and type(param.data) is not Tensor:
-                raise RuntimeError(
-                    f"{name!r}: momentum_dtype='int8' does not support {type(param.data).__name__}, whose elements a "
-                    "block of 256 cannot follow; use torch.bfloat16"
-                )
-            if param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{name!r}: SlimAdam does not support sparse gradients; "
-                    "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"
-                )
-
     def _only_makes_state(self) -> bool:
         """Whether this first step is that of torch's ``get_optimizer_state_dict``: all rates and gradients are zero."""
         if any(float(group["lr"]) for group in self.param_groups):
@@ -711,18 +471,6 @@ class SlimAdam(Checkpointed):
             for names, group in zip(self._names, self.param_groups, strict=True)
         )
 
-    @torch.no_grad()
-    def _unscale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
-        """Do what GradScaler left to the step; True: a gradient was not finite, and the step is left out."""
-        grads = list(self._gradients())
-        found = found_inf is not None and bool(found_inf.item())
-        if scaling.may_differ(grads):
-            found = scaling.agreed(found, grads)
-        if not found and grad_scale is not None:
-            for grad in map(local, grads):
-                grad.div_(grad_scale.to(grad.device))
-        return found
-
     def _gradients(self) -> Iterator[Tensor]:
         return (param.grad for _, param, _ in self._parameters() if param.grad is not None)
 
@@ -730,7 +478,7 @@ class SlimAdam(Checkpointed):
         """Make missing state. ``torch.compile`` runs a method of this name and signature untraced, once."""
         if self._state_is_blank:
             self._state_is_blank = False
-            for param in [param for param, state in self.state.items() if _is_of_no_step(state)]:
+            for param in [param for param, state in self.state.items() if state_format.is_of_no_step(state)]:
                 del self.state[param]
         missing = {param for param in group["params"] if param.grad is not None and not self.state[param]}
         if missing:
@@ -740,44 +488,4 @@ class SlimAdam(Checkpointed):
                     self.state[param].update(initial_state(name, self._rules[name], param, group, factor))
             if group["variance_init"] == "gradient":
                 self._stepper.start_from_gradient(missing)
-            _tell_without_codes(group, missing)
-
-
-@torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
-def _untraced_norm(params: list[tuple[str, Tensor]]) -> Tensor:
-    """The norm of DTensors under ``torch.compile``: it waits for other ranks."""
-    return global_norm(params)
-
-
-def _is_of_no_step(state: Mapping[str, Any]) -> bool:
-    return "step" in state and not state["step"] > 0
-
-
-def _whole(rules: Sequence[Rule], reason: str) -> Rule:
-    """One rule that keeps a parameter as AdamW does, in the place of those of its parts."""
-    if rules[0].part is None:
-        return replace(rules[0], reason=reason)
-    return Rule(shape=rules[0].owner_shape, reason=reason)
-
-
-def _tell_without_codes(group: Mapping[str, Any], params: Collection[Tensor]) -> None:
-    """Say how much of what ``momentum_dtype="int8"`` is asked for is not stored in codes; of vectors alone nothing."""
-    without = [param for param in params if group["momentum_dtype"] == INT8 and not stores_codes(param, group)]
-    if any(param.dim() > 1 for param in without):
-        logger.warning(
-            "momentum_dtype='int8': the first moments of %d of %d parameters, %.1f%% of their elements, stay in the "
-            "parameters' precision: their shards need not consist of whole blocks of 256 elements; shard along "
-            "a dimension followed by a multiple of 256 elements, such as the first of a matrix of so many columns",
-            len(without),
-            len(params),
-            100 * sum(param.numel() for param in without) / max(1, sum(param.numel() for param in params)),
-        )
-
-
-def _refuse_lazy(params: Sequence[Tensor]) -> None:
-    for index, param in enumerate(params):
-        if is_lazy(param):
-            raise ValueError(
-                f"parameter {index} of the group has no shape yet (a lazy module's); run a forward pass before "
-                "building the optimizer"
-            )
+            tell_without_codes(group, missing)

@@ -99,6 +99,13 @@ def full_rule(piece: Piece, reason: str) -> Rule:
     )
 
 
+def rule_of_whole(rules: Sequence[Rule], reason: str) -> Rule:
+    """One rule that keeps a parameter as AdamW does, in the place of those of its parts."""
+    if rules[0].part is None:
+        return replace(rules[0], reason=reason)
+    return Rule(shape=rules[0].owner_shape, reason=reason)
+
+
 def paper_rule(piece: Piece) -> Rule:
     """The paper's recommendation for a role, where it has one and it saves anything."""
     dims = recommended_dims(piece.role)

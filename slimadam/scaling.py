@@ -1,13 +1,34 @@
-"""``GradScaler`` on DTensors: whether all ranks have been told of a gradient that is not finite."""
+"""``GradScaler``: unscaling in its place, and whether all ranks were told of a gradient that is not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from slimadam.distributed import groups_of, is_dtensor, local
+
+
+@torch.no_grad()
+def unscale(grads: Sequence[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+    """Do what a ``GradScaler`` left to the step.
+
+    Args:
+        grads: The gradients; divided by the scale.
+        grad_scale: What they are scaled by.
+        found_inf: Not zero: one of them is not finite.
+
+    Returns:
+        Whether one was not finite: they are as they were then, and the step is left out.
+    """
+    found = found_inf is not None and bool(found_inf.item())
+    if may_differ(grads):
+        found = agreed(found, grads)
+    if not found and grad_scale is not None:
+        for grad in map(local, grads):
+            grad.div_(grad_scale.to(grad.device))
+    return found
 
 
 def may_differ(grads: Iterable[Tensor]) -> bool:

@@ -26,6 +26,11 @@ def step_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
+def is_of_no_step(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state was made by a step of zero, which counts none."""
+    return "step" in state and not state["step"] > 0
+
+
 def parts(stored: SavedMoment | tuple[()]) -> Sequence[Tensor]:
     """A second moment, as it is stored or saved, as a sequence of tensors."""
     if isinstance(stored, Mapping):

@@ -10,23 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slimadam.demo.training import DemoResult, OptimizerResult, TrainingCurve
+from slimadam.plot_style import WITHOUT_GRID
 
 _COLOURS = {"AdamW": "#d1662a", "averages": "#2166ac", "best form": "#1b7837"}
 _LINES = {"AdamW": "-", "averages": "--", "best form": ":"}
 _MARKERS = {"AdamW": "o", "averages": "s", "best form": "^"}
 _PALE = 0.28
 _SMOOTHING = 0.9
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "slimadam-demo",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
+_STYLE: dict[Any, Any] = {**WITHOUT_GRID, "svg.fonttype": "none", "svg.hashsalt": "slimadam-demo"}
 
 
 def draw(result: DemoResult, file_format: Literal["png", "svg"]) -> bytes:

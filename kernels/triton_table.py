@@ -1,0 +1,52 @@
+"""The table that Triton kernels read: what it says about each tensor, and what each program does."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Columns of a table: one row of int64 for each tensor.
+PARAM = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+EXP_AVG = tl.constexpr(2)
+EXP_AVG_SCALE = tl.constexpr(3)
+ROWS_SQ = tl.constexpr(4)  # second moment by row, or in full
+COLUMNS_SQ = tl.constexpr(5)  # second moment by column
+ROWS_MAX = tl.constexpr(6)
+COLUMNS_MAX = tl.constexpr(7)
+STEP = tl.constexpr(8)
+PRE = tl.constexpr(9)
+RED = tl.constexpr(10)
+POST = tl.constexpr(11)
+PITCH = tl.constexpr(12)  # elements from one row of the parameter to the next
+SEED = tl.constexpr(13)
+ROW_SUMS = tl.constexpr(14)  # scratch
+COLUMN_SUMS = tl.constexpr(15)  # scratch
+ROW_MEANS = tl.constexpr(16)  # scratch
+SLICE_PITCH = tl.constexpr(17)  # elements from one of the ``pre`` slices to the next
+SLICE_COUNT = tl.constexpr(18)  # elements of a slice
+WIDTH = tl.constexpr(19)  # elements that share a second moment by row
+CORRECTIONS = tl.constexpr(20)  # where the corrections of its step lie
+FIELDS = tl.constexpr(21)
+
+
+@triton.jit
+def field(row, FIELD: tl.constexpr):
+    """One number of a tensor's row of the table."""
+    return tl.load(row + FIELD)
+
+
+@triton.jit
+def pointer(row, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """One address in a tensor's row of the table; ``ALIGNED``: a multiple of 16 bytes."""
+    address = tl.load(row + FIELD).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def work(table, programs):
+    """The row of the tensor that this program is for, and which part of its work."""
+    program = programs + 2 * tl.program_id(0).to(tl.int64)
+    return table + tl.load(program).to(tl.int64) * FIELDS, tl.load(program + 1).to(tl.int64)

@@ -1,0 +1,101 @@
+"""The parameters that an optimizer's groups hold: by name, and which are refused, with or without their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from slimadam.distributed import FLAT, is_dtensor, local_rules, refuse_elsewhere
+from slimadam.planning import MEASURING
+from slimadam.rules import Rule
+
+Held = tuple[str, Tensor, dict[str, Any]]
+"""Name, tensor and group of a parameter."""
+
+
+def named_parameters(names: Sequence[Sequence[str]], groups: Sequence[dict[str, Any]]) -> Iterator[Held]:
+    """Every parameter, group by group.
+
+    Args:
+        names: Of each group's parameters when it was added.
+        groups: The parameter groups.
+
+    Raises:
+        RuntimeError: The groups no longer hold what was added.
+    """
+    if len(names) != len(groups):
+        raise RuntimeError(
+            f"param_groups has {len(groups)} groups, but {len(names)} were added; add groups with "
+            "add_param_group, and build a new optimizer to leave one out"
+        )
+    for index, (own, group) in enumerate(zip(names, groups, strict=True)):
+        if len(own) != len(group["params"]):
+            flat = len(group["params"]) == 1 and group["params"][0].dim() == 1
+            raise RuntimeError(
+                f"param_groups[{index}]['params'] has {len(group['params'])} parameters, but had {len(own)} when "
+                "the group was added; add parameters with add_param_group"
+                + (f" (one vector for all of them is the work of a library such as DeepSpeed, {FLAT})" if flat else "")
+            )
+        for name, param in zip(own, group["params"], strict=True):
+            yield name, param, group
+
+
+def refuse_lazy(params: Sequence[Tensor]) -> None:
+    """Refuse a parameter that has no shape yet.
+
+    Raises:
+        ValueError: Says what to do first.
+    """
+    for index, param in enumerate(params):
+        if is_lazy(param):
+            raise ValueError(
+                f"parameter {index} of the group has no shape yet (a lazy module's); run a forward pass before "
+                "building the optimizer"
+            )
+
+
+def check_shards(name: str, param: Tensor, rules: Sequence[Rule]) -> None:
+    """Refuse a DTensor through whose shards its rules cannot be followed.
+
+    Raises:
+        RuntimeError: Says why, and what to use instead.
+    """
+    if is_dtensor(param) and any(rule.reason == MEASURING or rule.form != "full" for rule in rules):
+        refuse_elsewhere(name, param)
+    if is_dtensor(param) and rules[0].reason != MEASURING:
+        local_rules(name, rules, param)
+
+
+def check_gradients(parameters: Iterable[Held]) -> None:
+    """Refuse gradients, and parameters that have one, with which a step cannot do what their group asks for.
+
+    Raises:
+        RuntimeError: Names the parameter and what to use instead.
+    """
+    for name, param, group in parameters:
+        if param.grad is None:
+            continue
+        if group["fused"] and not (param.is_floating_point() and param.device.type != "meta"):
+            raise RuntimeError(
+                f"{name!r}: `fused=True` requires all the params to be floating point and on a real device, "
+                f"not {param.dtype} on {param.device.type}; set fused=None"
+            )
+        if group["differentiable"] and is_dtensor(param):
+            raise RuntimeError(
+                f"{name!r}: differentiable=True does not follow the step of a DTensor; use differentiable=False, "
+                "or parameters that are not sharded"
+            )
+        if group["momentum_dtype"] == "int8" and not is_dtensor(param) and type(param.data) is not Tensor:
+            raise RuntimeError(
+                f"{name!r}: momentum_dtype='int8' does not support {type(param.data).__name__}, whose elements a "
+                "block of 256 cannot follow; use torch.bfloat16"
+            )
+        if param.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{name!r}: SlimAdam does not support sparse gradients; "
+                "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"
+            )

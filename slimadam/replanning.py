@@ -1,0 +1,131 @@
+"""Second moments that change their form in the middle of training: compressed by a decision, and expanded again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimadam import state as state_format
+from slimadam.averages import distributed_moments, rules_that_shards_allow
+from slimadam.checkpoints import Checkpointed
+from slimadam.choosing import EXPANDED
+from slimadam.distributed import is_dtensor, local_rules, whole
+from slimadam.memory import memory_report
+from slimadam.parts import key_of
+from slimadam.plan import CompressionPlan
+from slimadam.planning import MEASURING
+from slimadam.rules import Rule
+from slimadam.watching import watch_parameter
+
+logger = logging.getLogger("slimadam")
+
+
+class Replanned(Checkpointed):
+    """The part of :class:`~slimadam.SlimAdam` that changes the plan in force, and the state with it."""
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """One step of ``plan="auto"`` before its decision, and the decision."""
+        assert self._measuring is not None
+        for name, param, _ in self._parameters():
+            rule = self._rules[name][0]
+            if rule.reason == MEASURING and rule.shape != param.shape:  # exchanged for another parameter
+                self._rules[name] = self._measured[name] = [replace(rule, shape=tuple(param.shape), batch_dims=0)]
+        moments = (
+            (key_of(name, rule.part), rule, self.state[param]["exp_avg_sq"], self._resolver.all_names(name))
+            for name, param, _ in self._parameters()
+            if self._rules[name][0].reason == MEASURING and self.state.get(param)
+            for rule in self._measured[name]
+        )
+        factorable = not any(group["amsgrad"] for group in self.param_groups)
+        plan = self._measuring.after_step(moments, self._measuring.settings.forms if factorable else "mean")
+        if plan is not None:
+            self._compress(plan)
+
+    def _compress(self, plan: CompressionPlan) -> None:
+        """Put a decided plan in force: second moments shrink in place, the rest of their memory is freed."""
+        before = memory_report(self._parameters(), self._rules)
+        for name, param, _ in self._parameters():
+            if self._rules[name][0].reason != MEASURING:
+                continue
+            unmeasured = "no gradient while plan='auto' measured"
+            decided = [
+                plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured)) for rule in self._measured[name]
+            ]
+            self._rules[name] = decided if not is_dtensor(param) else rules_that_shards_allow(name, decided, param)
+            self._monitor_parameter(name, param)
+            _compress(name, param, self._rules[name], self.state.get(param, {}))
+        self._stepper.forget()
+        self._measuring = None
+        after = memory_report(self._parameters(), self._rules)
+        logger.info(
+            "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %.1f -> %.1f MB",
+            100 * after.second_moments_saved,
+            before.total / 1e6,
+            after.total / 1e6,
+        )
+
+    def _expand_pieces(self, name: str, param: Tensor, keys: set[str]) -> None:
+        after = _expanded_rules(name, self._rules[name], keys)
+        _expand(name, param, self._rules[name], after, self.state.get(param, {}))
+        self._rules[name] = after
+        self._stepper.forget()
+        if self._monitor is not None:
+            for key in keys:
+                self._monitor.drop(key)
+
+    def _monitor_parameter(self, name: str, param: Tensor) -> None:
+        if self._monitor is not None:
+            watch_parameter(self._monitor, name, param, self._rules[name], self.state.get(param, {}))
+
+
+def _compress(name: str, param: Tensor, rules: Sequence[Rule], state: MutableMapping[str, Any]) -> None:
+    """Replace full second moments in a parameter's state by what its rules keep of them."""
+    for key in state_format.SECOND_MOMENTS:
+        if key in state:
+            averaged = state_format.average(whole(state[key]), rules)
+            if is_dtensor(param):
+                averaged = distributed_moments(name, rules, param, averaged)
+            state[key] = state_format.stored(averaged)
+
+
+def _expanded_rules(name: str, rules: Sequence[Rule], keys: Collection[str]) -> list[Rule]:
+    """A parameter's rules where those of these keys, its name or names of its parts, keep everything."""
+    return [
+        replace(rule, form="full", dims=(), reason=EXPANDED)
+        if key_of(name, rule.part) in keys and rule.form != "full"
+        else rule
+        for rule in rules
+    ]
+
+
+def _expand(
+    name: str, param: Tensor, before: Sequence[Rule], after: Sequence[Rule], state: MutableMapping[str, Any]
+) -> None:
+    """Spread out what a parameter's averages stand for, where its rules become those of :func:`_expanded_rules`.
+
+    Raises:
+        RuntimeError: Shards end inside a part; nothing has changed then.
+    """
+    if is_dtensor(param):
+        local_rules(name, after, param)
+    for key in state_format.SECOND_MOMENTS:
+        if key in state:
+            stored = [whole(moment) for moment in state_format.parts(state[key])]
+            full = state_format.expand(stored, before, tuple(param.shape))
+            kept = [
+                moments if rule == was else [rule.take(full).clone()]
+                for was, rule, (_, moments) in zip(
+                    before, after, state_format.by_rule(before, stored, param.dim()), strict=True
+                )
+            ]
+            expanded = [moment for moments in kept for moment in moments]
+            if is_dtensor(param):
+                expanded = distributed_moments(name, after, param, expanded)
+            state[key] = state_format.stored(expanded)
