@@ -88,8 +88,9 @@ def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
 def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
     """One row of the table, as ``struct Entry`` in the source; ``aside`` gets second moments to copy back."""
     param, grad, exp_avg, parts, maxima, step, dims, seed, scale, is_given = entry
-    order, pre, red, post = _geometry(tuple(param.shape), param.stride(), param.is_contiguous(), tuple(dims))
-    if order or not all(moment.is_contiguous() for moment in (*parts, *maxima)):
+    order, pre, red, post = _geometry(param.shape, param.stride(), param.is_contiguous(), tuple(dims))
+    simple = not order and len(parts) == 1 and not maxima and parts[0].is_contiguous()
+    if not simple and (order or not all(moment.is_contiguous() for moment in (*parts, *maxima))):
         order = order or tuple(range(param.dim()))
         parts, maxima = [[_in_order(part, order, aside) for part in moments] for moments in (parts, maxima)]
     return (
