@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -172,6 +172,54 @@ def test_an_interrupted_caller_waits_for_what_is_at_work() -> None:
     with pytest.raises(KeyboardInterrupt):
         workers.run([task] * 30)
     assert len(at_work) == len(ended) == 3
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_parameters_that_share_memory_are_updated_one_after_the_other(
+    fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "run", lambda _: pytest.fail("several would write to the same memory"))
+
+    def train(threads: int) -> torch.Tensor:
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(0)
+        memory = torch.randn(300, 300, generator=generator)
+        params = {"whole": memory, "again": memory, "part": memory[100:]}
+        named = [(name, torch.nn.Parameter(param)) for name, param in params.items()]
+        plan = CompressionPlan({name: Rule((1,), "mean") for name in params})
+        optimizer = SlimAdam(named, plan=plan, lr=0.1, fused=fused, monitor=False)
+        for _ in range(20):
+            for _, param in named:
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+        return memory
+
+    torch.testing.assert_close(train(4), train(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "mode", [lambda: torch.inference_mode(), lambda: torch.device("meta")], ids=["inference", "meta"]
+)
+def test_memory_used_again_is_of_no_passing_mode(mode: Callable[[], Any]) -> None:
+    found: list[torch.Tensor] = []
+
+    def step() -> None:  # in a thread, which has no such memory yet
+        param = torch.nn.Parameter(torch.ones(4, 6))
+        param.grad = torch.ones(4, 6)
+        optimizer = SlimAdam([("w", param)], plan=CompressionPlan({"w": Rule((0,), "mean")}), lr=0.5, weight_decay=0.0)
+        with mode():
+            optimizer.step()
+        other = torch.nn.Parameter(torch.ones(4, 6))
+        other.grad = torch.ones(4, 6)
+        SlimAdam([("w", other)], plan=CompressionPlan({"w": Rule((0,), "mean")}), lr=0.5, weight_decay=0.0).step()
+        found.extend([param.detach(), other.detach()])
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    for param in found:
+        torch.testing.assert_close(param, torch.full((4, 6), 0.5))
+    assert len(found) == 2
 
 
 def test_threads_of_the_user_take_steps_at_once() -> None:
