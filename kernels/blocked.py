@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from slimadam.kernels import workers
-from slimadam.kernels.layout import Layout, layout
+from slimadam.kernels.layout import Layout, layout, overlap
 from torch import Tensor
 
 from slimadam.functional import (
@@ -90,7 +90,8 @@ def _update_averaged(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     """Each share on one core where there are enough to keep all of them busy; else one parameter after the other."""
     shares = sorted((share for entry in entries for share in _shares(entry)), key=lambda share: -share.elements)
     total = sum(share.elements for share in shares)
-    if total >= WORTH_WAKING and shares[0].elements * workers.count() <= total:
+    enough = total >= WORTH_WAKING and shares[0].elements * workers.count() <= total
+    if enough and not overlap(entry.param for entry in entries):
         workers.run(partial(_update_share, share, hyper) for share in shares)
     else:
         for entry in entries:
@@ -370,6 +371,7 @@ def _scratch(dtype: torch.dtype, shape: Sequence[int], use: str = "") -> Tensor:
     wanted, key = math.prod(shape), f"{use}{dtype}"
     held: Tensor | None = getattr(_scratches, key, None)
     if held is None or held.numel() < wanted:
-        held = torch.empty(wanted, dtype=dtype)
+        with torch.inference_mode(False):  # else of no use once that mode has ended
+            held = torch.empty(wanted, dtype=dtype, device="cpu")
         setattr(_scratches, key, held)
     return held[:wanted].view(shape)

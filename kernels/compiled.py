@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from slimadam.kernels.blocked import layouts
 from slimadam.kernels.build import library
-from slimadam.kernels.layout import layout_of
+from slimadam.kernels.layout import layout_of, overlap
 from torch import Tensor
 
 from slimadam.functional import Dims, Entry, Hyperparameters
@@ -77,7 +77,8 @@ def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         -factor if hyper.maximize else factor,
         hyper.stochastic_round,
     )
-    threads = 1 if _forked else torch.get_num_threads()
+    in_turn = _forked or overlap(entry.param for entry in entries)
+    threads = 1 if in_turn else torch.get_num_threads()
     compiled.slimadam_step(
         ctypes.c_void_p(table.ctypes.data), ctypes.c_int64(len(rows)), ctypes.byref(numbers), ctypes.c_int64(threads)
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -60,3 +62,9 @@ def layout_of(
         return None
     sizes = [shape[dim] for dim in wide]
     return Layout(order, math.prod(sizes[:first]), math.prod(sizes[first : last + 1]), math.prod(sizes[last + 1 :]))
+
+
+def overlap(tensors: Iterable[Tensor]) -> bool:
+    """Whether any two tensors without holes share memory, as parameters tied through ``.data`` do."""
+    spans = sorted((one.data_ptr(), one.data_ptr() + one.numel() * one.element_size()) for one in tensors)
+    return any(end > start for (_, end), (start, _) in pairwise(spans))

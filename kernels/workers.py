@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
@@ -20,11 +20,17 @@ MOST_WORKERS = 16
 
 Task = Callable[[], None]
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _pools: dict[int, ThreadPoolExecutor] = {}
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)
+
+def _after_fork() -> None:
+    _pools.clear()
+    _lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # a child must not begin with a lock or a number of threads that is half changed
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
 
 
 def count() -> int:
@@ -60,8 +66,20 @@ def run(tasks: Iterable[Task]) -> None:
         for future in at_work:
             future.result()
     finally:
-        waiting.clear()
-        wait(at_work)
+        _end(waiting, at_work)
+
+
+def _end(waiting: deque[Task], at_work: Collection[Future[None]]) -> None:
+    """Let nothing more begin, and wait for what has, however often this thread is interrupted meanwhile."""
+    interrupted: BaseException | None = None
+    while waiting or not all(future.done() for future in at_work):
+        try:
+            waiting.clear()
+            wait(at_work)
+        except BaseException as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 def _work_without_gradients(waiting: deque[Task], inference: bool) -> None:
@@ -91,11 +109,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 
 def _started(workers: int) -> ThreadPoolExecutor:
     """A pool all of whose threads run, each with its own operations limited to one thread."""
-    pool, together, before = (
-        ThreadPoolExecutor(workers, "slimadam"),
-        threading.Barrier(workers),
-        torch.get_num_threads(),
-    )
+    pool, together = ThreadPoolExecutor(workers, "slimadam"), threading.Barrier(workers)
 
     def begin() -> None:
         together.wait()
@@ -103,16 +117,18 @@ def _started(workers: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
 
     beginnings: list[Future[None]] = []
-    try:
-        for _ in range(workers):
-            beginnings.append(pool.submit(begin))
-        for beginning in beginnings:
-            beginning.result()
-    except BaseException:
-        together.abort()
-        pool.shutdown(wait=False)
-        raise
-    finally:
-        wait(beginnings)
-        torch.set_num_threads(before)  # also what threads yet to come start with
+    with ThreadPoolExecutor(1, "slimadam") as other:
+        before = other.submit(torch.get_num_threads).result()
+        try:
+            for _ in range(workers):
+                beginnings.append(pool.submit(begin))
+            for beginning in beginnings:
+                beginning.result()
+        except BaseException:
+            together.abort()
+            pool.shutdown(wait=False)
+            raise
+        finally:
+            wait(beginnings)
+            other.submit(torch.set_num_threads, before).result()  # what threads yet to come start with
     return pool

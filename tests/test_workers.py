@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -174,6 +174,86 @@ def test_an_interrupted_caller_waits_for_what_is_at_work() -> None:
     assert len(at_work) == len(ended) == 3
 
 
+def test_a_caller_interrupted_again_while_it_waits_goes_on_waiting() -> None:
+    at_work, ended = [], []
+
+    def task() -> None:
+        at_work.append(1)
+        time.sleep(0.4)
+        ended.append(1)
+
+    timers = [
+        threading.Timer(seconds, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))  # type: ignore[arg-type]
+        for seconds in (0.1, 0.2)
+    ]
+    for timer in timers:
+        timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        workers.run([task] * 30)
+    assert len(at_work) == len(ended) == 3
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_parameters_that_share_memory_are_updated_one_after_the_other(
+    fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "run", lambda _: pytest.fail("several would write to the same memory"))
+
+    def train(threads: int) -> torch.Tensor:
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(0)
+        memory = torch.randn(300, 300, generator=generator)
+        params = {"whole": memory, "again": memory, "part": memory[100:]}
+        named = [(name, torch.nn.Parameter(param)) for name, param in params.items()]
+        plan = CompressionPlan({name: Rule((1,), "mean") for name in params})
+        optimizer = SlimAdam(named, plan=plan, lr=0.1, fused=fused, monitor=False)
+        for _ in range(20):
+            for _, param in named:
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+        return memory
+
+    torch.testing.assert_close(train(4), train(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "mode", [lambda: torch.inference_mode(), lambda: torch.device("meta")], ids=["inference", "meta"]
+)
+def test_memory_used_again_is_of_no_passing_mode(mode: Callable[[], Any]) -> None:
+    found: list[torch.Tensor] = []
+
+    def step() -> None:  # in a thread, which has no such memory yet
+        param = torch.nn.Parameter(torch.ones(4, 6))
+        param.grad = torch.ones(4, 6)
+        optimizer = SlimAdam([("w", param)], plan=CompressionPlan({"w": Rule((0,), "mean")}), lr=0.5, weight_decay=0.0)
+        with mode():
+            optimizer.step()
+        other = torch.nn.Parameter(torch.ones(4, 6))
+        other.grad = torch.ones(4, 6)
+        SlimAdam([("w", other)], plan=CompressionPlan({"w": Rule((0,), "mean")}), lr=0.5, weight_decay=0.0).step()
+        found.extend([param.detach(), other.detach()])
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    for param in found:
+        torch.testing.assert_close(param, torch.full((4, 6), 0.5))
+    assert len(found) == 2
+
+
+def test_threads_to_come_start_with_the_number_of_the_process() -> None:
+    found: list[int] = []
+    torch.get_num_threads()
+    for call in (lambda: torch.set_num_threads(2), lambda: found.append(torch.get_num_threads())):
+        workers._pools.clear()
+        workers.run([lambda: None] * 3)
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert torch.get_num_threads() == 3
+    assert found == [2]
+
+
 def test_threads_of_the_user_take_steps_at_once() -> None:
     torch.set_num_threads(1)
     (*expected,) = _train(torch.float32, 3, set())
@@ -213,8 +293,14 @@ tasks = [lambda: done.append(os.getpid())] * 4
         "workers.run(tasks)\ndone.clear()\n"
         "def late():\n    threading.main_thread().join()\n    workers.run(tasks)\n    print(len(done))\n"
         "threading.Thread(target=late).start()",
+        "workers._lock.acquire()\nasked = threading.Event()\n"
+        "def fork():\n    asked.set()\n"
+        "    if os.fork() == 0:\n        workers.run(tasks)\n        os._exit(len(done) - 4)\n"
+        "    print(4 + os.wait()[1])\n"
+        "thread = threading.Thread(target=fork)\nthread.start()\nasked.wait()\nthread.join(0.3)\n"
+        "workers._lock.release()\nthread.join()",
     ],
-    ids=["in a forked child", "at exit", "after the main thread has ended"],
+    ids=["in a forked child", "at exit", "after the main thread has ended", "in a child forked while a pool starts"],
 )
 def test_it_works_where_threads_are_hard_to_have(ending: str) -> None:
     ran = subprocess.run(
