@@ -338,7 +338,7 @@ class Update {
   }
 
   // A unit too large for one thread, as its whole team sees it: sums of blocks of rows, then everything else. Who is
-  // done goes on with the next unit's sums while others still use these coefficients and roots.
+  // done goes on with the next unit's sums; its coefficients wait until all have left this one.
   void together(int64_t unit, A* partial, A* coefficients, A* row_roots) const {
     const int64_t size = red_ * post_, rows = rows_in_block(red_, post_);
     const int64_t blocks = entry_.is_given ? 0 : (red_ + rows - 1) / rows;
@@ -501,7 +501,8 @@ class Update {
     if (!entry_.is_given) {
       const A rows = static_cast<A>(red_);
 #pragma omp simd
-      for (int64_t k = 0; k < count; ++k) second[k] = second[k] * x.beta2 + x.second_weight * x.mean_square(sums[k], rows);
+      for (int64_t k = 0; k < count; ++k)
+        second[k] = second[k] * x.beta2 + x.second_weight * x.mean_square(sums[k], rows);
       if (largest_) {
         A* __restrict__ largest = largest_ + start;
 #pragma omp simd
@@ -523,8 +524,9 @@ class Update {
   // Column averages from the sums of their squares, which become roots; and the roots of r / mean(r).
   void factors(int64_t unit, A* sums, A* row_roots) const {
     A* columns = columns_ + unit * post_;
+    const A height = static_cast<A>(red_);
     for (int64_t k = 0; k < post_; ++k) {
-      if (!entry_.is_given) columns[k] = columns[k] * x_.beta2 + x_.second_weight * x_.mean_square(sums[k], static_cast<A>(red_));
+      if (!entry_.is_given) columns[k] = columns[k] * x_.beta2 + x_.second_weight * x_.mean_square(sums[k], height);
       sums[k] = std::sqrt(columns[k]) / x_.root;
     }
     const A* rows = second_ + unit * red_;
@@ -575,14 +577,10 @@ struct Task {
   int64_t first, last;  // elements if nothing is averaged, else units
 };
 
-struct Sums {  // of a unit that is shared
-  std::vector<double> partial, coefficients, row_roots;
-};
-
 struct Work {
   std::vector<Task> alone;          // for one thread each
   std::vector<const Entry*> shared;  // for the whole team, one after the other
-  Sums sums[2];                     // of the unit at hand and the next one
+  std::vector<double> partial, coefficients, row_roots;  // for what is shared
   int64_t elements = 0;
 
   void clear() {
@@ -615,11 +613,9 @@ struct Work {
   void share(const Entry& entry) {
     const int64_t rows = Update<float, float>::rows_in_block(entry.red, entry.post);
     const int64_t blocks = (entry.red + rows - 1) / rows;
-    for (Sums& own : sums) {
-      grow(own.partial, blocks * entry.post);
-      grow(own.coefficients, entry.post);
-      grow(own.row_roots, entry.columns ? entry.red : 0);
-    }
+    grow(partial, blocks * entry.post);
+    grow(coefficients, entry.post);
+    grow(row_roots, entry.columns ? entry.red : 0);
     shared.push_back(&entry);
   }
 
@@ -635,13 +631,11 @@ void run_alone(const Task& task, const Hyper& hyper) {
 }
 
 template <class P, class M>
-void run_together(const Update<P, M>& update, const Entry& entry, Work& work, int64_t& turn) {
+void run_together(const Update<P, M>& update, const Entry& entry, Work& work) {
   using A = Arithmetic<P>;
-  for (int64_t unit = 0; unit < entry.pre; ++unit, ++turn) {
-    Sums& sums = work.sums[turn % 2];
-    update.together(unit, reinterpret_cast<A*>(sums.partial.data()), reinterpret_cast<A*>(sums.coefficients.data()),
-                    reinterpret_cast<A*>(sums.row_roots.data()));
-  }
+  for (int64_t unit = 0; unit < entry.pre; ++unit)
+    update.together(unit, reinterpret_cast<A*>(work.partial.data()), reinterpret_cast<A*>(work.coefficients.data()),
+                    reinterpret_cast<A*>(work.row_roots.data()));
 }
 
 }  // namespace
@@ -657,8 +651,7 @@ extern "C" void slimadam_step(const Entry* table, int64_t count, const Hyper* hy
   {
 #pragma omp for schedule(dynamic) nowait
     for (int64_t index = 0; index < tasks; ++index) run_alone(work.alone[static_cast<size_t>(index)], *hyper);
-    int64_t turn = 0;  // each thread counts for itself, and all alike
     for (const Entry* entry : work.shared)
-      with_types(*entry, *hyper, [&](const auto& update) { run_together(update, *entry, work, turn); });
+      with_types(*entry, *hyper, [&](const auto& update) { run_together(update, *entry, work); });
   }
 }

@@ -305,24 +305,27 @@ def test_results_do_not_depend_on_threads_or_neighbours() -> None:
     ]
     hyper = HYPER._replace(stochastic_round=True)
     entries = [_entry(shape, dims, dtype, m) for shape, dims in shapes for dtype, m in [(F32, F32), (BF16, torch.int8)]]
-    one, two, alone = ([_clone(entry) for entry in entries] for _ in range(3))
+    one, alone = ([_clone(entry) for entry in entries] for _ in range(2))
+    several = []
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         compiled_update(one, hyper)
+        for count in (2, 5, 8) * 3:
+            torch.set_num_threads(count)
+            several.append([_clone(entry) for entry in entries])
+            compiled_update(several[-1], hyper)
         torch.set_num_threads(2)
-        compiled_update(two, hyper)
         for entry in alone:
             compiled_update([entry], hyper)
     finally:
         torch.set_num_threads(threads)
-    for results in zip(one, two, alone, strict=True):
+    for results in zip(one, alone, *several, strict=True):
         for field in ("param", "exp_avg", "exp_avg_scale"):
             values = [getattr(result, field) for result in results]
             assert values[0] is None or all(torch.equal(values[0], value) for value in values[1:])
         for parts in zip(*(result.exp_avg_sq for result in results), strict=True):
-            assert torch.equal(parts[0], parts[1])
-            assert torch.equal(parts[0], parts[2])
+            assert all(torch.equal(parts[0], part) for part in parts[1:])
 
 
 def test_stochastic_rounding_is_unbiased_and_seeded() -> None:
