@@ -193,17 +193,17 @@ def test_a_caller_interrupted_again_while_it_waits_goes_on_waiting() -> None:
     assert len(at_work) == len(ended) == 3
 
 
-@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize(("fused", "side"), [(None, 30), (True, 300)])  # what is small the compiled step does alone
 def test_parameters_that_share_memory_are_updated_one_after_the_other(
-    fused: bool | None, monkeypatch: pytest.MonkeyPatch
+    fused: bool | None, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "run", lambda _: pytest.fail("several would write to the same memory"))
 
     def train(threads: int) -> torch.Tensor:
         torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(0)
-        memory = torch.randn(300, 300, generator=generator)
-        params = {"whole": memory, "again": memory, "part": memory[100:]}
+        memory = torch.randn(side, side, generator=generator)
+        params = {"whole": memory, "again": memory, "part": memory[side // 3 :]}
         named = [(name, torch.nn.Parameter(param)) for name, param in params.items()]
         plan = CompressionPlan({name: Rule((1,), "mean") for name in params})
         optimizer = SlimAdam(named, plan=plan, lr=0.1, fused=fused, monitor=False)
