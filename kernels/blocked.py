@@ -122,23 +122,36 @@ def _scaled(entries: Sequence[Entry], factor: float) -> Iterator[list[Entry]]:
     together: list[Entry] = []
     used = 0
     for entry in entries:
-        found = layouts(entry.param, ((),))
-        assert found is not None
-        order, size, _, _ = found[0]
-        flat = [
-            _view(tensor, order, (size,))
-            for tensor in (entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq[0], *entry.max_exp_avg_sq)
-        ]
-        for block in _blocks(size, 1):
-            param, grad, exp_avg, exp_avg_sq, *largest = (tensor[block] for tensor in flat)
-            if used + param.numel() > BLOCK_ELEMENTS:
-                yield together
-                together, used = [], 0
-            scratch = _scratch(param.dtype, (BLOCK_ELEMENTS,), "gradient")[used : used + param.numel()]
-            used += param.numel()
-            scaled = _times(grad, factor, scratch)
-            together.append(Entry(param, scaled, exp_avg, [exp_avg_sq], largest, entry.step, entry.averaged_dims))
-    yield together
+        size = entry.param.numel()
+        if size > BLOCK_ELEMENTS or entry.grad.dtype != entry.param.dtype:
+            yield from _scaled_blocks(entry, factor)
+            continue
+        if used + size > BLOCK_ELEMENTS:
+            yield _scaled_whole(together, factor)
+            together, used = [], 0
+        together.append(entry)
+        used += size
+    if together:
+        yield _scaled_whole(together, factor)
+
+
+def _scaled_whole(entries: Sequence[Entry], factor: float) -> list[Entry]:
+    grads = torch._foreach_mul([entry.grad for entry in entries], factor)
+    return [Entry(entry.param, grad, *entry[2:]) for entry, grad in zip(entries, grads, strict=True)]
+
+
+def _scaled_blocks(entry: Entry, factor: float) -> Iterator[list[Entry]]:
+    found = layouts(entry.param, ((),))
+    assert found is not None
+    order, size, _, _ = found[0]
+    flat = [
+        _view(tensor, order, (size,))
+        for tensor in (entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq[0], *entry.max_exp_avg_sq)
+    ]
+    for block in _blocks(size, 1):
+        param, grad, exp_avg, exp_avg_sq, *largest = (tensor[block] for tensor in flat)
+        scaled = _times(grad, factor, _scratch(param.dtype, grad.shape, "gradient"))
+        yield [Entry(param, scaled, exp_avg, [exp_avg_sq], largest, entry.step, entry.averaged_dims)]
 
 
 def _torch_fused(entries: Sequence[Entry], hyper: Hyperparameters) -> None:

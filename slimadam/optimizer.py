@@ -244,7 +244,11 @@ class SlimAdam(Replanned):
         for name, held, group in self._parameters():
             if held is param or (isinstance(param, str) and name == canonical_name(param)):
                 return backend_of(name, held, group, self._rules[name])
-        raise KeyError(f"{param!r} is not a parameter of this optimizer")
+        given = repr(param) if isinstance(param, str) else "the tensor"
+        raise KeyError(
+            f"{given} is not a parameter of this optimizer; pass one of its tensors, or a name that it knows: those of "
+            "SlimAdam(model) and of named_parameters()"
+        )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

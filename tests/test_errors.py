@@ -107,7 +107,7 @@ WRONG_USES = [
          lambda model: SlimAdam(model, plan=None).add_param_group([torch.ones(1)])),  # type: ignore[arg-type]
     _use(TypeError, "unexpected keyword argument 'weigth_decay'",
          lambda model: SlimAdam(model, plan=None, weigth_decay=0.1)),  # type: ignore[call-arg]
-    _use(KeyError, "is not a parameter of this optimizer",
+    _use(KeyError, "'1.weight' is not a parameter of this optimizer; pass one of its tensors, or a name that it knows",
          lambda model: SlimAdam(model, plan=None).backend("1.weight")),
     _use(ValueError, "parameter 0 of the group has no shape yet .*run a forward pass before",
          lambda model: SlimAdam(nn.LazyLinear(3).parameters(), plan=None)),
