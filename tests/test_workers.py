@@ -159,22 +159,8 @@ def test_an_error_reaches_the_caller_and_nothing_begins_after_it() -> None:
     assert len(done) < 10
 
 
-def test_an_interrupted_caller_waits_for_what_is_at_work() -> None:
-    at_work, ended = [], []
-
-    def task() -> None:
-        at_work.append(1)
-        time.sleep(0.3)
-        ended.append(1)
-
-    timer = threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))  # type: ignore[arg-type]
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        workers.run([task] * 30)
-    assert len(at_work) == len(ended) == 3
-
-
-def test_a_caller_interrupted_again_while_it_waits_goes_on_waiting() -> None:
+@pytest.mark.parametrize("moments", [(0.1,), (0.1, 0.2)], ids=["once", "again while it waits"])
+def test_an_interrupted_caller_waits_for_what_is_at_work(moments: tuple[float, ...]) -> None:
     at_work, ended = [], []
 
     def task() -> None:
@@ -182,9 +168,10 @@ def test_a_caller_interrupted_again_while_it_waits_goes_on_waiting() -> None:
         time.sleep(0.4)
         ended.append(1)
 
+    workers.run([lambda: None] * 3)  # starting the pool may take longer than the first interrupt
     timers = [
-        threading.Timer(seconds, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))  # type: ignore[arg-type]
-        for seconds in (0.1, 0.2)
+        threading.Timer(moment, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))  # type: ignore[arg-type]
+        for moment in moments
     ]
     for timer in timers:
         timer.start()
