@@ -8,16 +8,14 @@ AdamW 28. The plain reference beside it is :func:`slimadam.functional.reference_
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
 from slimadam.kernels.blocked import layouts
 from slimadam.kernels.build import library
-from slimadam.kernels.layout import layout_of, overlap
+from slimadam.kernels.layout import geometry, overlap
 from torch import Tensor
 
 from slimadam.functional import Dims, Entry, Hyperparameters
@@ -88,8 +86,8 @@ def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
 
 def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
     """One row of the table, as ``struct Entry`` in the source; ``aside`` gets second moments to copy back."""
-    param, grad, exp_avg, parts, maxima, step, dims, seed, scale, is_given = entry
-    order, pre, red, post = _geometry(param.shape, param.stride(), param.is_contiguous(), tuple(dims))
+    param, grad, exp_avg, parts, maxima, step, _, seed, scale, is_given = entry
+    order, pre, red, post = geometry(entry)
     simple = not order and len(parts) == 1 and not maxima and parts[0].is_contiguous()
     if not simple and (order or not all(moment.is_contiguous() for moment in (*parts, *maxima))):
         order = order or tuple(range(param.dim()))
@@ -121,18 +119,3 @@ def _in_order(moment: Tensor, order: tuple[int, ...], aside: list[tuple[Tensor, 
     if ordered.data_ptr() != view.data_ptr():
         aside.append((view, ordered))
     return ordered
-
-
-@lru_cache(maxsize=4096)
-def _geometry(
-    shape: tuple[int, ...], strides: tuple[int, ...], contiguous: bool, averaged_dims: tuple[Dims, ...]
-) -> tuple[tuple[int, ...], int, int, int]:
-    """Memory order of the dimensions (empty: as they are), and ``[pre, red, post]``; zeros for an empty tensor."""
-    if 0 in shape:
-        return (), 0, 0, 0
-    if len(averaged_dims) == 2:
-        (row_dim,) = averaged_dims[1]
-        return (), math.prod(shape[:row_dim]), shape[row_dim], math.prod(shape[row_dim + 1 :])
-    found = layout_of(shape, strides, contiguous, averaged_dims[0])
-    assert found is not None
-    return (() if contiguous else found.order), found.pre, found.red, found.post

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from slimadam.functional import Entry
+
 
 class Layout(NamedTuple):
     """How a dense tensor lies in memory, and its averaged dimensions there.
@@ -62,6 +64,32 @@ def layout_of(
         return None
     sizes = [shape[dim] for dim in wide]
     return Layout(order, math.prod(sizes[:first]), math.prod(sizes[first : last + 1]), math.prod(sizes[last + 1 :]))
+
+
+def geometry(entry: Entry) -> Layout:
+    """How an entry is seen as ``[pre, red, post]``, with no order where it lies in that of its dimensions.
+
+    All three are 0 of an empty parameter.
+
+    Args:
+        entry: Tensors for whose averages :func:`layout` found a view; of rows and columns, the rows decide.
+    """
+    param = entry.param
+    return _geometry_of(param.shape, param.stride(), param.is_contiguous(), tuple(entry.averaged_dims))
+
+
+@lru_cache(maxsize=4096)
+def _geometry_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], contiguous: bool, averaged_dims: tuple[tuple[int, ...], ...]
+) -> Layout:
+    if 0 in shape:
+        return Layout((), 0, 0, 0)
+    if len(averaged_dims) == 2:
+        (row_dim,) = averaged_dims[1]
+        return Layout((), math.prod(shape[:row_dim]), shape[row_dim], math.prod(shape[row_dim + 1 :]))
+    found = layout_of(shape, strides, contiguous, averaged_dims[0])
+    assert found is not None
+    return found._replace(order=()) if contiguous else found
 
 
 def overlap(tensors: Iterable[Tensor]) -> bool:

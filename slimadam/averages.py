@@ -15,7 +15,7 @@ from torch import Tensor
 from slimadam import state as state_format
 from slimadam.distributed import LocalRule, fill, groups_of, local, local_gradient, local_rules, zeros
 from slimadam.functional import Dims, Entry, Scalar, clipped, initial_second_moment
-from slimadam.kernels.blocked import squares
+from slimadam.kernels.scratch import squares
 from slimadam.rules import Rule, reduced_shape
 
 if TYPE_CHECKING:

@@ -50,19 +50,20 @@ def _train(dtype: torch.dtype, steps: int, seen: set[str], **options: Any) -> li
     drawn = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     params = {name: torch.nn.Parameter(start) for name, start in drawn.items()}
     optimizer = SlimAdam(list(params.items()), plan=CompressionPlan(RULES), monitor=False, **options)
-    update = blocked._update_share
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            blocked,
-            "_update_share",
-            lambda *arguments: (seen.add(threading.current_thread().name), update(*arguments)),
-        )
+        for name in ("update_share", "update_batch"):
+            patch.setattr(blocked, name, partial(_seeing, seen, getattr(blocked, name)))
         for _ in range(steps):
             for param in params.values():
                 param.grad = torch.randn(param.shape, generator=generator).to(dtype)
             optimizer.step()
     state = [value for kept in optimizer.state_dict()["state"].values() for value in _tensors(kept)]
     return [*(param.detach() for param in params.values()), *state]
+
+
+def _seeing(seen: set[str], update: Callable[..., None], *arguments: Any) -> None:
+    seen.add(threading.current_thread().name)
+    update(*arguments)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
