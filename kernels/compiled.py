@@ -24,6 +24,9 @@ _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _PARAM_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
+_GRAD, _SEED = 1, 14
+"""Columns of the table that each step fills in."""
+
 _forked = False
 
 
@@ -58,35 +61,69 @@ def takes(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dim
 
 def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     """Update every parameter in place. For each, :func:`takes` must have said yes, and all must lie as it does."""
-    compiled = library()
-    assert compiled is not None
-    factor = 1.0 if hyper.clip_factor is None else float(hyper.clip_factor)
-    if factor == 0:  # an infinite norm: sums of squares may be infinite where no gradient is
-        entries, factor = [entry._replace(grad=entry.grad * 0) for entry in entries], 1.0
-    aside: list[tuple[Tensor, Tensor]] = []
-    rows = [_row(entry, aside) for entry in entries]
-    table = np.array(rows, dtype=np.int64)
-    numbers = _Hyper(
-        float(hyper.lr),
-        float(hyper.beta1),
-        float(hyper.beta2),
-        hyper.eps,
-        float(hyper.weight_decay),
-        -factor if hyper.maximize else factor,
-        hyper.stochastic_round,
-    )
-    in_turn = _forked or overlap(entry.param for entry in entries)
-    threads = 1 if in_turn else torch.get_num_threads()
-    compiled.slimadam_step(
-        ctypes.c_void_p(table.ctypes.data), ctypes.c_int64(len(rows)), ctypes.byref(numbers), ctypes.c_int64(threads)
-    )
-    for moment, ordered in aside:
-        moment.copy_(ordered)
+    Table(entries).run([entry.grad for entry in entries], [entry.seed for entry in entries], hyper)
+
+
+class Table:
+    """Where tensors lie, as the compiled step reads it.
+
+    Args:
+        entries: The tensors of parameters for which :func:`takes` has said yes; gradients and seeds are given later.
+
+    Attributes:
+        is_lasting: Whether it is good for more than one step, if nothing moves.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._aside: list[tuple[Tensor, Tensor]] = []
+        self._rows = np.array([_row(entry, self._aside) for entry in entries], dtype=np.int64)
+        self._in_turn = overlap(entry.param for entry in entries)
+        self.is_lasting = not self._aside
+
+    def run(self, grads: Sequence[Tensor], seeds: Sequence[int], hyper: Hyperparameters) -> None:
+        """Update every parameter in place.
+
+        Args:
+            grads: Of each, laid out as it is.
+            seeds: Of each, for stochastic rounding.
+            hyper: Hyperparameters.
+        """
+        compiled = library()
+        assert compiled is not None
+        factor = 1.0 if hyper.clip_factor is None else float(hyper.clip_factor)
+        if factor == 0:  # an infinite norm: sums of squares may be infinite where no gradient is
+            grads, factor = [grad * 0 for grad in grads], 1.0
+        self._rows[:, _GRAD] = list(map(Tensor.data_ptr, grads))
+        if hyper.stochastic_round:
+            self._rows[:, _SEED] = seeds
+        numbers = _Hyper(
+            float(hyper.lr),
+            float(hyper.beta1),
+            float(hyper.beta2),
+            hyper.eps,
+            float(hyper.weight_decay),
+            -factor if hyper.maximize else factor,
+            hyper.stochastic_round,
+        )
+        threads = 1 if _forked or self._in_turn else torch.get_num_threads()
+        compiled.slimadam_step(
+            ctypes.c_void_p(self._rows.ctypes.data),
+            ctypes.c_int64(len(self._rows)),
+            ctypes.byref(numbers),
+            ctypes.c_int64(threads),
+        )
+        for moment, ordered in self._aside:
+            moment.copy_(ordered)
 
 
 def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
-    """One row of the table, as ``struct Entry`` in the source; ``aside`` gets second moments to copy back."""
-    param, grad, exp_avg, parts, maxima, step, _, seed, scale, is_given = entry
+    """One row of the table, as ``struct Entry`` in the source, without gradient and seed.
+
+    Args:
+        entry: The tensors.
+        aside: Gets second moments to copy back.
+    """
+    param, _, exp_avg, parts, maxima, step, _, _, scale, is_given = entry
     order, pre, red, post = geometry(entry)
     simple = not order and len(parts) == 1 and not maxima and parts[0].is_contiguous()
     if not simple and (order or not all(moment.is_contiguous() for moment in (*parts, *maxima))):
@@ -94,7 +131,7 @@ def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
         parts, maxima = [[_in_order(part, order, aside) for part in moments] for moments in (parts, maxima)]
     return (
         param.data_ptr(),
-        grad.data_ptr(),
+        0,
         exp_avg.data_ptr(),
         0 if scale is None else scale.data_ptr(),
         parts[0].data_ptr(),
@@ -107,7 +144,7 @@ def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
         pre,
         red,
         post,
-        seed,
+        0,
         is_given,
     )
 

@@ -77,7 +77,8 @@ def check_gradients(parameters: Iterable[Held]) -> None:
         RuntimeError: Names the parameter and what to use instead.
     """
     for name, param, group in parameters:
-        if param.grad is None:
+        grad = param.grad
+        if grad is None:
             continue
         if group["fused"] and not (param.is_floating_point() and param.device.type != "meta"):
             raise RuntimeError(
@@ -94,7 +95,7 @@ def check_gradients(parameters: Iterable[Held]) -> None:
                 f"{name!r}: momentum_dtype='int8' does not support {type(param.data).__name__}, whose elements a "
                 "block of 256 cannot follow; use torch.bfloat16"
             )
-        if param.grad.layout != torch.strided:
+        if grad.layout != torch.strided:
             raise RuntimeError(
                 f"{name!r}: SlimAdam does not support sparse gradients; "
                 "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"

@@ -31,7 +31,8 @@ from slimadam.replanning import Replanned
 from slimadam.roles import canonical_name
 from slimadam.rules import Rule, rule_of_whole
 from slimadam.shard_direction import Shared, averages_after_step
-from slimadam.stepping import Stepper, backend_of
+from slimadam.step_pieces import backend_of
+from slimadam.stepping import Stepper
 from slimadam.watching import watch_step
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module

@@ -5,7 +5,6 @@ What does not change from step to step is put together once for each parameter a
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,22 +13,21 @@ import torch
 from torch import Tensor
 
 from slimadam import state as state_format
-from slimadam.averages import Exchange, SharedPiece, shared_pieces
-from slimadam.backends import TAKES_CODES, UPDATES, Backend, choose_backend, fits, triton_step
-from slimadam.distributed import is_dtensor, local, local_gradient, local_rules, local_state
+from slimadam.averages import Exchange, SharedPiece
+from slimadam.backends import TAKES_CODES, UPDATES, Backend, triton_step
+from slimadam.distributed import is_dtensor, local, local_gradient
 from slimadam.entries import (
     check_first_moment,
     check_shapes,
     decoded,
     encode,
-    entries_of,
     hyperparameters,
-    momentum_dtype,
-    rounding_seed,
 )
 from slimadam.functional import Entry, Hyperparameters, Scalar
-from slimadam.parts import key_of
+from slimadam.kernels.compiled import Table
 from slimadam.rules import Rule
+from slimadam.standing import StandingGroup
+from slimadam.step_pieces import Piece, own_gradient, pieces_of_step, seed_of, with_gradient
 
 if TYPE_CHECKING:
     from slimadam.kernels.triton_update import TritonStep
@@ -38,24 +36,6 @@ _STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_scale")
 _OPTIONS = (
     "amsgrad", "foreach", "fused", "capturable", "differentiable", "momentum_dtype", "bf16_stochastic_round",
 )  # fmt: skip
-
-
-class Piece(NamedTuple):
-    """A parameter, or a part of one, and how it is updated.
-
-    Attributes:
-        key: What it goes by in plans.
-        rule: Its rule; of a DTensor that of the local shard.
-        backend: Which implementation updates it.
-        entry: Its tensors; of a DTensor the local ones.
-        shared: How its second moment is averaged where other ranks take part.
-    """
-
-    key: str
-    rule: Rule
-    backend: Backend
-    entry: Entry
-    shared: SharedPiece | None = None
 
 
 class _Prepared(NamedTuple):
@@ -126,6 +106,7 @@ class _Work(NamedTuple):
         shared: which are taken of these pieces and gradients, with these decays.
         to_decode: Name, parameter, group, rules, state and averages of parameters whose codes are decoded first,
         to_decode_given: and of those that wait for averages over several ranks.
+        tabled: What the compiled step updates by a table of earlier steps.
     """
 
     group: int
@@ -135,6 +116,48 @@ class _Work(NamedTuple):
     shared: list[tuple[SharedPiece, Tensor, Scalar]]
     to_decode: list[_Coded]
     to_decode_given: list[_Coded]
+    tabled: _Tabled | None = None
+
+
+class _Tabled(NamedTuple):
+    """A table of the compiled step, and the gradients and seeds of the step to take."""
+
+    table: Table
+    grads: list[Tensor]
+    seeds: list[int]
+
+    def run(self, hyper: Hyperparameters) -> None:
+        self.table.run(self.grads, self.seeds, hyper)
+
+
+class _Standing(NamedTuple):
+    """How a group has taken its last step, to be repeated while that stands.
+
+    Attributes:
+        rests_on: What it rests on.
+        pieces: Everything with elements, each with the number of its parameter.
+        steps: Counts of steps that no implementation advances itself.
+        table: Of the compiled step, where that takes all pieces.
+    """
+
+    rests_on: StandingGroup
+    pieces: list[tuple[int, Piece]]
+    steps: list[Tensor]
+    table: Table | None
+
+    def work(self, group: int, hyper: Hyperparameters, grads: Sequence[Tensor]) -> _Work:
+        """Count a step, and what is done for it."""
+        _advance(self.steps)
+        entries: dict[Backend, list[Entry]] = defaultdict(list)
+        tabled = None
+        if self.table is not None:
+            own = [own_gradient(piece, grads[number]) for number, piece in self.pieces]
+            seeds = [seed_of(piece) for _, piece in self.pieces] if hyper.stochastic_round else []
+            tabled = _Tabled(self.table, own, seeds)
+        else:
+            for number, piece in self.pieces:
+                entries[piece.backend].append(with_gradient(piece, grads[number], hyper))
+        return _Work(group, hyper, entries, defaultdict(list), [], [], [], tabled)
 
 
 class Stepper:
@@ -143,6 +166,7 @@ class Stepper:
     def __init__(self) -> None:
         self._prepared: dict[int, _Prepared] = {}
         self._triton: dict[tuple[int, torch.device, torch.dtype], TritonStep] = {}
+        self._standing: dict[int, _Standing] = {}
         self._exchange: Exchange | None = None
         self._starting: set[int] = set()
 
@@ -153,6 +177,7 @@ class Stepper:
     def forget(self) -> None:
         """Let go of the state's tensors, which are about to be replaced."""
         self._prepared.clear()
+        self._standing.clear()
         self._exchange = None
         self._triton.clear()
 
@@ -161,6 +186,7 @@ class Stepper:
         known = {id(param) for param in params}
         if len(self._prepared) > len(known):
             self._prepared = {key: prepared for key, prepared in self._prepared.items() if key in known}
+            self._standing.clear()
             self._triton.clear()
 
     def is_on_triton(
@@ -212,6 +238,8 @@ class Stepper:
             for parameter in work.to_decode:
                 _update_decoded(*parameter, work.hyper)
             on_triton += self._run_triton(work, grad_scale, found_inf)
+            if work.tabled is not None:
+                work.tabled.run(work.hyper)
             for backend, entries in work.entries.items():
                 UPDATES[backend](entries, work.hyper)
         if exchange is not None:
@@ -241,6 +269,13 @@ class Stepper:
         """Count a step of every parameter of a group that has a gradient, and find what it takes."""
         options = _options(group)
         hyper = hyperparameters(group, clip_factor)
+        standing, params = self._standing.get(id(group)), group["params"]
+        if standing is not None:
+            of_params = map(all_rules.__getitem__, names), options, map(states.__getitem__, params)
+            grads = standing.rests_on.gradients(params, *of_params)
+            if grads is not None:
+                return standing.work(id(group), hyper, grads)
+            del self._standing[id(group)]
         work = _Work(id(group), hyper, defaultdict(list), defaultdict(list), [], [], [])
         held = []
         for name, param in zip(names, group["params"], strict=True):
@@ -257,14 +292,33 @@ class Stepper:
                 coded = work.to_decode_given if any(averages) else work.to_decode
                 coded.append((name, param, group, all_rules[name], state, averages))
             for piece in prepared.pieces:
-                entry = _with_gradient(piece, grad, hyper)
+                entry = with_gradient(piece, grad, hyper)
                 if piece.shared is not None:
                     beta2 = 0.0 if id(param) in self._starting else hyper.beta2
                     work.shared.append((piece.shared, entry.grad, beta2))
                 if entry.param.numel() and not decodes:
                     together = work.entries if piece.shared is None else work.given
                     together[piece.backend].append(entry)
+        if len(held) == len(params) and not (work.shared or work.to_decode or torch.compiler.is_compiling()):
+            self._keep(group, [(param, all_rules[name], state, prepared) for name, param, _, state, prepared in held])
         return work
+
+    def _keep(
+        self,
+        group: Mapping[str, Any],
+        held: Sequence[tuple[Tensor, list[Rule], Mapping[str, Any], _Prepared]],
+    ) -> None:
+        """Remember how a group takes its step, if nothing but plain tensors take part."""
+        params, rules, states, prepared = (list(kind) for kind in zip(*held, strict=True))
+        rests_on = StandingGroup(params, rules, _options(group), states)
+        if not rests_on.holds_nothing_else:
+            return
+        pieces = [(number, piece) for number, one in enumerate(prepared) for piece in one.pieces]
+        pieces = [(number, piece) for number, piece in pieces if piece.entry.param.numel()]
+        steps = [state["step"] for state, one in zip(states, prepared, strict=True) if not one.counts_itself]
+        table = Table([piece.entry for _, piece in pieces]) if _all_compiled(pieces) else None
+        if table is None or table.is_lasting:
+            self._standing[id(group)] = _Standing(rests_on, pieces, steps, table)
 
     def _exchange_of(self, pieces: list[SharedPiece]) -> Exchange | None:
         """What takes the averages of these pieces, made once for as long as they stay the same."""
@@ -290,7 +344,7 @@ class Stepper:
             return found
         check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
         check_first_moment(name, param, state)
-        pieces = list(_pieces(name, param, grad, group, rules, state))
+        pieces = list(pieces_of_step(name, param, grad, group, rules, state))
         made = _Prepared(
             param=param,
             rules=rules,
@@ -343,6 +397,10 @@ def _advance(steps: list[Tensor]) -> None:
         torch._foreach_add_(steps, 1)
 
 
+def _all_compiled(pieces: Sequence[tuple[int, Piece]]) -> bool:
+    return bool(pieces) and all(piece.backend == "compiled" for _, piece in pieces)
+
+
 def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return (torch.compiler.is_compiling(), *(group[option] for option in _OPTIONS))
 
@@ -357,15 +415,6 @@ def _is_same(one: object, other: object) -> bool:
     return one is other
 
 
-def _with_gradient(piece: Piece, grad: Tensor, hyper: Hyperparameters) -> Entry:
-    entry, own = piece.entry, grad if piece.rule.part is None else piece.rule.take(grad)
-    if not hyper.stochastic_round:
-        return Entry(entry.param, own, *entry[2:])  # several times faster than _replace
-    counts = piece.backend == "triton"
-    seed = zlib.crc32(piece.key.encode()) if counts else rounding_seed(piece.entry.step, piece.key)
-    return entry._replace(grad=own, seed=seed)
-
-
 def _update_decoded(
     name: str,
     param: Tensor,
@@ -377,54 +426,7 @@ def _update_decoded(
 ) -> None:
     """Update a parameter whose codes its implementation does not read, one at a time so that little is decoded."""
     own, grad = decoded(param, state), local_gradient(name, param)
-    for piece in _pieces(name, param, grad, group, rules, own, averages, counted=True):
+    for piece in pieces_of_step(name, param, grad, group, rules, own, averages, counted=True):
         if piece.entry.param.numel():
-            UPDATES[piece.backend]([_with_gradient(piece, grad, hyper)], hyper)
+            UPDATES[piece.backend]([with_gradient(piece, grad, hyper)], hyper)
     encode(param, own["exp_avg"], grad, state)
-
-
-def _pieces(
-    name: str,
-    param: Tensor,
-    grad: Tensor,
-    group: Mapping[str, Any],
-    rules: Sequence[Rule],
-    state: Mapping[str, Any],
-    averages: list[SharedPiece | None] | None = None,
-    counted: bool = False,
-) -> Iterator[Piece]:
-    """A parameter, or each of its parts, with the implementation that updates it.
-
-    Triton's counts the step itself: it takes all parts of a parameter that have elements here, or none.
-    """
-    keys = [key_of(name, rule.part) for rule in rules]
-    shared: list[SharedPiece | None] = [None] * len(rules)
-    exp_avg_dtype = momentum_dtype(param, group)
-    if is_dtensor(param):
-        on_shard = local_rules(name, rules, param)
-        state = local_state(name, on_shard, param, state)
-        shared = shared_pieces(on_shard, param, state) if averages is None else averages
-        rules, param = [one.rule for one in on_shard], local(param)
-    entries = [
-        entry if of_all is None else of_all.given(entry)
-        for entry, of_all in zip(entries_of(rules, param, grad, group, state), shared, strict=True)
-    ]
-    backends = [_backend_of(rule, param, exp_avg_dtype, group) for rule in rules]
-    fitting = [
-        backend if fits(backend, entry) else "reference" for backend, entry in zip(backends, entries, strict=True)
-    ]
-    used = {backend for backend, entry in zip(fitting, entries, strict=True) if entry.param.numel()}
-    if "triton" in fitting and (counted or used != {"triton"}):
-        fitting = ["reference"] * len(fitting)
-    yield from map(Piece, keys, rules, fitting, entries, shared)
-
-
-def backend_of(name: str, param: Tensor, group: Mapping[str, Any], rules: Sequence[Rule]) -> Backend:
-    """The implementation for a parameter, or for the first of its parts."""
-    rule = local_rules(name, rules, param)[0].rule if is_dtensor(param) else rules[0]
-    return _backend_of(rule, local(param), momentum_dtype(param, group), group)
-
-
-def _backend_of(rule: Rule, param: Tensor, exp_avg_dtype: torch.dtype, group: Mapping[str, Any]) -> Backend:
-    piece = rule.take(param)
-    return choose_backend(piece, exp_avg_dtype, rule.averaged_dims(piece.dim()), group)

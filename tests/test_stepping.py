@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimadam import CompressionPlan, Rule, SlimAdam, backends
 from slimadam.parts import Part
+from slimadam.stepping import Stepper
 
 FUSED = ["reference", "blocked", "compiled", "triton"]
 
@@ -209,3 +210,88 @@ def test_grad_scaler_where_triton_falls_back(monkeypatch: pytest.MonkeyPatch) ->
         expected.grad = torch.arange(48.0).view(8, 6).t()
         plain.step()
         torch.testing.assert_close(param, expected, rtol=0, atol=1e-6)
+
+
+def test_state_that_moves_is_followed(fused: bool | None) -> None:
+    def move(_: Tensor, optimizer: SlimAdam) -> None:
+        (state,) = optimizer.state.values()
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key].data = state[key] * 2
+
+    first, second = _both(move, fused)
+    torch.testing.assert_close(second, first, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_laid_out_differently(fused: bool | None) -> None:
+    results = []
+    for which in (False, fused):
+        param = torch.arange(24.0).view(4, 6).requires_grad_()
+        optimizer = _optimizer(param, fused=which)
+        for step in range(4):
+            param.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).t()
+            if step % 2:
+                param.grad = param.grad.contiguous()
+            optimizer.step()
+        results.append(param.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+
+
+class _Doubled(torch.Tensor):
+    """A gradient of its own kind."""
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, torch.bfloat16, "int8"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_order_of_steps(fused: bool | None, dtype: torch.dtype, momentum_dtype: Any) -> None:
+    """Groups repeat their last step; gradients are missing, options change and rules too: each is as without it."""
+    rules = {"a": Rule((1,), "mean"), "b": Rule((0,), "mean"), "c": Rule(form="factored"), "d": Rule()}
+
+    def train(forgetful: bool) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        params = {name: torch.randn(8, 32, generator=generator).to(dtype).requires_grad_() for name in rules}
+        groups = [{"params": [(name, params[name]) for name in names]} for names in ("ab", "cd")]
+        options = {"bf16_stochastic_round": dtype == torch.bfloat16, "momentum_dtype": momentum_dtype, "fused": fused}
+        optimizer = SlimAdam(groups, plan=CompressionPlan(rules), lr=0.1, max_grad_norm=30.0, **options)
+        for step in range(14):
+            for number, param in enumerate(params.values()):
+                param.grad = torch.randn(8, 32, generator=generator).to(dtype)
+                if step in (3, 4) and number == step - 3:
+                    param.grad = None
+                if step == 6:
+                    param.grad = param.grad.as_subclass(_Doubled)
+            if step == 8:
+                optimizer.param_groups[0]["maximize"] = True
+            if step == 10:
+                optimizer.param_groups[1]["lr"] = 0.3
+            if step == 11:
+                optimizer.expand("a")
+            if forgetful:
+                optimizer._stepper.forget()
+            optimizer.step()
+        return [param.detach() for param in params.values()]
+
+    for ours, expected in zip(train(False), train(True), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_what_has_not_changed_is_not_looked_at_again(fused: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    param = torch.ones(4, 6).requires_grad_()
+    optimizer = _optimizer(param, fused=fused)
+    for step in range(2):
+        _step(param, optimizer, step)
+    monkeypatch.setattr(Stepper, "_prepare", lambda *_: pytest.fail("the group's last step was to be repeated"))
+    before = param.detach().clone()
+    _step(param, optimizer, 2)
+    assert not torch.equal(param.detach(), before)
+
+
+def test_no_gradient_is_kept_alive(fused: bool | None) -> None:
+    param = torch.ones(4, 6).requires_grad_()
+    optimizer = _optimizer(param, fused=fused)
+    for step in range(3):
+        _step(param, optimizer, step)
+    assert param.grad is not None
+    grad = weakref.ref(param.grad)
+    param.grad = None
+    gc.collect()
+    assert grad() is None

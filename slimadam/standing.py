@@ -1,0 +1,84 @@
+"""A parameter group in which every parameter takes a step as it did before: what is checked is compared in lists.
+
+Checks of one parameter after the other cost more than the update of a small one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from slimadam.rules import Rule
+
+_DTYPE, _SHAPE, _GRAD = attrgetter("dtype"), attrgetter("shape"), attrgetter("grad")
+
+
+class StandingGroup:
+    """What the steps of a group rest on whose parameters all have a gradient. It keeps no gradient alive.
+
+    Args:
+        params: Its parameters.
+        rules: For each those of its parts.
+        options: The options that decide on implementations.
+        states: The state of each.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        rules: Sequence[list[Rule]],
+        options: tuple[Any, ...],
+        states: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self._params, self._rules, self._options = list(params), list(rules), options
+        self._values = _values(states)
+        self._lists = [value for value in self._values if isinstance(value, list)]
+        self._moments = list(chain.from_iterable(self._lists))
+        state = [value for value in (*self._values, *self._moments) if isinstance(value, Tensor)]
+        self._tensors = [*self._params, *state]
+        grads = list(map(_GRAD, params))
+        kinds = {type(tensor) for tensor in (*self._tensors, *grads)}
+        self.holds_nothing_else = kinds <= {Tensor, Parameter}
+        if self.holds_nothing_else:
+            self._addresses = _addresses(self._tensors)
+            self._layouts = _layouts(self._params), _layouts(grads)
+
+    def gradients(
+        self,
+        params: Sequence[Tensor],
+        rules: Iterable[list[Rule]],
+        options: tuple[Any, ...],
+        states: Iterable[Mapping[str, Any]],
+    ) -> list[Tensor] | None:
+        """The gradients of the step to take, or None if anything has changed that it rests on; arguments as above."""
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)) or options != self._options:
+            return None
+        grads, values, moments = list(map(_GRAD, params)), _values(states), list(chain.from_iterable(self._lists))
+        same = (
+            set(map(type, grads)) == {Tensor}
+            and len(values) == len(self._values)
+            and len(moments) == len(self._moments)
+            and all(map(is_, values, self._values))
+            and all(map(is_, moments, self._moments))
+            and all(map(is_, rules, self._rules))
+            and _addresses(self._tensors) == self._addresses
+            and (_layouts(params), _layouts(grads)) == self._layouts
+        )
+        return grads if same else None
+
+
+def _values(states: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(state.values() for state in states))
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    return list(map(_DTYPE, tensors)), list(map(_SHAPE, tensors)), list(map(Tensor.stride, tensors))
