@@ -46,24 +46,17 @@ class Batch(NamedTuple):
     numbers: Numbers
 
 
-def takes_batches(entry: Entry, hyper: Hyperparameters, most: int) -> bool:
-    """Whether a parameter comes apart into blocks that this update takes.
-
-    Args:
-        entry: Its tensors.
-        hyper: Hyperparameters.
-        most: Elements of a block.
-    """
+def takes_blocks(entry: Entry, hyper: Hyperparameters) -> bool:
+    """Whether PyTorch's fused kernel takes blocks of a parameter."""
     if len(entry.exp_avg_sq) == 2:
         return False
-    _, _, red, post = geometry(entry)
     tensors = (entry.param, entry.grad, entry.exp_avg, *entry.exp_avg_sq, *entry.max_exp_avg_sq)
-    contiguous = all(tensor.is_contiguous() for tensor in tensors)
-    return red * post <= most and contiguous and takes_averages(entry, red, float(hyper.beta2))
+    averaged = geometry(entry).red
+    return takes_averages(entry, averaged, float(hyper.beta2)) and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def batches(entries: Iterable[Entry], hyper: Hyperparameters, most: int) -> Iterator[Batch]:
-    """Batches of so many elements at most, of parameters for which :func:`takes_batches` said yes."""
+    """Batches of about so many elements, of parameters for which :func:`takes_blocks` said yes."""
     by_step: dict[float, list[Entry]] = {}
     for entry in entries:
         by_step.setdefault(entry.step.item(), []).append(entry)
@@ -92,10 +85,11 @@ def _blocks(entry: Entry, most: int) -> Iterator[Block]:
     values = (entry.param, entry.grad, entry.exp_avg)
     moments = (*entry.exp_avg_sq, *entry.max_exp_avg_sq)
     tensors = [*(_seen(value, shape) for value in values), *(_seen(moment, averages) for moment in moments)]
-    if math.prod(shape) <= most:
+    count = round(math.prod(shape) / most)
+    if count <= 1:
         yield Block(*tensors)
     else:
-        size = most // (red * post)
+        size = -(-len(tensors[0]) // count)
         for some in zip(*split(tensors, size), strict=True):
             yield Block(*some)
 

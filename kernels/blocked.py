@@ -14,8 +14,10 @@ from functools import partial
 from typing import NamedTuple
 
 from slimadam.kernels import workers
-from slimadam.kernels.batches import batches, takes_batches, update_batch
+from slimadam.kernels.batches import batches, takes_blocks, update_batch
+from slimadam.kernels.columns import matrices, update_matrix
 from slimadam.kernels.layout import Layout, geometry, layout, overlap
+from slimadam.kernels.numbers import Numbers
 from slimadam.kernels.passes import update_share
 from slimadam.kernels.torch_fused import is_plain, update_plain
 from torch import Tensor
@@ -78,13 +80,18 @@ def _update_averaged(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
 def _tasks(entries: Sequence[Entry], hyper: Hyperparameters) -> Iterator[_Task]:
     batched = []
     for entry in entries:
-        if takes_batches(entry, hyper, BLOCK_ELEMENTS):
-            batched.append(entry)
-        else:
+        _, _, red, post = geometry(entry)
+        if not takes_blocks(entry, hyper):
             of = _shares(entry)
             for number in range(of):
                 run = partial(update_share, entry, hyper, number, of, BLOCK_ELEMENTS)
                 yield _Task(entry.param.numel() // of, run)
+        elif 2 * red * post > BLOCK_ELEMENTS and (post > 1 or red > BLOCK_ELEMENTS):
+            numbers = Numbers.of(hyper, entry.step)
+            for matrix in matrices(entry):
+                yield _Task(red * post, partial(update_matrix, matrix, numbers, -(-BLOCK_ELEMENTS // 2)))
+        else:
+            batched.append(entry)
     for batch in batches(batched, hyper, BLOCK_ELEMENTS):
         yield _Task(sum(block.param.numel() for block in batch.blocks), partial(update_batch, batch))
 

@@ -13,7 +13,6 @@ import torch
 from slimadam.kernels.layout import geometry
 from slimadam.kernels.numbers import Numbers
 from slimadam.kernels.scratch import scratch, split, squares
-from slimadam.kernels.torch_fused import takes_averages, update_beside
 from torch import Tensor
 
 from slimadam.functional import (
@@ -50,7 +49,6 @@ def update_share(entry: Entry, hyper: Hyperparameters, number: int, of: int, mos
         numbers=Numbers.of(hyper, entry.step),
         rounds=hyper.stochastic_round and entry.param.dtype == torch.bfloat16,
         is_given=entry.is_given,
-        at_once=takes_averages(entry, red, float(hyper.beta2)),
         seed=entry.seed,
     )
     if len(averages) == 1 and red * post <= most:
@@ -87,7 +85,6 @@ class Update(NamedTuple):
         numbers: Hyperparameters and bias corrections.
         rounds: Whether the parameter is rounded at random.
         is_given: Whether the second moments are not updated.
-        at_once: Whether PyTorch's fused kernel takes blocks.
         seed: Of the random bits.
     """
 
@@ -99,7 +96,6 @@ class Update(NamedTuple):
     numbers: Numbers
     rounds: bool
     is_given: bool
-    at_once: bool
     seed: int
 
     def between(self, first: int, last: int) -> Update:
@@ -158,39 +154,21 @@ def _two_passes(update: Update, most: int) -> None:
     *rows, columns = update.parts
     width = max(1, columns.shape[1])
 
-    # second moment, and first moment where gradients are read once
+    # first and second moment
     if not update.is_given:
         _update_rows_and_columns(update, max(1, most // width))
     if update.maxima:
         (columns,) = running_maximum(update.maxima, [columns])
 
     # weight decay and update
-    size = max(1, (most // 2 if update.at_once else most) // width)
+    size = max(1, most // width)
     params, grads, exp_avgs = split((update.param, update.grad, update.exp_avg), size)
-    if update.at_once:
-        _update_at_once(numbers, params, grads, exp_avgs, columns)
-        return
     denominators = _denominators(update, rows, columns, size)
     for param, grad, exp_avg, denominator in zip(params, grads, exp_avgs, denominators, strict=False):
         if update.is_given:
             update_first_moment(exp_avg, numbers.gradient(grad), numbers.beta1)
         update.update_param(param, exp_avg, denominator, seed)
         seed += param.numel()
-
-
-def _update_at_once(
-    numbers: Numbers, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], columns: Tensor
-) -> None:
-    """First moments, weight decay and step of blocks of rows, the last ones first: they may still be in cache."""
-    whole = scratch(columns.dtype, params[0].shape).copy_(columns)
-    spread = [whole if len(param) == len(whole) else whole[: len(param)] for param in params]
-    for kind in (params, grads, exp_avgs, spread):
-        kind.reverse()
-    if numbers.gradient_factor == 1:
-        update_beside(params, grads, exp_avgs, spread, numbers)
-    else:
-        for param, grad, exp_avg, second_moment in zip(params, grads, exp_avgs, spread, strict=True):
-            update_beside([param], [numbers.gradient(grad)], [exp_avg], [second_moment], numbers)
 
 
 def _denominators(update: Update, rows: list[Tensor], columns: Tensor, size: int) -> Iterator[Tensor]:
@@ -207,7 +185,7 @@ def _denominators(update: Update, rows: list[Tensor], columns: Tensor, size: int
 
 
 def _update_rows_and_columns(update: Update, size: int) -> None:
-    """Second moments from squares read once, and unless PyTorch's fused kernel takes the rest the first moment."""
+    """Every block's first moment, and second moments of its squares, read once."""
     numbers = update.numbers
     *rows, columns = update.parts
     weight = 1 - numbers.beta2
@@ -219,8 +197,7 @@ def _update_rows_and_columns(update: Update, size: int) -> None:
         sums += squared.sum(0, keepdim=True)
         for row in some:
             row.mul_(numbers.beta2).add_(squared.mean(1, keepdim=True), alpha=weight)
-        if not update.at_once:
-            update_first_moment(exp_avg, grad, numbers.beta1)
+        update_first_moment(exp_avg, grad, numbers.beta1)
     columns.mul_(numbers.beta2).add_(sums, alpha=weight / len(update.param))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slimadam.kernels import batches, blocked, passes
+from slimadam.kernels import batches, blocked, columns
 from slimadam.kernels.numbers import Numbers
 from slimadam.kernels.torch_fused import takes_averages, update_beside
 
@@ -130,7 +130,7 @@ def test_it_takes_no_more_than_it_can() -> None:
 @pytest.mark.parametrize("dims", [(0,), (1,)], ids=str)
 def test_what_it_cannot_take_goes_through_passes(dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearly no decay: squared gradients may be a billion times the second moment."""
-    for module in (batches, passes):
+    for module in (batches, columns):
         monkeypatch.setattr(module, "update_beside", lambda *_: pytest.fail("the second moment would change"))
     options = {"lr": 1e-2, "betas": (0.9, 1 - 1e-8), "weight_decay": 0.1}
     start = torch.randn(30, 20)
