@@ -15,7 +15,7 @@ from benchmarks.readme_mix import mix
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def throughput(result: dict[str, Any]) -> str:
@@ -39,6 +39,24 @@ def throughput(result: dict[str, Any]) -> str:
             "|---|---|---|---|",
             *lines,
             *(["", "Not measured:", "", *left_out] if left_out else []),
+        ]
+    )
+
+
+def throughput_narrow(result: dict[str, Any]) -> str:
+    """Time of a step where memory traffic is none to speak of."""
+    rows = result["rows"]
+    lines = [f"| {label} | {row['milliseconds']:.2f} | {row['ratio']:.2f} |" for label, row in rows.items()]
+    return "\n".join(
+        [
+            f"One step over the 196 tensors of a GPT-2 64 wide, {result['elements'] / 1e6:.1f} million parameters, in "
+            f"float32 on a CPU; {result['machine']['threads']} threads, medians of {result['rounds']} "
+            f"{origin(result['machine'])}, `python -m benchmarks.throughput --model gpt2-narrow --rounds 201 --peers "
+            '--only "AdamW (default)" "SlimAdam*"`:',
+            "",
+            "| | ms | of fused AdamW |",
+            "|---|---|---|",
+            *lines,
         ]
     )
 
@@ -255,6 +273,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "clipping": clipping,
     "throughput": throughput,
     "throughput_in_short": throughput_in_short,
+    "throughput_gpt2-narrow_cpu_float32": throughput_narrow,
     "kernels": kernels,
     "memory": memory,
     "parity": parity,

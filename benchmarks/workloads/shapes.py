@@ -104,6 +104,11 @@ def resnet50() -> Shapes:
     return shapes | _linear("classifier.1", 1000, inputs)
 
 
+def gpt2_narrow() -> Shapes:
+    """As many tensors as :func:`gpt2_small` has, of 0.6 million parameters in all: what a step costs beside memory."""
+    return gpt2(width=64, layers=12, vocabulary=384, context=64)
+
+
 def tiny() -> Shapes:
     """A decoder of 28 thousand parameters, laid out as :func:`gpt2_small`, to try the benchmarks with."""
     return gpt2(width=32, layers=1, vocabulary=384, context=64)
@@ -136,6 +141,7 @@ def _decoder_norms(block: str, width: int) -> Shapes:
 
 MODELS = {
     "gpt2-small": gpt2_small,
+    "gpt2-narrow": gpt2_narrow,
     "llama-1b": llama_1b,
     "llama-8b": llama_8b,
     "llama-70b": llama_70b,
