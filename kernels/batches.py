@@ -75,7 +75,7 @@ def batches(entries: Iterable[Entry], hyper: Hyperparameters, most: int) -> Iter
 
 
 def _blocks(entry: Entry, most: int) -> Iterator[Block]:
-    _, pre, red, post = geometry(entry)
+    _, pre, red, post, _ = geometry(entry)
     shape: tuple[int, ...] = (pre, red, post)
     averages: tuple[int, ...] = (pre, 1, post)
     if post == 1:

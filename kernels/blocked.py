@@ -16,13 +16,12 @@ from typing import NamedTuple
 from slimadam.kernels import workers
 from slimadam.kernels.batches import batches, takes_blocks, update_batch
 from slimadam.kernels.columns import matrices, update_matrix
-from slimadam.kernels.layout import Layout, geometry, layout, overlap
+from slimadam.kernels.layout import geometry, overlap
 from slimadam.kernels.numbers import Numbers
 from slimadam.kernels.passes import update_share
 from slimadam.kernels.torch_fused import is_plain, update_plain
-from torch import Tensor
 
-from slimadam.functional import Dims, Entry, Hyperparameters
+from slimadam.functional import Entry, Hyperparameters
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements worked on at a time; ``python -m benchmarks.throughput --block N`` measures another size."""
@@ -34,22 +33,8 @@ WORTH_WAKING = 1 << 21
 """Elements from which on several cores take parameters of their own."""
 
 
-def layouts(param: Tensor, averaged_dims: Sequence[Dims]) -> list[Layout] | None:
-    """The layout of each second moment of a parameter, or None if this implementation cannot take it.
-
-    Args:
-        param: A real CPU parameter.
-        averaged_dims: For each second moment, the dimensions it is averaged over.
-    """
-    if len(averaged_dims) == 2 and not param.is_contiguous():
-        return None
-    found = [layout(param, dims) for dims in averaged_dims]
-    known = [one for one in found if one is not None]
-    return known if len(known) == len(found) else None
-
-
 def blocked_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
-    """Update every parameter in place. For each, :func:`layouts` must have found a view."""
+    """Update every parameter in place: those without gaps that :func:`~slimadam.kernels.layout.geometry_of` knows."""
     plain: list[Entry] = []
     averaged: list[Entry] = []
     for entry in entries:
@@ -80,7 +65,7 @@ def _update_averaged(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
 def _tasks(entries: Sequence[Entry], hyper: Hyperparameters) -> Iterator[_Task]:
     batched = []
     for entry in entries:
-        _, _, red, post = geometry(entry)
+        _, _, red, post, _ = geometry(entry)
         if not takes_blocks(entry, hyper):
             of = _shares(entry)
             for number in range(of):

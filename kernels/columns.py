@@ -21,7 +21,7 @@ from slimadam.functional import Entry
 
 def matrices(entry: Entry) -> Iterator[Block]:
     """The matrices ``[red, post]`` of a parameter for which :func:`~slimadam.kernels.batches.takes_blocks` said yes."""
-    _, pre, red, post = geometry(entry)
+    _, pre, red, post, _ = geometry(entry)
     values = (tensor.view(pre, red, post) for tensor in (entry.param, entry.grad, entry.exp_avg))
     moments = (tensor.view(pre, 1, post) for tensor in (*entry.exp_avg_sq, *entry.max_exp_avg_sq))
     tensors = [*values, *moments]

@@ -40,6 +40,7 @@ struct Entry {  // one row of the table
   const void* step;
   int64_t step_dtype, dtype, exp_avg_dtype;
   int64_t pre, red, post;
+  int64_t pitch;  // elements from one row to the next; a row has post elements, or red where post is 1
   uint64_t seed;
   int64_t is_given;  // second moments have been updated, and of factored ones the rows are relative to their mean
 };
@@ -264,19 +265,25 @@ class Update {
         columns_(static_cast<A*>(entry.columns)),
         largest_(static_cast<A*>(entry.max_exp_avg_sq)),
         red_(entry.red),
-        post_(entry.post) {}
+        post_(entry.post),
+        width_(entry.columns || entry.post > 1 ? entry.post : entry.red),
+        pitch_(entry.pitch) {}
 
   // Elements [first, last) with a second moment of their own.
   void full(int64_t first, int64_t last) const {
-    over(first, last, [&](int64_t start, int64_t end, Moment* exp_avg) {
-      if (entry_.is_given) {
-        run(start, end, exp_avg, FullGiven<A>{x_, second_ + start});
-      } else if (largest_) {
-        run(start, end, exp_avg, FullMaximum<A>{x_, second_ + start, largest_ + start});
-      } else {
-        run(start, end, exp_avg, Full<A>{x_, second_ + start});
-      }
-    });
+    int64_t stop = 0;
+    for (int64_t from = first; from < last; from = stop) {
+      stop = pitch_ == width_ ? last : std::min(last, (from / width_ + 1) * width_);
+      over(from, stop, [&](int64_t start, int64_t end, Moment* exp_avg) {
+        if (entry_.is_given) {
+          run(start, end, exp_avg, FullGiven<A>{x_, second_ + start});
+        } else if (largest_) {
+          run(start, end, exp_avg, FullMaximum<A>{x_, second_ + start, largest_ + start});
+        } else {
+          run(start, end, exp_avg, Full<A>{x_, second_ + start});
+        }
+      });
+    }
   }
 
   // Units [first, last), each read while it is in cache.
@@ -306,20 +313,20 @@ class Update {
 
   // Rows [first, last), each updated while the next one's squares are summed: memory streams without a pause.
   void long_rows(int64_t first, int64_t last) const {
-    double sum = sum_of_squares(grad_ + first * red_, red_);
+    double sum = sum_of_squares(grad_ + first * pitch_, red_);
     for (int64_t row = first; row < last; ++row) {
       A coefficient = static_cast<A>(sum);
       average(row, 0, 1, &coefficient);
-      const P* next = row + 1 < last ? grad_ + (row + 1) * red_ : nullptr;
+      const P* next = row + 1 < last ? grad_ + (row + 1) * pitch_ : nullptr;
       sum = 0;
       for (int64_t start = 0; start < red_; start += kSumBlock) {
-        const int64_t from = row * red_ + start, count = std::min(kSumBlock, red_ - start);
+        const int64_t from = row * pitch_ + start, count = std::min(kSumBlock, red_ - start);
         sum += static_cast<double>(update_and_sum(from, count, coefficient, next ? next + start : grad_ + from));
       }
     }
   }
 
-  // Elements [first, first + count) with one coefficient; returns the sum of `other`'s squares.
+  // What lies in memory from `first` on, with one coefficient; returns the sum of `other`'s squares.
   A update_and_sum(int64_t first, int64_t count, A coefficient, const P* __restrict__ other) const {
     P* __restrict__ param = param_ + first;
     M* __restrict__ exp_avg = exp_avg_ + first;
@@ -370,6 +377,11 @@ class Update {
   }
 
  private:
+  // Where an element lies, counted as if there were no gaps between rows.
+  int64_t at(int64_t element) const {
+    return pitch_ == width_ ? element : element / width_ * pitch_ + element % width_;
+  }
+
   // Calls step(start, end, exp_avg of start) for [first, last), which starts with a block of codes.
   template <class Step>
   void over(int64_t first, int64_t last, Step step) const {
@@ -384,19 +396,18 @@ class Update {
         encode(decoded, grad_ + start, exp_avg_ + start, scales, end - start);
       }
     } else {
-      step(first, last, exp_avg_ + first);
+      step(first, last, exp_avg_ + at(first));
     }
   }
 
   // Elements [first, last) of units from `unit` on, whose coefficients (factored: roots) are known.
   void range(int64_t first, int64_t last, int64_t unit, const A* coefficients, const A* row_roots) const {
-    const int64_t width = columns_ || post_ > 1 ? post_ : red_;
     over(first, last, [&](int64_t start, int64_t end, Moment* exp_avg) {
-      int64_t row = start / width, stop = 0;
+      int64_t row = start / width_, stop = 0;
       for (int64_t from = start; from < end; from = stop, ++row) {
-        stop = std::min(end, (row + 1) * width);
-        Moment* own = exp_avg + (from - start);
-        const int64_t column = from - row * width;
+        stop = std::min(end, (row + 1) * width_);
+        Moment* own = exp_avg + (at(from) - at(start));
+        const int64_t column = from - row * width_;
         if (columns_) {
           const A* roots = coefficients + (row / red_ - unit) * post_ + column;
           run(from, stop, own, Factored<A>{x_, row_roots[row - unit * red_], roots});
@@ -420,8 +431,8 @@ class Update {
   // First moment, weight decay and update of elements [first, last).
   template <bool kRounds, class Step>
   void run(int64_t first, int64_t last, Moment* __restrict__ exp_avg, Step step) const {
-    P* __restrict__ param = param_ + first;
-    const P* __restrict__ grad = grad_ + first;
+    P* __restrict__ param = param_ + at(first);
+    const P* __restrict__ grad = grad_ + at(first);
     const Numbers<A> x = x_;
     const uint64_t key = kRounds ? mixed(entry_.seed + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(first >> 32)) : 0;
     const uint32_t low_key = static_cast<uint32_t>(key), high_key = static_cast<uint32_t>(key >> 32);
@@ -443,7 +454,7 @@ class Update {
 
   // Sums of squares of each column of rows [first, last) of a unit; with factored second moments row averages too.
   void sums(int64_t unit, int64_t first, int64_t last, A* total) const {
-    const P* grad = grad_ + (unit * red_ + first) * post_;
+    const P* grad = grad_ + at((unit * red_ + first) * post_);
     if (columns_) row_averages(unit, first, last);
     if (post_ == 1) {
       *total = sum_of_squares(grad, last - first);
@@ -464,12 +475,12 @@ class Update {
     return static_cast<A>(total);
   }
 
-  // Sums of squares of `width` columns of rows that are post_ elements apart.
+  // Sums of squares of `width` columns of rows that are pitch_ elements apart.
   void column_sums(const P* grad, int64_t rows, int64_t width, A* total) const {
     std::fill(total, total + width, A(0));
     for (int64_t top = 0; top < rows; top += kRowBlock)
       for (int64_t left = 0; left < width; left += kColumnBlock)
-        add_block_sums(grad + top * post_ + left, std::min(kRowBlock, rows - top), std::min(kColumnBlock, width - left),
+        add_block_sums(grad + top * pitch_ + left, std::min(kRowBlock, rows - top), std::min(kColumnBlock, width - left),
                        total + left);
   }
 
@@ -478,12 +489,12 @@ class Update {
     std::fill(sums, sums + width, A(0));
     const int64_t quarter = rows / 4;  // four long streams: with four adjacent rows prefetching starts anew at each
     for (int64_t row = 0; row < quarter; ++row) {
-      const P *a = grad + row * post_, *b = a + quarter * post_, *c = b + quarter * post_, *d = c + quarter * post_;
+      const P *a = grad + row * pitch_, *b = a + quarter * pitch_, *c = b + quarter * pitch_, *d = c + quarter * pitch_;
 #pragma omp simd
       for (int64_t k = 0; k < width; ++k) sums[k] += (square(a[k]) + square(b[k])) + (square(c[k]) + square(d[k]));
     }
     for (int64_t row = 4 * quarter; row < rows; ++row) {
-      const P* a = grad + row * post_;
+      const P* a = grad + row * pitch_;
 #pragma omp simd
       for (int64_t k = 0; k < width; ++k) sums[k] += square(a[k]);
     }
@@ -516,7 +527,7 @@ class Update {
 
   void row_averages(int64_t unit, int64_t first, int64_t last) const {
     for (int64_t row = unit * red_ + first; row < unit * red_ + last; ++row) {
-      const A mean = x_.mean_square(sum_of_squares(grad_ + row * post_, post_), static_cast<A>(post_));
+      const A mean = x_.mean_square(sum_of_squares(grad_ + row * pitch_, post_), static_cast<A>(post_));
       second_[row] = second_[row] * x_.beta2 + x_.second_weight * mean;
     }
   }
@@ -543,7 +554,7 @@ class Update {
   const P* const grad_;
   M* const exp_avg_;
   A *const second_, *const columns_, *const largest_;
-  const int64_t red_, post_;
+  const int64_t red_, post_, width_, pitch_;
 };
 
 // -- the table ------------------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from slimadam.kernels.blocked import layouts
 from slimadam.kernels.build import library
-from slimadam.kernels.layout import geometry, overlap
+from slimadam.kernels.layout import geometry, geometry_of, overlap
 from torch import Tensor
 
 from slimadam.functional import Dims, Entry, Hyperparameters
@@ -24,7 +23,7 @@ _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 _PARAM_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
-_GRAD, _SEED = 1, 14
+_GRAD, _SEED = 1, 15
 """Columns of the table that each step fills in."""
 
 _forked = False
@@ -56,7 +55,7 @@ def takes(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dim
     """
     if param.dtype not in _PARAM_DTYPES or exp_avg_dtype not in (param.dtype, *_MOMENTUM_DTYPES):
         return False
-    return layouts(param, averaged_dims) is not None and library() is not None
+    return geometry_of(param, averaged_dims) is not None and library() is not None
 
 
 def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
@@ -124,7 +123,7 @@ def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
         aside: Gets second moments to copy back.
     """
     param, _, exp_avg, parts, maxima, step, _, _, scale, is_given = entry
-    order, pre, red, post = geometry(entry)
+    order, pre, red, post, pitch = geometry(entry)
     simple = not order and len(parts) == 1 and not maxima and parts[0].is_contiguous()
     if not simple and (order or not all(moment.is_contiguous() for moment in (*parts, *maxima))):
         order = order or tuple(range(param.dim()))
@@ -144,6 +143,7 @@ def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
         pre,
         red,
         post,
+        pitch,
         0,
         is_given,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -66,33 +66,140 @@ def layout_of(
     return Layout(order, math.prod(sizes[:first]), math.prod(sizes[first : last + 1]), math.prod(sizes[last + 1 :]))
 
 
-def geometry(entry: Entry) -> Layout:
-    """How an entry is seen as ``[pre, red, post]``, with no order where it lies in that of its dimensions.
+class Geometry(NamedTuple):
+    """How an update sees a parameter, or a part of one.
 
-    All three are 0 of an empty parameter.
+    Attributes:
+        order: As in :class:`Layout`; empty where the parameter lies in the order of its dimensions.
+        pre: Slices,
+        red: elements averaged together,
+        post: and slices after them; of rows and columns, the rows are ``red``. All are 0 of an empty parameter.
+        pitch: Elements from one row to the next; a row has ``post`` elements, or ``red`` where ``post`` is 1.
+    """
+
+    order: tuple[int, ...]
+    pre: int
+    red: int
+    post: int
+    pitch: int
+
+
+def geometry(entry: Entry) -> Geometry:
+    """How an entry is seen, for which :func:`geometry_of` found a way."""
+    found = geometry_of(entry.param, entry.averaged_dims)
+    assert found is not None
+    return found
+
+
+def geometry_of(param: Tensor, averaged_dims: Sequence[tuple[int, ...]]) -> Geometry | None:
+    """How an update sees a parameter.
 
     Args:
-        entry: Tensors for whose averages :func:`layout` found a view; of rows and columns, the rows decide.
+        param: A parameter or a part of one.
+        averaged_dims: For each of its second moments, the dimensions it is averaged over.
+
+    Returns:
+        None if averaged dimensions are not adjacent in memory, or rows not equally far apart.
     """
-    param = entry.param
-    return _geometry_of(param.shape, param.stride(), param.is_contiguous(), tuple(entry.averaged_dims))
+    return _geometry_of(param.shape, param.stride(), param.is_contiguous(), tuple(averaged_dims))
 
 
 @lru_cache(maxsize=4096)
 def _geometry_of(
     shape: tuple[int, ...], strides: tuple[int, ...], contiguous: bool, averaged_dims: tuple[tuple[int, ...], ...]
-) -> Layout:
+) -> Geometry | None:
     if 0 in shape:
-        return Layout((), 0, 0, 0)
+        return Geometry((), 0, 0, 0, 0)
     if len(averaged_dims) == 2:
         (row_dim,) = averaged_dims[1]
-        return Layout((), math.prod(shape[:row_dim]), shape[row_dim], math.prod(shape[row_dim + 1 :]))
+        pre, red, post = math.prod(shape[:row_dim]), shape[row_dim], math.prod(shape[row_dim + 1 :])
+        if contiguous:
+            return Geometry((), pre, red, post, post)
+        rows = Rows.of(shape, strides)
+        return Geometry((), pre, red, post, rows.pitch) if rows is not None and rows.width == post > 1 else None
     found = layout_of(shape, strides, contiguous, averaged_dims[0])
-    assert found is not None
-    return found._replace(order=()) if contiguous else found
+    if found is not None:
+        order, pre, red, post = found
+        return Geometry(() if contiguous else order, pre, red, post, red if post == 1 else post)
+    rows = Rows.of(shape, strides)
+    return None if rows is None else _with_gaps(rows, shape, averaged_dims[0])
+
+
+def has_gaps(tensor: Tensor) -> bool:
+    """Whether memory between a tensor's elements is not its own."""
+    return not tensor.is_contiguous() and layout(tensor, ()) is None
+
+
+class Rows(NamedTuple):
+    """A tensor as rows that are dense, and equally far apart.
+
+    Attributes:
+        inner: The first dimension that lies within a row.
+        number: Rows,
+        width: their elements,
+        pitch: and elements from one to the next.
+    """
+
+    inner: int
+    number: int
+    width: int
+    pitch: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], strides: tuple[int, ...]) -> Rows | None:
+        """The widest rows of a tensor with elements, or None if they are not equally far apart."""
+        inner, width = len(shape), 1
+        while inner > 0 and (shape[inner - 1] == 1 or strides[inner - 1] == width):
+            inner -= 1
+            width *= shape[inner]
+        if inner == 0:
+            return cls(0, 1, width, width)
+        pitch = expected = strides[inner - 1]
+        for dim in reversed(range(inner)):
+            if shape[dim] > 1 and strides[dim] != expected:
+                return None
+            expected *= shape[dim]
+        return cls(inner, math.prod(shape[:inner]), width, pitch)
+
+
+def _with_gaps(rows: Rows, shape: tuple[int, ...], dims: tuple[int, ...]) -> Geometry | None:
+    """Averages within rows, over all rows, or none."""
+    if rows.pitch < rows.width:
+        return None
+    wide = {dim for dim in range(len(shape)) if shape[dim] > 1}
+    averaged = wide.intersection(dims)
+    if not averaged:
+        return Geometry((), rows.number, 1, rows.width, rows.pitch)
+    if averaged == {dim for dim in wide if dim >= rows.inner}:
+        return Geometry((), rows.number, rows.width, 1, rows.pitch)
+    if averaged == {dim for dim in wide if dim < rows.inner} and rows.width > 1:
+        return Geometry((), 1, rows.number, rows.width, rows.pitch)
+    return None
 
 
 def overlap(tensors: Iterable[Tensor]) -> bool:
-    """Whether any two tensors without holes share memory, as parameters tied through ``.data`` do."""
-    spans = sorted((one.data_ptr(), one.data_ptr() + one.numel() * one.element_size()) for one in tensors)
-    return any(end > start for (_, end), (start, _) in pairwise(spans))
+    """Whether any two tensors share memory, as parameters tied through ``.data`` do.
+
+    Views of one tensor with gaps, as its parts are, count as one.
+    """
+    spans: list[tuple[int, int]] = []
+    views: dict[int, tuple[int, int]] = {}
+    for tensor in tensors:
+        start = tensor.data_ptr()
+        if tensor.is_contiguous() or tensor._base is None:
+            spans.append((start, start + _extent(tensor)))
+        else:
+            first, last = views.get(id(tensor._base), (start, start))
+            views[id(tensor._base)] = min(first, start), max(last, start + _extent(tensor))
+    ordered = sorted([*spans, *views.values()])
+    return any(end > start for (_, end), (start, _) in pairwise(ordered))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to behind its last."""
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

@@ -38,7 +38,7 @@ def update_share(entry: Entry, hyper: Hyperparameters, number: int, of: int, mos
         of: How many there are.
         most: Elements of a block.
     """
-    order, pre, red, post = geometry(entry)
+    order, pre, red, post, _ = geometry(entry)
     averages = [(pre, 1, post)] if len(entry.exp_avg_sq) == 1 else [(pre, red, 1), (pre, 1, post)]
     update = Update(
         param=_view(entry.param, order, (pre, red, post)),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from slimadam.kernels.layout import layout
+from slimadam.kernels.layout import Rows, geometry_of, layout
 from torch import Tensor
 
 from slimadam.functional import Dims
@@ -137,47 +137,19 @@ def _three_dimensional(param: Tensor, dims: Sequence[Dims]) -> tuple[int, int, i
         if not any(dims):
             return 1, 1, param.numel(), param.numel()
         return found.pre, found.red, found.post, found.post
-    inner, outer = _inner_and_outer(param)
-    if outer is None:
+    with_gaps = geometry_of(param, dims)
+    if with_gaps is None:
         return None
-    count = math.prod(param.shape[:inner])
-    width = param.numel() // max(1, count)
-    averaged = {dim for dim in dims[0] if param.shape[dim] > 1}
-    kept_outer = {dim for dim in range(inner) if param.shape[dim] > 1}
-    kept_inner = {dim for dim in range(inner, param.dim()) if param.shape[dim] > 1}
-    if not averaged:
-        return 1, count, width, outer
-    if averaged == kept_inner:
-        return count, width, 1, outer
-    if averaged == kept_outer:
-        return 1, count, width, outer
-    return None
+    _, pre, red, post, pitch = with_gaps
+    return (pre, red, post, pitch) if any(dims) else (1, pre, post, pitch)
 
 
 def _with_pitch(param: Tensor, pre: int, red: int, post: int) -> tuple[int, int, int, int] | None:
     if param.is_contiguous():
         return pre, red, post, post
-    inner, outer = _inner_and_outer(param)
-    if outer is None or math.prod(param.shape[:inner]) != pre * red:
-        return None
-    return pre, red, post, outer
+    rows = Rows.of(param.shape, param.stride())
+    return None if rows is None or rows.width != post else (pre, red, post, rows.pitch)
 
 
 def _has_holes(param: Tensor) -> bool:
     return layout(param, ()) is None
-
-
-def _inner_and_outer(param: Tensor) -> tuple[int, int | None]:
-    """The first dimension from which on a tensor is dense, and the constant pitch of what lies before (or None)."""
-    inner, dense = param.dim(), 1
-    while inner > 0 and (param.shape[inner - 1] == 1 or param.stride(inner - 1) == dense):
-        inner -= 1
-        dense *= param.shape[inner]
-    if inner == 0:
-        return 0, dense
-    pitch = expected = param.stride(inner - 1)
-    for dim in reversed(range(inner)):
-        if param.shape[dim] > 1 and param.stride(dim) != expected:
-            return inner, None
-        expected *= param.shape[dim]
-    return inner, pitch

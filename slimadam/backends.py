@@ -15,7 +15,8 @@ from torch import Tensor
 from slimadam.foreach import foreach_update
 from slimadam.functional import Dims, Entry, Hyperparameters, reference_update, second_moment_dtype
 from slimadam.kernels import compiled
-from slimadam.kernels.blocked import blocked_update, layouts
+from slimadam.kernels.blocked import blocked_update
+from slimadam.kernels.layout import geometry_of, has_gaps
 
 if TYPE_CHECKING:
     from slimadam.kernels.triton_update import TritonStep
@@ -68,7 +69,8 @@ def choose_backend(
         return "reference"
     if group["fused"] and compiled.takes(param, exp_avg_dtype, averaged_dims):
         return "compiled"
-    return "blocked" if layouts(param, averaged_dims) is not None else "reference"
+    takes = geometry_of(param, averaged_dims) is not None and not has_gaps(param)
+    return "blocked" if takes else "reference"
 
 
 @cache
@@ -107,7 +109,11 @@ def fits(backend: Backend, entry: Entry) -> bool:
     """
     if backend in ("reference", "foreach"):
         return True
-    return _dtypes_fit(backend, entry) and _lies_alike(entry) and (backend != "triton" or _triton().lies_beside(entry))
+    if not _dtypes_fit(backend, entry):
+        return False
+    if backend == "triton":
+        return _lies_alike(entry, has_gaps=False) and bool(_triton().lies_beside(entry))
+    return _lies_alike(entry, has_gaps(entry.param))
 
 
 def _dtypes_fit(backend: Backend, entry: Entry) -> bool:
@@ -120,11 +126,14 @@ def _dtypes_fit(backend: Backend, entry: Entry) -> bool:
     return entry.grad.dtype in ({dtype} if backend == "compiled" else _BLOCKED_DTYPES)
 
 
-def _lies_alike(entry: Entry) -> bool:
-    param = entry.param
+def _lies_alike(entry: Entry, has_gaps: bool) -> bool:
+    """Whether gradient and moments lie as the parameter does; where that has gaps, second moments have none."""
+    param, second = entry.param, (*entry.exp_avg_sq, *entry.max_exp_avg_sq)
     same_shape = [entry.grad, entry.exp_avg]
-    if not any(entry.averaged_dims):
-        same_shape += [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
+    if has_gaps and not all(moment.is_contiguous() for moment in second):
+        return False
+    if not any(entry.averaged_dims) and not has_gaps:
+        same_shape += second
     if any(tensor.shape != param.shape or tensor.device != param.device for tensor in same_shape):
         return False
     if param.is_contiguous():

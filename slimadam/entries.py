@@ -55,6 +55,29 @@ def entries_of(
         yield Entry(piece, own_grad, exp_avg, second, largest, state["step"], dims, exp_avg_scale=scales)
 
 
+def slices_of(entry: Entry, state: Mapping[str, Any]) -> Iterator[Entry]:
+    """An entry for each slice of the first dimension, along which nothing is averaged.
+
+    Args:
+        entry: Of a parameter or a part of one; with codes but no scales where they are no whole blocks.
+        state: The parameter's state.
+    """
+    dims = [tuple(dim - 1 for dim in one) for one in entry.averaged_dims]
+    scales = state.get("exp_avg_scale")
+    for index in range(entry.param.shape[0]):
+        exp_avg = entry.exp_avg[index]
+        yield Entry(
+            entry.param[index],
+            entry.grad[index],
+            exp_avg,
+            [moment[index] for moment in entry.exp_avg_sq],
+            [moment[index] for moment in entry.max_exp_avg_sq],
+            entry.step,
+            dims,
+            exp_avg_scale=None if scales is None else momentum.scales_of(exp_avg, state["exp_avg"], scales),
+        )
+
+
 def assembled(param: Tensor, rules: Sequence[Rule], pieces: Iterator[Tensor]) -> Tensor:
     """A tensor of the parameter's shape from one for each of its rules."""
     if rules[0].part is None:

@@ -12,10 +12,13 @@ from torch import Tensor
 from slimadam.averages import SharedPiece, shared_pieces
 from slimadam.backends import Backend, choose_backend, fits
 from slimadam.distributed import is_dtensor, local, local_rules, local_state
-from slimadam.entries import entries_of, momentum_dtype, rounding_seed
+from slimadam.entries import entries_of, momentum_dtype, rounding_seed, slices_of
 from slimadam.functional import Entry, Hyperparameters
 from slimadam.parts import key_of
 from slimadam.rules import Rule
+
+WORTH_SLICING = 1 << 14
+"""Elements from which on a slice is worth an update of its own."""
 
 
 class Piece(NamedTuple):
@@ -27,6 +30,7 @@ class Piece(NamedTuple):
         backend: Which implementation updates it.
         entry: Its tensors; of a DTensor the local ones.
         shared: How its second moment is averaged where other ranks take part.
+        slice_index: Which slice of the first dimension it is; None: all of it.
     """
 
     key: str
@@ -34,6 +38,7 @@ class Piece(NamedTuple):
     backend: Backend
     entry: Entry
     shared: SharedPiece | None = None
+    slice_index: int | None = None
 
 
 def with_gradient(piece: Piece, grad: Tensor, hyper: Hyperparameters) -> Entry:
@@ -46,7 +51,9 @@ def with_gradient(piece: Piece, grad: Tensor, hyper: Hyperparameters) -> Entry:
 
 def own_gradient(piece: Piece, grad: Tensor) -> Tensor:
     """A piece's own of a parameter's gradient."""
-    return grad if piece.rule.part is None else piece.rule.take(grad)
+    if piece.rule.part is not None:
+        grad = piece.rule.take(grad)
+    return grad if piece.slice_index is None else grad[piece.slice_index]
 
 
 def seed_of(piece: Piece) -> int:
@@ -65,11 +72,10 @@ def pieces_of_step(
     averages: list[SharedPiece | None] | None = None,
     counted: bool = False,
 ) -> Iterator[Piece]:
-    """A parameter, or each of its parts, with the implementation that updates it.
+    """A parameter, or each of its parts, with the implementation that updates it; or slices, if that takes those alone.
 
     Triton's counts the step itself: it takes all parts of a parameter that have elements here, or none.
     """
-    keys = [key_of(name, rule.part) for rule in rules]
     shared: list[SharedPiece | None] = [None] * len(rules)
     exp_avg_dtype = momentum_dtype(param, group)
     if is_dtensor(param):
@@ -77,26 +83,44 @@ def pieces_of_step(
         state = local_state(name, on_shard, param, state)
         shared = shared_pieces(on_shard, param, state) if averages is None else averages
         rules, param = [one.rule for one in on_shard], local(param)
-    entries = [
-        entry if of_all is None else of_all.given(entry)
-        for entry, of_all in zip(entries_of(rules, param, grad, group, state), shared, strict=True)
-    ]
-    backends = [_backend_of(rule, param, exp_avg_dtype, group) for rule in rules]
-    fitting = [
-        backend if fits(backend, entry) else "reference" for backend, entry in zip(backends, entries, strict=True)
-    ]
-    used = {backend for backend, entry in zip(fitting, entries, strict=True) if entry.param.numel()}
-    if "triton" in fitting and (counted or used != {"triton"}):
-        fitting = ["reference"] * len(fitting)
-    yield from map(Piece, keys, rules, fitting, entries, shared)
+    found: list[Piece] = []
+    for rule, entry, of_all in zip(rules, entries_of(rules, param, grad, group, state), shared, strict=True):
+        key = key_of(name, rule.part)
+        backend, in_slices = _backend_of(rule, param, exp_avg_dtype, group)
+        if in_slices and of_all is None:
+            slices = list(slices_of(entry, state))
+            if all(fits(backend, one) for one in slices):
+                found += (
+                    Piece(f"{key}[{index}]", rule, backend, one, slice_index=index) for index, one in enumerate(slices)
+                )
+                continue
+        own = entry if of_all is None else of_all.given(entry)
+        found.append(Piece(key, rule, backend if not in_slices and fits(backend, own) else "reference", own, of_all))
+    used = {piece.backend for piece in found if piece.entry.param.numel()}
+    if "triton" in {piece.backend for piece in found} and (counted or used != {"triton"}):
+        found = [piece._replace(backend="reference") for piece in found]
+    yield from found
 
 
 def backend_of(name: str, param: Tensor, group: Mapping[str, Any], rules: Sequence[Rule]) -> Backend:
     """The implementation for a parameter, or for the first of its parts."""
     rule = local_rules(name, rules, param)[0].rule if is_dtensor(param) else rules[0]
-    return _backend_of(rule, local(param), momentum_dtype(param, group), group)
+    return _backend_of(rule, local(param), momentum_dtype(param, group), group)[0]
 
 
-def _backend_of(rule: Rule, param: Tensor, exp_avg_dtype: torch.dtype, group: Mapping[str, Any]) -> Backend:
+def _backend_of(
+    rule: Rule, param: Tensor, exp_avg_dtype: torch.dtype, group: Mapping[str, Any]
+) -> tuple[Backend, bool]:
+    """The implementation for one part of a parameter, and whether it takes the slices of the first dimension alone.
+
+    Those of stacked experts' gate or up projection lie apart from each other, each in one piece.
+    """
     piece = rule.take(param)
-    return choose_backend(piece, exp_avg_dtype, rule.averaged_dims(piece.dim()), group)
+    dims = rule.averaged_dims(piece.dim())
+    backend = choose_backend(piece, exp_avg_dtype, dims, group)
+    apart = backend in ("reference", "foreach") and piece.dim() > 2 and not any(0 in one for one in dims)
+    if apart and piece.numel() >= WORTH_SLICING * piece.shape[0] > 0:
+        of_slice = choose_backend(piece[0], exp_avg_dtype, [tuple(dim - 1 for dim in one) for one in dims], group)
+        if of_slice not in ("reference", "foreach"):
+            return of_slice, True
+    return backend, False
