@@ -7,8 +7,8 @@ kernel does the rest. The plain reference beside it is :func:`slimadam.functiona
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from slimadam.kernels.layout import geometry
@@ -39,10 +39,13 @@ class Block(NamedTuple):
     max_exp_avg_sq: Tensor | None = None
 
 
-class Batch(NamedTuple):
+Together = TypeVar("Together", bound=tuple[Any, ...])
+
+
+class Batch(NamedTuple, Generic[Together]):
     """Blocks that are updated together, and by which numbers."""
 
-    blocks: list[Block]
+    blocks: list[Together]
     numbers: Numbers
 
 
@@ -55,17 +58,29 @@ def takes_blocks(entry: Entry, hyper: Hyperparameters) -> bool:
     return takes_averages(entry, averaged, float(hyper.beta2)) and all(tensor.is_contiguous() for tensor in tensors)
 
 
-def batches(entries: Iterable[Entry], hyper: Hyperparameters, most: int) -> Iterator[Batch]:
-    """Batches of about so many elements, of parameters for which :func:`takes_blocks` said yes."""
+def batches(
+    entries: Iterable[Entry],
+    hyper: Hyperparameters,
+    most: int,
+    blocks_of: Callable[[Entry, int], Iterator[Together]],
+) -> Iterator[Batch[Together]]:
+    """Batches of about so many elements.
+
+    Args:
+        entries: Parameters.
+        hyper: Hyperparameters.
+        most: Elements of a batch, unless one block has more.
+        blocks_of: The blocks of a parameter, of about so many elements; the first tensor of each is the parameter's.
+    """
     by_step: dict[float, list[Entry]] = {}
     for entry in entries:
         by_step.setdefault(entry.step.item(), []).append(entry)
     for alike in by_step.values():
         numbers = Numbers.of(hyper, alike[0].step)
-        together: list[Block] = []
+        together: list[Together] = []
         elements = 0
-        for block in (block for entry in alike for block in _blocks(entry, most)):
-            size = block.param.numel()
+        for block in (block for entry in alike for block in blocks_of(entry, most)):
+            size = block[0].numel()
             if elements + size > most and together:
                 yield Batch(together, numbers)
                 together, elements = [], 0
@@ -74,7 +89,8 @@ def batches(entries: Iterable[Entry], hyper: Hyperparameters, most: int) -> Iter
         yield Batch(together, numbers)
 
 
-def _blocks(entry: Entry, most: int) -> Iterator[Block]:
+def blocks(entry: Entry, most: int) -> Iterator[Block]:
+    """Those of a parameter for which :func:`takes_blocks` said yes."""
     _, pre, red, post, _ = geometry(entry)
     shape: tuple[int, ...] = (pre, red, post)
     averages: tuple[int, ...] = (pre, 1, post)
@@ -98,10 +114,10 @@ def _seen(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor if tensor.shape == shape else tensor.view(shape)
 
 
-def update_batch(batch: Batch) -> None:
+def update_batch(batch: Batch[Block]) -> None:
     """Update all blocks in place."""
-    blocks, numbers = batch
-    params, grads, exp_avgs, moments, maxima = (list(kind) for kind in zip(*blocks, strict=True))
+    together, numbers = batch
+    params, grads, exp_avgs, moments, maxima = (list(kind) for kind in zip(*together, strict=True))
     if numbers.gradient_factor != 1:
         grads = list(torch._foreach_mul(grads, numbers.gradient_factor))
 

@@ -14,8 +14,15 @@ from functools import partial
 from typing import NamedTuple
 
 from slimadam.kernels import workers
-from slimadam.kernels.batches import batches, takes_blocks, update_batch
+from slimadam.kernels.batches import batches, blocks, takes_blocks, update_batch
 from slimadam.kernels.columns import matrices, update_matrix
+from slimadam.kernels.factored import (
+    one_by_one,
+    takes_factored,
+    update_factored_batch,
+    update_factored_matrix,
+    whole,
+)
 from slimadam.kernels.layout import geometry, overlap
 from slimadam.kernels.numbers import Numbers
 from slimadam.kernels.passes import update_share
@@ -63,10 +70,17 @@ def _update_averaged(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
 
 
 def _tasks(entries: Sequence[Entry], hyper: Hyperparameters) -> Iterator[_Task]:
-    batched = []
+    batched, factored = [], []
     for entry in entries:
         _, _, red, post, _ = geometry(entry)
-        if not takes_blocks(entry, hyper):
+        if takes_factored(entry):
+            if red * post <= BLOCK_ELEMENTS:
+                factored.append(entry)
+                continue
+            numbers = Numbers.of(hyper, entry.step)
+            for one in one_by_one(entry):
+                yield _Task(red * post, partial(update_factored_matrix, one, numbers, -(-BLOCK_ELEMENTS // 2)))
+        elif not takes_blocks(entry, hyper):
             of = _shares(entry)
             for number in range(of):
                 run = partial(update_share, entry, hyper, number, of, BLOCK_ELEMENTS)
@@ -77,8 +91,10 @@ def _tasks(entries: Sequence[Entry], hyper: Hyperparameters) -> Iterator[_Task]:
                 yield _Task(red * post, partial(update_matrix, matrix, numbers, -(-BLOCK_ELEMENTS // 2)))
         else:
             batched.append(entry)
-    for batch in batches(batched, hyper, BLOCK_ELEMENTS):
+    for batch in batches(batched, hyper, BLOCK_ELEMENTS, blocks):
         yield _Task(sum(block.param.numel() for block in batch.blocks), partial(update_batch, batch))
+    for several in batches(factored, hyper, BLOCK_ELEMENTS, whole):
+        yield _Task(sum(one.param.numel() for one in several.blocks), partial(update_factored_batch, several))
 
 
 def _shares(entry: Entry) -> int:

@@ -28,6 +28,16 @@ def scratch(dtype: torch.dtype, shape: Sequence[int], use: str = "") -> Tensor:
     return held[:wanted].view(shape)
 
 
+def zeros(count: int) -> Tensor:
+    """So many float32 zeros of this thread, never to be written to."""
+    held: Tensor | None = getattr(_held, "zeros", None)
+    if held is None or held.numel() < count:
+        with torch.inference_mode(False):
+            held = torch.zeros(count, dtype=torch.float32, device="cpu")
+        _held.zeros = held
+    return held[:count]
+
+
 def scaled(grad: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """A gradient times a factor, in a thread's working memory."""
     target = scratch(dtype, grad.shape, "gradient")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from slimadam.kernels.layout import layout
 from slimadam.kernels.numbers import Numbers
-from slimadam.kernels.scratch import scaled, split
+from slimadam.kernels.scratch import scaled, split, zeros
 from torch import Tensor
 
 from slimadam.functional import Entry, Hyperparameters
@@ -89,6 +89,23 @@ def update_beside(
         amsgrad=False,
         maximize=False,
     )
+
+
+def update_with(params: list[Tensor], exp_avgs: list[Tensor], second_moments: list[Tensor], numbers: Numbers) -> None:
+    """Weight decay and step where both moments are known.
+
+    With gradients of zero and decay rates next to 1 neither changes in float32.
+
+    Args:
+        params: Blocks of parameters, float32.
+        exp_avgs: First moments, of the same shapes.
+        second_moments: Of the same shapes.
+        numbers: Hyperparameters and bias corrections.
+    """
+    sizes = [param.numel() for param in params]
+    memory = zeros(max(sizes))
+    grads = [memory[:size].view(param.shape) for size, param in zip(sizes, params, strict=True)]
+    update_beside(params, grads, exp_avgs, second_moments, numbers._replace(beta1=_DECAY))
 
 
 def _update_together(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
