@@ -15,7 +15,7 @@ from slimadam.kernels.layout import geometry
 from slimadam.kernels.numbers import Numbers
 from slimadam.kernels.passes import row_norms
 from slimadam.kernels.scratch import scratch, split
-from slimadam.kernels.torch_fused import takes_averages, update_beside
+from slimadam.kernels.torch_fused import takes_averages, takes_eps, update_beside
 from torch import Tensor
 
 from slimadam.functional import Entry, Hyperparameters
@@ -51,7 +51,7 @@ class Batch(NamedTuple, Generic[Together]):
 
 def takes_blocks(entry: Entry, hyper: Hyperparameters) -> bool:
     """Whether PyTorch's fused kernel takes blocks of a parameter."""
-    if len(entry.exp_avg_sq) == 2:
+    if len(entry.exp_avg_sq) == 2 or not takes_eps(hyper):
         return False
     tensors = (entry.param, entry.grad, entry.exp_avg, *entry.exp_avg_sq, *entry.max_exp_avg_sq)
     averaged = geometry(entry).red

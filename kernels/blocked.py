@@ -73,7 +73,7 @@ def _tasks(entries: Sequence[Entry], hyper: Hyperparameters) -> Iterator[_Task]:
     batched, factored = [], []
     for entry in entries:
         _, _, red, post, _ = geometry(entry)
-        if takes_factored(entry):
+        if takes_factored(entry, hyper):
             if red * post <= BLOCK_ELEMENTS:
                 factored.append(entry)
                 continue

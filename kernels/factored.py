@@ -15,10 +15,10 @@ from slimadam.kernels.layout import geometry
 from slimadam.kernels.numbers import Numbers
 from slimadam.kernels.passes import mean_square
 from slimadam.kernels.scratch import scratch, split
-from slimadam.kernels.torch_fused import update_with
+from slimadam.kernels.torch_fused import takes_eps, update_with
 from torch import Tensor
 
-from slimadam.functional import Entry, relative_rows
+from slimadam.functional import Entry, Hyperparameters, relative_rows
 
 
 class Matrices(NamedTuple):
@@ -39,10 +39,10 @@ class Matrices(NamedTuple):
     columns: Tensor
 
 
-def takes_factored(entry: Entry) -> bool:
+def takes_factored(entry: Entry, hyper: Hyperparameters) -> bool:
     """Whether this update takes a parameter; averages over several ranks are left to others."""
     tensors = (entry.param, entry.grad, entry.exp_avg, *entry.exp_avg_sq)
-    plain = len(entry.exp_avg_sq) == 2 and not entry.is_given
+    plain = len(entry.exp_avg_sq) == 2 and not entry.is_given and takes_eps(hyper)
     return plain and all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in tensors)
 
 

@@ -47,6 +47,15 @@ def update_plain(entries: Sequence[Entry], hyper: Hyperparameters, most: int) ->
             _update_together(together, hyper)
 
 
+_SMALLEST_EPS = 1e-30
+"""Next to which ``eps * root`` is a normal float32 number."""
+
+
+def takes_eps(hyper: Hyperparameters) -> bool:
+    """Whether :func:`update_beside` can multiply ``eps`` by a bias correction."""
+    return hyper.eps == 0 or hyper.eps >= _SMALLEST_EPS
+
+
 def takes_averages(entry: Entry, averaged: int, beta2: float) -> bool:
     """Whether :func:`update_beside` takes a parameter's blocks and leaves their averages what they are.
 

@@ -17,6 +17,7 @@ from slimadam.functional import Dims, Entry, Hyperparameters, reference_update, 
 from slimadam.kernels import compiled
 from slimadam.kernels.blocked import blocked_update
 from slimadam.kernels.layout import geometry_of, has_gaps
+from slimadam.standing import is_marked
 
 if TYPE_CHECKING:
     from slimadam.kernels.triton_update import TritonStep
@@ -109,7 +110,7 @@ def fits(backend: Backend, entry: Entry) -> bool:
     """
     if backend in ("reference", "foreach"):
         return True
-    if not _dtypes_fit(backend, entry):
+    if not _dtypes_fit(backend, entry) or is_marked(entry.grad):
         return False
     if backend == "triton":
         return _lies_alike(entry, has_gaps=False) and bool(_triton().lies_beside(entry))

@@ -26,6 +26,9 @@ class StandingGroup:
         rules: For each those of its parts.
         options: The options that decide on implementations.
         states: The state of each.
+
+    Attributes:
+        holds_nothing_else: Whether all tensors are plain ones; else there is nothing to compare with.
     """
 
     def __init__(
@@ -43,10 +46,10 @@ class StandingGroup:
         self._tensors = [*self._params, *state]
         grads = list(map(_GRAD, params))
         kinds = {type(tensor) for tensor in (*self._tensors, *grads)}
-        self.holds_nothing_else = kinds <= {Tensor, Parameter}
+        self.holds_nothing_else = kinds <= {Tensor, Parameter} and not any(map(is_marked, grads))
         if self.holds_nothing_else:
             self._addresses = _addresses(self._tensors)
-            self._layouts = _layouts(self._params), _layouts(grads)
+            self._layouts = layouts(self._tensors), layouts(grads)
 
     def gradients(
         self,
@@ -61,15 +64,21 @@ class StandingGroup:
         grads, values, moments = list(map(_GRAD, params)), _values(states), list(chain.from_iterable(self._lists))
         same = (
             set(map(type, grads)) == {Tensor}
+            and not any(map(is_marked, grads))
             and len(values) == len(self._values)
             and len(moments) == len(self._moments)
             and all(map(is_, values, self._values))
             and all(map(is_, moments, self._moments))
             and all(map(is_, rules, self._rules))
             and _addresses(self._tensors) == self._addresses
-            and (_layouts(params), _layouts(grads)) == self._layouts
+            and (layouts(self._tensors), layouts(grads)) == self._layouts
         )
         return grads if same else None
+
+
+def is_marked(grad: Tensor) -> bool:
+    """Whether memory does not hold a gradient's values: it is negated when it is read, or zero without memory."""
+    return grad.is_neg() or grad._is_zerotensor()
 
 
 def _values(states: Iterable[Mapping[str, Any]]) -> list[Any]:
@@ -80,5 +89,6 @@ def _addresses(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def _layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+def layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Dtypes, shapes and strides."""
     return list(map(_DTYPE, tensors)), list(map(_SHAPE, tensors)), list(map(Tensor.stride, tensors))

@@ -26,7 +26,7 @@ from slimadam.entries import (
 from slimadam.functional import Entry, Hyperparameters, Scalar
 from slimadam.kernels.compiled import Table
 from slimadam.rules import Rule
-from slimadam.standing import StandingGroup
+from slimadam.standing import StandingGroup, is_marked, layouts
 from slimadam.step_pieces import Piece, own_gradient, pieces_of_step, seed_of, with_gradient
 
 if TYPE_CHECKING:
@@ -48,10 +48,12 @@ class _Prepared(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     grad_dtype: torch.dtype
+    grad_is_marked: bool
     stride: tuple[int, ...]
     grad_stride: tuple[int, ...]
     state: tuple[Any, ...]
     moments: tuple[Tensor, ...]
+    state_layouts: tuple[list[Any], ...]
     pieces: list[Piece]
     takes_codes: bool
     counts_itself: bool
@@ -82,9 +84,11 @@ class _Prepared(NamedTuple):
             and self.shape == shape
             and grad.shape == (shape if own is param else own.shape)
             and self.grad_dtype is grad.dtype
+            and self.grad_is_marked == is_marked(grad)
             and self.dtype is param.dtype
             and self.options == options
             and (not self.moments or all(map(_is_same, self.moments, _moments(state))))
+            and self.state_layouts == _state_layouts(state)
         )
 
 
@@ -252,6 +256,9 @@ class Stepper:
                 for backend, entries in work.given.items():
                     UPDATES[backend](entries, work.hyper)
         self._starting.clear()
+        if len(self._standing) > len(groups):
+            present = {id(group) for _, group in groups}
+            self._standing = {key: standing for key, standing in self._standing.items() if key in present}
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
     def _update_untraced(self, *arguments: Any) -> None:
@@ -299,7 +306,7 @@ class Stepper:
                 if entry.param.numel() and not decodes:
                     together = work.entries if piece.shared is None else work.given
                     together[piece.backend].append(entry)
-        if len(held) == len(params) and not (work.shared or work.to_decode or torch.compiler.is_compiling()):
+        if len(held) == len(params) > 0 and not (work.shared or work.to_decode or torch.compiler.is_compiling()):
             self._keep(group, [(param, all_rules[name], state, prepared) for name, param, _, state, prepared in held])
         return work
 
@@ -353,9 +360,11 @@ class Stepper:
             shape=param.shape,
             dtype=param.dtype,
             grad_dtype=grad.dtype,
+            grad_is_marked=is_marked(grad),
             stride=own.stride(),
             grad_stride=grad.stride(),
             moments=_moments(state),
+            state_layouts=_state_layouts(state),
             state=tuple(state.get(key) for key in _STATE),
             pieces=[piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces],
             takes_codes=all(piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces),
@@ -409,6 +418,10 @@ def _moments(state: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """The tensors in the lists that a state holds; one may have been exchanged."""
     second = state["exp_avg_sq"]
     return () if isinstance(second, Tensor) else (*second, *state.get("max_exp_avg_sq", ()))
+
+
+def _state_layouts(state: Mapping[str, Any]) -> tuple[list[Any], ...]:
+    return layouts([value for value in (*state.values(), *_moments(state)) if isinstance(value, Tensor)])
 
 
 def _is_same(one: object, other: object) -> bool:

@@ -140,3 +140,19 @@ def test_what_it_cannot_take_goes_through_passes(dims: tuple[int, ...], monkeypa
     singles = [grad.float().double().numpy() for grad in grads]
     expected = slim_adamw_float64(start.double().numpy(), singles, dims, **options)  # type: ignore[arg-type]
     np.testing.assert_allclose(ours.detach().double().numpy(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("rule", [Rule((1,), "mean"), Rule((0,), "mean"), Rule(form="factored")], ids=str)
+@pytest.mark.parametrize("eps", [0.0, 1e-44, 1e-38, 1e-31, 1e-29, 1e3], ids=lambda value: f"{value:g}")
+def test_any_eps(rule: Rule, eps: float) -> None:
+    """Zero gradients leave nothing but ``eps`` to divide by; with none, 0 / 0 is NaN as it is for AdamW."""
+    results = []
+    for implementation in ({}, {"foreach": False}):
+        param = torch.nn.Parameter(torch.ones(4, 6))
+        options = {"lr": 0.1, "eps": eps, "weight_decay": 0.01}
+        optimizer = SlimAdam([("w", param)], plan=CompressionPlan({"w": rule}), **options, **implementation)
+        for value in (0.0, 1.0, 0.0):
+            param.grad = torch.full((4, 6), value)
+            optimizer.step()
+        results.append(param.detach())
+    torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=0, equal_nan=True)

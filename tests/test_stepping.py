@@ -295,3 +295,53 @@ def test_no_gradient_is_kept_alive(fused: bool | None) -> None:
     param.grad = None
     gc.collect()
     assert grad() is None
+
+
+def test_a_group_without_parameters_takes_its_step(fused: bool | None) -> None:
+    param = torch.ones(4, 6).requires_grad_()
+    groups = [{"params": [param]}, {"params": [], "weight_decay": 0.1}]
+    optimizer = SlimAdam(groups, lr=0.1, weight_decay=0.0, plan="factored", fused=fused)
+    for step in range(1, 4):
+        param.grad = torch.ones(4, 6)
+        optimizer.step()
+        torch.testing.assert_close(param.detach(), torch.full((4, 6), 1 - 0.1 * step))
+
+
+def test_a_moment_may_become_narrower_where_it_lies(fused: bool | None) -> None:
+    def narrow(param: Tensor, optimizer: SlimAdam) -> None:
+        _step(param, optimizer, 7)
+        exp_avg = optimizer.state[param]["exp_avg"]
+        before = exp_avg.clone()
+        exp_avg.data = exp_avg.data.flatten().view(torch.bfloat16)[:64].view(8, 8)
+        exp_avg.copy_(before)
+
+    expected, found = _both(narrow, fused)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dims", [(), (0,), (1,), "factored"], ids=str)
+@pytest.mark.parametrize("kind", ["negated", "zero"])
+def test_gradients_that_memory_does_not_hold(fused: bool | None, dims: Any, kind: str) -> None:
+    results = []
+    for which in (False, fused):
+        param = torch.arange(24.0).view(4, 6).requires_grad_()
+        optimizer = _optimizer(param, dims, fused=which)
+        for step in range(5):
+            grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            if step in (1, 2):
+                grad = torch._neg_view(grad) if kind == "negated" else torch._efficientzerotensor((4, 6))
+            param.grad = grad
+            optimizer.step()
+        results.append(param.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_groups_that_were_replaced_are_let_go(fused: bool | None) -> None:
+    param = torch.ones(4, 6).requires_grad_()
+    optimizer = _optimizer(param, fused=fused)
+    replaced = []
+    for step in range(5):
+        replaced.append(optimizer.param_groups[0])
+        optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.1 / (step + 1)}
+        _step(param, optimizer, step)
+    assert len(optimizer._stepper._standing) == 1
