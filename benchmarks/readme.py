@@ -61,6 +61,26 @@ def throughput_narrow(result: dict[str, Any]) -> str:
     )
 
 
+def throughput_of_model(result: dict[str, Any]) -> str:
+    """Time of a step over another model's shapes, in short."""
+    rows = result["rows"]
+    lines = [
+        f"| {label} | {row['ratio']:.2f} | {row['state_bytes_per_parameter']:.2f} |" for label, row in rows.items()
+    ]
+    return "\n".join(
+        [
+            f"{result['model']}, {result['elements'] / 1e6:.0f} million parameters, in float32 on a CPU, against fused "
+            f"AdamW ({rows['AdamW (fused)']['milliseconds']:.0f} ms); {result['machine']['threads']} threads, medians of "
+            f"{result['rounds']} {origin(result['machine'])}, `python -m benchmarks.throughput --model "
+            f'{result["model"]} --rounds {result["rounds"]} --peers --only "AdamW (default)" "SlimAdam (rules*" "SlimAdam (factored*"`:',
+            "",
+            "| | time | state |",
+            "|---|---|---|",
+            *lines,
+        ]
+    )
+
+
 def throughput_in_short(result: dict[str, Any]) -> str:
     """The rows that decide, for the README."""
     rows = {
@@ -274,6 +294,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "throughput": throughput,
     "throughput_in_short": throughput_in_short,
     "throughput_gpt2-narrow_cpu_float32": throughput_narrow,
+    **{f"throughput_{model}_cpu_float32": throughput_of_model for model in ("mixtral-small", "resnet50", "vit-base")},
     "kernels": kernels,
     "memory": memory,
     "parity": parity,
