@@ -67,12 +67,15 @@ def throughput_of_model(result: dict[str, Any]) -> str:
     lines = [
         f"| {label} | {row['ratio']:.2f} | {row['state_bytes_per_parameter']:.2f} |" for label, row in rows.items()
     ]
+    command = (
+        f"python -m benchmarks.throughput --model {result['model']} --rounds {result['rounds']} --peers "
+        '--only "AdamW (default)" "SlimAdam (rules*" "SlimAdam (factored*"'
+    )
     return "\n".join(
         [
             f"{result['model']}, {result['elements'] / 1e6:.0f} million parameters, in float32 on a CPU, against fused "
-            f"AdamW ({rows['AdamW (fused)']['milliseconds']:.0f} ms); {result['machine']['threads']} threads, medians of "
-            f"{result['rounds']} {origin(result['machine'])}, `python -m benchmarks.throughput --model "
-            f'{result["model"]} --rounds {result["rounds"]} --peers --only "AdamW (default)" "SlimAdam (rules*" "SlimAdam (factored*"`:',
+            f"AdamW ({rows['AdamW (fused)']['milliseconds']:.0f} ms); {result['machine']['threads']} threads, medians "
+            f"of {result['rounds']} {origin(result['machine'])}, `{command}`:",
             "",
             "| | time | state |",
             "|---|---|---|",
