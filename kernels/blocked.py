@@ -2,9 +2,10 @@
 
 Each block is read from memory once, however many operations work on it, so that a row-averaged step moves
 20 bytes per float32 parameter and a column-averaged one 24 (AdamW: 28). Where there are enough parameters, each core
-takes some of its own (workers.py); the results are those of one core, bit for bit. The plain reference beside it is
-:func:`slimadam.functional.reference_update`; what needs no averages of its own goes to PyTorch's own fused CPU kernel
-(torch_fused.py).
+takes some of its own (workers.py); the results are those of one core, bit for bit. In float32 PyTorch's own fused CPU
+kernel takes the step (torch_fused.py): of small parameters together (batches.py), of large matrices by blocks of rows
+(columns.py), and with row and column averages (factored.py). What it cannot take goes through chains of operations
+(passes.py). The plain reference beside all of them is :func:`slimadam.functional.reference_update`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,7 @@ from typing import NamedTuple
 from slimadam.kernels import workers
 from slimadam.kernels.batches import batches, blocks, takes_blocks, update_batch
 from slimadam.kernels.columns import matrices, update_matrix
-from slimadam.kernels.factored import (
-    one_by_one,
-    takes_factored,
-    update_factored_batch,
-    update_factored_matrix,
-    whole,
-)
+from slimadam.kernels.factored import stacks, takes_factored, update_factored_batch, update_factored_matrix
 from slimadam.kernels.layout import geometry, overlap
 from slimadam.kernels.numbers import Numbers
 from slimadam.kernels.passes import update_share
@@ -78,7 +73,7 @@ def _tasks(entries: Sequence[Entry], hyper: Hyperparameters) -> Iterator[_Task]:
                 factored.append(entry)
                 continue
             numbers = Numbers.of(hyper, entry.step)
-            for one in one_by_one(entry):
+            for one in stacks(entry, 1):
                 yield _Task(red * post, partial(update_factored_matrix, one, numbers, -(-BLOCK_ELEMENTS // 2)))
         elif not takes_blocks(entry, hyper):
             of = _shares(entry)
@@ -93,7 +88,7 @@ def _tasks(entries: Sequence[Entry], hyper: Hyperparameters) -> Iterator[_Task]:
             batched.append(entry)
     for batch in batches(batched, hyper, BLOCK_ELEMENTS, blocks):
         yield _Task(sum(block.param.numel() for block in batch.blocks), partial(update_batch, batch))
-    for several in batches(factored, hyper, BLOCK_ELEMENTS, whole):
+    for several in batches(factored, hyper, BLOCK_ELEMENTS, stacks):
         yield _Task(sum(one.param.numel() for one in several.blocks), partial(update_factored_batch, several))
 
 

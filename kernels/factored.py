@@ -46,19 +46,14 @@ def takes_factored(entry: Entry, hyper: Hyperparameters) -> bool:
     return plain and all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in tensors)
 
 
-def whole(entry: Entry, most: int = 0) -> Iterator[Matrices]:
-    """All matrices of a parameter at once."""
+def stacks(entry: Entry, most: int) -> Iterator[Matrices]:
+    """A parameter's matrices, of about so many elements together, but at least one."""
     _, pre, red, post, _ = geometry(entry)
-    param, grad, exp_avg = (tensor.view(pre, red, post) for tensor in (entry.param, entry.grad, entry.exp_avg))
+    values = (tensor.view(pre, red, post) for tensor in (entry.param, entry.grad, entry.exp_avg))
     rows, columns = entry.exp_avg_sq
-    yield Matrices(param, grad, exp_avg, rows.view(pre, red, 1), columns.view(pre, 1, post))
-
-
-def one_by_one(entry: Entry) -> Iterator[Matrices]:
-    """Each matrix of a parameter, ``pre`` being 1."""
-    (found,) = whole(entry)
-    for number in range(len(found.param)):
-        yield Matrices(*(tensor[number : number + 1] for tensor in found))
+    tensors = [*values, rows.view(pre, red, 1), columns.view(pre, 1, post)]
+    for some in zip(*split(tensors, max(1, most // (red * post))), strict=True):
+        yield Matrices(*some)
 
 
 def update_factored_batch(batch: Batch[Matrices]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from slimadam.kernels import batches, blocked, columns
+from slimadam.kernels.factored import stacks
 from slimadam.kernels.numbers import Numbers
 from slimadam.kernels.torch_fused import takes_averages, update_beside
 
@@ -156,3 +157,14 @@ def test_any_eps(rule: Rule, eps: float) -> None:
             optimizer.step()
         results.append(param.detach())
     torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("most", "together"), [(1, 1), (45, 2), (100, 5), (1000, 6)])
+def test_stacks_of_factored_matrices_come_apart(most: int, together: int) -> None:
+    param = torch.ones(6, 4, 5)
+    averages = [torch.ones(6, 4, 1), torch.ones(6, 1, 5)]
+    entry = Entry(param, param, param, averages, [], torch.tensor(1.0), [(2,), (1,)])
+    found = list(stacks(entry, most))
+    assert max(len(matrices.param) for matrices in found) == together
+    assert sum(len(matrices.param) for matrices in found) == 6
+    assert all(len({len(tensor) for tensor in matrices}) == 1 for matrices in found)
