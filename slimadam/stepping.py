@@ -276,7 +276,8 @@ class Stepper:
         """Count a step of every parameter of a group that has a gradient, and find what it takes."""
         options = _options(group)
         hyper = hyperparameters(group, clip_factor)
-        standing, params = self._standing.get(id(group)), group["params"]
+        params = group["params"]
+        standing = None if torch.compiler.is_compiling() else self._standing.get(id(group))
         if standing is not None:
             of_params = map(all_rules.__getitem__, names), options, map(states.__getitem__, params)
             grads = standing.rests_on.gradients(params, *of_params)
@@ -360,11 +361,11 @@ class Stepper:
             shape=param.shape,
             dtype=param.dtype,
             grad_dtype=grad.dtype,
-            grad_is_marked=is_marked(grad),
+            grad_is_marked=not torch.compiler.is_compiling() and is_marked(grad),
             stride=own.stride(),
             grad_stride=grad.stride(),
             moments=_moments(state),
-            state_layouts=_state_layouts(state),
+            state_layouts=([],) if torch.compiler.is_compiling() else _state_layouts(state),
             state=tuple(state.get(key) for key in _STATE),
             pieces=[piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces],
             takes_codes=all(piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces),
