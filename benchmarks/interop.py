@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is import
 import contextlib
 import logging
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -267,14 +268,22 @@ def accelerate_settings_restored() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+_ended_group: deque[Any] = deque(maxlen=1)
+
+
 @contextlib.contextmanager
 def one_process_group() -> Iterator[None]:
-    """A gloo group of this process alone."""
+    """A gloo group of this process alone.
+
+    It outlives what it ran, until the next group begins: where DistributedDataParallel's reducer holds a group last, it
+    ends it with the interpreter's lock in hand, and waits for ever for a gloo thread that wants the lock.
+    """
     store = distributed.HashStore()  # type: ignore[attr-defined]  # torch does not list it as exported
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:
+        _ended_group.append(distributed.group.WORLD)
         distributed.destroy_process_group()
 
 
