@@ -1,6 +1,8 @@
-"""Optimizers side by side on one model's parameters: every one steps in turn, so that a busy machine slows all.
+"""Optimizers side by side on one model's parameters: every one steps in turn, each beside a step of fused AdamW.
 
-All share the parameters and the gradients, which halves the memory and changes no timing; each has its own state.
+A shared machine's memory can be half as fast a second later, so a time is divided by that of the step beside it, and a
+ratio is the median of these. All share the parameters and the gradients, which halves the memory and changes no timing;
+each has its own state.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from benchmarks.workloads.skeleton import skeleton
 from slimadam import SlimAdam
 
 WARMUP_TURNS = 2
-SLOW = 30
+SLOW = 20
 """Contenders that take so many times as long as fused AdamW are timed ``SLOW_ROUNDS`` times at most."""
 SLOW_ROUNDS = 2
 Row = dict[str, Any]
@@ -60,6 +62,8 @@ class _Built:
     step: Callable[[], Any]
     row: Row
     laps: list[stopwatch.Lap] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    is_slow: bool = False
 
 
 class _Bench:
@@ -213,24 +217,25 @@ def _check(contender: Contender, device: str, dtype: torch.dtype) -> float:
 
 
 def _time(bench: _Bench, built: list[_Built], rounds: int, found: Comparison) -> None:
-    fused = built[0]
-    slow: set[str] = set()
-    limit = math.inf
+    fused, *others = built
     for turn in range(rounds + WARMUP_TURNS):
         counts = turn >= WARMUP_TURNS
-        first = turn % len(built)  # none always runs after the same one: caches and the machine's clock remember it
-        for one in [*built[first:], *built[:first]]:
-            if one.contender.label in slow and not WARMUP_TURNS <= turn < WARMUP_TURNS + SLOW_ROUNDS:
+        first = turn % max(1, len(others))  # none always runs after the same one: caches remember it
+        for one in [*others[first:], *others[:first]]:
+            if one.is_slow and not WARMUP_TURNS <= turn < WARMUP_TURNS + SLOW_ROUNDS:
                 continue
-            taken = stopwatch.lap(one.step, bench.device)
-            one.laps += [taken] if counts else []
-            if one is fused:
-                limit = SLOW * taken.total
-            elif taken.total > limit:
-                slow.add(one.contender.label)
+            pair = (one, fused) if turn % 2 else (fused, one)
+            taken = {id(each): stopwatch.lap(each.step, bench.device) for each in pair}
+            ratio = taken[id(one)].total / taken[id(fused)].total
+            one.is_slow = one.is_slow or ratio > SLOW
+            if counts:
+                one.ratios.append(ratio)
+                one.laps.append(taken[id(one)])
+                fused.laps.append(taken[id(fused)])
+        if not others:
+            fused.laps += [stopwatch.lap(fused.step, bench.device)] if counts else []
         copied = stopwatch.lap(bench.copy, bench.device)
         found.copies += [copied.total] if counts else []
-    baseline = statistics.median(lap.total for lap in fused.laps)
     copy_bandwidth = bench.copied_bytes / statistics.median(found.copies) / 1e6
     itemsize = bench.dtype.itemsize
     for one in built:
@@ -239,11 +244,12 @@ def _time(bench: _Bench, built: list[_Built], rounds: int, found: Comparison) ->
         bandwidth = moved * bench.elements / median / 1e6
         figures: Row = {
             "milliseconds": median,
-            "ratio": median / baseline,
+            "ratio": statistics.median(one.ratios) if one.ratios else 1.0,
             "moved_bytes_per_parameter": moved,
             "gigabytes_per_second": bandwidth,
             "share_of_copy_bandwidth": bandwidth / copy_bandwidth,
             "laps": [round(lap.total, 4) for lap in one.laps],
+            "ratios": [round(ratio, 4) for ratio in one.ratios],
         }
         if stopwatch.is_cuda(bench.device):
             figures["host_milliseconds"] = statistics.median(lap.host for lap in one.laps)

@@ -28,10 +28,9 @@ def throughput(result: dict[str, Any]) -> str:
     left_out = [f"- {label}: {reason}" for label, reason in result["left_out"].items()]
     return "\n".join(
         [
-            "One step over the shapes of GPT-2 124M in float32 on a CPU, all optimizers in turn in one run: time "
-            f"against that of fused AdamW "
-            f"({result['rows']['AdamW (fused)']['milliseconds']:.0f} ms), bytes of state for each "
-            f"parameter, and the bandwidth reached by the bytes that must move, against a copy's; "
+            "One step over the shapes of GPT-2 124M in float32 on a CPU, all optimizers in one run: time against that "
+            f"of a step of fused AdamW beside it ({result['rows']['AdamW (fused)']['milliseconds']:.0f} ms), bytes of "
+            f"state for each parameter, and the bandwidth reached by the bytes that must move, against a copy's; "
             f"{result['machine']['threads']} threads, medians of {result['rounds']} {origin(result['machine'])}, "
             "`python -m benchmarks.throughput`:",
             "",
@@ -50,8 +49,9 @@ def throughput_narrow(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"One step over the 196 tensors of a GPT-2 64 wide, {result['elements'] / 1e6:.1f} million parameters, in "
-            f"float32 on a CPU; {result['machine']['threads']} threads, medians of {result['rounds']} "
-            f"{origin(result['machine'])}, `python -m benchmarks.throughput --model gpt2-narrow --rounds 201 --peers "
+            f"float32 on a CPU, each beside one of fused AdamW; {result['machine']['threads']} threads, medians of "
+            f"{result['rounds']} {origin(result['machine'])}, "
+            "`python -m benchmarks.throughput --model gpt2-narrow --rounds 201 --peers "
             '--only "AdamW (default)" "SlimAdam*"`:',
             "",
             "| | ms | of fused AdamW |",
@@ -73,9 +73,9 @@ def throughput_of_model(result: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"{result['model']}, {result['elements'] / 1e6:.0f} million parameters, in float32 on a CPU, against fused "
-            f"AdamW ({rows['AdamW (fused)']['milliseconds']:.0f} ms); {result['machine']['threads']} threads, medians "
-            f"of {result['rounds']} {origin(result['machine'])}, `{command}`:",
+            f"{result['model']}, {result['elements'] / 1e6:.0f} million parameters, in float32 on a CPU, against "
+            f"fused AdamW beside it ({rows['AdamW (fused)']['milliseconds']:.0f} ms); {result['machine']['threads']} "
+            f"threads, medians of {result['rounds']} {origin(result['machine'])}, `{command}`:",
             "",
             "| | time | state |",
             "|---|---|---|",

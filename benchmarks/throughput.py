@@ -1,8 +1,8 @@
 """Time of one optimizer step, side by side: ``python -m benchmarks.throughput``.
 
-Every optimizer steps the same parameters in the same process, in turn, so that a busy machine slows all of them. Before
-one of ours is timed, it is compared with the float64 formula; a wrong one is refused. Bytes are those that must move:
-parameters and state read and written, gradients read.
+Every optimizer steps the same parameters in the same process, each beside a step of fused AdamW, so that a busy machine
+slows both. Before one of ours is timed, it is compared with the float64 formula; a wrong one is refused. Bytes are
+those that must move: parameters and state read and written, gradients read.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=MODELS, default="gpt2-small")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each optimizer")
+    parser.add_argument("--rounds", type=int, default=25, help="timed steps of each optimizer")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="other projects' optimizers")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of labels; fused AdamW is always measured")
     parser.add_argument("--block", type=int, default=blocked.BLOCK_ELEMENTS, help="elements in a cache block")

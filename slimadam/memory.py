@@ -13,6 +13,7 @@ from torch import Tensor
 from slimadam.distributed import kept_shapes, local
 from slimadam.entries import momentum_bytes
 from slimadam.functional import second_moment_dtype
+from slimadam.report.wording import format_bytes
 from slimadam.rules import Rule
 from slimadam.state import step_dtype
 
@@ -44,6 +45,16 @@ class MemoryReport(Mapping[str, float]):
     adamw_total: int
     second_moments_saved: float
     bytes_per_parameter: float
+
+    def __str__(self) -> str:
+        parts = {"first moments": self.exp_avg, "second moments": self.exp_avg_sq, "maxima": self.max_exp_avg_sq}
+        counted = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+        beside = f"; samples beside it {format_bytes(self.monitor)}" if self.monitor else ""
+        return (
+            f"optimizer state {format_bytes(self.total)} (AdamW {format_bytes(self.adamw_total)}), "
+            f"{self.bytes_per_parameter:.2f} bytes per parameter: {counted or 'nothing'}; "
+            f"{self.second_moments_saved:.1%} of AdamW's second moments saved{beside}"
+        )
 
     def __getitem__(self, key: str) -> float:
         if key not in self:

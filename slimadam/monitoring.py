@@ -230,7 +230,7 @@ class Monitor:
     def _in_words(self, sample: Sample) -> str:
         if not sample.measured:
             return (
-                "not ready: too few gradients since it was compressed (compiled and capturable steps are not watched)"
+                "not ready: takes 3 / (1 - beta2) steps since it was compressed, compiled and capturable ones left out"
             )
         if math.isnan(sample.latest):
             return "gradients in the sample were not finite"

@@ -342,21 +342,29 @@ def _tell_uncovered(names: Sequence[str], found: Sequence[Sequence[Rule]]) -> No
 def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]]) -> bool:
     """Warn if the paper's rules leave matrices in full that are more than a small share of all elements."""
     sized = [(name, rule, math.prod(rule.shape or ())) for name, rules in by_name.items() for rule in rules]
-    left = {
-        key_of(name, rule.part): elements
+    left = [
+        (key_of(name, rule.part), rule.role, elements)
         for name, rule, elements in sized
         if rule.reason.startswith(NO_RULE) and len(rule.shape or ()) > 1 and rule.role not in (NORM, BIAS)
-    }
-    share = sum(left.values()) / max(1, sum(elements for *_, elements in sized))
+    ]
+    share = sum(elements for *_, elements in left) / max(1, sum(elements for *_, elements in sized))
     if share <= LARGEST_SHARE_WITHOUT_RULE:
         return False
+    unknown = [key for key, role, _ in left if role == UNKNOWN]
+    others = [key for key, role, _ in left if role != UNKNOWN]
+    reasons = [f"the paper has no rule for {_matrices(others)}"] if others else []
+    if unknown:
+        remedy = "; pass model=model, which has names" if any(map(is_position, unknown)) else ""
+        reasons.append(f"no name tells what these are: {_matrices(unknown)}{remedy}")
     logger.warning(
-        "plan='rules': the paper has no rule for %d matrices (%s%s), %.0f%% of all elements: their second moments stay "
-        "in full; plan='auto' measures them, plan='factored' averages their rows and columns, a plan of yours may do "
-        "either",
-        len(left),
-        ", ".join(list(left)[:NAMES_IN_WARNING]),
-        ", ..." if len(left) > NAMES_IN_WARNING else "",
+        "plan='rules' leaves the second moments of %.0f%% of all elements in full: %s; plan='auto' measures them, "
+        "plan='factored' averages their rows and columns, a plan of yours may do either",
         100 * share,
+        "; ".join(reasons),
     )
     return True
+
+
+def _matrices(keys: Sequence[str]) -> str:
+    shown_keys = ", ".join(keys[:NAMES_IN_WARNING]) + (", ..." if len(keys) > NAMES_IN_WARNING else "")
+    return f"{len(keys)} {'matrix' if len(keys) == 1 else 'matrices'} ({shown_keys})"

@@ -227,6 +227,10 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     options = ("--steps", 3, "--width", 16, "--layers", 1, "--data", folder / "text", "--out", folder / "new" / "out")
     outcome = invoke(*options)
     assert outcome.exit_code == 0, outcome.output
+    phases = ("calibration", "AdamW", "SlimAdam", "SlimAdam, best form")
+    assert [line for line in outcome.stderr.splitlines() if line.endswith(": 3 steps")] == [
+        f"{phase}: 3 steps" for phase in phases
+    ]
     return folder / "new" / "out", outcome.stdout
 
 

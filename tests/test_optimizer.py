@@ -160,6 +160,19 @@ def test_memory_is_known_before_the_first_step(plan: Any, momentum_dtype: Any, a
     )
 
 
+def test_memory_is_printed_in_words() -> None:
+    weight = nn.Parameter(torch.zeros(1000, 500))
+    printed = str(SlimAdam([("weight", weight)], plan="factored", momentum_dtype=torch.bfloat16).memory())
+    assert printed.startswith("optimizer state 1.01 MB (AdamW 4 MB), 2.01 bytes per parameter: ")
+    assert (
+        "first moments 1 MB, second moments 6 kB; 99.7% of AdamW's second moments saved; samples beside it" in printed
+    )
+    in_full = str(SlimAdam([nn.Parameter(torch.zeros(3))], amsgrad=True).memory())
+    assert in_full.endswith(
+        "first moments 12 B, second moments 12 B, maxima 12 B; 0.0% of AdamW's second moments saved"
+    )
+
+
 @pytest.mark.parametrize("steps_before", [0, 3])
 @pytest.mark.parametrize(
     "options",

@@ -1,4 +1,4 @@
-"""plan="rules" says once what the paper has no rule for, where that is much of a model."""
+"""plan="rules" says once what it leaves in full, and why, where that is much of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slimadam import SlimAdam
 
 
 def _messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if "the paper has no rule" in record.getMessage()]
+    return [record.getMessage() for record in caplog.records if "plan='rules' leaves" in record.getMessage()]
 
 
 def test_matrices_without_a_rule_are_named_once_with_share_and_remedy(caplog: pytest.LogCaptureFixture) -> None:
@@ -17,7 +17,8 @@ def test_matrices_without_a_rule_are_named_once_with_share_and_remedy(caplog: py
     groups = [{"params": list(layer.named_parameters(f"{index}"))} for index, layer in enumerate(model)]
     optimizer = SlimAdam(groups, plan="rules")
     (message,) = _messages(caplog)
-    assert "no rule for 4 matrices (0.weight, 1.weight, 2.weight, ...), 91% of all elements" in message
+    assert "second moments of 91% of all elements in full" in message
+    assert "no name tells what these are: 4 matrices (0.weight, 1.weight, 2.weight, ...); plan='auto'" in message
     assert "plan='auto' measures them, plan='factored'" in message
     assert caplog.records[-1].levelname == "WARNING"
     optimizer.add_param_group({"params": [("more.weight", nn.Linear(10, 10).weight)]})
@@ -26,7 +27,21 @@ def test_matrices_without_a_rule_are_named_once_with_share_and_remedy(caplog: py
 
 def test_convolutions_have_no_rule(caplog: pytest.LogCaptureFixture) -> None:
     SlimAdam(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)), plan="rules")
-    assert len(_messages(caplog)) == 1
+    (message,) = _messages(caplog)
+    assert "the paper has no rule for 2 matrices (0.weight, 2.weight); plan='auto'" in message
+
+
+def test_both_reasons_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
+    SlimAdam(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 8)), plan="rules")
+    (message,) = _messages(caplog)
+    assert "the paper has no rule for 1 matrix (0.weight); no name tells what these are: 2 matrices (2." in message
+
+
+def test_positions_are_no_names(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(10, 10))
+    SlimAdam(model.parameters(), plan="rules")
+    (message,) = _messages(caplog)
+    assert "1 matrix (param_groups.0.params.0); pass model=model, which has names; plan='auto'" in message
 
 
 @pytest.mark.parametrize("plan", ["factored", "auto", None])

@@ -77,7 +77,7 @@ def _naming_option(error: ValueError) -> str:
 
 
 class _ProgressBars:
-    """One bar for each phase on stderr, with the loss of the latest batch."""
+    """One bar for each phase on stderr, with the loss of the latest batch; where that is no terminal, a line."""
 
     def __init__(self, settings: DemoSettings) -> None:
         self._settings = settings
@@ -98,6 +98,8 @@ class _ProgressBars:
         """Show a phase at its present step."""
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(phase, total=self._settings.steps, loss=loss)
+            if not self._bars.console.is_terminal:
+                click.echo(f"{phase}: {self._settings.steps} steps", err=True)
         self._bars.update(self._tasks[phase], completed=step, loss=loss)
 
 
