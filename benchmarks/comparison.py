@@ -31,7 +31,7 @@ from slimadam import SlimAdam
 
 WARMUP_TURNS = 2
 SLOW = 20
-"""Contenders that take so many times as long as fused AdamW are timed ``SLOW_ROUNDS`` times at most."""
+"""Contenders that take so many times as long as fused AdamW while warming up are timed ``SLOW_ROUNDS`` times."""
 SLOW_ROUNDS = 2
 Row = dict[str, Any]
 
@@ -192,12 +192,16 @@ def _built(bench: _Bench, contender: Contender, found: Comparison) -> _Built | N
         found.left_out[contender.label] = _first_line(reason_why)
         return None
     except Exception as failure:  # whatever another project's step raises here is the reason why it has no row
-        where = found.left_out if contender.settings is None else found.refused
-        where[contender.label] = _first_line(failure)
+        _set_aside(contender, failure, found)
         return None
     if error is not None:
         one.row["worst_share_of_rounding"] = error
     return one
+
+
+def _set_aside(contender: Contender, failure: Exception, found: Comparison) -> None:
+    where = found.left_out if contender.settings is None else found.refused
+    where[contender.label] = _first_line(failure)
 
 
 def _same_implementation(model: nn.Module, contender: Contender) -> bool:
@@ -222,39 +226,54 @@ def _time(bench: _Bench, built: list[_Built], rounds: int, found: Comparison) ->
         counts = turn >= WARMUP_TURNS
         first = turn % max(1, len(others))  # none always runs after the same one: caches remember it
         for one in [*others[first:], *others[:first]]:
-            if one.is_slow and not WARMUP_TURNS <= turn < WARMUP_TURNS + SLOW_ROUNDS:
+            if one.is_slow and turn >= WARMUP_TURNS + SLOW_ROUNDS:
                 continue
-            pair = (one, fused) if turn % 2 else (fused, one)
-            taken = {id(each): stopwatch.lap(each.step, bench.device) for each in pair}
-            ratio = taken[id(one)].total / taken[id(fused)].total
-            one.is_slow = one.is_slow or ratio > SLOW
+            try:
+                own, beside = _side_by_side(bench, one, fused, turn)
+            except Exception as failure:
+                _set_aside(one.contender, failure, found)
+                others.remove(one)
+                continue
             if counts:
-                one.ratios.append(ratio)
-                one.laps.append(taken[id(one)])
-                fused.laps.append(taken[id(fused)])
-        if not others:
-            fused.laps += [stopwatch.lap(fused.step, bench.device)] if counts else []
+                one.laps.append(own)
+                one.ratios.append(own.total / beside.total)
+                fused.laps.append(beside)
+            else:  # in every turn: one stall makes none slow
+                one.is_slow = own.total > SLOW * beside.total and (turn == 0 or one.is_slow)
         copied = stopwatch.lap(bench.copy, bench.device)
-        found.copies += [copied.total] if counts else []
-    copy_bandwidth = bench.copied_bytes / statistics.median(found.copies) / 1e6
-    itemsize = bench.dtype.itemsize
-    for one in built:
-        median = statistics.median(lap.total for lap in one.laps)
-        moved = 3 * itemsize + 2 * one.row["state_bytes_per_parameter"]
-        bandwidth = moved * bench.elements / median / 1e6
-        figures: Row = {
-            "milliseconds": median,
-            "ratio": statistics.median(one.ratios) if one.ratios else 1.0,
-            "moved_bytes_per_parameter": moved,
-            "gigabytes_per_second": bandwidth,
-            "share_of_copy_bandwidth": bandwidth / copy_bandwidth,
-            "laps": [round(lap.total, 4) for lap in one.laps],
-            "ratios": [round(ratio, 4) for ratio in one.ratios],
-        }
-        if stopwatch.is_cuda(bench.device):
-            figures["host_milliseconds"] = statistics.median(lap.host for lap in one.laps)
-        if one.contender.label not in found.rows:
-            found.rows[one.contender.label] = figures | one.row
+        if counts:
+            found.copies.append(copied.total)
+            fused.laps += [] if others else [stopwatch.lap(fused.step, bench.device)]
+    for one in (fused, *others):
+        found.rows.setdefault(one.contender.label, _figures(bench, one, statistics.median(found.copies)) | one.row)
+
+
+def _side_by_side(bench: _Bench, one: _Built, fused: _Built, turn: int) -> tuple[stopwatch.Lap, stopwatch.Lap]:
+    """A step of a contender and one of fused AdamW, which goes first in every other turn."""
+    if turn % 2:
+        own = stopwatch.lap(one.step, bench.device)
+        return own, stopwatch.lap(fused.step, bench.device)
+    beside = stopwatch.lap(fused.step, bench.device)
+    return stopwatch.lap(one.step, bench.device), beside
+
+
+def _figures(bench: _Bench, one: _Built, copied: float) -> Row:
+    """What is reported of a contender; ``copied`` is how many milliseconds the copy takes."""
+    median = statistics.median(lap.total for lap in one.laps)
+    moved = 3 * bench.dtype.itemsize + 2 * one.row["state_bytes_per_parameter"]
+    bandwidth = moved * bench.elements / median / 1e6
+    figures: Row = {
+        "milliseconds": median,
+        "ratio": statistics.median(one.ratios) if one.ratios else 1.0,
+        "moved_bytes_per_parameter": moved,
+        "gigabytes_per_second": bandwidth,
+        "share_of_copy_bandwidth": bandwidth / (bench.copied_bytes / copied / 1e6),
+        "laps": [round(lap.total, 4) for lap in one.laps],
+        "ratios": [round(ratio, 4) for ratio in one.ratios],
+    }
+    if stopwatch.is_cuda(bench.device):
+        figures["host_milliseconds"] = statistics.median(lap.host for lap in one.laps)
+    return figures
 
 
 def _backends(optimizer: SlimAdam) -> Counter[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import readme_calibration, readme_scale, readme_sharpness, readme_warmup
+from benchmarks.comparison import SLOW
 from benchmarks.machine import RESULTS
 from benchmarks.readme_calibration import origin
 from benchmarks.readme_mix import mix
@@ -31,8 +32,8 @@ def throughput(result: dict[str, Any]) -> str:
             "One step over the shapes of GPT-2 124M in float32 on a CPU, all optimizers in one run: time against that "
             f"of a step of fused AdamW beside it ({result['rows']['AdamW (fused)']['milliseconds']:.0f} ms), bytes of "
             f"state for each parameter, and the bandwidth reached by the bytes that must move, against a copy's; "
-            f"{result['machine']['threads']} threads, medians of {result['rounds']} {origin(result['machine'])}, "
-            "`python -m benchmarks.throughput`:",
+            f"{result['machine']['threads']} threads, medians of {result['rounds']}{_of_slow(result)} "
+            f"{origin(result['machine'])}, `python -m benchmarks.throughput`:",
             "",
             "| | time | state | of copy |",
             "|---|---|---|---|",
@@ -42,6 +43,11 @@ def throughput(result: dict[str, Any]) -> str:
     )
 
 
+def _of_slow(result: dict[str, Any]) -> str:
+    fewest = min(len(row["ratios"]) for label, row in result["rows"].items() if label != "AdamW (fused)")
+    return f" ({fewest} of what takes over {SLOW} times as long)" if fewest < result["rounds"] else ""
+
+
 def throughput_narrow(result: dict[str, Any]) -> str:
     """Time of a step where memory traffic is none to speak of."""
     rows = result["rows"]
@@ -49,8 +55,9 @@ def throughput_narrow(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"One step over the 196 tensors of a GPT-2 64 wide, {result['elements'] / 1e6:.1f} million parameters, in "
-            f"float32 on a CPU, each beside one of fused AdamW; {result['machine']['threads']} threads, medians of "
-            f"{result['rounds']} {origin(result['machine'])}, "
+            "float32 on a CPU; relative to fused AdamW the median of steps side by side; "
+            f"{result['machine']['threads']} threads, medians of {result['rounds']}{_of_slow(result)} "
+            f"{origin(result['machine'])}, "
             "`python -m benchmarks.throughput --model gpt2-narrow --rounds 201 --peers "
             '--only "AdamW (default)" "SlimAdam*"`:',
             "",

@@ -92,6 +92,9 @@ class Measuring:
         self.history = SNRHistory()
         self.steps = 0
 
+    def __str__(self) -> str:
+        return f"auto, measures for {self.settings.calibration_steps} steps as AdamW, {self.steps} of them done"
+
     def after_step(self, moments: Iterable[Moment], forms: Forms) -> CompressionPlan | None:
         """Count a step, measure if it is time, and decide after the last. Without any moments it does not count.
 

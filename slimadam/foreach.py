@@ -15,7 +15,9 @@ from slimadam.functional import (
     Hyperparameters,
     bias_corrections,
     running_maximum,
+    second_moment_dtype,
     stand_in,
+    update_first_moment,
     update_second_moment,
 )
 
@@ -30,6 +32,7 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     steps = [entry.step for entry in entries]
     grads = [entry.grad for entry in entries]
     if hyper.clip_factor is not None:
+        grads = [grad.to(second_moment_dtype(grad.dtype)) for grad in grads]
         scaled = torch._foreach_mul(grads, hyper.clip_factor.to(grads[0].device))
         grads = [new.to(grad.dtype) for new, grad in zip(scaled, grads, strict=True)]  # scalars have become wider
     grads = list(torch._foreach_neg(grads)) if hyper.maximize else grads
@@ -39,7 +42,11 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         torch._foreach_mul_(params, 1 - hyper.lr * hyper.weight_decay)
 
     # first and second moment
-    torch._foreach_lerp_(exp_avgs, grads, cast(float, 1 - hyper.beta1))
+    if grads[0].dtype == exp_avgs[0].dtype:
+        torch._foreach_lerp_(exp_avgs, grads, cast(float, 1 - hyper.beta1))
+    else:
+        for exp_avg, grad in zip(exp_avgs, grads, strict=True):
+            update_first_moment(exp_avg, grad, hyper.beta1)
     for entry, grad in zip(entries, grads, strict=True):
         if not entry.is_given:
             update_second_moment(entry.exp_avg_sq, grad, entry.averaged_dims, hyper.beta2)

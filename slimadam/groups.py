@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from slimadam.distributed import FLAT, is_dtensor, local_rules, refuse_elsewhere
+from slimadam.options import check_foreach
 from slimadam.planning import MEASURING
 from slimadam.rules import Rule
 
@@ -75,11 +76,14 @@ def check_gradients(parameters: Iterable[Held]) -> None:
 
     Raises:
         RuntimeError: Names the parameter and what to use instead.
+        ValueError: A group's option, and not a parameter, is the reason.
     """
     for name, param, group in parameters:
         grad = param.grad
         if grad is None:
             continue
+        if group["foreach"]:
+            check_foreach(group)
         if group["fused"] and not (param.is_floating_point() and param.device.type != "meta"):
             raise RuntimeError(
                 f"{name!r}: `fused=True` requires all the params to be floating point and on a real device, "

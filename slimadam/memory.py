@@ -53,7 +53,7 @@ class MemoryReport(Mapping[str, float]):
         return (
             f"optimizer state {format_bytes(self.total)} (AdamW {format_bytes(self.adamw_total)}), "
             f"{self.bytes_per_parameter:.2f} bytes per parameter: {counted or 'nothing'}; "
-            f"{self.second_moments_saved:.1%} of AdamW's second moments saved{beside}"
+            f"{self.second_moments_saved:.2%} of the elements of AdamW's second moments saved{beside}"
         )
 
     def __getitem__(self, key: str) -> float:

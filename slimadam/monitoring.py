@@ -230,7 +230,8 @@ class Monitor:
     def _in_words(self, sample: Sample) -> str:
         if not sample.measured:
             return (
-                "not ready: takes 3 / (1 - beta2) steps since it was compressed, compiled and capturable ones left out"
+                f"not ready at step {self.steps}: measured every {self.interval}, from 3 / (1 - beta2) steps after "
+                "compression on (compiled and capturable steps are not watched)"
             )
         if math.isnan(sample.latest):
             return "gradients in the sample were not finite"

@@ -230,8 +230,8 @@ class SlimAdam(Replanned):
         return self._norms.get("grad")
 
     def __repr__(self) -> str:
-        text = super().__repr__()
-        return text if self._max_grad_norm is None else f"{text[:-1]}max_grad_norm: {self._max_grad_norm}\n)"
+        clips = "" if self._max_grad_norm is None else f"max_grad_norm: {self._max_grad_norm}\n"
+        return f"{super().__repr__()[:-1]}{clips}plan: {self._measuring or self.plan}\n)"
 
     def backend(self, param: Tensor | str) -> Backend:
         """The implementation that updates a parameter.
@@ -268,12 +268,13 @@ class SlimAdam(Replanned):
     def memory(self) -> MemoryReport:
         """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`.
 
-        Of DTensors this rank's shards are counted, state and elements.
+        Of DTensors this rank's shards are counted, state and elements. Frozen parameters count once they have state.
 
         ``total`` does not include the samples for :meth:`snr_check`; they come on top, as ``monitor``.
         """
         watched = 0 if self._monitor is None else self._monitor.memory
-        return memory_report(self._parameters(), self._rules, watched)
+        trained = (each for each in self._parameters() if each[1].requires_grad or each[1] in self.state)
+        return memory_report(trained, self._rules, watched)
 
     # -- the step ----------------------------------------------------------------------------------------
 

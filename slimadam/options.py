@@ -100,6 +100,15 @@ def _check_combinations(group: Mapping[str, Any]) -> None:
             "momentum_dtype='int8' does not support `differentiable`: rounding to codes has no gradient; use "
             "torch.bfloat16, or None"
         )
+    check_foreach(group)
+
+
+def check_foreach(group: Mapping[str, Any]) -> None:
+    """Refuse tensors as numbers where ``foreach=True`` takes none; one may have been assigned since the group was made.
+
+    Raises:
+        ValueError: Names the option.
+    """
     if group["foreach"] and not group["capturable"]:
         tensors = {"lr": group["lr"], "betas[0]": group["betas"][0], "betas[1]": group["betas"][1]}
         for name, value in tensors.items():

@@ -233,7 +233,7 @@ class Resolver:
 
         if self._by_role is not None:
             held = {name: rules for name, rules in self._by_role.items() if name in self._owner}
-            self._by_role = None if _tell_without_rule(held) else held
+            self._by_role = None if _tell_without_rule(held, bool(self._model_names)) else held
 
     def _given_name(self, group: Mapping[str, Any], index: int) -> str | None:
         if "param_names" in group:
@@ -339,8 +339,8 @@ def _tell_uncovered(names: Sequence[str], found: Sequence[Sequence[Rule]]) -> No
         )
 
 
-def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]]) -> bool:
-    """Warn if the paper's rules leave matrices in full that are more than a small share of all elements."""
+def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]], knows_model: bool) -> bool:
+    """Warn if the paper's rules leave weights in full that are more than a small share of all elements."""
     sized = [(name, rule, math.prod(rule.shape or ())) for name, rules in by_name.items() for rule in rules]
     left = [
         (key_of(name, rule.part), rule.role, elements)
@@ -352,19 +352,19 @@ def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]]) -> bool:
         return False
     unknown = [key for key, role, _ in left if role == UNKNOWN]
     others = [key for key, role, _ in left if role != UNKNOWN]
-    reasons = [f"the paper has no rule for {_matrices(others)}"] if others else []
+    reasons = [f"the paper has no rule for {_weights(others)}"] if others else []
     if unknown:
-        remedy = "; pass model=model, which has names" if any(map(is_position, unknown)) else ""
-        reasons.append(f"no name tells what these are: {_matrices(unknown)}{remedy}")
+        tells = "neither name nor model tells" if knows_model else "without model=model nothing tells"
+        reasons.append(f"{tells} what these are: {_weights(unknown)}")
     logger.warning(
-        "plan='rules' leaves the second moments of %.0f%% of all elements in full: %s; plan='auto' measures them, "
-        "plan='factored' averages their rows and columns, a plan of yours may do either",
+        "plan='rules' leaves the second moments of these weights in full, %.0f%% of all elements: %s; plan='auto' "
+        "measures them, plan='factored' averages their rows and columns, a plan of yours may do either",
         100 * share,
         "; ".join(reasons),
     )
     return True
 
 
-def _matrices(keys: Sequence[str]) -> str:
+def _weights(keys: Sequence[str]) -> str:
     shown_keys = ", ".join(keys[:NAMES_IN_WARNING]) + (", ..." if len(keys) > NAMES_IN_WARNING else "")
-    return f"{len(keys)} {'matrix' if len(keys) == 1 else 'matrices'} ({shown_keys})"
+    return f"{len(keys)} {'weight' if len(keys) == 1 else 'weights'} ({shown_keys})"

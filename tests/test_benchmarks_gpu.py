@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import comparison, gpu, machine, memory, stopwatch, throughput
-from benchmarks.contenders import ours, torch_own
+from benchmarks.contenders import Contender, ours, torch_own
 from benchmarks.exactness import WrongStepError
 from benchmarks.formula import Hyperparameters, follow
 from benchmarks.gpu_checks import CHECKS, NotOnThisDeviceError
@@ -215,6 +216,38 @@ def test_where_memory_is_short_contenders_are_timed_in_several_sets(
     others = [row for label, row in found.rows.items() if label != "AdamW (fused)"]
     assert all(len(row["laps"]) == len(row["ratios"]) == 2 for row in others)
     assert all(row["ratio"] == pytest.approx(sum(row["ratios"]) / 2, rel=1e-3) for row in others)
+
+
+class _Scripted(torch.optim.AdamW):
+    """AdamW that sleeps, or dies, in one of its steps."""
+
+    def __init__(self, model: torch.nn.Module, at: int, dies: bool) -> None:
+        super().__init__(model.parameters(), fused=True)
+        self._left, self._dies = at, dies
+
+    def step(self, closure: Any = None) -> Any:
+        self._left -= 1
+        if self._left == 0 and self._dies:
+            raise RuntimeError("died")
+        time.sleep(0.2 if self._left == 0 else 0)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("at", [4, 7], ids=["while warming up", "while timed"])
+def test_one_stall_makes_no_contender_slow(at: int) -> None:
+    stalls = Contender("stalls", lambda model: _Scripted(model, at, dies=False))
+    chosen = [*(one for one in torch_own() if one.label == "AdamW (fused)"), stalls]
+    found = comparison.compare(tiny(), chosen, rounds=6)
+    assert len(found.rows["stalls"]["ratios"]) == len(found.rows["AdamW (fused)"]["laps"]) == 6
+    assert max(found.rows["stalls"]["ratios"]) > 4 * found.rows["stalls"]["ratio"] or at == 4
+
+
+def test_what_fails_while_it_is_timed_is_left_out_alone() -> None:
+    dies = Contender("dies", lambda model: _Scripted(model, 5, dies=True))
+    others = [one for one in torch_own() if one.label in ("AdamW (fused)", "AdamW (default)")]
+    found = comparison.compare(tiny(), [dies, *others], rounds=4)
+    assert found.left_out == {"dies": "RuntimeError: died"}
+    assert len(found.rows["AdamW (default)"]["ratios"]) == 4
 
 
 def test_a_wrong_optimizer_gets_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

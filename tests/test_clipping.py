@@ -220,6 +220,33 @@ def test_gradients_of_another_precision(backend: str) -> None:
     _assert_same(_twice(make, tensors, grad_dtype=torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_clipped_gradients_of_16_bits_are_not_rounded_to_them(backend: str, dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.zeros(40, 60, dtype=dtype))
+    grad = torch.randn(40, 60, dtype=dtype) * 0.01
+    param.grad = grad.clone()
+    optimizer = _optimizer([("w", param)], backend, plan=None, max_grad_norm=1e-3, betas=(0.5, 0.5))
+    optimizer.step()
+    clipped = grad.double() * (1e-3 / (grad.double().norm() + 1e-6))
+    # The norm's and the factor's roundings, and those of two products, in the precision of the second moment.
+    second, ours = 0.5 * clipped**2, optimizer.state[param]["exp_avg_sq"]
+    largest_error = ((ours.double() - second).abs() / second).nan_to_num_().max()
+    assert largest_error <= 64 * torch.finfo(ours.dtype).eps
+
+
+def test_a_tensor_lr_assigned_later_is_refused_before_anything_changes() -> None:
+    param = nn.Parameter(torch.ones(3, 2))
+    param.grad = torch.ones(3, 2)
+    optimizer = SlimAdam([("w", param)], plan=None, foreach=True)
+    optimizer.step()
+    before = param.detach().clone(), optimizer.state[param]["step"].clone()
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)
+    with pytest.raises(ValueError, match="lr as a Tensor is not supported for capturable=False and foreach=True"):
+        optimizer.step()
+    assert torch.equal(param, before[0])
+    assert optimizer.state[param]["step"] == before[1]
+
+
 def test_channels_last_and_more_than_a_block(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import slimadam.kernels.blocked as blocked
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimadam import CompressionPlan, PlanError, Rule, SlimAdam
+from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam
 from tests.reference import gradients, train
 
 ROWS = CompressionPlan({"0.weight": Rule((1,), "mean"), "2.weight": Rule((0,), "mean")})
@@ -160,16 +160,37 @@ def test_memory_is_known_before_the_first_step(plan: Any, momentum_dtype: Any, a
     )
 
 
+def test_memory_leaves_out_what_is_frozen() -> None:
+    model = _model()
+    frozen, *trained = model.parameters()
+    frozen.requires_grad_(False)
+    optimizer = SlimAdam(model, plan="factored", monitor=False)
+    before = optimizer.memory()
+    _step(model, optimizer)
+    assert frozen not in optimizer.state
+    assert before.adamw_total == sum(2 * param.nbytes + 4 for param in trained)
+    assert optimizer.memory() == before
+    frozen.requires_grad_(True)
+    assert optimizer.memory().adamw_total == before.adamw_total + 2 * frozen.nbytes + 4
+
+
+def test_repr_tells_the_plan() -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan=AutoPlan(calibration_steps=2, cutoff=0.0))
+    _step(model, optimizer)
+    assert "plan: auto, measures for 2 steps as AdamW, 1 of them done\n)" in repr(optimizer)
+    _step(model, optimizer)
+    assert repr(optimizer).endswith(f"plan: {optimizer.plan!r}\n)")
+
+
 def test_memory_is_printed_in_words() -> None:
     weight = nn.Parameter(torch.zeros(1000, 500))
     printed = str(SlimAdam([("weight", weight)], plan="factored", momentum_dtype=torch.bfloat16).memory())
     assert printed.startswith("optimizer state 1.01 MB (AdamW 4 MB), 2.01 bytes per parameter: ")
-    assert (
-        "first moments 1 MB, second moments 6 kB; 99.7% of AdamW's second moments saved; samples beside it" in printed
-    )
+    assert "first moments 1 MB, second moments 6 kB; 99.70% of the elements of AdamW's second moments saved" in printed
     in_full = str(SlimAdam([nn.Parameter(torch.zeros(3))], amsgrad=True).memory())
     assert in_full.endswith(
-        "first moments 12 B, second moments 12 B, maxima 12 B; 0.0% of AdamW's second moments saved"
+        "first moments 12 B, second moments 12 B, maxima 12 B; 0.00% of the elements of AdamW's second moments saved"
     )
 
 

@@ -17,8 +17,11 @@ def test_matrices_without_a_rule_are_named_once_with_share_and_remedy(caplog: py
     groups = [{"params": list(layer.named_parameters(f"{index}"))} for index, layer in enumerate(model)]
     optimizer = SlimAdam(groups, plan="rules")
     (message,) = _messages(caplog)
-    assert "second moments of 91% of all elements in full" in message
-    assert "no name tells what these are: 4 matrices (0.weight, 1.weight, 2.weight, ...); plan='auto'" in message
+    assert "second moments of these weights in full, 91% of all elements" in message
+    assert (
+        "without model=model nothing tells what these are: 4 weights (0.weight, 1.weight, 2.weight, ...); plan='auto'"
+        in message
+    )
     assert "plan='auto' measures them, plan='factored'" in message
     assert caplog.records[-1].levelname == "WARNING"
     optimizer.add_param_group({"params": [("more.weight", nn.Linear(10, 10).weight)]})
@@ -28,20 +31,22 @@ def test_matrices_without_a_rule_are_named_once_with_share_and_remedy(caplog: py
 def test_convolutions_have_no_rule(caplog: pytest.LogCaptureFixture) -> None:
     SlimAdam(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)), plan="rules")
     (message,) = _messages(caplog)
-    assert "the paper has no rule for 2 matrices (0.weight, 2.weight); plan='auto'" in message
+    assert "the paper has no rule for 2 weights (0.weight, 2.weight); plan='auto'" in message
 
 
 def test_both_reasons_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
     SlimAdam(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 8)), plan="rules")
     (message,) = _messages(caplog)
-    assert "the paper has no rule for 1 matrix (0.weight); no name tells what these are: 2 matrices (2." in message
+    assert "the paper has no rule for 1 weight (0.weight); neither name nor model tells what these are: 2 w" in message
 
 
 def test_positions_are_no_names(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(10, 10))
     SlimAdam(model.parameters(), plan="rules")
     (message,) = _messages(caplog)
-    assert "1 matrix (param_groups.0.params.0); pass model=model, which has names; plan='auto'" in message
+    assert (
+        "without model=model nothing tells what these are: 1 weight (param_groups.0.params.0); plan='auto'" in message
+    )
 
 
 @pytest.mark.parametrize("plan", ["factored", "auto", None])
