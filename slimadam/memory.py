@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from slimadam.distributed import kept_shapes, local
 from slimadam.entries import momentum_bytes
 from slimadam.functional import second_moment_dtype
+from slimadam.parts import key_of
 from slimadam.report.wording import format_bytes
 from slimadam.rules import Rule
 from slimadam.state import step_dtype
+
+if TYPE_CHECKING:
+    from slimadam.monitoring import Monitor
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,23 @@ class MemoryReport(Mapping[str, float]):
 def memory_report(
     parameters: Iterable[tuple[str, Tensor, Mapping[str, Any]]],
     all_rules: Mapping[str, Sequence[Rule]],
-    monitor: int = 0,
+    states: Container[Tensor],
+    monitor: Monitor | None = None,
 ) -> MemoryReport:
     """Count what the state of these parameters costs, of DTensors this rank's shards.
 
     Args:
         parameters: Name, tensor and group of each.
         all_rules: By name.
-        monitor: Bytes of the samples kept beside the state.
+        states: Those that have a state; frozen ones without are left out.
+        monitor: Keeps samples beside the state.
     """
     moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
+    samples: list[str] = []
     for name, param, group in parameters:
+        if not (param.requires_grad or param in states):
+            continue
+        samples += [key_of(name, rule.part) for rule in all_rules[name]]
         stored = sum(map(math.prod, kept_shapes(name, all_rules[name], param)))
         moments += momentum_bytes(param, group)
         param = local(param)
@@ -105,7 +115,7 @@ def memory_report(
         max_exp_avg_sq=maxima,
         step=steps,
         total=total,
-        monitor=monitor,
+        monitor=0 if monitor is None else monitor.memory_of(samples),
         adamw_exp_avg_sq=adamw_seconds,
         adamw_total=adamw_total + steps,
         second_moments_saved=1 - kept / elements if elements else 0.0,

@@ -110,7 +110,12 @@ class Monitor:
     @property
     def memory(self) -> int:
         """Bytes of the tracked second moments, known before the first step."""
-        return sum(math.prod(sample.held_shape) * sample.dtype.itemsize for sample in self._samples.values())
+        return self.memory_of(self._samples)
+
+    def memory_of(self, keys: Iterable[str]) -> int:
+        """Bytes for some names, of which those without a sample cost none."""
+        samples = [self._samples[key] for key in keys if key in self._samples]
+        return sum(math.prod(sample.held_shape) * sample.dtype.itemsize for sample in samples)
 
     def add(self, key: str, rule: Rule, param: Tensor) -> None:
         """Watch a parameter, or a part of one, from now on; the sample starts at zero.

@@ -272,9 +272,7 @@ class SlimAdam(Replanned):
 
         ``total`` does not include the samples for :meth:`snr_check`; they come on top, as ``monitor``.
         """
-        watched = 0 if self._monitor is None else self._monitor.memory
-        trained = (each for each in self._parameters() if each[1].requires_grad or each[1] in self.state)
-        return memory_report(trained, self._rules, watched)
+        return memory_report(self._parameters(), self._rules, self.state, self._monitor)
 
     # -- the step ----------------------------------------------------------------------------------------
 

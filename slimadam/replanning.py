@@ -19,6 +19,7 @@ from slimadam.memory import memory_report
 from slimadam.parts import key_of
 from slimadam.plan import CompressionPlan
 from slimadam.planning import MEASURING
+from slimadam.report.wording import format_bytes
 from slimadam.rules import Rule
 from slimadam.watching import watch_parameter
 
@@ -50,7 +51,7 @@ class Replanned(Checkpointed):
 
     def _compress(self, plan: CompressionPlan) -> None:
         """Put a decided plan in force: second moments shrink in place, the rest of their memory is freed."""
-        before = memory_report(self._parameters(), self._rules)
+        before = memory_report(self._parameters(), self._rules, self.state)
         for name, param, _ in self._parameters():
             if self._rules[name][0].reason != MEASURING:
                 continue
@@ -63,12 +64,12 @@ class Replanned(Checkpointed):
             _compress(name, param, self._rules[name], self.state.get(param, {}))
         self._stepper.forget()
         self._measuring = None
-        after = memory_report(self._parameters(), self._rules)
+        after = memory_report(self._parameters(), self._rules, self.state)
         logger.info(
-            "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %.1f -> %.1f MB",
+            "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %s -> %s",
             100 * after.second_moments_saved,
-            before.total / 1e6,
-            after.total / 1e6,
+            format_bytes(before.total),
+            format_bytes(after.total),
         )
 
     def _expand_pieces(self, name: str, param: Tensor, keys: set[str]) -> None:

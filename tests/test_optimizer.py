@@ -164,7 +164,7 @@ def test_memory_leaves_out_what_is_frozen() -> None:
     model = _model()
     frozen, *trained = model.parameters()
     frozen.requires_grad_(False)
-    optimizer = SlimAdam(model, plan="factored", monitor=False)
+    optimizer = SlimAdam(model, plan="factored")
     before = optimizer.memory()
     _step(model, optimizer)
     assert frozen not in optimizer.state
@@ -172,6 +172,14 @@ def test_memory_leaves_out_what_is_frozen() -> None:
     assert optimizer.memory() == before
     frozen.requires_grad_(True)
     assert optimizer.memory().adamw_total == before.adamw_total + 2 * frozen.nbytes + 4
+
+
+def test_samples_of_frozen_weights_cost_nothing() -> None:
+    layers = nn.Sequential(nn.Linear(200, 200), nn.Linear(200, 200))
+    layers[0].requires_grad_(False)
+    both = SlimAdam(layers, plan="factored").memory().monitor
+    layers[0].requires_grad_(True)
+    assert 2 * both == SlimAdam(layers, plan="factored").memory().monitor > 0
 
 
 def test_repr_tells_the_plan() -> None:
