@@ -415,7 +415,7 @@ class SlimAdam(Replanned):
 
         A few slices of each keep being tracked in full. Every 200 steps (``1 / (1 - beta2)`` where that is longer)
         their SNR is taken, and where it has clearly fallen below the cutoff, one warning says so. Samples that start
-        at zero, as with every plan but ``"auto"``, are ready after ``3 / (1 - beta2)`` steps.
+        at zero, as with every plan but ``"auto"``, are ready when that is next done after ``3 / (1 - beta2)`` steps.
 
         Returns:
             By parameter, or part: what was found, and what to make of it in words. Empty while ``plan="auto"``
