@@ -37,7 +37,9 @@ class Contender:
     settings: Mapping[str, Any] | None = None
 
     def missing(self) -> str | None:
-        """Why it cannot be built here, or None."""
+        """Why it cannot be built here, or None; ours is in the repository, installed or not."""
+        if self.settings is not None:
+            return None
         try:
             metadata.version(self.package)
         except metadata.PackageNotFoundError:

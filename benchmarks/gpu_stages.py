@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from benchmarks import clipping, gpu_training, stopwatch
 from benchmarks.comparison import compare
 from benchmarks.contenders import FUSED, PEERS, Contender, ours, torch_own
 from benchmarks.gpu_checks import CHECKS, NotOnThisDeviceError
-from benchmarks.memory import RECIPES, rows_of
+from benchmarks.memory import RECIPES, rows_of, ways
 from benchmarks.workloads.shapes import MODELS, elements
 
 RULES = "SlimAdam (rules)"
@@ -87,7 +87,8 @@ def throughput(settings: Settings, deadline: float) -> Items:
             bars = speed_bars(found.rows, model, dtype) if is_full_size else []
             failed = {f"{label} is right": reason for label, reason in found.refused.items()}
             wrong = [_bar(name, reason, "no difference to float64", False) for name, reason in failed.items()]
-            return {**vars(found), "elements": elements(shapes), "bars": bars + wrong}
+            absent = missing_rows(chosen, found.rows.keys() | found.refused, found.left_out)
+            return {**vars(found), "elements": elements(shapes), "bars": bars + wrong + absent}
 
         return run
 
@@ -116,7 +117,10 @@ def memory(settings: Settings, deadline: float) -> Items:
                 for row in rows
                 if row.computed is not None
             ]  # fmt: skip
-            return {"rows": list(map(asdict, rows)), "left_out": left_out, "bars": bars}
+            both = {row.optimizer for row in rows if row.in_backward and row.held}  # which is measured last
+            reasons = {label.removeprefix(f"{recipe}, "): reason for label, reason in left_out.items()}
+            absent = missing_rows(ways(recipe, ()), both, reasons)
+            return {"rows": list(map(asdict, rows)), "left_out": left_out, "bars": bars + absent}
 
         return run
 
@@ -144,9 +148,9 @@ STAGES: Mapping[str, Stage] = {
 
 
 def speed_bars(rows: Mapping[str, Any], model: str, dtype: str) -> list[Result]:
-    """Figures of the paper's rules on CUDA against the bars."""
+    """Figures of the paper's rules on CUDA against the bars; none where they have no row."""
     if RULES not in rows:
-        return [_bar(RULES, "not measured", "a row", False)]
+        return []
     row, fused = rows[RULES], rows[FUSED]
     launches, host, theirs = row["launches"], row["host_milliseconds"], fused["host_milliseconds"]
     bars = [
@@ -159,6 +163,19 @@ def speed_bars(rows: Mapping[str, Any], model: str, dtype: str) -> list[Result]:
         share = row["share_of_copy_bandwidth"]
         bars.append(_bar("copy bandwidth", share, f">= {LEAST_BANDWIDTH}", share >= LEAST_BANDWIDTH))
     return bars
+
+
+def missing_rows(chosen: Sequence[Contender], found: Collection[str], reasons: Mapping[str, str]) -> list[Result]:
+    """List, as missed bars, those of ours without a row; with ``fused=True`` some have none by right.
+
+    Args:
+        chosen: What was to be measured.
+        found: Labels of what was.
+        reasons: Why something was left out, by label.
+    """
+    own = [one.label for one in chosen if one.settings is not None and not one.settings.get("fused")]
+    absent = [label for label in dict.fromkeys([RULES, *own]) if label not in found]
+    return [_bar(label, reasons.get(label, "not measured"), "a row", False) for label in absent]
 
 
 def _contenders(settings: Settings, *, compiled: bool) -> list[Contender]:

@@ -2,7 +2,8 @@
 
 Every variant is compiled ahead for sm_80 and sm_90. Printed: registers a thread, bytes spilled to local memory, shared
 memory of a program, 128-bit loads and stores in its code, and the bytes it must move for each parameter. Exits with 1
-if one spills, or reads or writes aligned tensors in narrower pieces.
+if one spills, reads or writes aligned tensors in narrower pieces, or stores a second moment that several warps share
+with no barrier after their loads.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ class Variant:
     wide_stores: int = 0
     bytes_per_parameter: float | None = None
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several warps of a program divide by the same second moment, which one of them stores."""
+        return self.kernel in (kernels.update_rows, kernels.update_columns)
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -93,6 +99,7 @@ class Compiled:
     wide_loads: int
     wide_stores: int
     bytes_per_parameter: float | None
+    is_ordered: bool
     is_good: bool
 
 
@@ -172,7 +179,8 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
     resources = _resources(made.asm["cubin"])
     wide_loads, wide_stores = (_wide_accesses(what, made.asm["ptx"]) for what in ("ld", "st"))
     spilled = resources["STACK"] + resources["LOCAL"]
-    good = spilled == 0 and wide_loads >= variant.wide_loads and wide_stores >= variant.wide_stores
+    wide = wide_loads >= variant.wide_loads and wide_stores >= variant.wide_stores
+    ordered = not variant.is_shared or has_barrier_before_store(made.asm["ptx"])
     return Compiled(
         kernel=variant.kernel.__name__,
         precision=variant.precision,
@@ -184,13 +192,25 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
         wide_loads=wide_loads,
         wide_stores=wide_stores,
         bytes_per_parameter=variant.bytes_per_parameter,
-        is_good=good,
+        is_ordered=ordered,
+        is_good=spilled == 0 and wide and ordered,
     )
 
 
 def _wide_accesses(instruction: str, ptx: str) -> int:
     """How often 16 bytes are read or written at once."""
     return len(re.findall(rf"{instruction}\.global[\w.:]*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", ptx))
+
+
+def has_barrier_before_store(ptx: str) -> bool:
+    """Whether all warps wait for each other between the last load before the first store, and that store.
+
+    Args:
+        ptx: Code of ``update_rows`` or ``update_columns``, whose first store is that of the second moment.
+    """
+    before, store, _ = ptx.partition("st.global")
+    _, load, between = before.rpartition("ld.global")
+    return bool(load and store) and "bar.sync" in between
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -218,7 +238,7 @@ def main() -> None:
             print(
                 f"{found.kernel:15s} {found.precision:20s} {found.flags:36s} {architecture} {found.registers:9d} "
                 f"{found.spilled_bytes:8d} {found.shared_bytes:7d} {found.wide_loads:7d}/{found.wide_stores:<4d}"
-                f"{moved:>9s}{'' if found.is_good else '   FAIL'}",
+                f"{moved:>9s}{'' if found.is_ordered else '   no barrier'}{'' if found.is_good else '   FAIL'}",
                 flush=True,
             )
     figures = {"triton": triton.__version__, "variants": [asdict(found) for found in made]}

@@ -68,11 +68,16 @@ def averaged(moment, mean_square, beta2):
 @triton.jit
 def next_second_moment(
     row, MOMENTS: tl.constexpr, MAXIMA: tl.constexpr, index, mask, mean_square, beta2,
-    COMPUTE: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    COMPUTE: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Update second moments, and with ``AMSGRAD`` their maxima, and return what the step divides by."""
+    """Update second moments, and with ``AMSGRAD`` their maxima, and return what the step divides by.
+
+    ``SHARED``: several warps load the same second moment and go on to divide by it, while one of them stores it.
+    """
     moments = pointer(row, MOMENTS, COMPUTE, ALIGNED)
     second = averaged(load(moments + index, mask), mean_square, beta2)
+    if SHARED:
+        tl.debug_barrier()  # else a late warp loads what is stored here already, and lets it decay twice
     tl.store(moments + index, second, mask=mask)
     if AMSGRAD:
         maxima = pointer(row, MAXIMA, COMPUTE, ALIGNED)

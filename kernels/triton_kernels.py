@@ -38,6 +38,7 @@ from slimadam.kernels.triton_table import (
     WIDTH,
     field,
     pointer,
+    size,
     work,
 )
 
@@ -89,7 +90,8 @@ def _full_tile(
         offsets = flat // width * field(row, PITCH) + flat % width
     grads = pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
     grad = gradient(load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
-    second = next_second_moment(row, ROWS_SQ, ROWS_MAX, flat, mask, grad * grad, beta2, COMPUTE, AMSGRAD, ALIGNED)
+    second = next_second_moment(row, ROWS_SQ, ROWS_MAX, flat, mask, grad * grad, beta2, COMPUTE, AMSGRAD, ALIGNED,
+                                False)  # fmt: skip
     denominator = denominator_of(second, root, eps, COMPUTE)
     update_tile(row, grad, denominator, offsets, mask, blocks, block_mask, decay, step_size, beta1,
            PARAM_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, ROUNDS, ALIGNED, LINES, 256)  # fmt: skip
@@ -137,9 +139,7 @@ def update_rows(
     row, part = work(table, programs)
     decay, step_size, root = step_numbers(row, lr, weight_decay)
     beta1, beta2, eps = number(beta1), number(beta2), number(eps)
-    red, pitch = field(row, RED), field(row, PITCH)
-    if ALIGNED:
-        red, pitch = tl.multiple_of(red, 16), tl.multiple_of(pitch, 16)
+    red, pitch = size(row, RED, ALIGNED), size(row, PITCH, ALIGNED)
     line = part * LINES + tl.arange(0, LINES)
     inside = line < field(row, PRE)
     first = line[:, None] * pitch
@@ -156,7 +156,7 @@ def update_rows(
             more = gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
             squares += more * more
     second = next_second_moment(row, ROWS_SQ, ROWS_MAX, line, inside, tl.sum(squares, axis=1) / red.to(COMPUTE), beta2,
-                            COMPUTE, AMSGRAD, False)  # fmt: skip
+                                COMPUTE, AMSGRAD, False, True)  # fmt: skip
     denominator = denominator_of(second, root, eps, COMPUTE)[:, None] + tl.zeros((LINES, COLUMNS), COMPUTE)
 
     update_tile(row, grad, denominator, first + column, mask, line[:, None] * (red // 256) + block,
@@ -190,9 +190,7 @@ def update_columns(
     row, part = work(table, programs)
     decay, step_size, root = step_numbers(row, lr, weight_decay)
     beta1, beta2, eps = number(beta1), number(beta2), number(eps)
-    red, post, pitch = field(row, RED), field(row, POST), field(row, PITCH)
-    if ALIGNED:
-        post, pitch = tl.multiple_of(post, 16), tl.multiple_of(pitch, 16)
+    red, post, pitch = field(row, RED), size(row, POST, ALIGNED), size(row, PITCH, ALIGNED)
     strips = (post + COLUMNS - 1) // COLUMNS
     slice_index = part // strips
     column = (part % strips) * COLUMNS + tl.arange(0, COLUMNS)
@@ -208,7 +206,8 @@ def update_columns(
         grad = gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
         squares += grad * grad
     second = next_second_moment(row, COLUMNS_SQ, COLUMNS_MAX, slice_index * post + column, inside,
-                            tl.sum(squares, axis=0) / red.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False)  # fmt: skip
+                                tl.sum(squares, axis=0) / red.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False,
+                                True)  # fmt: skip
     denominator = denominator_of(second, root, eps, COMPUTE)[None, :] + tl.zeros((LINES, COLUMNS), COMPUTE)
 
     for start in range(0, red, LINES):
@@ -232,11 +231,8 @@ def sum_squares(
     if is_skipped(found_inf):
         return
     row, part = work(table, programs)
-    red, post, pitch = field(row, RED), field(row, POST), field(row, PITCH)
-    slice_pitch = field(row, SLICE_PITCH)
-    if ALIGNED:
-        post, pitch = tl.multiple_of(post, 16), tl.multiple_of(pitch, 16)
-        slice_pitch = tl.multiple_of(slice_pitch, 16)
+    red, post, pitch = field(row, RED), size(row, POST, ALIGNED), size(row, PITCH, ALIGNED)
+    slice_pitch = size(row, SLICE_PITCH, ALIGNED)
     row_tiles, column_tiles = (red + LINES - 1) // LINES, (post + COLUMNS - 1) // COLUMNS
     column_tile = part % column_tiles
     row_tile = part // column_tiles % row_tiles
@@ -284,7 +280,7 @@ def finish_sums(
         for tile in range(0, column_tiles):
             total += tl.load(row_sums + index * column_tiles + tile, mask=inside, other=0)
         next_second_moment(
-            row, ROWS_SQ, ROWS_MAX, index, inside, total / post.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False
+            row, ROWS_SQ, ROWS_MAX, index, inside, total / post.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False, False
         )
     else:
         column_sums = pointer(row, COLUMN_SUMS, COMPUTE, False)
@@ -294,7 +290,7 @@ def finish_sums(
         for tile in range(0, row_tiles):
             total += tl.load(column_sums + first + tile * post, mask=inside, other=0)
         next_second_moment(
-            row, COLUMNS_SQ, COLUMNS_MAX, index, inside, total / red.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False
+            row, COLUMNS_SQ, COLUMNS_MAX, index, inside, total / red.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False, False
         )
 
 
@@ -325,7 +321,7 @@ def finish_slices(
     else:
         index = part + tl.arange(0, 1)
         next_second_moment(row, ROWS_SQ, ROWS_MAX, index, index >= 0, mean + tl.zeros((1,), COMPUTE), beta2,
-                       COMPUTE, AMSGRAD, False)  # fmt: skip
+                           COMPUTE, AMSGRAD, False, False)  # fmt: skip
 
 
 @triton.jit

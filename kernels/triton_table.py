@@ -37,6 +37,16 @@ def field(row, FIELD: tl.constexpr):
 
 
 @triton.jit
+def size(row, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
+    """One size or pitch in a tensor's row of the table; ``ALIGNED``: a multiple of 16 elements."""
+    value = tl.load(row + FIELD)
+    if ALIGNED:
+        # Here and not in a caller: up to Triton 3.7 a caller's tl.multiple_of is lost when this call is inlined.
+        value = tl.multiple_of(value, 16)
+    return value
+
+
+@triton.jit
 def pointer(row, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """One address in a tensor's row of the table; ``ALIGNED``: a multiple of 16 bytes."""
     address = tl.load(row + FIELD).to(tl.pointer_type(DTYPE))

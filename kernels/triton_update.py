@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,8 @@ class Member(NamedTuple):
 class TritonStep:
     """A step's tables: built once, and good until a parameter or its state has moved.
 
-    Entries whose second moments are given wait for :meth:`run_given`.
+    Entries whose second moments are given wait for :meth:`run_given`. All of it happens on the tensors' device and its
+    current stream, whichever device is the current one.
 
     Args:
         entries: The tensors; each of them must have a :func:`~slimadam.kernels.triton_geometry.geometry`.
@@ -137,8 +139,13 @@ class TritonStep:
     def __init__(self, entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         self._flags = _flags(hyper)
         self._addresses = _addresses(entries)
+        self.device = entries[0].param.device
+        with _on(self.device):
+            self._build(entries, hyper)
+
+    def _build(self, entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         members = [Member(number, entry, _geometry(entry)) for number, entry in enumerate(entries)]
-        device = entries[0].param.device
+        device = self.device
         self.step_dtype = _DTYPES[entries[0].step.dtype]
         places = {address: index for index, address in enumerate(dict.fromkeys(self._addresses["step"]))}
         self._steps = _on_device(torch.tensor(list(places)), device)
@@ -165,7 +172,8 @@ class TritonStep:
         if not same or self._flags != _flags(hyper):
             return False
         self._rows[:, triton_table.GRAD.value] = torch.tensor(grads)
-        self.table.copy_(_pinned(self._rows, self.table.device), non_blocking=True)
+        with _on(self.device):
+            self.table.copy_(_pinned(self._rows, self.device), non_blocking=True)
         return True
 
     def run(self, hyper: Hyperparameters, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
@@ -176,15 +184,16 @@ class TritonStep:
             grad_scale: What the gradients are divided by.
             found_inf: Not zero: nothing is done.
         """
-        values = _numbers(hyper, self.table.device)
+        values = _numbers(hyper, self.device)
         count = len(self._steps)
-        kernels.advance_steps[(_ceil(count, STEPS_AT_ONCE),)](
-            self._steps, count, self._corrections, values.beta1, values.beta2, found_inf,
-            STEP_DTYPE=self.step_dtype, BLOCK=STEPS_AT_ONCE,
-        )  # fmt: skip
-        for launch in self._launches:
-            if not launch.key.is_given:
-                launch.run(self, values, hyper, grad_scale, found_inf)
+        with _on(self.device):
+            kernels.advance_steps[(_ceil(count, STEPS_AT_ONCE),)](
+                self._steps, count, self._corrections, values.beta1, values.beta2, found_inf,
+                STEP_DTYPE=self.step_dtype, BLOCK=STEPS_AT_ONCE,
+            )  # fmt: skip
+            for launch in self._launches:
+                if not launch.key.is_given:
+                    launch.run(self, values, hyper, grad_scale, found_inf)
 
     def run_given(self, hyper: Hyperparameters, grad_scale: Tensor | None = None) -> None:
         """After :meth:`run`, and once their second moments are made: what is left of the step.
@@ -193,10 +202,11 @@ class TritonStep:
             hyper: As there.
             grad_scale: As there.
         """
-        values = _numbers(hyper, self.table.device)
-        for launch in self._launches:
-            if launch.key.is_given:
-                launch.run(self, values, hyper, grad_scale, None)
+        values = _numbers(hyper, self.device)
+        with _on(self.device):
+            for launch in self._launches:
+                if launch.key.is_given:
+                    launch.run(self, values, hyper, grad_scale, None)
 
 
 class _Launch:
@@ -302,6 +312,11 @@ def _addresses(entries: Sequence[Entry]) -> dict[str, list[int]]:
 
 
 _captured: list[Tensor] = []
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one: that is where Triton launches, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _pinned(values: Tensor, device: torch.device) -> Tensor:

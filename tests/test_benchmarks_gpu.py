@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from benchmarks.exactness import WrongStepError
 from benchmarks.formula import Hyperparameters, follow
 from benchmarks.gpu_checks import CHECKS, NotOnThisDeviceError
 from benchmarks.gpu_page import page
-from benchmarks.gpu_stages import RULES, STAGES, NotApplicable, Settings, Stage, speed_bars
+from benchmarks.gpu_stages import RULES, STAGES, NotApplicable, Settings, Stage, missing_rows, speed_bars
 from benchmarks.gpu_training import GPT2, TrainingSettings
 from benchmarks.workloads.shapes import gpt2_small, tiny
 from slimadam import Rule, SlimAdam
@@ -29,18 +31,110 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK = Settings("cpu", quick=True)
 
 
-def test_a_quick_run_writes_results_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
-    assert (code, capsys.readouterr().out.splitlines()[-1]) == (0, "everything passed")
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """The models that are timed are too small to share out: on a busy machine threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs Python in a copy of the repository, beside all that is installed here but the package itself."""
+    repository, others = (tmp_path_factory.mktemp(name) for name in ("repository", "others"))
+    for folder in ("benchmarks", "slimadam", "kernels"):
+        left_out = shutil.ignore_patterns("kernels", "results", "__pycache__")
+        shutil.copytree(ROOT / folder, repository / folder, ignore=left_out)
+    folders = [Path(entry) for entry in sys.path if entry.endswith("site-packages")]
+    for installed in {one.name: one for folder in reversed(folders) for one in folder.iterdir()}.values():
+        if "slimadam" not in installed.name.lower():
+            (others / installed.name).symlink_to(installed)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (repository, others)))}
+    environment["OMP_NUM_THREADS"] = "1"  # models are tiny: on a busy machine threads would only wait for each other
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        # Without site, nothing that an editable installation has set up is there.
+        command = [sys.executable, "-S", "-W", "error", *arguments]
+        return subprocess.run(
+            command, cwd=repository, env={**environment, **variables}, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.mark.timeout(600)
+def test_the_repository_alone_is_enough(bare: Run, tmp_path: Path) -> None:
+    ran = bare("-m", "benchmarks.gpu", "--quick", "--device", "cpu", "--out", str(tmp_path))
+    assert (ran.returncode, ran.stdout.splitlines()[-1:]) == (0, ["everything passed"]), ran.stdout + ran.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["stages"]) == list(STAGES)
-    rows = results["stages"]["throughput"]["tiny, float32"]["rows"]
+    assert results["machine"]["versions"]["slimadam"] is None, "the package is installed there"
+    stages = results["stages"]
+    assert list(stages) == list(STAGES)
+    for item in stages["throughput"].values():
+        assert (set(item["rows"]), item["left_out"]) == ({"AdamW (fused)", RULES}, {})
+    rows = stages["throughput"]["tiny, float32"]["rows"]
     assert rows["AdamW (fused)"]["moved_bytes_per_parameter"] == pytest.approx(28, abs=0.01)
-    losses = {label: item["losses"] for label, item in results["stages"]["training"].items()}
+    (item,) = stages["memory"].values()
+    measured = [(row["optimizer"], row["in_backward"]) for row in item["rows"] if row["held"]]
+    ways = ["rules", "rules, bfloat16 momentum", "rules, int8 momentum", "rules, int8 momentum, no monitor"]
+    labels = ["AdamW", *(f"SlimAdam ({way})" for way in ways)]
+    assert (measured, item["left_out"]) == ([(label, late) for label in labels for late in (False, True)], {})
+    losses = {label: item["losses"] for label, item in stages["training"].items()}
     assert losses["SlimAdam (auto)"][:3] == pytest.approx(losses["AdamW (fused)"][:3], rel=1e-4)
     page = (tmp_path / "results.md").read_text()
     assert "Everything passed." in page
     assert all(f"## {name.capitalize()}" in page for name in STAGES)
+
+
+IDENTITY = """
+import sys
+from benchmarks import launch_settings
+import slimadam
+from slimadam import backends, kernels
+from slimadam.kernels import triton_update
+import slimadam.kernels.triton_update as imported
+import slimadam.kernels.blocked as blocked
+
+assert launch_settings.triton_update is triton_update is imported is backends._triton()
+assert triton_update is sys.modules[launch_settings.TritonStep.__module__] is kernels.triton_update
+assert launch_settings.TritonStep is backends._triton().TritonStep
+assert slimadam.kernels is kernels is sys.modules["slimadam.kernels"]
+assert slimadam.functional is sys.modules["slimadam.functional"]
+assert not [name for name in sys.modules if name.partition(".")[0] == "kernels"]
+print(blocked.__file__)
+"""
+
+
+def test_the_repository_alone_has_each_kernel_once(bare: Run) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    ran = bare("-c", IDENTITY)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert Path(ran.stdout.strip()).parent.name == "kernels"
+    assert Path(ran.stdout.strip()).parent.parent.name.startswith("repository")
+
+
+def test_launch_settings_say_that_they_need_a_gpu(
+    bare: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning = _launch_settings()
+    ran = bare("-m", "benchmarks.launch_settings", CUDA_VISIBLE_DEVICES="")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "error: --device cuda: this needs a GPU, and torch" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit):
+        tuning.main(["--device", "cpu"])
+    assert "error: --device cpu: launch settings are measured on a GPU" in capsys.readouterr().err
+
+
+def _launch_settings() -> Any:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return importlib.import_module("benchmarks.launch_settings")
 
 
 def _cuda_row(**figures: float) -> dict[str, Any]:
@@ -80,17 +174,90 @@ def test_without_cuda_the_command_says_so(tmp_path: Path, capsys: pytest.Capture
     assert "finds no CUDA device; use --device cpu" in capsys.readouterr().err
 
 
-def test_the_repository_alone_is_enough(tmp_path: Path) -> None:
-    for folder in ("benchmarks", "slimadam", "kernels"):
-        left_out = shutil.ignore_patterns("kernels", "results", "__pycache__")
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=left_out)
-    # Without site, nothing that an editable installation has set up is there.
-    path = [str(tmp_path), *(entry for entry in sys.path if entry.endswith("site-packages"))]
-    program = "import benchmarks.gpu, slimadam.kernels.blocked as blocked; print(blocked.__file__)"
-    command = [sys.executable, "-S", "-c", program]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == str(tmp_path / "kernels" / "blocked.py")
+@pytest.mark.parametrize("stage", ["throughput", "memory"])
+def test_a_run_without_rows_of_ours_fails(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Contender, "missing", lambda self: None if self.settings is None else "not to be had here")
+    monkeypatch.setattr(gpu, "STAGES", {stage: STAGES[stage]})
+    assert gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    missed = json.loads((tmp_path / "results.json").read_text())["missed"]
+    items = {"throughput": ["tiny, float32", "tiny, bfloat16"], "memory": ["tiny, pure bfloat16"]}[stage]
+    assert {f"{stage}: {item}: {RULES}: not to be had here, bar a row" for item in items} <= set(missed)
+    assert [f"FAIL {line}" for line in missed] == capsys.readouterr().out.splitlines()[-len(missed) :]
+    assert f"- FAIL: {RULES}: not to be had here (bar: a row)" in (tmp_path / "results.md").read_text()
+
+
+def test_ours_that_were_not_even_chosen_are_missed() -> None:
+    alike = [Contender("SlimAdam (x)", SlimAdam, settings={"plan": "x", "fused": fused}) for fused in (None, True)]
+    (bar,) = missing_rows(torch_own(), {"AdamW (fused)"}, {})
+    assert (bar["name"], bar["value"], bar["passed"]) == (RULES, "not measured", False)
+    assert missing_rows(alike[1:], {RULES}, {}) == []
+    (bar,) = missing_rows(alike, {RULES}, {"SlimAdam (x)": "the time budget was used up"})
+    assert (bar["name"], bar["value"]) == ("SlimAdam (x)", "the time budget was used up")
+
+
+def test_launch_settings_that_a_gpu_cannot_take_are_reported_and_what_is_measured_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning, errors = _launch_settings(), importlib.import_module("triton.runtime.errors")
+    most = tuning.SETTINGS["full", 256].lines
+
+    class Step:
+        def __init__(self, entries: Any, hyper: Any) -> None:
+            if entries[0].param.dtype == torch.bfloat16:
+                raise KeyboardInterrupt
+            self.lines = tuning.SETTINGS["full", 256].lines
+
+        def run(self, hyper: Any) -> None:
+            if self.lines > most:
+                raise errors.OutOfResources(1024, 512, "threads")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tuning, "TritonStep", Step)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    figures = json.loads((tmp_path / "launch_settings.json").read_text())
+    del figures["machine"]
+    assert list(figures) == [f"{kind} {columns}, torch.float32" for kind, columns in tuning.SETTINGS]
+    why = "OutOfResources: out of resource: threads, Required: 1024, Hardware limit: 512."
+    printed = capsys.readouterr().out
+    for settings in tuning.candidates("full", 256):
+        label = f"{settings.lines} x 256, {settings.num_warps} warps"
+        value = figures["full 256, torch.float32"][label]
+        assert str(value).startswith(why) if settings.lines > most else value > 0
+        assert (f"\n  cannot be launched: {label}: {why}" in printed) == (settings.lines > most)
+
+
+def test_launch_settings_in_the_table_that_cannot_be_launched_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning = _launch_settings()
+
+    def fails(entries: Any, hyper: Any) -> Any:
+        raise RuntimeError("Triton Error [CUDA]: out of resources")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tuning, "TritonStep", fails)
+    assert tuning.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "full 256, torch.float32: none can be launched; FAIL the present " in capsys.readouterr().out
+    found = json.loads((tmp_path / "launch_settings.json").read_text())["full 256, torch.bfloat16"]
+    assert set(found.values()) == {"RuntimeError: Triton Error [CUDA]: out of resources"}
+
+
+def test_each_launch_setting_is_used_by_the_kernel_and_tile_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning = _launch_settings()
+    seen = []
+
+    class Step(tuning.TritonStep):  # type: ignore[misc,name-defined]
+        def run(self, hyper: Any) -> None:
+            seen.append([(launch.key.kind, launch.key.columns, launch.settings) for launch in self._launches])
+
+    monkeypatch.setattr(tuning, "TritonStep", Step)
+    for kind, columns in tuning.SETTINGS:
+        seen.clear()
+        tuning.measure(kind, columns, torch.float32, "cpu", copies=1, rounds=1)
+        assert seen == 2 * [[(kind, columns, settings)] for settings in tuning.candidates(kind, columns)]
 
 
 def _broken() -> dict[str, Any]:
@@ -190,6 +357,7 @@ def test_throughput_lists_what_it_leaves_out(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "throughput_tiny_cpu_float32.png").stat().st_size > 0
 
 
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize(("room_for", "sets", "left_out"), [(9, 1, 0), (1, 3, 0), (0, 3, 3)])
 def test_where_memory_is_short_contenders_are_timed_in_several_sets(
     room_for: int, sets: int, left_out: int, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +401,7 @@ class _Scripted(torch.optim.AdamW):
         return super().step(closure)
 
 
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("at", [4, 7], ids=["while warming up", "while timed"])
 def test_one_stall_makes_no_contender_slow(at: int) -> None:
     stalls = Contender("stalls", lambda model: _Scripted(model, at, dies=False))
@@ -242,6 +411,7 @@ def test_one_stall_makes_no_contender_slow(at: int) -> None:
     assert max(found.rows["stalls"]["ratios"]) > 4 * found.rows["stalls"]["ratio"] or at == 4
 
 
+@pytest.mark.usefixtures("_one_thread")
 def test_what_fails_while_it_is_timed_is_left_out_alone() -> None:
     dies = Contender("dies", lambda model: _Scripted(model, 5, dies=True))
     others = [one for one in torch_own() if one.label in ("AdamW (fused)", "AdamW (default)")]
