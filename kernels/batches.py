@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -42,7 +43,8 @@ class Block(NamedTuple):
 Together = TypeVar("Together", bound=tuple[Any, ...])
 
 
-class Batch(NamedTuple, Generic[Together]):
+@dataclass(frozen=True)
+class Batch(Generic[Together]):
     """Blocks that are updated together, and by which numbers."""
 
     blocks: list[Together]
@@ -116,7 +118,7 @@ def _seen(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def update_batch(batch: Batch[Block]) -> None:
     """Update all blocks in place."""
-    together, numbers = batch
+    together, numbers = batch.blocks, batch.numbers
     params, grads, exp_avgs, moments, maxima = (list(kind) for kind in zip(*together, strict=True))
     if numbers.gradient_factor != 1:
         grads = list(torch._foreach_mul(grads, numbers.gradient_factor))

@@ -58,7 +58,7 @@ def stacks(entry: Entry, most: int) -> Iterator[Matrices]:
 
 def update_factored_batch(batch: Batch[Matrices]) -> None:
     """Update all matrices in place."""
-    blocks, numbers = batch
+    blocks, numbers = batch.blocks, batch.numbers
     params, grads, exp_avgs, rows, columns = (list(kind) for kind in zip(*blocks, strict=True))
     if numbers.gradient_factor != 1:
         grads = list(torch._foreach_mul(grads, numbers.gradient_factor))

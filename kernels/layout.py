@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from slimadam.functional import Entry
+from slimadam.torch_private import view_base
 
 
 class Layout(NamedTuple):
@@ -186,11 +187,12 @@ def overlap(tensors: Iterable[Tensor]) -> bool:
     views: dict[int, tuple[int, int]] = {}
     for tensor in tensors:
         start = tensor.data_ptr()
-        if tensor.is_contiguous() or tensor._base is None:
+        base = view_base(tensor)
+        if tensor.is_contiguous() or base is None:
             spans.append((start, start + _extent(tensor)))
         else:
-            first, last = views.get(id(tensor._base), (start, start))
-            views[id(tensor._base)] = min(first, start), max(last, start + _extent(tensor))
+            first, last = views.get(id(base), (start, start))
+            views[id(base)] = min(first, start), max(last, start + _extent(tensor))
     ordered = sorted([*spans, *views.values()])
     return any(end > start for (_, end), (start, _) in pairwise(ordered))
 

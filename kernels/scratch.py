@@ -9,7 +9,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-_held = threading.local()
+
+class _Memory(threading.local):
+    """Working memory of each thread, by precision and use."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[torch.dtype, str], Tensor] = {}
+
+
+_memory = _Memory()
 
 
 def split(tensors: Iterable[Tensor], size: int) -> list[list[Tensor]]:
@@ -19,22 +27,20 @@ def split(tensors: Iterable[Tensor], size: int) -> list[list[Tensor]]:
 
 def scratch(dtype: torch.dtype, shape: Sequence[int], use: str = "") -> Tensor:
     """Uninitialised memory of this thread; valid until the next call for the same precision and use."""
-    wanted, key = math.prod(shape), f"{use}{dtype}"
-    held: Tensor | None = getattr(_held, key, None)
+    wanted, key = math.prod(shape), (dtype, use)
+    held = _memory.tensors.get(key)
     if held is None or held.numel() < wanted:
         with torch.inference_mode(False):  # else of no use once that mode has ended
-            held = torch.empty(wanted, dtype=dtype, device="cpu")
-        setattr(_held, key, held)
+            held = _memory.tensors[key] = torch.empty(wanted, dtype=dtype, device="cpu")
     return held[:wanted].view(shape)
 
 
 def zeros(count: int) -> Tensor:
     """So many float32 zeros of this thread, never to be written to."""
-    held: Tensor | None = getattr(_held, "zeros", None)
+    held = _memory.tensors.get(key := (torch.float32, "zeros"))
     if held is None or held.numel() < count:
         with torch.inference_mode(False):
-            held = torch.zeros(count, dtype=torch.float32, device="cpu")
-        _held.zeros = held
+            held = _memory.tensors[key] = torch.zeros(count, dtype=torch.float32, device="cpu")
     return held[:count]
 
 

@@ -15,6 +15,7 @@ from slimadam.kernels.scratch import scaled, split, zeros
 from torch import Tensor
 
 from slimadam.functional import Entry, Hyperparameters
+from slimadam.torch_private import fused_adamw_
 
 _NO_CORRECTION = torch.tensor(math.inf, device="cpu")
 """Steps after which bias corrections are 1."""
@@ -83,7 +84,7 @@ def update_beside(
         numbers: Hyperparameters and bias corrections.
     """
     lr = numbers.step_size * numbers.root
-    torch._fused_adamw_(
+    fused_adamw_(
         params,
         grads,
         exp_avgs,
@@ -118,7 +119,7 @@ def update_with(params: list[Tensor], exp_avgs: list[Tensor], second_moments: li
 
 
 def _update_together(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
-    torch._fused_adamw_(
+    fused_adamw_(
         [entry.param for entry in entries],
         [entry.grad for entry in entries],
         [entry.exp_avg for entry in entries],

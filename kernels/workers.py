@@ -15,6 +15,8 @@ from contextlib import suppress
 
 import torch
 
+from slimadam.torch_private import intercepts_operations
+
 MOST_WORKERS = 16
 """Into so many pieces PyTorch itself would split an operation on a block at most."""
 
@@ -39,8 +41,7 @@ def count() -> int:
     Modes that intercept operations (dispatch and function modes, ``torch.set_default_device`` among them) hold for
     the thread that entered them alone.
     """
-    intercepted = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return 1 if intercepted else min(torch.get_num_threads(), MOST_WORKERS)
+    return 1 if intercepts_operations() else min(torch.get_num_threads(), MOST_WORKERS)
 
 
 def run(tasks: Iterable[Task]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -24,6 +25,10 @@ from slimadam.plan import CompressionPlan
 from slimadam.planning import Resolver, refuse_factored_amsgrad
 from slimadam.rules import Rule, fit_rules
 from slimadam.stepping import Stepper
+from slimadam.torch_private import disable_dynamo
+
+# Torch's Adam has the option, and AdamW's groups the key, from 2.7 on.
+_DECOUPLED = {key: True for key in ("decoupled_weight_decay",) if key in inspect.signature(torch.optim.Adam).parameters}
 
 
 class _Taken(NamedTuple):
@@ -106,12 +111,12 @@ class Checkpointed(Optimizer):
         }
         own = ("variance_init", "momentum_dtype", "bf16_stochastic_round")
         groups = [
-            {**{key: value for key, value in group.items() if key not in own}, "decoupled_weight_decay": True}
+            {**{key: value for key, value in group.items() if key not in own}, **_DECOUPLED}
             for group in packed["param_groups"]
         ]
         return {"state": state, "param_groups": groups}
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+    @disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SlimAdam, ``torch.optim.AdamW`` or ``torch.optim.Adam``.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from slimadam.distributed import groups_of, is_dtensor, is_flat, local_gradient, refuse_elsewhere
 from slimadam.errors import shown
 from slimadam.functional import second_moment_dtype
+from slimadam.torch_private import disable_dynamo
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -104,7 +105,7 @@ def norm_in_step(params: Iterable[tuple[str, Tensor]]) -> Tensor:
     return global_norm(held)
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+@disable_dynamo
 def _untraced_norm(params: list[tuple[str, Tensor]]) -> Tensor:
     return global_norm(params)
 

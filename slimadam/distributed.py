@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slimadam import state as state_format
+from slimadam import torch_private
 from slimadam.functional import second_moment_dtype
 from slimadam.parts import Part
 from slimadam.rules import Dims, Rule
@@ -42,7 +43,7 @@ def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor, sharing its memory; any other tensor as it is."""
     if not is_dtensor(tensor):
         return tensor
-    held: Tensor = tensor._local_tensor  # to_local() makes a new view of a parameter
+    held = torch_private.local_tensor(tensor)
     if type(held) is Tensor or not hasattr(held, "wait"):
         return held
     return held.wait()  # type: ignore[no-any-return]  # what an asynchronous collective returned
@@ -267,9 +268,8 @@ def local_rules(name: str, rules: Sequence[Rule], param: DTensor) -> list[LocalR
 def _local_part(name: str, rule: Rule, part: Part, param: DTensor, placements: tuple[Any, ...]) -> LocalRule:
     """A part's rule, with the part cut to the shard."""
     from torch.distributed.tensor import Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    shape, offsets = torch_private.local_shape_and_offset(param)
     view, start, end, missed = list(part.view), part.start, part.start + part.size, 0
     cut: int | None = None
     in_part: list[Any] = [None] * len(placements)

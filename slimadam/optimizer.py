@@ -7,9 +7,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _use_grad_for_differentiable
 
-from slimadam import scaling
+from slimadam import scaling, torch_private
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
 from slimadam.backends import Backend
@@ -282,7 +281,7 @@ class SlimAdam(Replanned):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @_use_grad_for_differentiable
+    @torch_private.use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
@@ -295,7 +294,7 @@ class SlimAdam(Replanned):
         Raises:
             RuntimeError: A gradient is sparse; no parameter has changed then.
         """
-        self._accelerator_graph_capture_health_check()
+        torch_private.check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():

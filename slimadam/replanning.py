@@ -21,6 +21,7 @@ from slimadam.plan import CompressionPlan
 from slimadam.planning import MEASURING
 from slimadam.report.wording import format_bytes
 from slimadam.rules import Rule
+from slimadam.torch_private import disable_dynamo
 from slimadam.watching import watch_parameter
 
 logger = logging.getLogger("slimadam")
@@ -29,7 +30,7 @@ logger = logging.getLogger("slimadam")
 class Replanned(Checkpointed):
     """The part of :class:`~slimadam.SlimAdam` that changes the plan in force, and the state with it."""
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+    @disable_dynamo
     @torch.no_grad()
     def _measure(self) -> None:
         """One step of ``plan="auto"`` before its decision, and the decision."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from slimadam import role_patterns
+from slimadam import role_patterns, torch_private
 from slimadam.role_patterns import (
     BIAS,
     NORM,
@@ -299,7 +299,7 @@ class _Graph:
     def _router_width(self, parent: str, experts: int) -> int | None:
         """The width of what enters a block of experts: its router has one output for each of them."""
         for path, module in self._modules.items():
-            weight = module._parameters.get("weight")
+            weight = torch_private.parameters(module).get("weight")
             inside = not parent or f"{path}.".startswith(f"{parent}.")
             if inside and weight is not None and weight.dim() == 2 and weight.shape[0] == experts:
                 return weight.shape[1]
@@ -309,7 +309,7 @@ class _Graph:
 def _as_linear(module: nn.Module) -> _Linear | None:
     if isinstance(module, nn.Linear):
         return _Linear(module.in_features, module.out_features, transposed=False)
-    weight = module._parameters.get("weight")
+    weight = torch_private.parameters(module).get("weight")
     if weight is None or weight.dim() != 2:
         return None
     rows, columns = weight.shape

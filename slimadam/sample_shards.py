@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from slimadam import torch_private
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
@@ -33,7 +35,6 @@ class SampleShard:
     def of(cls, param: DTensor, is_flat: bool) -> SampleShard | None:
         """A parameter's shard, of one dimension if ``is_flat``; None where that is not one block of it."""
         from torch.distributed.tensor import Shard
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         mesh = param.device_mesh
         cut: dict[int, Any] = {
@@ -43,7 +44,7 @@ class SampleShard:
         }
         if any(type(placement) is not Shard for placement in cut.values()):
             return None
-        shape, offsets = compute_local_shape_and_global_offset(param.shape, mesh, param.placements)
+        shape, offsets = torch_private.local_shape_and_offset(param)
         spans = tuple(zip(offsets, shape, strict=True))
         if is_flat:
             if any(placement.dim for placement in cut.values()):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from slimadam.rules import Rule
+from slimadam.torch_private import is_zero_tensor
 
 _DTYPE, _SHAPE, _GRAD = attrgetter("dtype"), attrgetter("shape"), attrgetter("grad")
 
@@ -28,6 +29,7 @@ class StandingGroup:
         states: The state of each.
 
     Attributes:
+        tensors: The parameters and all tensors of their state.
         holds_nothing_else: Whether all tensors are plain ones; else there is nothing to compare with.
     """
 
@@ -43,13 +45,13 @@ class StandingGroup:
         self._lists = [value for value in self._values if isinstance(value, list)]
         self._moments = list(chain.from_iterable(self._lists))
         state = [value for value in (*self._values, *self._moments) if isinstance(value, Tensor)]
-        self._tensors = [*self._params, *state]
+        self.tensors = [*self._params, *state]
         grads = list(map(_GRAD, params))
-        kinds = {type(tensor) for tensor in (*self._tensors, *grads)}
+        kinds = {type(tensor) for tensor in (*self.tensors, *grads)}
         self.holds_nothing_else = kinds <= {Tensor, Parameter} and not any(map(is_marked, grads))
         if self.holds_nothing_else:
-            self._addresses = _addresses(self._tensors)
-            self._layouts = layouts(self._tensors), layouts(grads)
+            self._addresses = _addresses(self.tensors)
+            self._layouts = layouts(self.tensors), layouts(grads)
 
     def gradients(
         self,
@@ -70,15 +72,15 @@ class StandingGroup:
             and all(map(is_, values, self._values))
             and all(map(is_, moments, self._moments))
             and all(map(is_, rules, self._rules))
-            and _addresses(self._tensors) == self._addresses
-            and (layouts(self._tensors), layouts(grads)) == self._layouts
+            and _addresses(self.tensors) == self._addresses
+            and (layouts(self.tensors), layouts(grads)) == self._layouts
         )
         return grads if same else None
 
 
 def is_marked(grad: Tensor) -> bool:
     """Whether memory does not hold a gradient's values: it is negated when it is read, or zero without memory."""
-    return grad.is_neg() or grad._is_zerotensor()
+    return grad.is_neg() or is_zero_tensor(grad)
 
 
 def _values(states: Iterable[Mapping[str, Any]]) -> list[Any]:

@@ -43,10 +43,11 @@ class Piece(NamedTuple):
 
 def with_gradient(piece: Piece, grad: Tensor, hyper: Hyperparameters) -> Entry:
     """A piece's tensors for a step, of its parameter's gradient."""
-    entry, own = piece.entry, own_gradient(piece, grad)
-    if not hyper.stochastic_round:
-        return Entry(entry.param, own, *entry[2:])  # several times faster than _replace
-    return entry._replace(grad=own, seed=seed_of(piece))
+    param, _, exp_avg, second, largest, step, dims, seed, scale, is_given = piece.entry
+    if hyper.stochastic_round:
+        seed = seed_of(piece)
+    # Neither _replace nor a slice: they are slow, and Dynamo of torch 2.6 does not trace them.
+    return Entry(param, own_gradient(piece, grad), exp_avg, second, largest, step, dims, seed, scale, is_given)
 
 
 def own_gradient(piece: Piece, grad: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from slimadam import state as state_format
 from slimadam.averages import Exchange, SharedPiece
@@ -28,6 +29,7 @@ from slimadam.kernels.compiled import Table
 from slimadam.rules import Rule
 from slimadam.standing import StandingGroup, is_marked, layouts
 from slimadam.step_pieces import Piece, own_gradient, pieces_of_step, seed_of, with_gradient
+from slimadam.torch_private import disable_dynamo
 
 if TYPE_CHECKING:
     from slimadam.kernels.triton_update import TritonStep
@@ -103,7 +105,7 @@ class _Work(NamedTuple):
     """What a step does for one parameter group.
 
     Attributes:
-        group: Its identity.
+        group: The group itself.
         hyper: Its hyperparameters.
         entries: By implementation, what can be updated at once,
         given: and what waits for averages over several ranks,
@@ -111,9 +113,10 @@ class _Work(NamedTuple):
         to_decode: Name, parameter, group, rules, state and averages of parameters whose codes are decoded first,
         to_decode_given: and of those that wait for averages over several ranks.
         tabled: What the compiled step updates by a table of earlier steps.
+        written: Every tensor that the step changes.
     """
 
-    group: int
+    group: Mapping[str, Any]
     hyper: Hyperparameters
     entries: dict[Backend, list[Entry]]
     given: dict[Backend, list[Entry]]
@@ -121,6 +124,7 @@ class _Work(NamedTuple):
     to_decode: list[_Coded]
     to_decode_given: list[_Coded]
     tabled: _Tabled | None = None
+    written: Sequence[Tensor] = ()
 
 
 class _Tabled(NamedTuple):
@@ -149,7 +153,7 @@ class _Standing(NamedTuple):
     steps: list[Tensor]
     table: Table | None
 
-    def work(self, group: int, hyper: Hyperparameters, grads: Sequence[Tensor]) -> _Work:
+    def work(self, group: Mapping[str, Any], hyper: Hyperparameters, grads: Sequence[Tensor]) -> _Work:
         """Count a step, and what is done for it."""
         _advance(self.steps)
         entries: dict[Backend, list[Entry]] = defaultdict(list)
@@ -161,7 +165,7 @@ class _Standing(NamedTuple):
         else:
             for number, piece in self.pieces:
                 entries[piece.backend].append(with_gradient(piece, grads[number], hyper))
-        return _Work(group, hyper, entries, defaultdict(list), [], [], [], tabled)
+        return _Work(group, hyper, entries, defaultdict(list), [], [], [], tabled, self.rests_on.tensors)
 
 
 class Stepper:
@@ -233,6 +237,9 @@ class Stepper:
             self._update_untraced(groups, all_rules, states, None, None, clip_factor)
             return
         works = [self._begin(names, group, all_rules, states, clip_factor) for names, group in groups]
+        if not torch.compiler.is_compiling():
+            # Before the step: an interrupted one has changed them, too.
+            increment_version([tensor for work in works for tensor in work.written])
         exchange = self._exchange_of([piece for work in works for piece, _, _ in work.shared])
         if exchange is not None:
             beta2s = [beta2 for work in works for _, _, beta2 in work.shared]
@@ -241,7 +248,7 @@ class Stepper:
         for work in works:
             for parameter in work.to_decode:
                 _update_decoded(*parameter, work.hyper)
-            on_triton += self._run_triton(work, grad_scale, found_inf)
+            on_triton.extend(self._run_triton(work, grad_scale, found_inf))
             if work.tabled is not None:
                 work.tabled.run(work.hyper)
             for backend, entries in work.entries.items():
@@ -260,7 +267,7 @@ class Stepper:
             present = {id(group) for _, group in groups}
             self._standing = {key: standing for key, standing in self._standing.items() if key in present}
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own, which does not export it
+    @disable_dynamo
     def _update_untraced(self, *arguments: Any) -> None:
         """:meth:`update` of DTensors under ``torch.compile``: collectives are waited for between its parts."""
         self.update(*arguments)
@@ -277,20 +284,22 @@ class Stepper:
         options = _options(group)
         hyper = hyperparameters(group, clip_factor)
         params = group["params"]
-        standing = None if torch.compiler.is_compiling() else self._standing.get(id(group))
+        traced = torch.compiler.is_compiling()
+        standing = None if traced else self._standing.get(id(group))
         if standing is not None:
             of_params = map(all_rules.__getitem__, names), options, map(states.__getitem__, params)
             grads = standing.rests_on.gradients(params, *of_params)
             if grads is not None:
-                return standing.work(id(group), hyper, grads)
+                return standing.work(group, hyper, grads)
             del self._standing[id(group)]
-        work = _Work(id(group), hyper, defaultdict(list), defaultdict(list), [], [], [])
         held = []
         for name, param in zip(names, group["params"], strict=True):
             if param.grad is not None:
                 rules, state, grad = all_rules[name], states[param], local_gradient(name, param)
                 prepared = self._prepare(name, param, grad, group, options, rules, state)
                 held.append((name, param, grad, state, prepared))
+        written = [] if traced else [tensor for _, param, _, state, _ in held for tensor in _written(param, state)]
+        work = _Work(group, hyper, defaultdict(list), defaultdict(list), [], [], [], written=written)
         steps = [state["step"] for _, _, _, state, prepared in held if not prepared.counts_itself]
         _advance(steps)
         for name, param, grad, state, prepared in held:
@@ -307,7 +316,7 @@ class Stepper:
                 if entry.param.numel() and not decodes:
                     together = work.entries if piece.shared is None else work.given
                     together[piece.backend].append(entry)
-        if len(held) == len(params) > 0 and not (work.shared or work.to_decode or torch.compiler.is_compiling()):
+        if len(held) == len(params) > 0 and not (work.shared or work.to_decode or traced):
             self._keep(group, [(param, all_rules[name], state, prepared) for name, param, _, state, prepared in held])
         return work
 
@@ -347,12 +356,15 @@ class Stepper:
         state: Mapping[str, Any],
     ) -> _Prepared:
         own = local(param)
-        found = self._prepared.get(id(param))
+        traced = torch.compiler.is_compiling()
+        found = None if traced else self._prepared.get(id(param))
         if found is not None and found.holds(param, own, grad, rules, options, state):
             return found
         check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
         check_first_moment(name, param, state)
         pieces = list(pieces_of_step(name, param, grad, group, rules, state))
+        if not traced:
+            pieces = [piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces]
         made = _Prepared(
             param=param,
             rules=rules,
@@ -361,17 +373,17 @@ class Stepper:
             shape=param.shape,
             dtype=param.dtype,
             grad_dtype=grad.dtype,
-            grad_is_marked=not torch.compiler.is_compiling() and is_marked(grad),
+            grad_is_marked=not traced and is_marked(grad),
             stride=own.stride(),
             grad_stride=grad.stride(),
             moments=_moments(state),
-            state_layouts=([],) if torch.compiler.is_compiling() else _state_layouts(state),
+            state_layouts=([],) if traced else _state_layouts(state),
             state=tuple(state.get(key) for key in _STATE),
-            pieces=[piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces],
+            pieces=pieces,
             takes_codes=all(piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces),
             counts_itself={piece.backend for piece in pieces if piece.entry.param.numel()} == {"triton"},
         )
-        if not torch.compiler.is_compiling():
+        if not traced:
             self._prepared[id(param)] = made
             self._triton.clear()  # tables tell tensors by address alone
         return made
@@ -383,13 +395,22 @@ class Stepper:
         for entry in entries:
             alike[entry.param.device, entry.step.dtype].append(entry)
         for (device, step_dtype), there in alike.items():
-            prepared = self._triton.get((work.group, device, step_dtype))
+            prepared = self._triton.get((id(work.group), device, step_dtype))
             if prepared is None or not prepared.fits(there, work.hyper):
-                prepared = self._triton[work.group, device, step_dtype] = triton_step(there, work.hyper)
+                prepared = self._triton[id(work.group), device, step_dtype] = triton_step(there, work.hyper)
             divisor = _divisor(grad_scale, work.hyper.clip_factor)
             scale, found = (None if value is None else value.to(device) for value in (divisor, found_inf))
             prepared.run(work.hyper, scale, found)
             yield prepared, work.hyper, scale
+
+
+def _written(param: Tensor, state: Mapping[str, Any]) -> Iterator[Tensor]:
+    """What a parameter's step changes; of DTensors also what this rank holds of them."""
+    state_tensors = (value for value in (*state.values(), *_moments(state)) if isinstance(value, Tensor))
+    for tensor in (param, *state_tensors):
+        yield tensor
+        if is_dtensor(tensor):
+            yield local(tensor)
 
 
 def _divisor(grad_scale: Tensor | None, clip_factor: Tensor | None) -> Tensor | None:

@@ -8,11 +8,25 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.interpreter import mend_interpreter
+from tests.versions import TORCH
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported
+    mend_interpreter()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs in the background ignore Ctrl-C
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let torch warn of what is its own or Python's.
+
+    SequentialLR of torch 2.6 steps its schedules as it warns not to; Python 3.13.0 slows Dynamo down.
+    """
+    config.addinivalue_line("filterwarnings", "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+    if TORCH < (2, 7):
+        config.addinivalue_line("filterwarnings", "ignore:The epoch parameter in .scheduler.step:UserWarning")
 
 
 def pytest_collection_finish() -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from benchmarks.checkpoint_kills import PREVIOUS, main
 from benchmarks.machine import RESULTS
+from tests.versions import shards
 
 
+@shards
 def test_a_killed_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     main(["--out", str(tmp_path)])
     found = json.loads((tmp_path / "checkpoint_kills.json").read_text())

@@ -23,6 +23,7 @@ from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam, conve
 from tests.ranks import on_ranks
 from tests.test_checkpoint_pairs import AFTER, BEFORE, Model, build, train
 from tests.test_distributed_step import full, mesh_of
+from tests.versions import shards
 
 RANKS = 3
 FACTORED = CompressionPlan({f"{name}.weight": Rule(form="factored") for name in ("full", "dimension 0", "parts")})
@@ -269,6 +270,7 @@ def run_cases(folder: Path) -> dict[str, dict[str, bool]]:
     return {case.__name__: case(mesh, folder) for case in cases}
 
 
+@shards
 def test_state_dicts_of_shards(tmp_path: Path) -> None:
     for found in on_ranks(RANKS, tmp_path, run_cases, tmp_path):
         assert not {(case, check) for case, checks in found.items() for check, holds in checks.items() if not holds}

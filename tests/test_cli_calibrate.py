@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from slimadam import CompressionPlan, SNRHistory
 from slimadam.cli import cli
 from slimadam.cli.learning_rate import LearningRateScale
 from slimadam.cli.observe import Observer
 from slimadam.cli.script import Script
+from tests.command_line import CliRunner
 
 SCRIPTS = Path(__file__).parent / "scripts"
 MIXED = str(SCRIPTS / "mixed.py")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from slimadam.cli import cli
+from tests.command_line import CliRunner
 
 HEADER = """
 import torch

@@ -8,10 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from slimadam import advise_mix
 from slimadam.cli import cli
+from tests.command_line import CliRunner
 
 MODULE = """
 import torch

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from slimadam import CompressionPlan, Parts, Rule, __version__
 from slimadam.cli import cli
+from tests.command_line import CliRunner
 
 SHOWN = CompressionPlan(
     {

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from slimadam import CompressionPlan, Rule, SlimAdam
 from slimadam.cli import cli
 from slimadam.cli.substitute import Substitution
+from tests.command_line import CliRunner
 
 SCRIPTS = Path(__file__).parent / "scripts"
 MIXED = str(SCRIPTS / "mixed.py")

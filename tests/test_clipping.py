@@ -18,6 +18,7 @@ from slimadam.clipping import global_norm
 from slimadam.parts import Part
 from slimadam.sharpness.momentum import SettledMomentum
 from tests.reference import gradients, slim_adamw_float64
+from tests.versions import gradient_dtype
 
 BACKENDS = ("blocked", "compiled", "foreach", "reference", "triton")
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -208,6 +209,7 @@ def test_parts_of_fused_weights_and_int8_that_is_decoded_first(backend: str) -> 
         _assert_same(_twice(make, {"w": weight}))
 
 
+@gradient_dtype
 def test_gradients_of_another_precision(backend: str) -> None:
     tensors = {name: param.data for name, param in _named(torch.bfloat16, without=("rows", "inner")).items()}
     plan = CompressionPlan({**{name: PLAN[name] for name in tensors}, "last": Rule()})

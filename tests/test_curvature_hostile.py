@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from torch import Tensor, nn
 
 from slimadam import advise_mix, critical_lr, directional_sharpness, hessian_sharpness
 from slimadam.cli import cli
 from slimadam.sharpness.rows import COLUMNS, read_csv
+from tests.command_line import CliRunner
 
 HEADER = """
 import copy

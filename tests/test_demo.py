@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 import slimadam
 from slimadam.cli import cli
@@ -18,6 +17,7 @@ from slimadam.demo.model import ByteGPT
 from slimadam.demo.summary import layer_rows
 from slimadam.demo.training import DemoResult, DemoSettings, DivergedError, learning_rate, run_demo
 from slimadam.roles import roles_of
+from tests.command_line import CliRunner
 
 TINY = DemoSettings(
     steps=6, width=16, layers=2, heads=2, context=16, batch_size=4, measurements=3, evaluations=2, held_out_windows=6

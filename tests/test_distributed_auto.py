@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimadam import AutoPlan, SlimAdam, SNRRecorder, every
 from tests.ranks import on_ranks
 from tests.test_distributed_step import full
+from tests.versions import shards
 
 MEASURED, AFTER = 4, 6
 
@@ -83,6 +84,7 @@ def _storage(plan: dict[str, Any]) -> dict[str, Any]:
     return {name: (rule.get("form"), rule.get("dims")) for name, rule in plan.items()}
 
 
+@shards
 def test_decides_and_trains_as_one_process(tmp_path: Path) -> None:
     for ranks in (2, 3):
         (tmp_path / str(ranks)).mkdir()
@@ -95,6 +97,7 @@ def test_decides_and_trains_as_one_process(tmp_path: Path) -> None:
                 assert not found["warned"]
 
 
+@shards
 def test_parts_that_shards_cut_are_followed_or_said_to_stay_in_full(tmp_path: Path) -> None:
     for found in on_ranks(2, tmp_path, _train_attending):
         kept_whole = [message for message in found["warned"] if "keeps the second moment of" in message]

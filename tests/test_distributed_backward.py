@@ -13,6 +13,7 @@ from slimadam import SlimAdam
 from tests.ranks import on_ranks
 from tests.test_distributed_ddp import LR, PLANS, TOLERANCE, Network, batches, network, storage, train
 from tests.test_distributed_step import full
+from tests.versions import shards
 
 
 def step_in_backward(model: nn.Module, **options: Any) -> dict[Tensor, SlimAdam]:
@@ -87,11 +88,13 @@ def _train_both(shard: Any, ways: int, plans: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+@shards
 def test_fully_sharded_training_equals_one_process(tmp_path: Path) -> None:
     for found in on_ranks(3, tmp_path, _train_both, by_rows, 3, tuple(PLANS)):
         _check(found)
 
 
+@shards
 def test_training_on_a_mesh_equals_one_process(tmp_path: Path) -> None:
     for of_meshes in on_ranks(4, tmp_path, _train_on_meshes):
         assert len(of_meshes) == len(MESHES)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -17,7 +16,9 @@ from benchmarks.scale import pretended
 from slimadam import SNRHistory
 from slimadam.cli import cli
 from slimadam.cli.script_names import prefix_of
+from tests.command_line import CliRunner
 from tests.ranks import environment_of_ranks
+from tests.versions import shards
 
 SCRIPT = str(Path(__file__).parent / "scripts" / "sharded.py")
 STEPS = 5
@@ -34,6 +35,7 @@ def _storage(path: Path) -> dict[str, Any]:
     return {name: (rule["role"], rule.get("form"), rule.get("dims")) for name, rule in rules.items()}
 
 
+@shards
 def test_calibrates_a_sharded_script_into_one_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("alone", "together"):

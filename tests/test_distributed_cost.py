@@ -12,6 +12,7 @@ from torch import nn
 from slimadam import CompressionPlan, Rule, SlimAdam, averages, backends
 from tests.ranks import on_ranks
 from tests.test_distributed_step import full, mesh_of, named, sharded
+from tests.versions import shards
 
 PLANS: dict[str, dict[str, Rule]] = {
     "none across shards": {"0.weight": Rule((1,), "mean"), "2.weight": Rule((1,), "mean")},
@@ -61,6 +62,7 @@ def _train_all_fsdp() -> dict[str, Any]:
     return {name: _train_fsdp(name) for name in PLANS}
 
 
+@shards
 def test_fsdp_trains_as_one_process_with_one_all_reduce_a_step(tmp_path: Path) -> None:
     for ranks in (2, 3):
         folder = tmp_path / str(ranks)

@@ -16,6 +16,7 @@ from slimadam.sharpness.directions import pending_directions
 from tests.ranks import on_ranks
 from tests.test_distributed_parts import PLANS
 from tests.test_distributed_step import MESHES, mesh_of, named, sharded, train
+from tests.versions import shards
 
 LR = 1e-2
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -124,6 +125,7 @@ def _all() -> dict[Any, Any]:
     return found
 
 
+@shards
 def test_slimadams_direction_is_that_of_one_process_and_of_its_next_step(tmp_path: Path) -> None:
     of_ranks = on_ranks(4, tmp_path, _all)
     assert len(of_ranks[0]) == 5 * len(OPTIONS) * len(STEPS) + 3

@@ -21,6 +21,7 @@ from slimadam import (
 )
 from tests.ranks import on_ranks
 from tests.test_distributed_step import full, mesh_of, sharded
+from tests.versions import shards
 
 PLAN = CompressionPlan({"0.weight": Rule((1,), "mean")})
 
@@ -179,6 +180,7 @@ def _without_second_derivative() -> list[str]:
     return said
 
 
+@shards
 def test_what_needs_whole_parameters_is_refused(tmp_path: Path) -> None:
     for *of_hessians, of_muon, of_mix in on_ranks(2, tmp_path, _without_second_derivative):
         assert all("measure the critical sharpness, slimadam.CriticalSharpness" in message for message in of_hessians)

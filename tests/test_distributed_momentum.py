@@ -14,6 +14,7 @@ from slimadam import CompressionPlan, Rule, SlimAdam, backends
 from slimadam.entries import decoded
 from tests.ranks import on_ranks
 from tests.test_distributed_step import BACKENDS, MESHES, TOLERANCE, full, mesh_of, moments, named, sharded
+from tests.versions import shards
 
 STEPS = 4
 SHORT_STEPS = 2  # of kernels that are interpreted; the second reads what the first has stored
@@ -108,6 +109,7 @@ def _train_all() -> dict[Any, Any]:
     return found
 
 
+@shards
 def test_codes_are_those_of_one_process(tmp_path: Path) -> None:
     for of_rank in on_ranks(4, tmp_path, _train_all):
         for (backend, name), found in of_rank.items():
@@ -170,6 +172,7 @@ def _resumed(folder: Path, loads: bool) -> dict[str, Any]:
     }
 
 
+@shards
 def test_codes_saved_on_two_ranks_go_on_on_three(tmp_path: Path) -> None:
     for ranks, loads in ((2, False), (3, True)):
         (tmp_path / str(ranks)).mkdir()

@@ -14,6 +14,7 @@ from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam
 from slimadam.sample_shards import SampleShard
 from tests.ranks import on_ranks
 from tests.test_distributed_step import MESHES, mesh_of, moments, sharded
+from tests.versions import shards
 
 INTERVAL = 40
 SHAPES: dict[str, tuple[tuple[int, ...], Rule]] = {
@@ -88,6 +89,7 @@ def _all(names: tuple[str, ...]) -> dict[Any, Any]:
     return found
 
 
+@shards
 def test_every_rank_finds_what_one_process_does(tmp_path: Path) -> None:
     names = ("3 ranks, columns", "3 ranks, rows", "2x2, columns and rows", "2x2, replicated and rows", *LEFT_OUT)
     of_ranks = on_ranks(4, tmp_path, _all, tuple(dict.fromkeys(names)))

@@ -12,6 +12,7 @@ from torch import nn
 from slimadam import CompressionPlan, Rule, SlimAdam
 from tests.ranks import on_ranks
 from tests.test_distributed_step import full
+from tests.versions import shards
 
 PLANS = {
     "inputs": {"0.weight": Rule((1,), "mean"), "2.weight": Rule((1,), "mean")},
@@ -69,6 +70,7 @@ def _differences(kind: str) -> dict[str, float]:
     return found
 
 
+@shards
 @pytest.mark.parametrize("kind", ["FSDP2 and tensor parallel", "hybrid", "tensor parallel"])
 def test_training_agrees_with_one_process(kind: str, tmp_path: Path) -> None:
     for found in on_ranks(4, tmp_path, _differences, kind):

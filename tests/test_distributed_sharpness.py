@@ -15,6 +15,7 @@ from slimadam import SlimAdam
 from slimadam.sharpness.line import LineProbe
 from tests.ranks import on_ranks
 from tests.test_distributed_direction import same, snapshot
+from tests.versions import shards
 
 ETAS = (0.0, 1e-3, 0.03, 0.3, 0.0, 2.0)
 STEPS = 2
@@ -157,6 +158,7 @@ def probe_lines(kinds: list[str], optimizers: list[str]) -> dict[Any, Any]:
     return found
 
 
+@shards
 @pytest.mark.parametrize(
     ("ranks", "kinds", "optimizers"),
     [

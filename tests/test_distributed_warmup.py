@@ -12,6 +12,7 @@ import pytest
 from slimadam import CriticalSharpness, PersistentCatapultWarmup, SharpnessLogger, critical_lr
 from tests.ranks import on_ranks
 from tests.test_distributed_sharpness import Run
+from tests.versions import shards
 
 MEASURED = 3
 
@@ -50,6 +51,7 @@ def _measured(kinds: list[str], folder: Path) -> dict[str, Any]:
     return found
 
 
+@shards
 @pytest.mark.parametrize(
     ("ranks", "kinds"),
     [(3, ["replicated", "sharded"]), (4, ["hybrid", "sharded and tensor parallel"])],

@@ -17,7 +17,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("lightning")
 
 from accelerate import Accelerator
-from click.testing import CliRunner
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -27,6 +26,7 @@ from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam, calib
 from slimadam.cli import cli
 from slimadam.integrations.transformers import optimizer_cls_and_kwargs
 from slimadam.planning import PlanArgument
+from tests.command_line import CliRunner
 
 # The runs that are resumed were saved after 3 of 6 steps: before and after the decision of an automatic plan.
 PLANS: dict[str, PlanArgument] = {

@@ -408,7 +408,7 @@ def test_resumes_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> None:
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for running in (monitor, resumed):
         _run(running, grads, 0.8, f=factored)
-    assert resumed.check() == monitor.check()
+    assert repr(resumed.check()) == repr(monitor.check())  # NaN equals nothing
     assert all(check.ready for name, check in resumed.check().items() if name != "small")
     theirs, ours = resumed.state_dict(), monitor.state_dict()
     for name in ("w", "f"):

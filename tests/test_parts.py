@@ -49,7 +49,7 @@ class Block(nn.Module):
 
 
 def _transformers_model(kind: str) -> nn.Module:
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 32}
     if kind == "gpt2":

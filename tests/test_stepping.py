@@ -15,6 +15,7 @@ from torch import Tensor
 from slimadam import CompressionPlan, Rule, SlimAdam, backends
 from slimadam.parts import Part
 from slimadam.stepping import Stepper
+from tests.versions import gradient_dtype
 
 FUSED = ["reference", "blocked", "compiled", "triton"]
 
@@ -88,6 +89,7 @@ def test_a_parameter_that_changes_its_shape_is_refused(fused: bool | None) -> No
         _step(param, optimizer, 1)
 
 
+@gradient_dtype
 def test_gradients_of_another_precision(fused: bool | None) -> None:
     found = []
     for which in (False, fused):

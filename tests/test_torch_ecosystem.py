@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer, lr_scheduler, swa_utils
 
 from slimadam import CompressionPlan, Rule, SlimAdam
 from tests.torch_properties import equal
+from tests.versions import TORCH, needs_torch
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 MEAN = CompressionPlan({"0.weight": Rule((1,), "mean"), "2.weight": Rule((0,), "mean")})
@@ -135,7 +136,8 @@ def test_scheduled_training_is_adamws(name: str, tensor_lr: bool) -> None:
         model = network()
         optimizer = _two_groups(make, model, tensor_lr)
         seen = _scheduled(model, optimizer, SCHEDULERS[name](optimizer), range(12))
-        assert isinstance(optimizer.param_groups[0]["lr"], Tensor) == tensor_lr
+        kept = isinstance(optimizer.param_groups[0]["lr"], Tensor)
+        assert kept == tensor_lr or (TORCH < (2, 7) and name == "ReduceLROnPlateau")  # makes it a float there
         runs.append((model, seen))
     (theirs, expected), (ours, seen) = runs
     assert seen == expected
@@ -495,7 +497,9 @@ def test_compiled_step_is_the_eager_one_and_compiles_no_more_often_than_adamws(
 # -- distributed checkpoints -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    "flat", [False, pytest.param(True, marks=needs_torch((2, 7), "state that is not a tensor cannot be flattened"))]
+)
 @every_plan
 def test_distributed_checkpoint_state_dicts_resume(plan: Any, flat: bool) -> None:
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 from slimadam import CompressionPlan, Parts, PlanError, Rule, SlimAdam
@@ -18,6 +17,7 @@ from slimadam.demo.model import ByteGPT
 from slimadam.history import SNRHistory
 from slimadam.parts import Piece
 from slimadam.rules import full_rule
+from tests.command_line import CliRunner
 
 SMALL, LARGE = (2, 8), (5, 24)
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
+
+from slimadam.torch_private import TorchDispatchMode, neg_view, tree_leaves, tree_map, version
 
 _LARGEST_ERROR = 1e-2
 _ROUNDINGS = 1000
@@ -47,7 +47,7 @@ class _Alias(NamedTuple):
     def within(self, made: dict[StorageWeakRef, torch.UntypedStorage]) -> Tensor:
         empty = torch.empty(0, dtype=self.dtype, device=self.device)
         view = empty.set_(made[self.memory], self.offset, self.size, self.stride)
-        view = torch._neg_view(view) if self.is_neg else view
+        view = neg_view(view) if self.is_neg else view
         return view.conj() if self.is_conj else view
 
 
@@ -224,7 +224,7 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = {}
         for param in list(self._parameters):
             grad = param.grad
-            found[param] = (id(grad), 0, True) if grad is None else (id(grad), grad._version, not bool(grad.any()))
+            found[param] = (id(grad), 0, True) if grad is None else (id(grad), version(grad), not bool(grad.any()))
         return found
 
     def _note_loss(self, tensors: Any, before: dict[Tensor, tuple[int, int, bool]], gradients: Sequence[Any]) -> None:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from slimadam import torch_private
 from slimadam.direction import row_blocks, with_decay
 from slimadam.distributed import is_dtensor, laid_out_as, local, local_gradient
 from slimadam.functional import Scalar, second_moment_dtype
@@ -318,8 +318,7 @@ def _say_rounded(name: str, error: Exception) -> None:
 @contextmanager
 def _no_hooks() -> Iterator[None]:
     """Holds back the step hooks of the whole process, which a subclass's step runs through its parent's."""
-    registries: list[Any] = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
-    kept = [(hooks, dict(hooks)) for hooks in registries]
+    kept = [(hooks, dict(hooks)) for hooks in torch_private.global_step_hooks()]
     for hooks, _ in kept:
         hooks.clear()
     try:

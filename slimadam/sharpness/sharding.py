@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimadam import torch_private
 from slimadam.distributed import is_dtensor
 
 
@@ -43,29 +44,15 @@ class Sharding:
     def abandon_forward(self) -> None:
         """Make forward passes possible again after one that has ended by an exception."""
         for module in self._modules:
-            state = module._get_fsdp_state()
-            state._state_ctx.iter_forward_root = None
-            state._modules_to_run_forward.clear()
-            for one in (state, *_groups(state)):
-                one._training_state = type(one._training_state).IDLE
-            for group in _groups(state):
-                group._all_gather_result = None  # sent for ahead of time, of parameters as they were then
+            torch_private.fsdp_forget_forward(module)
         self.reshard()
 
     @property
     def is_narrow(self) -> bool:
         """Whether forward passes compute with parameters of 16 bits, by ``MixedPrecisionPolicy(param_dtype=...)``."""
-        policies = [getattr(module._get_fsdp_state(), "_mp_policy", None) for module in self._modules]
-        return any(getattr(policy, "param_dtype", None) in (torch.bfloat16, torch.float16) for policy in policies)
+        return any(torch_private.fsdp_precision(module) in (torch.bfloat16, torch.float16) for module in self._modules)
 
 
 def _held(module: Any) -> set[int]:
     """What a module's state, rather than its attributes, which may be whole parameters now, has of parameters."""
-    return {id(one.sharded_param) for group in _groups(module._get_fsdp_state()) for one in group.fsdp_params}
-
-
-def _groups(state: Any) -> list[Any]:
-    """FSDP2's groups of parameters; earlier releases of torch have one at most."""
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return set(map(id, torch_private.fsdp_params(module)))

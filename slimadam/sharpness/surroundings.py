@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimadam import torch_private
 from slimadam.distributed import local
 
 
@@ -24,11 +25,11 @@ class Buffers:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         owners = {id(owner): owner for module in modules for owner in module.modules()}
-        self._owners = [(owner, dict(owner._buffers)) for owner in owners.values()]
+        self._owners = [(owner, dict(torch_private.buffers(owner))) for owner in owners.values()]
         buffers = (buffer for _, names in self._owners for buffer in names.values() if buffer is not None)
         found = {id(buffer): buffer for buffer in map(local, buffers)}
         # What overlaps itself, as an expanded mask does, cannot be written to: nobody has.
-        own = [buffer for buffer in found.values() if torch._debug_has_internal_overlap(buffer) != 1]
+        own = [buffer for buffer in found.values() if not torch_private.overlaps_itself(buffer)]
         self._kept = [(buffer, buffer.data, buffer.detach().clone()) for buffer in own]
         # A forward pass without gradients makes DistributedDataParallel leave the next one's buffers as they are.
         replicated = [owner for owner in owners.values() if isinstance(owner, nn.parallel.DistributedDataParallel)]
@@ -40,8 +41,9 @@ class Buffers:
             buffer.data = data
             data.copy_(value)
         for owner, names in self._owners:
-            owner._buffers.clear()
-            owner._buffers.update(names)
+            held = torch_private.buffers(owner)
+            held.clear()
+            held.update(names)
         for owner, is_synced in self._synced:
             owner.require_forward_param_sync = is_synced
 
@@ -98,7 +100,7 @@ class Precision:
         enter = torch.autocast.__enter__
 
         def noticed(own: torch.autocast) -> Any:
-            self.is_narrow = self.is_narrow or own._enabled
+            self.is_narrow = self.is_narrow or torch_private.is_autocast_entered(own)
             return enter(own)  # type: ignore[no-untyped-call]
 
         torch.autocast.__enter__ = noticed  # type: ignore[method-assign]

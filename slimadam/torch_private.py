@@ -1,0 +1,175 @@
+"""Every private name of torch that slimadam uses. Checked with torch 2.6.0, 2.11.0 and 2.13.0.
+
+Two kinds are used in place instead: ``torch._foreach_*``, of which all of torch's own optimizers are made, and names
+that torch looks for in subclasses of its optimizers and schedulers (``_init_group``, ``_get_closed_form_lr``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+    _use_grad_for_differentiable,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "TorchDispatchMode",
+    "buffers",
+    "check_graph_capture",
+    "disable_dynamo",
+    "fsdp_forget_forward",
+    "fsdp_params",
+    "fsdp_precision",
+    "fused_adamw_",
+    "global_step_hooks",
+    "intercepts_operations",
+    "is_autocast_entered",
+    "is_zero_tensor",
+    "local_shape_and_offset",
+    "local_tensor",
+    "neg_view",
+    "overlaps_itself",
+    "parameters",
+    "tree_leaves",
+    "tree_map",
+    "use_grad_for_differentiable",
+    "version",
+    "view_base",
+]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+fused_adamw_ = torch._fused_adamw_
+neg_view = torch._neg_view
+
+# -- optimizers --------------------------------------------------------------------------------------------
+
+_CAPTURE_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+"""Renamed in torch 2.11; the old name still works in 2.13, with a warning."""
+_CAPTURE_CHECK = next(name for name in _CAPTURE_CHECKS if hasattr(Optimizer, name))
+
+
+def check_graph_capture(optimizer: Optimizer) -> None:
+    """Raise where a graph is being captured and a parameter group is not ``capturable``, as torch's optimizers do."""
+    getattr(optimizer, _CAPTURE_CHECK)()
+
+
+def use_grad_for_differentiable(step: _Function) -> _Function:
+    """Decorate ``step()`` to record gradients only for ``differentiable=True``."""
+    return cast(_Function, _use_grad_for_differentiable(step))
+
+
+def global_step_hooks() -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return the hooks that run before, and after, every optimizer's step in this process."""
+    return _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+
+
+def disable_dynamo(function: _Function) -> _Function:
+    """Decorate a function that ``torch.compile`` must not trace, without importing Dynamo before it is needed."""
+    return cast(_Function, torch._disable_dynamo(function))  # type: ignore[attr-defined]  # torch does not export it
+
+
+# -- tensors -----------------------------------------------------------------------------------------------
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often autograd knows a tensor to have been changed in place."""
+    return tensor._version
+
+
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Return whether a tensor is zero without having memory."""
+    return tensor._is_zerotensor()
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Return whether several of a tensor's elements surely share memory, as those of an expanded one do."""
+    return torch._debug_has_internal_overlap(tensor) == 1
+
+
+def intercepts_operations() -> bool:
+    """Return whether this thread has entered a mode that intercepts tensor operations."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def is_autocast_entered(context: torch.autocast) -> bool:
+    """Return whether entering an autocast context switches it on."""
+    return bool(context._enabled)
+
+
+def view_base(tensor: Tensor) -> Tensor | None:
+    """Return the tensor of which this one is a view, if it is one."""
+    return tensor._base
+
+
+# -- modules -----------------------------------------------------------------------------------------------
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own buffers by name, the very dictionary that it keeps."""
+    return module._buffers
+
+
+def parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's own parameters by name, the very dictionary that it keeps."""
+    return module._parameters
+
+
+# -- DTensors ----------------------------------------------------------------------------------------------
+
+
+def local_tensor(tensor: DTensor) -> Tensor:
+    """Return what this rank holds of a DTensor; ``to_local()`` would make a new view of a parameter."""
+    return tensor._local_tensor
+
+
+def local_shape_and_offset(tensor: DTensor) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the shape of what this rank holds of a DTensor, and where it begins in each dimension."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+# -- FSDP2 -------------------------------------------------------------------------------------------------
+
+
+def fsdp_params(module: Any) -> list[nn.Parameter]:
+    """Return the sharded parameters of an ``FSDPModule``, also while its attributes are whole ones."""
+    groups = _fsdp_groups(module._get_fsdp_state())
+    return [one.sharded_param for group in groups for one in group.fsdp_params]
+
+
+def fsdp_precision(module: Any) -> torch.dtype | None:
+    """Return the precision of an ``FSDPModule``'s forward pass, or None where its policy leaves it alone."""
+    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
+    return getattr(policy, "param_dtype", None)
+
+
+def fsdp_forget_forward(module: Any) -> None:
+    """Let an ``FSDPModule`` begin a forward pass after one that an exception has ended."""
+    state = module._get_fsdp_state()
+    state._state_ctx.iter_forward_root = None
+    state._modules_to_run_forward.clear()
+    groups = _fsdp_groups(state)
+    for one in (state, *groups):
+        one._training_state = type(one._training_state).IDLE
+    for group in groups:
+        group._all_gather_result = None  # sent for ahead of time, of parameters as they were then
+
+
+def _fsdp_groups(state: Any) -> list[Any]:
+    """Return FSDP2's groups of parameters; earlier releases of torch have one at most."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]

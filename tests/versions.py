@@ -1,0 +1,25 @@
+"""What the torch that runs the tests can do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+TORCH = release(torch.__version__)
+
+
+def needs_torch(version: tuple[int, int], reason: str) -> pytest.MarkDecorator:
+    """Skip a test where torch is older, and say why."""
+    return pytest.mark.skipif(version > TORCH, reason=f"torch {torch.__version__}: {reason}")
+
+
+shards = needs_torch((2, 7), "FSDP2 does not run on a CPU, and DTensors may have no uneven or empty shards")
+gradient_dtype = needs_torch((2, 9), "a gradient has its parameter's precision")
