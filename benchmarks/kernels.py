@@ -9,6 +9,7 @@ with no barrier after their loads.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import re
 import subprocess
@@ -162,18 +163,10 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
 
 def compile_variant(variant: Variant, architecture: int) -> Compiled:
     """Compile for an architecture such as 90, and read what came out."""
-    names = variant.kernel.arg_names
     constants = dict(variant.constants)
     if "grad_scale and found_inf" not in variant.flags:
-        constants |= {name: None for name in ("grad_scale", "found_inf") if name in names}
-    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
-    pointers = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if signature[name][0] == "*"}
-    source = ASTSource(
-        fn=variant.kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=pointers,
-    )
+        constants |= {name: None for name in ("grad_scale", "found_inf") if name in variant.kernel.arg_names}
+    source = _source(variant.kernel, constants)
     options = {"num_warps": variant.num_warps, "maxnreg": MOST_REGISTERS}
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     resources = _resources(made.asm["cubin"])
@@ -195,6 +188,21 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
         is_ordered=ordered,
         is_good=spilled == 0 and wide and ordered,
     )
+
+
+def _source(kernel: Any, constants: dict[str, Any]) -> Any:
+    """Return a kernel for these compile-time arguments, all pointers aligned, as this release of Triton takes it."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    pointers = [index for index, name in enumerate(names) if signature[name][0] == "*"]
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        by_index = {(names.index(name),): value for name, value in constants.items()}
+        divisible = {(index,): [["tt.divisibility", 16]] for index in pointers}
+        return ASTSource(fn=kernel, signature=signature, constexprs=by_index, attrs=divisible)
+    from triton.backends.compiler import AttrsDescriptor  # only before 3.3
+
+    attributes = AttrsDescriptor.from_dict({"arg_properties": {"tt.divisibility": pointers}, "cls": "AttrsDescriptor"})
+    return ASTSource(fn=kernel, signature=signature, constants=constants, attrs=attributes)
 
 
 def _wide_accesses(instruction: str, ptx: str) -> int:

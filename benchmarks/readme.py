@@ -298,6 +298,37 @@ def torch_properties(result: dict[str, Any]) -> str:
     )
 
 
+def supported(result: dict[str, Any]) -> str:
+    """Return how many plans and first moments hold, by implementation and environment."""
+    environments = list(result["environments"].values())
+    heads, cells = [], []
+    for environment in environments:
+        versions = environment["machine"]["versions"]
+        stack = ", ".join(f"{name} {versions[name].partition('+')[0]}" for name in ("torch", "triton", "numpy"))
+        heads.append(f"Python {environment['machine']['python']}, {stack}")
+        cells.append(_held_by_implementation(environment["rows"]))
+    lines = [f"| {label} | " + " | ".join(cell[label] for cell in cells) + " |" for label in cells[0]]
+    first = environments[0]["machine"]
+    return "\n".join(
+        [
+            f"Plans and first moments that end within rounding of float64 after {result['steps']} steps, each step "
+            f"seen by autograd, of those tried ({first['processor']}, {first['cores']} cores, {first['date']}), "
+            "`make versions`; Triton in its interpreter:",
+            "",
+            "| | " + " | ".join(heads) + " |",
+            "|---" * (len(heads) + 1) + "|",
+            *lines,
+        ]
+    )
+
+
+def _held_by_implementation(rows: list[dict[str, Any]]) -> dict[str, str]:
+    by_label: dict[str, list[bool]] = {}
+    for row in rows:
+        by_label.setdefault(row["name"].partition(",")[0], []).append(row["problem"] is None)
+    return {label: f"{sum(held)} of {len(held)}" for label, held in by_label.items()}
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "clipping": clipping,
@@ -308,6 +339,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels": kernels,
     "memory": memory,
     "parity": parity,
+    "supported": supported,
     "interop": interop,
     "mix": mix,
     "mixed_precision": mixed_precision,

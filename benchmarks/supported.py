@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import sys
@@ -35,6 +36,7 @@ from benchmarks.exactness import RARE, gradients, run, set_gradients
 from benchmarks.workloads.skeleton import skeleton
 from slimadam import AutoPlan, SlimAdam, backends
 
+NAME = "supported"
 STEPS = 25
 SHAPES = {
     "token_embedding.weight": (67, 24),
@@ -212,10 +214,20 @@ def _counted(found: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
 
 
+def _keep(found: Sequence[Row], folder: Path) -> Path:
+    """Replace this Python's table in the result file."""
+    path = folder / f"{NAME}.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["environments"] if path.exists() else {}
+    python = ".".join(platform.python_version_tuple()[:2])
+    known[python] = {"machine": machine.describe(), "rows": [asdict(row) for row in found]}
+    ordered = dict(sorted(known.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
+    return machine.write(NAME, {"steps": STEPS, "environments": ordered}, folder)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, write it to ``supported-<Python>.json``, and return 1 if a row failed."""
+    """Print the table, keep it in ``supported.json`` beside those of other Pythons, and return 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS / "supported", help="folder of the result file")
+    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result file")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows whose name matches")
     chosen = parser.parse_args(arguments)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}")
@@ -227,8 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "ok" if row.problem is None else f"left out: {row.problem}" if row.is_left_out else f"FAIL: {row.problem}"
         )
         print(f"{row.name:52s} {row.backends:30s} {rounding:36s} {verdict}", flush=True)
-    name = "supported-" + ".".join(platform.python_version_tuple()[:2])
-    print("written:", machine.write(name, {"steps": STEPS, "rows": [asdict(row) for row in found]}, chosen.out))
+    print("written:", _keep(found, chosen.out))
     return int(any(row.problem is not None and not row.is_left_out for row in found))
 
 

@@ -6,11 +6,13 @@ without it work.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeGuard
 
 import torch
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
+logger = logging.getLogger("slimadam")
 
 FLAT: Final = (
     "which lays parameters end to end and cuts them anywhere, so that rows and columns are gone; shard with "
@@ -47,6 +50,17 @@ def local(tensor: Tensor) -> Tensor:
     if type(held) is Tensor or not hasattr(held, "wait"):
         return held
     return held.wait()  # type: ignore[no-any-return]  # what an asynchronous collective returned
+
+
+@cache
+def warn_of_old_torch() -> None:
+    """Say once where this torch is older than what sharded parameters are tested with."""
+    if torch.__version__ < "2.7":
+        logger.warning(
+            "torch %s: its DTensors may have no uneven or empty shards, and its FSDP2 does not run on a CPU; use torch "
+            "2.7 or later for sharded parameters",
+            torch.__version__,
+        )
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from slimadam.distributed import FLAT, is_dtensor, local_rules, refuse_elsewhere
+from slimadam.distributed import FLAT, is_dtensor, local_rules, refuse_elsewhere, warn_of_old_torch
 from slimadam.options import check_foreach
 from slimadam.planning import MEASURING
 from slimadam.rules import Rule
@@ -65,6 +65,8 @@ def check_shards(name: str, param: Tensor, rules: Sequence[Rule]) -> None:
     Raises:
         RuntimeError: Says why, and what to use instead.
     """
+    if is_dtensor(param):
+        warn_of_old_torch()
     if is_dtensor(param) and any(rule.reason == MEASURING or rule.form != "full" for rule in rules):
         refuse_elsewhere(name, param)
     if is_dtensor(param) and rules[0].reason != MEASURING:

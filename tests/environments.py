@@ -1,4 +1,4 @@
-"""Find the Pythons that the package declares: ``python3 tests/environments.py oldest|newest|3.12`` prints one's path.
+"""Find the Pythons that the package declares: ``python3 tests/environments.py oldest|middle|newest`` prints one's path.
 
 The Makefile creates environments with it, so it needs nothing installed.
 """
@@ -33,12 +33,13 @@ def _is_version(path: str, version: str) -> bool:
     return ran.returncode == 0 and ran.stdout.strip() == version
 
 
+ORDER = {"oldest": slice(None), "middle": slice(-2, None, -1), "newest": slice(None, None, -1)}
+"""In which order the declared versions are looked for; the first that is found is taken."""
+
+
 def main(wanted: str) -> int:
-    """Print the path of the oldest, the newest or one named Python, and say on stderr which it is."""
-    versions = declared()[:: -1 if wanted == "newest" else 1]
-    if wanted not in ("oldest", "newest"):
-        versions = [version for version in versions if version == wanted]
-    for version in versions:
+    """Print the path of the first Python found, and say on stderr which it is."""
+    for version in declared()[ORDER[wanted]]:
         path = find(version)
         if path is not None:
             print(f"{wanted}: Python {version}, {path}", file=sys.stderr)
@@ -49,4 +50,4 @@ def main(wanted: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]) if len(sys.argv) == 2 else __doc__)
+    raise SystemExit(main(sys.argv[1]) if sys.argv[1:] and sys.argv[1] in ORDER else __doc__)

@@ -19,6 +19,7 @@ from slimadam import (
     directional_sharpness,
     hessian_sharpness,
 )
+from slimadam.distributed import warn_of_old_torch
 from tests.ranks import on_ranks
 from tests.test_distributed_step import full, mesh_of, sharded
 from tests.versions import shards
@@ -186,3 +187,16 @@ def test_what_needs_whole_parameters_is_refused(tmp_path: Path) -> None:
         assert all("measure the critical sharpness, slimadam.CriticalSharpness" in message for message in of_hessians)
         assert "the direction of Muon on sharded parameters" in of_muon
         assert "load the checkpoint into a model that is not sharded" in of_mix
+
+
+@pytest.mark.parametrize(("version", "warnings"), [("2.6.0", 1), ("2.7.0", 0), ("2.13.0+cpu", 0)])
+def test_a_torch_whose_shards_are_limited_is_told_of_once(
+    version: str, warnings: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    warn_of_old_torch.cache_clear()
+    warn_of_old_torch()
+    warn_of_old_torch()
+    assert len(caplog.records) == warnings
+    assert all(f"torch {version}" in record.message and "use torch 2.7" in record.message for record in caplog.records)
+    warn_of_old_torch.cache_clear()
