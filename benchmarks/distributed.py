@@ -116,8 +116,7 @@ def _compared(backend: str, sharded: int) -> dict[str, Any]:
 
 def _tensors(optimizer: SlimAdam, param: Tensor) -> list[Tensor]:
     state = optimizer.state[param]
-    second = state["exp_avg_sq"]
-    return [param, state["exp_avg"], *([second] if isinstance(second, Tensor) else second)]
+    return [param, *(value for key, value in state.items() if key.startswith("exp_avg"))]
 
 
 if __name__ == "__main__":

@@ -318,10 +318,10 @@ class Outcome:
 
 def second_moments(run: Run) -> dict[str, list[tuple[int, ...]]]:
     """Shapes of the second moments in the state, by the model's own parameter names."""
-    stored = {name: run.optimizer.state[param]["exp_avg_sq"] for name, param in run.model.named_parameters()}
+    states = {name: run.optimizer.state[param] for name, param in run.model.named_parameters()}
     return {
-        name: [tuple(part.shape) for part in ([moment] if isinstance(moment, Tensor) else moment)]
-        for name, moment in stored.items()
+        name: [tuple(value.shape) for key, value in state.items() if key.startswith("exp_avg_sq")]
+        for name, state in states.items()
     }
 
 

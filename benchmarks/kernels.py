@@ -216,9 +216,12 @@ def has_barrier_before_store(ptx: str) -> bool:
     Args:
         ptx: Code of ``update_rows`` or ``update_columns``, whose first store is that of the second moment.
     """
-    before, store, _ = ptx.partition("st.global")
-    _, load, between = before.rpartition("ld.global")
-    return bool(load and store) and "bar.sync" in between
+    store = re.search(r"\bst\.[\w.]*global", ptx)
+    before = ptx[: store.start()] if store else ""
+    loads = list(re.finditer(r"\bld\.[\w.]*global", before))
+    between = before[loads[-1].end() :] if loads else ""
+    # All warps at the same barrier, on every way to the store.
+    return re.search(r"\b(bar|barrier\.cta)\.sync\s+0;", between) is not None and "bra" not in between
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

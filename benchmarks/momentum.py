@@ -25,7 +25,7 @@ from slimadam import CompressionPlan, SlimAdam, momentum
 from slimadam.demo.data import ByteData, load
 from slimadam.demo.training import DemoSettings, Trainee, calibrate, learning_rate, optimizer_bytes, train
 from slimadam.functional import stand_in
-from slimadam.state import parts
+from slimadam.state import moments_of
 
 DTYPES: dict[str, torch.dtype | str | None] = {"None": None, "bfloat16": torch.bfloat16, "int8": "int8"}
 BYTES_BELOW = {"None": 4.1, "bfloat16": 2.1}
@@ -125,7 +125,8 @@ def compare_codes(settings: DemoSettings, data: ByteData, plan: CompressionPlan)
 
 def _inverse_denominator(optimizer: SlimAdam, plan: CompressionPlan, name: str, param: Tensor, step: int) -> Tensor:
     group = optimizer.param_groups[0]
-    second = stand_in(parts(optimizer.state[param]["exp_avg_sq"]), plan[name].averaged_dims(param.dim()))
+    stored = moments_of(optimizer.state[param], [plan[name]])
+    second = stand_in(stored, plan[name].averaged_dims(param.dim()))
     denominator: Tensor = (second / (1 - group["betas"][1] ** step)).sqrt() + group["eps"]
     return 1 / denominator
 

@@ -25,7 +25,7 @@ from slimadam.demo.data import ByteData, load
 from slimadam.demo.training import DemoSettings, calibrate
 from slimadam.monitoring import SHORTEST_INTERVAL, Monitor
 from slimadam.samples import MEASUREMENTS
-from slimadam.state import parts
+from slimadam.state import moments_of
 
 LARGEST_MEMORY_SHARE = 0.01
 LARGEST_TIME_SHARE = 0.005
@@ -114,7 +114,9 @@ def monitored(run: Run, monitor: Monitor, named: dict[str, Tensor], optimizer: S
     """What the optimizer does at the end of a step, timed."""
     start = time.perf_counter()
     monitor.update(((name, param.grad) for name, param in named.items()), beta2)
-    monitor.watch(lambda: {name: parts(optimizer.state[param]["exp_avg_sq"]) for name, param in named.items()})
+    monitor.watch(
+        lambda: {name: moments_of(optimizer.state[param], [optimizer.plan[name]]) for name, param in named.items()}
+    )
     run.monitor_seconds.append(time.perf_counter() - start)
 
 

@@ -298,16 +298,20 @@ def torch_properties(result: dict[str, Any]) -> str:
     )
 
 
+STACK = ("torch", "triton", "numpy")
+
+
 def supported(result: dict[str, Any]) -> str:
     """Return how many plans and first moments hold, by implementation and environment."""
     environments = list(result["environments"].values())
     heads, cells = [], []
     for environment in environments:
         versions = environment["machine"]["versions"]
-        stack = ", ".join(f"{name} {versions[name].partition('+')[0]}" for name in ("torch", "triton", "numpy"))
+        stack = ", ".join(f"{name} {(versions[name] or 'none').partition('+')[0]}" for name in STACK)
         heads.append(f"Python {environment['machine']['python']}, {stack}")
         cells.append(_held_by_implementation(environment["rows"]))
-    lines = [f"| {label} | " + " | ".join(cell[label] for cell in cells) + " |" for label in cells[0]]
+    labels = dict.fromkeys(label for cell in cells for label in cell)
+    lines = [f"| {label} | " + " | ".join(cell.get(label, "not tried") for cell in cells) + " |" for label in labels]
     first = environments[0]["machine"]
     return "\n".join(
         [
@@ -325,7 +329,8 @@ def supported(result: dict[str, Any]) -> str:
 def _held_by_implementation(rows: list[dict[str, Any]]) -> dict[str, str]:
     by_label: dict[str, list[bool]] = {}
     for row in rows:
-        by_label.setdefault(row["name"].partition(",")[0], []).append(row["problem"] is None)
+        if not row["is_left_out"]:
+            by_label.setdefault(row["name"].partition(",")[0], []).append(row["problem"] is None)
     return {label: f"{sum(held)} of {len(held)}" for label, held in by_label.items()}
 
 

@@ -31,6 +31,7 @@ from benchmarks.workloads.skeleton import skeleton
 from slimadam import SlimAdam
 from slimadam.distributed import LocalRule, local, local_rules
 from slimadam.rules import Dims
+from slimadam.state import first_moment
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 RANKS = (8, 64, 256, 512)
@@ -111,7 +112,7 @@ def cost(optimizer: SlimAdam) -> Cost:
     told = optimizer.memory()
     held = list(_held(optimizer))
     rows = sum(math.prod(rule.stored_shape(dims[0])) for _, rule, dims in held if len(dims) == 2 and _asks(rule, dims))
-    moved = sum(_moved(param, rule, dims, optimizer.state[param]["exp_avg"]) for param, rule, dims in held)
+    moved = sum(_moved(param, rule, dims, first_moment(optimizer.state[param])) for param, rule, dims in held)
     return Cost(
         elements=sum(local(param).numel() for param, _, _ in held),
         state=told.total,

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,10 +77,13 @@ class Implementation:
         """Return whether a row is worth its time: compiling takes half a minute."""
         return not self.is_compiled or (plan in ("None", "factored") and momentum == "float32")
 
-    def missing(self) -> str | None:
+    def missing(self, momentum: Any) -> str | None:
         """Return why it cannot run here, or None."""
-        lacks = self.uses_triton and importlib.util.find_spec("triton") is None
-        return "Triton is not installed" if lacks else None
+        if self.uses_triton and importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if self.uses_triton and momentum == torch.bfloat16 and not torch.cuda.is_available():
+            return "Triton's interpreter cuts off where a GPU rounds to bfloat16"
+        return None
 
     def step_of(self, optimizer: SlimAdam) -> Callable[[], Any]:
         """Return what takes a step."""
@@ -142,7 +146,7 @@ def rows(patterns: Sequence[str] = ("*",)) -> Iterator[Row]:
 
 
 def _row(name: str, implementation: Implementation, plan: Callable[[], Any], momentum: Any) -> Row:
-    reason = implementation.missing()
+    reason = implementation.missing(momentum)
     if reason is not None:
         return Row(name, problem=reason, is_left_out=True)
     options = {**implementation.options, "momentum_dtype": momentum}
@@ -214,14 +218,39 @@ def _counted(found: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
 
 
-def _keep(found: Sequence[Row], folder: Path) -> Path:
-    """Replace this Python's table in the result file."""
+def _known(folder: Path) -> dict[str, Any]:
+    """Return the tables in the result file.
+
+    Raises:
+        ValueError: It is damaged.
+    """
     path = folder / f"{NAME}.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["environments"] if path.exists() else {}
-    python = ".".join(platform.python_version_tuple()[:2])
-    known[python] = {"machine": machine.describe(), "rows": [asdict(row) for row in found]}
-    ordered = dict(sorted(known.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
-    return machine.write(NAME, {"steps": STEPS, "environments": ordered}, folder)
+    if not path.exists():
+        return {}
+    try:
+        environments: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["environments"]
+        sorted(environments, key=release)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete it, or pass another folder with --out") from error
+    return environments
+
+
+def _keep(found: Sequence[Row], known: dict[str, Any], folder: Path) -> Path:
+    """Put the rows into the table of this environment, whose others stay."""
+    key = f"Python {platform.python_version()}, torch {torch.__version__.partition('+')[0]}"
+    before = {row["name"]: row for row in known.get(key, {}).get("rows", [])}
+    rows_now = list({**before, **{row.name: asdict(row) for row in found}}.values())
+    known = {**known, key: {"machine": machine.describe(), "rows": rows_now}}
+    return machine.write(NAME, {"steps": STEPS, "environments": dict(sorted(known.items(), key=_order))}, folder)
+
+
+def _order(item: tuple[str, Any]) -> list[int]:
+    return release(item[0])
+
+
+def release(text: str) -> list[int]:
+    """Return the numbers in a version."""
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -231,6 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows whose name matches")
     chosen = parser.parse_args(arguments)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}")
+    try:
+        known = _known(chosen.out)
+    except ValueError as error:
+        parser.error(str(error))
     found = []
     for row in rows(chosen.only):
         found.append(row)
@@ -239,7 +272,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "ok" if row.problem is None else f"left out: {row.problem}" if row.is_left_out else f"FAIL: {row.problem}"
         )
         print(f"{row.name:52s} {row.backends:30s} {rounding:36s} {verdict}", flush=True)
-    print("written:", _keep(found, chosen.out))
+    if not found:
+        parser.error(
+            f"no row matches {chosen.only}; a row is called, for example, 'default, plan rules, int8 momentum'"
+        )
+    print("written:", _keep(found, known, chosen.out))
     return int(any(row.problem is not None and not row.is_left_out for row in found))
 
 

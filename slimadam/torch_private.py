@@ -1,7 +1,8 @@
-"""Every private name of torch that slimadam uses. Checked with torch 2.6.0, 2.11.0 and 2.13.0.
+"""The private names of torch that slimadam calls. Checked with torch 2.6.0, 2.8.0, 2.11.0 and 2.13.0.
 
-Two kinds are used in place instead: ``torch._foreach_*``, of which all of torch's own optimizers are made, and names
-that torch looks for in subclasses of its optimizers and schedulers (``_init_group``, ``_get_closed_form_lr``).
+Used in place are ``torch._foreach_*``, of which all of torch's own optimizers are made; names that torch looks for in
+subclasses of its optimizers and schedulers (``_init_group``, ``_step_supports_amp_scaling``, ``_last_lr``), with the
+hooks that it keeps for them; and marks that tell classes and parameters apart (``_ConvNd``, ``_is_flat_param``).
 """
 
 from __future__ import annotations
@@ -57,12 +58,13 @@ neg_view = torch._neg_view
 
 _CAPTURE_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 """Renamed in torch 2.11; the old name still works in 2.13, with a warning."""
-_CAPTURE_CHECK = next(name for name in _CAPTURE_CHECKS if hasattr(Optimizer, name))
+_CAPTURE_CHECK = next((name for name in _CAPTURE_CHECKS if hasattr(Optimizer, name)), None)
 
 
 def check_graph_capture(optimizer: Optimizer) -> None:
     """Raise where a graph is being captured and a parameter group is not ``capturable``, as torch's optimizers do."""
-    getattr(optimizer, _CAPTURE_CHECK)()
+    if _CAPTURE_CHECK is not None:
+        getattr(optimizer, _CAPTURE_CHECK)()
 
 
 def use_grad_for_differentiable(step: _Function) -> _Function:

@@ -5,6 +5,7 @@ The Makefile creates environments with it, so it needs nothing installed.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,13 +24,17 @@ def declared() -> list[str]:
 def find(version: str) -> str | None:
     """Return the path of a Python of this version that starts: on PATH, or where pyenv keeps its own."""
     on_path = [shutil.which(f"python{version}"), shutil.which("python3"), sys.executable]
-    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    pyenv = sorted(root.glob(f"versions/{version}.*/bin/python"))
     return next((str(path) for path in [*on_path, *pyenv] if path and _is_version(str(path), version)), None)
 
 
 def _is_version(path: str, version: str) -> bool:
-    command = [path, "-c", "import sys, venv; print('%d.%d' % sys.version_info[:2])"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [path, "-c", "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
     return ran.returncode == 0 and ran.stdout.strip() == version
 
 
