@@ -20,6 +20,7 @@ from slimadam.parts import Parts, key_of
 from slimadam.plan import CompressionPlan
 from slimadam.recording import record
 from slimadam.rules import full_rule
+from slimadam.torch_private import disable_dynamo
 
 Schedule = Callable[[int], bool]
 
@@ -89,7 +90,7 @@ class SNRRecorder:
         for parameter in self._parameters():
             self._record(parameter, None)
         if attach:
-            self._handle = optimizer.register_step_post_hook(lambda *_: self.after_step())
+            self._handle = optimizer.register_step_post_hook(disable_dynamo(lambda *_: self.after_step()))
 
     def after_step(self) -> None:
         """Count one optimizer step and measure if the schedule says so."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from slimadam import CompressionPlan, SNRHistory
+from slimadam import CompressionPlan, SlimAdam, SNRHistory
 from slimadam.cli import cli
 from slimadam.cli.learning_rate import LearningRateScale
 from slimadam.cli.observe import Observer
@@ -185,6 +185,19 @@ def test_lr_scale_leaves_a_rate_alone_that_was_set_during_the_step() -> None:
     optimizer.param_groups[0]["lr"] = 0.25
     scale.restore(optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_lr_scale_reaches_every_step_where_all_second_moments_are_factored() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = SlimAdam([weight], lr=0.5, plan="factored")
+    rates: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    with Observer(lambda step: True, lr_scale=0.125).watching():
+        for _ in range(3):
+            weight.grad = torch.ones(3, 2)
+            optimizer.step()
+    assert rates == [0.0625] * 3
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_two_optimizers_merge_into_one_plan() -> None:

@@ -208,7 +208,7 @@ def test_auto_measures_and_then_saves(tmp_path: Path) -> None:
         "    optimizer.zero_grad()\n"
         "    model(torch.randn(4, 20)).square().mean().backward()\n"
         "    optimizer.step()\n"
-        "print(len(optimizer.state[model.weight]['exp_avg_sq']))\n"
+        "print([len(part) for key, part in optimizer.state[model.weight].items() if 'exp_avg_sq' in key])\n"
     )
     result = run("--plan", "auto", str(script))
     assert result.exit_code == 0, result.output
@@ -224,7 +224,7 @@ def test_factored_stores_rows_and_columns(tmp_path: Path) -> None:
         "optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)\n"
         "model(torch.ones(4, 20)).square().mean().backward()\n"
         "optimizer.step()\n"
-        "print([tuple(part.shape) for part in optimizer.state[model.weight]['exp_avg_sq']])\n"
+        "print([tuple(part.shape) for key, part in optimizer.state[model.weight].items() if 'exp_avg_sq' in key])\n"
     )
     result = run("--plan", "factored", str(script))
     assert result.exit_code == 0, result.output

@@ -25,6 +25,7 @@ from rich.progress import (
 
 from slimadam.calibration import every, paper_schedule
 from slimadam.choosing import Forms, applicable, idle_patterns
+from slimadam.cli.children import Children
 from slimadam.cli.console import finite, finite_or_none, is_main_rank, output_path, percent, status_console
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
 from slimadam.cli.observe import Observer
@@ -33,6 +34,9 @@ from slimadam.history import SNRHistory
 from slimadam.plan import CompressionPlan
 
 _REDRAW_SECONDS = 0.1
+_REMEDY = (
+    "Let torchrun start them (torchrun -m slimadam calibrate ...), or use slimadam.SNRRecorder(optimizer) in the script"
+)
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,11 @@ def calibrate(
     if len(set(outputs)) != len(outputs):
         raise click.UsageError("--out, --report and --history name the same file; give each its own")
     console, stdout = status_console(), sys.stdout
+    children = Children(console, _REMEDY)
     with _progress(console, steps) as on_step:
         schedule = paper_schedule if interval is None else every(interval)
         observer = Observer(schedule, steps, lr_scale, on_step)
-        with observer.watching():
+        with observer.watching(), children.noticed():
             outcome = Script(script, arguments, is_module).run()
     outcome.show_error()
     for problem in observer.problems:
@@ -140,7 +145,7 @@ def calibrate(
         _warn_of_idle_patterns(console, keep, measured)
     if as_json and is_main_rank():
         click.echo(json.dumps(result), file=stdout)
-    ctx.exit(_exit_code(console, observer, outcome))
+    ctx.exit(_exit_code(console, observer, outcome, children))
 
 
 def _plan(
@@ -163,11 +168,13 @@ def _plan(
 @contextmanager
 def _progress(console: Console, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, redrawn from the training loop itself: no thread, and no stream is redirected."""
+    if console.quiet or not console.is_terminal:
+        yield lambda step: None  # a bar that is switched off still ends a line in some releases of rich
+        return
     bar = Progress(
         TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False,
-        disable=console.quiet or not console.is_terminal,
     )  # fmt: skip
     task = bar.add_task("calibrating", total=total)
     drawn = 0.0
@@ -227,12 +234,15 @@ def _warn_of_idle_patterns(console: Console, keep: tuple[str, ...], measured: SN
         console.print(f"slimadam: --keep {pattern}: no parameter has such a name or role")
 
 
-def _exit_code(console: Console, observer: Observer, outcome: Outcome) -> int:
+def _exit_code(console: Console, observer: Observer, outcome: Outcome, children: Children) -> int:
     if outcome.exit_code:
         how = "was terminated" if outcome.exit_code == SIGTERM_EXIT else f"failed (exit code {outcome.exit_code})"
         console.print(f"slimadam: the script {how}")
         return SCRIPT_FAILED
     if not observer.optimizers:
-        console.print("slimadam: nothing to calibrate: no optimizer that keeps exp_avg_sq (Adam, AdamW) stepped")
+        console.print(
+            "slimadam: nothing to calibrate: no optimizer that keeps exp_avg_sq (Adam, AdamW) stepped"
+            f"{children.elsewhere}"
+        )
         return NOTHING_DONE
     return DONE

@@ -17,16 +17,19 @@ from rich.console import Console
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from slimadam.cli.children import Children
 from slimadam.cli.console import finite, is_main_rank, status_console
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
 from slimadam.cli.replay import LossRecorder, ReplayError
 from slimadam.cli.script import SCRIPT_SETTINGS, Script, StopScript, script_arguments
 from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.sharpness.line import LineProbe
+from slimadam.torch_private import disable_dynamo
 
 _START = 1e-6
 _LARGEST = 1e9
 _MAX_FORWARDS = 100
+_REMEDY = "Train in one process, or call slimadam.critical_lr(optimizer, closure) in the script"
 
 
 @dataclass
@@ -50,6 +53,7 @@ class _Finder:
     lr: float = 0.0
     micro_batches: int = 0
     problem: str = "no optimizer of torch stepped"
+    _process: int = field(default_factory=os.getpid)
     _recorder: LossRecorder = field(default_factory=LossRecorder)
     _steps: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
 
@@ -66,7 +70,10 @@ class _Finder:
             before.remove()
             after.remove()
 
+    @disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if os.getpid() != self._process:  # a forked child has inherited this hook
+            return
         if self.measured is not None:  # a script that caught StopScript goes on
             raise StopScript
         steps = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
@@ -84,6 +91,7 @@ class _Finder:
             self.problem = str(error)
         raise StopScript
 
+    @disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._steps.get(optimizer, 0) == self.step - 1:
             self._recorder.recording = True
@@ -93,7 +101,9 @@ class _Finder:
         loss = self._recorder.replay(params)
         with LineProbe(optimizer) as line:
             loss.check(line.loss(loss))
-        probe = CriticalSharpness(optimizer, start=_START, max_lr=self.max_lr, max_forwards=_MAX_FORWARDS)
+        probe = CriticalSharpness(
+            optimizer, start=_START, max_lr=self.max_lr, max_forwards=_MAX_FORWARDS, rounding=loss.rounding
+        )
         self.measured = probe.measure(loss)
         self.optimizer = type(optimizer).__name__
         self.micro_batches = loss.micro_batches
@@ -142,7 +152,8 @@ def find_lr(
         )
     console, stdout = status_console(), sys.stdout
     finder = _Finder(step, max_lr)
-    with finder.watching():
+    children = Children(console, _REMEDY)
+    with finder.watching(), children.noticed():
         outcome = Script(script, arguments, is_module).run()
     outcome.show_error()
     if outcome.exit_code:
@@ -150,7 +161,7 @@ def find_lr(
         ctx.exit(SCRIPT_FAILED)
     measured = finder.measured
     if measured is None:
-        console.print(f"slimadam: nothing was measured: {finder.problem}")
+        console.print(f"slimadam: nothing was measured: {finder.problem}{children.elsewhere}")
         ctx.exit(NOTHING_DONE)
     _summarize(console, finder, measured, warmup_steps)
     if as_json and is_main_rank():
@@ -191,6 +202,8 @@ def _summarize(console: Console, finder: _Finder, measured: SharpnessMeasurement
     if measured.status not in ("found", "noisy"):
         limit = f" of the loss up to {finder.max_lr:g}" if measured.status == "no increase" else ""
         console.print(f"slimadam: no critical learning rate at {where}: {measured.status}{limit}")
+        if measured.status == "too noisy":
+            console.print("slimadam: the script computes in 16 bits, whose rounding hides it: run it in float32")
         if measured.status == "no increase" and finder.lr <= finder.max_lr:
             console.print(f"slimadam: the script's own learning rate {finder.lr:g} needs no warmup on this account")
         return

@@ -19,11 +19,12 @@ from slimadam.cli.learning_rate import LearningRateScale
 from slimadam.cli.script import StopScript, Terminated
 from slimadam.cli.script_names import prefix_of, prefixed
 from slimadam.history import SNRHistory
+from slimadam.torch_private import disable_dynamo
 
 
 def is_adam_like(optimizer: Optimizer) -> bool:
     """Whether an optimizer that has stepped keeps Adam's second moments."""
-    return any("exp_avg_sq" in state for state in optimizer.state.values())
+    return any(str(key).startswith("exp_avg_sq") for state in optimizer.state.values() for key in state)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Observer:
         self._watched: dict[Optimizer, _Watched] = {}
         self._failed: set[Optimizer] = set()
         self._terminated = False
+        self._process = os.getpid()
 
     @property
     def optimizers(self) -> int:
@@ -122,12 +124,18 @@ class Observer:
             after.remove()
             self._learning_rate.restore_all()
 
+    @disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if os.getpid() != self._process:  # a forked child has inherited the hooks
+            return
         # Before its first step an optimizer has no state yet to tell what it is by.
         if is_adam_like(optimizer) or (not optimizer.state and "betas" in optimizer.defaults):
             self._learning_rate.apply(optimizer)
 
+    @disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if os.getpid() != self._process:
+            return
         self._learning_rate.restore(optimizer)
         steps = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         if optimizer not in self._failed:

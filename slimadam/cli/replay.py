@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
+from slimadam.sharpness.surroundings import NARROW, rough_share
 from slimadam.torch_private import TorchDispatchMode, neg_view, tree_leaves, tree_map, version
 
 _LARGEST_ERROR = 1e-2
@@ -62,7 +63,11 @@ class _Call(NamedTuple):
     seeds: tuple[tuple[Callable[[Tensor], Any], Tensor], ...]
 
     def reads(self) -> Iterator[StorageWeakRef]:
-        return (leaf.memory for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, _Alias))
+        return (alias.memory for alias in self.aliases())
+
+    def aliases(self) -> Iterator[_Alias]:
+        """What it reads that other operations make."""
+        return (leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, _Alias))
 
     def live(self) -> Iterator[StorageWeakRef]:
         """What it reads as it is, not as an operation before it has made it."""
@@ -274,6 +279,13 @@ class Replay:
     def micro_batches(self) -> int:
         """How many calls of ``backward()`` the loss is the sum of."""
         return len(self._losses)
+
+    @property
+    def rounding(self) -> float | None:
+        """Which share of the loss is rounding; None where nothing that depends on the parameters has 16 bits."""
+        losses = {loss.dtype for loss in self._losses}
+        made = {leaf.dtype for call in self._calls for leaf in call.aliases()}
+        return rough_share(losses) if (made | losses).intersection(NARROW) else None
 
     @torch.no_grad()
     def __call__(self) -> float:

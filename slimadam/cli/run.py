@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from slimadam.automatic import AutoPlan
+from slimadam.cli.children import Children
 from slimadam.cli.console import percent, status_console
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
 from slimadam.cli.script import SCRIPT_SETTINGS, Script, script_arguments
@@ -18,6 +19,9 @@ from slimadam.errors import PlanError
 from slimadam.plan import CompressionPlan
 
 _SHOWN_NAMES = 5
+_REMEDY = (
+    "Let torchrun start them (torchrun -m slimadam run ...), or build slimadam.SlimAdam in the script instead of AdamW"
+)
 
 
 @click.command(context_settings=SCRIPT_SETTINGS)
@@ -36,7 +40,8 @@ def run(ctx: click.Context, plan_name: str, is_module: bool, script: str, argume
     """
     console = status_console()
     substitution = Substitution(_read_plan(plan_name))
-    with substitution.active():
+    children = Children(console, _REMEDY, follows_fork=True)
+    with substitution.active(), children.noticed():
         outcome = Script(script, arguments, is_module).run()
     if isinstance(outcome.error, PlanError):
         raise outcome.error
@@ -46,10 +51,22 @@ def run(ctx: click.Context, plan_name: str, is_module: bool, script: str, argume
         console.print(f"slimadam: the script failed (exit code {outcome.exit_code})")
         ctx.exit(SCRIPT_FAILED)
     if not substitution.memory:
-        console.print("slimadam: nothing was replaced: the script built no torch.optim.Adam or AdamW")
-        ctx.exit(NOTHING_DONE)
+        console.print(f"slimadam: {_why_nothing(substitution, children)}")
+        ctx.exit(DONE if substitution.built_anywhere else NOTHING_DONE)
     substitution.check_matched()
     ctx.exit(DONE)
+
+
+def _why_nothing(substitution: Substitution, children: Children) -> str:
+    if substitution.built_anywhere:
+        return (
+            "Adam and AdamW were replaced in processes that the script forked; what was saved there is not known here"
+        )
+    if children.unfollowed:
+        return (
+            "nothing was replaced in this process, and in those that the script started all is torch's, as said above"
+        )
+    return "nothing was replaced: the script built no torch.optim.Adam or AdamW in this process"
 
 
 def _read_plan(name: str) -> ScriptPlan:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from slimadam.names import NamedParameters, owning_modules
+from slimadam.names import NamedParameters, owning_modules, position_name
 from slimadam.roles import class_name
 
 
@@ -24,18 +24,24 @@ def as_list(params: Any) -> list[Any]:
     return [params] if isinstance(params, Tensor) else list(params)
 
 
-def pairs(items: Iterable[Any], named: NamedParameters, group_index: int) -> list[tuple[str, Tensor]]:
+def pairs(
+    items: Iterable[Any], named: NamedParameters, group_index: int, shared: Container[str] = ()
+) -> list[tuple[str, Tensor]]:
     """``(name, tensor)`` for each parameter of a group.
 
     Args:
-        items: Tensors, or pairs with names that the script gave; these stay.
+        items: Tensors, or pairs with names that the script gave; these stay, but for shared ones.
         named: Names of the others; those that it does not know are called by their position.
         group_index: Position of the group.
+        shared: Names that the script gave to several parameters.
     """
-    return [
-        (named.name(item) or f"param_groups.{group_index}.params.{index}", item) if isinstance(item, Tensor) else item
-        for index, item in enumerate(items)
-    ]
+    found = []
+    for index, item in enumerate(items):
+        given, tensor = (None, item) if isinstance(item, Tensor) else item
+        if given is None or given in shared:
+            given = named.name(tensor) or given or position_name(group_index, index)
+        found.append((given, tensor))
+    return found
 
 
 def prefix_of(parameters: Iterable[Tensor]) -> str:

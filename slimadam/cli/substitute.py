@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -16,11 +18,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from slimadam.cli.script_names import as_groups, as_list, pairs, prefix_of, prefixed
 from slimadam.errors import PlanError
 from slimadam.memory import MemoryReport
-from slimadam.names import NamedParameters, owning_modules
+from slimadam.names import NamedParameters, owning_modules, shared_names
 from slimadam.optimizer import SlimAdam
 from slimadam.parts import key_of
 from slimadam.plan import CompressionPlan
 from slimadam.rules import Rule, factored_rule, paper_rule
+from slimadam.torch_private import disable_dynamo
 
 NamedPlan = Literal["auto", "rules", "factored", "none"]
 ScriptPlan = CompressionPlan | NamedPlan
@@ -45,6 +48,12 @@ class Substitution:
         self._plan = plan
         self._used: set[str] = set()
         self._count = itertools.count()
+        self._built = mmap.mmap(-1, 1)  # shared with the processes that this one forks
+
+    @property
+    def built_anywhere(self) -> bool:
+        """Whether this process or one that the script has forked has built an optimizer."""
+        return bool(self._built[0])
 
     @property
     def unused(self) -> list[str]:
@@ -56,6 +65,7 @@ class Substitution:
         """Put the substitutes where scripts look for Adam and AdamW."""
         adam, adamw = _substitutes(self)
 
+        @disable_dynamo
         def check_before_first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if isinstance(optimizer, adam):
                 self.check_matched()
@@ -97,6 +107,7 @@ class Substitution:
 
     def new_index(self) -> int:
         """The number of an optimizer that is being built."""
+        self._built[0] = 1
         return next(self._count)
 
     def plan_for(self, named: list[tuple[str, Tensor]], roles: NamedParameters, prefix: str) -> CompressionPlan:
@@ -144,20 +155,26 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
             weight_decay: float = 0,
             amsgrad: bool = False,
             *,
+            foreach: bool | None = None,
+            maximize: bool = False,
+            capturable: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
             decoupled_weight_decay: bool = False,
-            **options: Any,
         ) -> None:
             self._index = substitution.new_index()
             self._decoupled = decoupled_weight_decay
             groups: Any = params if isinstance(params, Tensor) else as_groups(params)
             if not isinstance(groups, Tensor):
                 self._look_up(groups)
-            options.pop("fused", None)
             plan = "auto" if substitution.automatic else None
-            super().__init__(groups, lr, betas, eps, weight_decay, amsgrad, plan=plan, **options)
+            super().__init__(
+                groups, lr, betas, eps, weight_decay, amsgrad, plan=plan, foreach=foreach, maximize=maximize,
+                capturable=capturable, differentiable=differentiable,
+            )  # fmt: skip
             self._account()
             if substitution.automatic:
-                self.register_step_post_hook(lambda *_: self._account())
+                self.register_step_post_hook(disable_dynamo(lambda *_: self._account()))
 
         def _account(self) -> None:
             substitution.memory[self._index] = self.memory()
@@ -171,9 +188,9 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
             # How AdamW was to be run; SlimAdam chooses the fastest implementation that it has.
             options = {key: value for key, value in param_group.items() if key != "fused"}
             group = {**options, "params": as_list(param_group["params"])}
-            if any(isinstance(item, Tensor) and self._found.name(item) is None for item in group["params"]):
+            if any(self._found.name(_tensor(item)) is None for item in group["params"]):
                 self._look_up([*self.param_groups, group])
-            group["params"] = pairs(group["params"], self._found, len(self.param_groups))
+            group["params"] = pairs(group["params"], self._found, len(self.param_groups), self._shared)
             if not substitution.automatic:
                 group["plan"] = substitution.plan_for(group["params"], self._found, self._prefix)
             super().add_param_group(group)
@@ -182,7 +199,8 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
 
         def _look_up(self, groups: list[dict[str, Any]]) -> None:
             items = [item for group in groups for item in group["params"]]
-            tensors = [item if isinstance(item, Tensor) else item[1] for item in items]
+            tensors = [_tensor(item) for item in items]
+            self._shared = shared_names((item[1], item[0]) for item in items if not isinstance(item, Tensor))
             self._found = NamedParameters(owning_modules(tensors))
             self._prefix = prefix_of(tensors)
 
@@ -205,11 +223,32 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
             eps: float = 1e-8,
             weight_decay: float = 1e-2,
             amsgrad: bool = False,
-            **options: Any,
+            *,
+            maximize: bool = False,
+            foreach: bool | None = None,
+            capturable: bool = False,
+            differentiable: bool = False,
+            fused: bool | None = None,
         ) -> None:
-            super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
+            super().__init__(
+                params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, foreach=foreach,
+                maximize=maximize, capturable=capturable, differentiable=differentiable, fused=fused,
+            )  # fmt: skip
 
-    for substitute in (Adam, AdamW):
+    for substitute, original in ((Adam, torch.optim.Adam), (AdamW, torch.optim.AdamW)):
         substitute.__qualname__ = substitute.__name__
         substitute.__module__ = f"torch.optim.{substitute.__name__.lower()}"
+        _show_as(substitute, original)
     return Adam, AdamW
+
+
+def _show_as(substitute: type[SlimAdam], original: type[Optimizer]) -> None:
+    """Show the parameters of torch's class, of this release, to whoever asks which ones there are."""
+    init: Any = substitute.__init__
+    init.__signature__ = inspect.signature(original.__init__)
+    init.__annotations__ = dict(original.__init__.__annotations__)
+
+
+def _tensor(item: Any) -> Tensor:
+    found: Tensor = item if isinstance(item, Tensor) else item[1]
+    return found
