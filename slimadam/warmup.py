@@ -25,6 +25,8 @@ _MAX_FORWARDS = 100
 _REASONS = {
     "no descent": "the loss {0.loss:.6g} does not fall at any rate along the pending update; is it the loss, and the "
     "batch, that the gradients come from?",
+    "too noisy": "too noisy: computed in 16 bits, the loss {0.loss:.6g} changes along the pending update by no more "
+    "than rounding does; compute it in float32 in the closure",
     "not finite": "the loss is {0.loss} at the parameters",
     "out of evaluations": "after {0.forward_passes} forward passes it lies in {0.bracket}; pass a better start",
 }
@@ -51,7 +53,7 @@ def critical_lr(optimizer: Optimizer, closure: Closure, start: float = 1e-6, max
         TypeError: An argument has the wrong type.
         ValueError: ``start`` or ``max_lr`` is not positive and finite.
         RuntimeError: No gradient is pending, or no rate could be found: the loss is not finite, or no rate along the
-            pending update lowers it.
+            pending update lowers it, or, in 16 bits, does so by more than rounding.
     """
     measured = _measure(optimizer, closure, start, max_lr)
     if measured.status in ("found", "noisy"):

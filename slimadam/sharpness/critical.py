@@ -11,9 +11,9 @@ import statistics
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,16 +21,17 @@ from slimadam.errors import shown
 from slimadam.sharpness.directions import reference_lr, unwrapped
 from slimadam.sharpness.line import Closure, LineProbe
 from slimadam.sharpness.moves import Memory
+from slimadam.sharpness.rough_search import RoughSearch
 from slimadam.sharpness.search import Crossing, Search, Status
+from slimadam.sharpness.surroundings import ROUGHNESS
 from slimadam.sharpness.thresholds import edge_of_stability
 
-# Differences of a loss below some units in its last place are rounding.
-_ROUNDING = 4 * torch.finfo(torch.float32).eps
-# Where something is computed in 16 bits the loss jumps by more than that between neighbouring parameters.
-_ROUGHNESS = 1e-4
 _CHECKS_NOISE_EVERY = 16
 _NOISE_SAMPLES = 4
 _NOISE_WIDTH = 3.0
+# Of a loss, where something is computed in 16 bits: a larger change is none of rounding, nor one of so many times it.
+_CERTAIN = 1e-2
+_CERTAIN_TIMES = 4.0
 _FINEST = 1e-12
 _FEWEST_FORWARDS = _NOISE_SAMPLES + 1
 
@@ -54,7 +55,8 @@ class SharpnessMeasurement:
         status: ``"found"``. ``"noisy"``: found as closely as a closure that does not repeat itself allows.
             ``"no increase"``: up to the largest rate that was allowed, or can be expressed. ``"no descent"``: the
             loss rises, or stays, at every rate whose effect can be told from rounding: the update is no descent
-            direction for it. ``"not finite"``: the loss is NaN or infinite where the parameters are. ``"out of
+            direction for it. ``"too noisy"``: in 16 bits, it falls at none by more than rounding does.
+            ``"not finite"``: the loss is NaN or infinite where the parameters are. ``"out of
             evaluations"``: ``max_forwards`` was reached; ``bracket`` holds what is known.
         noise: Standard deviation of repeated evaluations at the same parameters; 0 for a closure that repeats itself.
         task: As passed to :meth:`CriticalSharpness.measure`.
@@ -94,7 +96,9 @@ class CriticalSharpness:
         max_forwards: The most forward passes of one measurement.
         modules: Modules whose buffers the closure may change; None: those alive that own a parameter.
         rounding: Changes of the loss up to this share of it are not told from rounding. None: 4.8e-7, or 1e-4 where
-            parameters have 16 bits or the closure enters autocast. Under ``torch.compile`` autocast is not seen.
+            parameters have 16 bits or the closure enters autocast, and more where the loss itself has 16 bits. Under
+            ``torch.compile`` autocast is not seen. From 1e-4 on nothing is made of small changes: a crossing counts
+            where the loss falls before it, and rises after it, by more than rounding would.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -188,14 +192,10 @@ class CriticalSharpness:
         return 2 if self._measured.get(task, 0) % _CHECKS_NOISE_EVERY == 0 else 1
 
     def _search(self, evaluations: _Evaluations) -> Search:
-        return Search(
-            evaluations.rise,
-            self._tol,
-            evaluations.resolution,
-            max(0, self._max_forwards - evaluations.done),
-            self._max_lr,
-            stops_at_noise=evaluations.noise > evaluations.rounding,
-        )
+        left = max(0, self._max_forwards - evaluations.done)
+        kind = partial(RoughSearch, certain=evaluations.certain) if evaluations.is_rough else Search
+        stops = evaluations.noise > evaluations.rounding
+        return kind(evaluations.rise, self._tol, evaluations.resolution, left, self._max_lr, stops_at_noise=stops)
 
     def _say_noisy(self, task: str, evaluations: _Evaluations) -> None:
         if task not in self._noisy:
@@ -257,13 +257,15 @@ class _Evaluations:
         losses = [self._loss(0.0) for _ in range(repeats)]
         self.base = statistics.fmean(losses) if all(map(math.isfinite, losses)) else math.nan
         if rounding is None:
-            rounding = _ROUGHNESS if line.is_narrow else _ROUNDING
+            rounding = line.rounding
+        self.is_rough = rounding >= ROUGHNESS
         self.rounding = rounding * abs(self.base)
         if repeats == 2 and math.isfinite(self.base) and abs(losses[0] - losses[1]) > self.rounding:
             losses += [self._loss(0.0) for _ in range(_NOISE_SAMPLES - repeats)]
             self.base = statistics.fmean(losses)
         self.noise = statistics.stdev(losses) if len(losses) > 1 and math.isfinite(self.base) else 0.0
         self.resolution = max(self.rounding, _NOISE_WIDTH * self.noise)
+        self.certain = max(_CERTAIN * abs(self.base), _CERTAIN_TIMES * self.resolution)
 
     def rise(self, eta: float) -> float:
         """By how much the loss at ``eta`` is worse than at the parameters."""

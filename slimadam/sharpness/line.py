@@ -23,6 +23,7 @@ from slimadam.sharpness.interrupts import HeldSignals
 from slimadam.sharpness.moves import MOVES, Memory, Moves, held
 from slimadam.sharpness.sharding import Sharding
 from slimadam.sharpness.surroundings import Buffers, Gradients, Precision, RandomState, refuse_shared_memory
+from slimadam.torch_private import version
 
 Closure = Callable[[], "Tensor | float"]
 """Computes the loss, forward only, always on the same batch."""
@@ -116,7 +117,7 @@ class LineProbe:
 
     def _written(self) -> list[tuple[int, int]]:
         """Where each parameter is, and how often it has been written to."""
-        return [(shard.data_ptr(), shard._version) for shard in map(local, self._params)]
+        return [(shard.data_ptr(), version(shard)) for shard in map(local, self._params)]
 
     def _find_modules(self, params: list[Tensor]) -> None:
         """Modules that own the parameters, unless they were given; again only when parameters have changed."""
@@ -162,12 +163,13 @@ class LineProbe:
                     "the closure has written to parameters (as an embedding with max_norm does): memory='lean' cannot "
                     "tell what they were; use memory='copy' or 'offload'"
                 )
+            self._precision.note_loss(loss)
             return _read(loss, self._params[0].device)
 
     @property
-    def is_narrow(self) -> bool:
-        """Inside the block: whether the loss is computed in 16 bits somewhere, as far as evaluations have shown."""
-        return self._precision.is_narrow
+    def rounding(self) -> float:
+        """Inside the block: which share of the loss is rounding, as far as evaluations have shown."""
+        return self._precision.rounding
 
     @property
     def extra_bytes(self) -> int:

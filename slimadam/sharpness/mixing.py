@@ -171,7 +171,7 @@ def safe_sharpness(measured: SharpnessMeasurement) -> float:
     """
     if measured.status == "not finite":
         raise ValueError(f"the loss of task {measured.task!r} is not finite at the checkpoint: nothing can be measured")
-    if measured.status == "no descent":
+    if measured.status in ("no descent", "too noisy"):
         return math.inf
     if measured.status == "out of evaluations":
         lower = measured.bracket[0]

@@ -38,7 +38,7 @@ class SettledMomentum:
                     self._kept.append((param, group, moment, moment.clone()))
 
     def _moment(self, state: dict[str, Any]) -> Tensor | None:
-        found = state.get("exp_avg", state.get("momentum_buffer"))
+        found = next((state[key] for key in ("exp_avg", "exp_avg_codes", "momentum_buffer") if key in state), None)
         is_known = "exp_avg" in state or isinstance(self._optimizer, SGD)
         if found is not None and not (is_known and isinstance(found, Tensor) and not _is_code(found)):
             raise ValueError(

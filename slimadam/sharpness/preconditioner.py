@@ -84,8 +84,11 @@ def _second_moments(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, An
     if isinstance(optimizer, SlimAdam):
         all_rules = optimizer.plan.by_parameter().values()
     for (group, param), rules in zip(pairs, all_rules, strict=True):
-        moment = optimizer.state.get(param, {}).get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
-        if moment is not None and rules is not None:
-            moment = state_format.expand(state_format.parts(moment), rules, tuple(param.shape))
+        kind = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+        state = optimizer.state.get(param, {})
+        moment = state.get(kind)
+        if rules is not None:
+            stored = state_format.moments_of(state, rules, kind)
+            moment = state_format.expand(stored, rules, tuple(param.shape)) if stored else None
         if moment is not None:
             yield param, group, moment

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-Status = Literal["found", "no increase", "no descent", "noisy", "not finite", "out of evaluations"]
+Status = Literal["found", "no increase", "no descent", "noisy", "too noisy", "not finite", "out of evaluations"]
 FACTOR = 2.0
 _PATIENCE = 12
 """Doublings, or halvings, after which the factor itself is squared from one to the next."""
 _LARGEST_FACTOR = 1e30
 LARGEST = 1e30
 """No larger rate is tried: parameters in float32 would be infinite."""
-_SMALLEST = 1e-60
+SMALLEST = 1e-60
 
 
 class Crossing(NamedTuple):
@@ -30,7 +30,8 @@ class Crossing(NamedTuple):
     status: Status
 
 
-def _next(factor: float, times: int) -> float:
+def next_factor(factor: float, times: int) -> float:
+    """The factor from one rate to the next after so many of them."""
     return min(factor**2, _LARGEST_FACTOR) if times > _PATIENCE else factor
 
 
@@ -100,7 +101,7 @@ class Search:
             if eta >= largest:
                 return "no increase"
             doublings += 1
-            factor = _next(factor, doublings)
+            factor = next_factor(factor, doublings)
             eta = min(eta * factor, largest)
             self._evaluate(eta)
         return "found"
@@ -109,12 +110,12 @@ class Search:
         """Down to a descent; after two differences too small to tell there is none."""
         unresolved = halvings = 0
         factor = FACTOR
-        while unresolved < 2 and eta / factor > _SMALLEST:
+        while unresolved < 2 and eta / factor > SMALLEST:
             eta /= factor
             rise = self._evaluate(eta)
             jumped = factor > FACTOR
             halvings += 1
-            factor = _next(factor, halvings)
+            factor = next_factor(factor, halvings)
             unresolved = unresolved + 1 if abs(rise) <= self._resolution else 0
             if rise < -self._resolution or (unresolved and jumped):
                 return "found"

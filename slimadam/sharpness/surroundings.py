@@ -15,6 +15,21 @@ from torch.optim import Optimizer
 from slimadam import torch_private
 from slimadam.distributed import local
 
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""Differences of a loss below some units in its last place are rounding."""
+ROUGHNESS = 1e-4
+"""Where something is computed in 16 bits the loss jumps by more than that between neighbouring parameters."""
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def rough_share(losses: Iterable[torch.dtype]) -> float:
+    """Which share of a loss is rounding where something is computed in 16 bits, the loss itself or not.
+
+    Args:
+        losses: Data types in which the loss, or parts of it, are.
+    """
+    return max(ROUGHNESS, *(torch.finfo(dtype).eps for dtype in losses if dtype in NARROW), 0.0)
+
 
 class Buffers:
     """The buffers of modules, batch-norm statistics among them, and how they were.
@@ -92,7 +107,19 @@ class Precision:
     def __init__(self, params: Sequence[Tensor], is_narrow: bool = False) -> None:
         devices = {param.device.type for param in params}
         around = any(torch.is_autocast_enabled(device) for device in devices)
-        self.is_narrow = is_narrow or around or any(param.dtype in (torch.bfloat16, torch.float16) for param in params)
+        self.is_narrow = is_narrow or around or any(param.dtype in NARROW for param in params)
+        self._losses: set[torch.dtype] = set()
+
+    @property
+    def rounding(self) -> float:
+        """Changes of the loss up to this share of it are not told from rounding."""
+        return rough_share(self._losses) if self.is_narrow else ROUNDING
+
+    def note_loss(self, loss: Any) -> None:
+        """Notice a loss that has 16 bits itself."""
+        if isinstance(loss, Tensor) and loss.dtype in NARROW:
+            self.is_narrow = True
+            self._losses.add(loss.dtype)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
