@@ -82,8 +82,8 @@ def shared_pieces(rules: Sequence[LocalRule], param: DTensor, state: Mapping[str
     """
     ndim = len(rules[0].shape)
     plain = [one.rule for one in rules]
-    moments = state_format.by_rule(plain, state_format.parts(state["exp_avg_sq"]), ndim)
-    maxima = state_format.by_rule(plain, state_format.parts(state.get("max_exp_avg_sq", ())), ndim)
+    moments = state_format.by_rule(plain, state_format.moments_of(state, plain), ndim)
+    maxima = state_format.by_rule(plain, state_format.moments_of(state, plain, "max_exp_avg_sq"), ndim)
     return [
         _shared_piece(rule, param, stored, largest)
         for rule, (_, stored), (_, largest) in zip(rules, moments, maxima, strict=True)
@@ -132,7 +132,7 @@ def initial_moments(
         return made
     held = [local(moment) for moment in made]
     grad = local_gradient(name, param)
-    shared = shared_pieces(on_shard, param, {"exp_avg_sq": held})
+    shared = shared_pieces(on_shard, param, state_format.by_key(held, [one.rule for one in on_shard]))
     moments = state_format.by_rule([one.rule for one in on_shard], held, len(on_shard[0].shape))
     for piece, (rule, own) in zip(shared, moments, strict=True):
         if piece is None:

@@ -44,10 +44,11 @@ def choose_backend(
 ) -> Backend:
     """The implementation for one parameter.
 
-    ``foreach=False``, ``fused=False``, ``differentiable``, ``capturable`` on a CPU, tracing and complex
-    parameters take the readable reference. ``foreach=True`` takes lists of tensors at once, and so do accelerators
-    where Triton is not installed or averages are over dimensions that are not adjacent. The default on CUDA are Triton
-    kernels, on a CPU blocks that stay in cache; there ``fused=True`` is one compiled pass, where a compiler is found.
+    ``foreach=False`` without ``fused=True``, ``fused=False``, ``differentiable``, ``capturable`` on a CPU, tracing and
+    complex parameters take the readable reference. ``foreach=True`` takes lists of tensors at once, and so do
+    accelerators where Triton is not installed or averages are over dimensions that are not adjacent. The default on
+    CUDA are Triton kernels, on a CPU blocks that stay in cache; there ``fused=True`` is one compiled pass, where a
+    compiler is found.
 
     Args:
         param: The parameter.
@@ -60,7 +61,7 @@ def choose_backend(
     listable = exp_avg_dtype == param.dtype and not group["bf16_stochastic_round"]
     if group["foreach"]:
         return "foreach" if listable else "reference"
-    if group["foreach"] is False or group["fused"] is False:
+    if (group["foreach"] is False and not group["fused"]) or group["fused"] is False:
         return "reference"
     if runs_triton(param.device) and _triton().takes(param, averaged_dims, group["momentum_dtype"] == "int8"):
         return "triton"
@@ -87,7 +88,8 @@ def runs_triton(device: torch.device) -> bool:
 
 def steps_on_device(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether the step count of a parameter lies beside it, as with ``torch.optim.AdamW(fused=True)``."""
-    default = group["foreach"] is None and group["fused"] is not False and not group["differentiable"]
+    fused = group["fused"] or (group["fused"] is None and group["foreach"] is None)
+    default = fused and not group["differentiable"]
     return bool(group["capturable"]) or (default and param.is_floating_point() and runs_triton(param.device))
 
 

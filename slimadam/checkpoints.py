@@ -10,19 +10,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
 from slimadam.choosing import EXPANDED
-from slimadam.conversion import full_state
+from slimadam.conversion import full_state, in_present_format
 from slimadam.distributed import differing, on_any_rank
 from slimadam.groups import named_parameters
 from slimadam.loading import as_kept, check_saved, loaded_state, merged_groups
+from slimadam.membership import Members
 from slimadam.monitoring import Monitor
 from slimadam.parts import key_of
 from slimadam.plan import CompressionPlan
-from slimadam.planning import Resolver, refuse_factored_amsgrad
+from slimadam.planning import DECIDED_BEFORE, Resolver, refuse_factored_amsgrad
 from slimadam.rules import Rule, fit_rules
 from slimadam.stepping import Stepper
 from slimadam.torch_private import disable_dynamo
@@ -48,8 +50,13 @@ def _described(taken: _Taken) -> Iterator[tuple[str, Tensor, str]]:
         saved = taken.state.get(saved_id, {})
         tensors = [
             (key, tuple(part.shape), str(part.dtype), str(getattr(part, "placements", None)))
-            for key in ("exp_avg", "exp_avg_scale", *state_format.SECOND_MOMENTS)
-            for part in (state_format.parts(saved[key]) if key in saved else ())
+            for key in state_format.FIRST_MOMENTS
+            for part in ([saved[key]] if key in saved else [])
+        ]
+        tensors += [
+            (kind, tuple(part.shape), str(part.dtype), str(getattr(part, "placements", None)))
+            for kind in state_format.SECOND_MOMENTS
+            for part in state_format.saved_moments(saved, taken.rules[name], kind)
         ]
         rules = [(rule.form, rule.dims, rule.batch_dims, key_of(name, rule.part)) for rule in taken.rules[name]]
         yield name, param, repr((float(saved.get("step", 0)), tensors, rules))
@@ -60,6 +67,7 @@ class Checkpointed(Optimizer):
 
     _resolver: Resolver
     _names: list[list[str]]
+    _members: Members
     _rules: dict[str, list[Rule]]
     _measured: dict[str, list[Rule]]
     _measuring: Measuring | None
@@ -71,20 +79,26 @@ class Checkpointed(Optimizer):
     _stepper: Stepper
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        """Name, tensor and group of each parameter."""
-        return named_parameters(self._names, self.param_groups)
+        """Name, tensor and group of each parameter that has a shape."""
+        self._follow_groups()
+        found = named_parameters(self._names, self.param_groups)
+        return (one for one in found if not is_lazy(one[1])) if self._members.holds_lazy else found
+
+    def _follow_groups(self) -> None:
+        """Take note of what has come to the groups, left them or was exchanged in them."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`torch.optim.Optimizer.state_dict`, with the plan and a format version under ``"slimadam"``.
 
-        Second moments of several tensors, of a factored parameter or of parts, are dicts ``{"0": ..., "1": ...}``.
+        The keys of a parameter's state are those of ``optimizer.state[param]``. A group with second moments that are
+        not kept in full says ``fused=None``: AdamW's fused kernels would take the state for its own, and write past it.
         """
+        self._follow_groups()
         saved = super().state_dict()
-        saved["state"] = {
-            key: state_format.as_saved(state) if isinstance(state, dict) else state  # a hook's
-            for key, state in saved["state"].items()
-        }
-        for group in saved["param_groups"]:
+        for names, group in zip(self._names, saved["param_groups"], strict=True):
+            if any(rule.form != "full" for name in names for rule in self._rules.get(name, ())):
+                group["fused"] = None
             if isinstance(group.get("momentum_dtype"), torch.dtype):
                 group["momentum_dtype"] = str(group["momentum_dtype"])  # torch gathers and broadcasts no dtypes
         saved[state_format.KEY] = {
@@ -150,13 +164,14 @@ class Checkpointed(Optimizer):
                 "optimizer is as it was"
             )
         state: dict[Any, Any] = defaultdict(dict)
-        for saved_id, saved in taken.state.items():
-            if saved_id not in taken.owners:
-                state[saved_id] = deepcopy(saved)
-        for saved_id, (name, param, group) in taken.owners.items():
-            loaded = loaded_state(name, taken.rules[name], param, group, taken.state.get(saved_id, {}))
-            if loaded:
-                state[param] = loaded
+        with torch.inference_mode(False):  # else of no use once that mode has ended
+            for saved_id, saved in taken.state.items():
+                if saved_id not in taken.owners:
+                    state[saved_id] = deepcopy(saved)
+            for saved_id, (name, param, group) in taken.owners.items():
+                loaded = loaded_state(name, taken.rules[name], param, group, taken.state.get(saved_id, {}))
+                if loaded:
+                    state[param] = loaded
         self._rules, self._measuring, self._monitor = taken.rules, taken.measuring, taken.monitor
         self._state_is_blank = False
         self.__setstate__({"state": state, "param_groups": taken.groups})
@@ -176,6 +191,7 @@ class Checkpointed(Optimizer):
         saved_state = {
             key: as_kept(value) if isinstance(value, Mapping) else value for key, value in state_dict["state"].items()
         }
+        self._follow_groups()
         groups = merged_groups(self.param_groups, state_dict["param_groups"])
         owners = {
             saved_id: (name, param, group)
@@ -185,6 +201,8 @@ class Checkpointed(Optimizer):
         own = state_dict.get(state_format.KEY) or {}
         rules, measuring = self._phase_of(own)
         for saved_id, (name, param, group) in owners.items():
+            if is_lazy(param):
+                raise ValueError(f"{name!r} has no shape yet (a lazy module's); run a forward pass before loading")
             for rule in rules[name]:
                 refuse_factored_amsgrad(name, rule, group)
             check_saved(name, rules[name], param, group, saved_state.get(saved_id, {}))
@@ -205,7 +223,10 @@ class Checkpointed(Optimizer):
         for name, param, _ in self._parameters():
             found = [saved[key] for key in saved.keys_of(name)]
             expanded = any(rule.reason == EXPANDED for rule in [*found, *self._rules[name]])
-            if found and (automatic or expanded):
+            if found and automatic and found[0].owner_shape not in (None, tuple(param.shape)):
+                # Its saved state, where it has any, is refused with the remedy; without, it is as if newly added.
+                rules[name] = [Rule(shape=tuple(param.shape), reason=DECIDED_BEFORE)]
+            elif found and (automatic or expanded):
                 rules[name] = fit_rules(name, found, tuple(param.shape))
         if not isinstance(settings, AutoPlan):
             return rules, self._measuring
@@ -249,8 +270,13 @@ class Checkpointed(Optimizer):
             self._resolver = Resolver(state.pop("_plan"), None)
         resumed = "_resolver" not in self.__dict__ or "_names" in state
         self._stepper = Stepper()
+        self._members = Members()
         if resumed:  # a pickle of an earlier release lacks them
             state = {"_max_grad_norm": None, "_norms": {}, **state}
         super().__setstate__(state)
+        self._members.hold(self.param_groups)
         if resumed:
             self._resolver.resume((name, param) for name, param, _ in self._parameters())
+            for name, param, _ in self._parameters():
+                if self.state.get(param):  # of an earlier release, perhaps
+                    self.state[param] = in_present_format(name, self.state[param], self._rules[name])

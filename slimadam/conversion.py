@@ -45,13 +45,24 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
     old = CompressionPlan.from_dict(state_dict[state_format.KEY]["plan"])
     new = {name: _rules_under(plan, name, rules) for name, rules in old.by_parameter().items()}
     saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
-    state = {saved_id: state_format.as_saved(saved) for saved_id, saved in state_dict["state"].items()}
+    state = {saved_id: dict(as_kept(saved)) for saved_id, saved in state_dict["state"].items()}
     for saved_id, (name, rules) in zip(saved_ids, new.items(), strict=True):
         before = old.by_parameter()[name]
-        if saved_id in state and [rule.storage for rule in rules] != [rule.storage for rule in before]:
+        if saved_id in state:
             state[saved_id] = _with_rules(name, state[saved_id], before, rules)
     own = {"format_version": state_format.FORMAT_VERSION, "plan": CompressionPlan.of_parameters(new).to_dict()}
-    return {**state_dict, "state": state, state_format.KEY: own}
+    named = zip(saved_ids, new.values(), strict=True)
+    averaged = {saved_id for saved_id, rules in named if any(rule.form != "full" for rule in rules)}
+    groups = [  # as SlimAdam.state_dict()
+        {**group, "fused": None} if averaged.intersection(group["params"]) else group
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "state": state, "param_groups": groups, state_format.KEY: own}
+
+
+def in_present_format(name: str, state: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Any]:
+    """A parameter's state as an earlier release kept it, under the keys of this one."""
+    return _with_rules(name, as_kept(state), rules, rules)
 
 
 def full_state(param: Tensor, rules: Sequence[Rule], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,13 +75,17 @@ def full_state(param: Tensor, rules: Sequence[Rule], state: Mapping[str, Any]) -
     """
     made = decoded(param, state)
     made["exp_avg"] = made["exp_avg"].to(param.dtype, copy=True)
-    for key in state_format.SECOND_MOMENTS:
-        if key in made:
-            full = _expanded(state_format.parts(made[key]), rules, param)
-            made[key] = full.to(param.dtype)
+    made["step"] = made["step"].clone()
+    for kind in state_format.SECOND_MOMENTS:
+        stored = state_format.moments_of(made, rules, kind)
+        if stored:
+            full = _expanded(stored, rules, param)
+            for key in state_format.keys_of(rules, kind):
+                del made[key]
+            made[kind] = full.to(param.dtype)
             if is_dtensor(param):
-                made[key] = torch.zeros_like(param)
-                place(made[key], full)
+                made[kind] = torch.zeros_like(param)
+                place(made[kind], full)
     return made
 
 
@@ -90,14 +105,22 @@ def _rules_under(plan: CompressionPlan | None, name: str, old: Sequence[Rule]) -
 
 
 def _with_rules(name: str, state: Mapping[str, Any], before: Sequence[Rule], rules: Sequence[Rule]) -> dict[str, Any]:
-    changed = dict(state)
-    for key in state_format.SECOND_MOMENTS:
-        if key in state:
-            moments = [whole(moment) for moment in state_format.parts(state[key])]
-            full = state_format.expand(moments, before, before[0].owner_shape or ())
-            averaged = state_format.average(full, rules)
-            exp_avg = as_kept(state)["exp_avg"]
-            if is_dtensor(exp_avg):
-                averaged = distributed_moments(name, rules, exp_avg, averaged)
-            changed[key] = state_format.stored(averaged)
-    return state_format.as_saved(changed)
+    """A parameter's saved state of any format as the present one holds it under other rules."""
+    alike = [rule.storage for rule in rules] == [rule.storage for rule in before]
+    kinds = {kind: state_format.saved_moments(state, before, kind) for kind in state_format.SECOND_MOMENTS}
+    changed = {
+        key: value
+        for key, value in state.items()
+        if not any(state_format.is_key_of(key, kind) for kind in state_format.SECOND_MOMENTS)
+    }
+    for kind, moments in kinds.items():
+        if not moments:
+            continue
+        if not alike:
+            full = state_format.expand(list(map(whole, moments)), before, before[0].owner_shape or ())
+            moments = state_format.average(full, rules)
+            stored = state_format.first_moment(state)
+            if is_dtensor(stored):
+                moments = distributed_moments(name, rules, stored, moments)
+        changed.update(state_format.by_key(moments, rules, kind))
+    return changed

@@ -348,16 +348,19 @@ def local_state(name: str, rules: Sequence[LocalRule], param: DTensor, state: Ma
     Raises:
         RuntimeError: It does not lie as the parameter does.
     """
-    own: dict[str, Any] = {"step": state["step"], "exp_avg": local(state["exp_avg"])}
+    own: dict[str, Any] = {"step": state["step"]}
+    key = "exp_avg_codes" if "exp_avg_codes" in state else "exp_avg"
+    own[key] = local(state[key])
+    _check_lies(name, key, [tuple(own[key].shape)], [tuple(local(param).shape)])
     if "exp_avg_scale" in state:
         own["exp_avg_scale"] = local(state["exp_avg_scale"]).view(-1)
     wanted = _stored_shapes(rules)
-    for key in ("exp_avg_sq", "max_exp_avg_sq"):
-        if key in state:
-            held = [local(moment) for moment in state_format.parts(state[key])]
-            _check_lies(name, key, [tuple(moment.shape) for moment in held], wanted)
-            own[key] = state_format.stored(held)
-    _check_lies(name, "exp_avg", [tuple(own["exp_avg"].shape)], [tuple(local(param).shape)])
+    plain = [one.rule for one in rules]
+    for kind in state_format.SECOND_MOMENTS:
+        held = [local(moment) for moment in state_format.moments_of(state, plain, kind)]
+        if held:
+            _check_lies(name, kind, [tuple(moment.shape) for moment in held], wanted)
+            own.update(state_format.by_key(held, plain, kind))
     return own
 
 

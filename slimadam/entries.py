@@ -37,22 +37,24 @@ def entries_of(
     """
     ndim = param.dim()
     if rules[0].part is None:
-        second = state_format.parts(state["exp_avg_sq"])
-        largest = state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else ()
+        second = state_format.moments_of(state, rules)
+        maxima = state_format.moments_of(state, rules, "max_exp_avg_sq") if group["amsgrad"] else []
         dims = rules[0].averaged_dims(ndim)
         scales = state.get("exp_avg_scale")
-        yield Entry(param, grad, state["exp_avg"], second, largest, state["step"], dims, exp_avg_scale=scales)
+        exp_avg = state_format.first_moment(state)
+        yield Entry(param, grad, exp_avg, second, maxima, state["step"], dims, exp_avg_scale=scales)
         return
-    moments = state_format.by_rule(rules, state_format.parts(state["exp_avg_sq"]), ndim)
-    maxima = state_format.by_rule(rules, state_format.parts(state["max_exp_avg_sq"]) if group["amsgrad"] else (), ndim)
-    for (rule, second), (_, largest) in zip(moments, maxima, strict=True):
+    whole = state_format.first_moment(state)
+    moments = state_format.by_rule(rules, state_format.moments_of(state, rules), ndim)
+    maxima = state_format.moments_of(state, rules, "max_exp_avg_sq") if group["amsgrad"] else []
+    for (rule, parts), (_, largest) in zip(moments, state_format.by_rule(rules, maxima, ndim), strict=True):
         piece = rule.take(param)
-        own_grad, exp_avg = rule.take(grad), rule.take(state["exp_avg"])
+        own_grad, exp_avg = rule.take(grad), rule.take(whole)
         scales = state.get("exp_avg_scale")
         if scales is not None:
-            scales = momentum.scales_of(exp_avg, state["exp_avg"], scales)
+            scales = momentum.scales_of(exp_avg, whole, scales)
         dims = rule.averaged_dims(piece.dim())
-        yield Entry(piece, own_grad, exp_avg, second, largest, state["step"], dims, exp_avg_scale=scales)
+        yield Entry(piece, own_grad, exp_avg, parts, largest, state["step"], dims, exp_avg_scale=scales)
 
 
 def slices_of(entry: Entry, state: Mapping[str, Any]) -> Iterator[Entry]:
@@ -74,7 +76,7 @@ def slices_of(entry: Entry, state: Mapping[str, Any]) -> Iterator[Entry]:
             [moment[index] for moment in entry.max_exp_avg_sq],
             entry.step,
             dims,
-            exp_avg_scale=None if scales is None else momentum.scales_of(exp_avg, state["exp_avg"], scales),
+            exp_avg_scale=None if scales is None else momentum.scales_of(exp_avg, state["exp_avg_codes"], scales),
         )
 
 
@@ -99,8 +101,9 @@ def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Seque
     if kept != wanted:
         raise RuntimeError(
             f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
-            f"{tuple(param.shape)} keeps {wanted}; param_groups must stay in the order in which they were added, and a "
-            "parameter keep its shape; ZeroRedundancyOptimizer's state dict has no plan: pass the one it was saved with"
+            f"{tuple(param.shape)} keeps {wanted}; exchange a parameter for one of another size by "
+            "optimizer.replace_param(old, new, keep=..., added=...), which carries its state over; "
+            "ZeroRedundancyOptimizer's state dict has no plan: pass the one it was saved with"
         )
 
 
@@ -110,7 +113,7 @@ def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> No
     Raises:
         RuntimeError: Names the parameter and both shapes.
     """
-    exp_avg, scales = state["exp_avg"], state.get("exp_avg_scale")
+    exp_avg, scales = state_format.first_moment(state), state.get("exp_avg_scale")
     if scales is not None and tuple(scales.shape) != momentum.scales_shape(exp_avg):
         raise RuntimeError(
             f"{name!r}: its exp_avg_scale has shape {tuple(scales.shape)}, its exp_avg needs "
@@ -119,8 +122,8 @@ def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> No
     wanted = (*param.shape, 2) if "exp_avg_scale" in state and param.is_complex() else tuple(param.shape)
     if tuple(exp_avg.shape) != wanted:
         raise RuntimeError(
-            f"{name!r}: its exp_avg has shape {tuple(exp_avg.shape)}, the parameter {tuple(param.shape)}; a parameter "
-            "must keep its shape: build a new optimizer for one that has changed"
+            f"{name!r}: its exp_avg has shape {tuple(exp_avg.shape)}, the parameter {tuple(param.shape)}; exchange a "
+            "parameter for one of another size by optimizer.replace_param(old, new, keep=..., added=...)"
         )
 
 
@@ -156,10 +159,10 @@ def initial_state(
             device=param.device if steps_on_device(param, group) else torch.device("cpu"),
         ),
         **initial_first_moment(param, group),
-        "exp_avg_sq": state_format.stored(parts),
+        **state_format.by_key(parts, rules),
     }
     if group["amsgrad"]:
-        made["max_exp_avg_sq"] = state_format.stored([torch.zeros_like(part) for part in parts])
+        made.update(state_format.by_key([torch.zeros_like(part) for part in parts], rules, "max_exp_avg_sq"))
     return made
 
 
@@ -167,7 +170,7 @@ def initial_first_moment(param: Tensor, group: Mapping[str, Any]) -> dict[str, T
     """A first moment of zero as the group stores it: a tensor, or codes and their scales."""
     if stores_codes(param, group):
         codes = momentum.new_codes(param)
-        return {"exp_avg": codes, "exp_avg_scale": momentum.new_scales(codes)}
+        return {"exp_avg_codes": codes, "exp_avg_scale": momentum.new_scales(codes)}
     dtype = momentum_dtype(param, group)
     return {"exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)}
 
@@ -176,7 +179,7 @@ def decoded(param: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """The parameter's state with the first moment itself in the place of codes and scales."""
     own = dict(state)
     if "exp_avg_scale" in own:
-        codes = own["exp_avg"]
+        codes = own.pop("exp_avg_codes")
         value = momentum.decode(local(codes), local(own.pop("exp_avg_scale")).view(-1))
         if is_dtensor(codes):
             value = laid_out_as(codes, value, codes.shape)
@@ -188,7 +191,7 @@ def encode(param: Tensor, exp_avg: Tensor, grad: Tensor, state: Mapping[str, Any
     """Write a first moment to the codes and scales in the parameter's state, see :func:`slimadam.momentum.encode`."""
     if param.is_complex():
         exp_avg, grad = torch.view_as_real(exp_avg), torch.view_as_real(grad)
-    momentum.encode(local(exp_avg), local(grad), local(state["exp_avg"]), local(state["exp_avg_scale"]).view(-1))
+    momentum.encode(local(exp_avg), local(grad), local(state["exp_avg_codes"]), local(state["exp_avg_scale"]).view(-1))
 
 
 def stores_codes(param: Tensor, group: Mapping[str, Any]) -> bool:

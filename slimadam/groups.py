@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from slimadam.distributed import FLAT, is_dtensor, local_rules, refuse_elsewhere, warn_of_old_torch
+from slimadam.distributed import is_dtensor, local_rules, refuse_elsewhere, warn_of_old_torch
 from slimadam.options import check_foreach
 from slimadam.planning import MEASURING
 from slimadam.rules import Rule
@@ -25,38 +24,10 @@ def named_parameters(names: Sequence[Sequence[str]], groups: Sequence[dict[str, 
         names: Of each group's parameters when it was added.
         groups: The parameter groups.
 
-    Raises:
-        RuntimeError: The groups no longer hold what was added.
     """
-    if len(names) != len(groups):
-        raise RuntimeError(
-            f"param_groups has {len(groups)} groups, but {len(names)} were added; add groups with "
-            "add_param_group, and build a new optimizer to leave one out"
-        )
-    for index, (own, group) in enumerate(zip(names, groups, strict=True)):
-        if len(own) != len(group["params"]):
-            flat = len(group["params"]) == 1 and group["params"][0].dim() == 1
-            raise RuntimeError(
-                f"param_groups[{index}]['params'] has {len(group['params'])} parameters, but had {len(own)} when "
-                "the group was added; add parameters with add_param_group"
-                + (f" (one vector for all of them is the work of a library such as DeepSpeed, {FLAT})" if flat else "")
-            )
+    for own, group in zip(names, groups, strict=True):
         for name, param in zip(own, group["params"], strict=True):
             yield name, param, group
-
-
-def refuse_lazy(params: Sequence[Tensor]) -> None:
-    """Refuse a parameter that has no shape yet.
-
-    Raises:
-        ValueError: Says what to do first.
-    """
-    for index, param in enumerate(params):
-        if is_lazy(param):
-            raise ValueError(
-                f"parameter {index} of the group has no shape yet (a lazy module's); run a forward pass before "
-                "building the optimizer"
-            )
 
 
 def check_shards(name: str, param: Tensor, rules: Sequence[Rule]) -> None:

@@ -19,9 +19,7 @@ from slimadam.errors import PlanError
 from slimadam.functional import second_moment_dtype
 from slimadam.options import check_group
 from slimadam.rules import Rule
-from slimadam.state import StoredMoment
 
-_STATE_KEYS: Final = ("step", "exp_avg", "exp_avg_scale", *state_format.SECOND_MOMENTS)
 # What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on. How first moments
 # are stored is, like the plan, the choice of the optimizer that loads.
 _NOT_LOADED: Final = ("params", "decoupled_weight_decay", "fused", "momentum_dtype", "plan", "model")
@@ -52,16 +50,15 @@ def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mappi
 
 
 def as_kept(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A parameter's saved state with codes of its first moment where an optimizer keeps them."""
+    """A parameter's saved state with its first moment once, under the key that an optimizer keeps it under."""
+    exp_avg, scales = saved.get("exp_avg"), saved.get("exp_avg_scale")
     if "exp_avg_codes" not in saved:
-        return saved
-    kept = {key: value for key, value in saved.items() if key not in ("exp_avg_codes", "exp_avg_scale")}
-    scales = saved.get("exp_avg_scale")
-    # torch leaves blank ones of the optimizer that loads beside a first moment that was saved without codes.
-    if "exp_avg" in saved and isinstance(scales, Tensor) and not local(scales).any():
-        return kept
-    kept["exp_avg"] = saved["exp_avg_codes"]
-    return {**kept, "exp_avg_scale": scales} if "exp_avg_scale" in saved else kept
+        is_coded = isinstance(exp_avg, Tensor) and exp_avg.dtype == torch.int8
+        return {"exp_avg_codes" if key == "exp_avg" and is_coded else key: value for key, value in saved.items()}
+    # torch leaves blank codes of the optimizer that loads beside a first moment that was saved without.
+    blank = exp_avg is not None and isinstance(scales, Tensor) and not local(scales).any()
+    left_out = ("exp_avg_codes", "exp_avg_scale") if blank else ("exp_avg",)
+    return {key: value for key, value in saved.items() if key not in left_out}
 
 
 def check_saved(
@@ -89,9 +86,10 @@ def check_saved(
         raise ValueError(f"{name!r}: amsgrad=True, but the state dict has no max_exp_avg_sq; set amsgrad=False")
     state_format.check_tensors(name, saved, param)
     _check_first_moment(name, saved, param)
-    for key in state_format.SECOND_MOMENTS:
-        if key in saved:
-            _check_second_moment(name, state_format.parts(saved[key]), param, rules)
+    for kind in state_format.SECOND_MOMENTS:
+        moments = state_format.saved_moments(saved, rules, kind)
+        if moments:
+            _check_second_moment(name, moments, param, rules)
 
 
 def loaded_state(
@@ -110,28 +108,34 @@ def loaded_state(
     """
     if saved and not saved["step"] > 0:
         return {}
-    loaded = deepcopy({key: value for key, value in saved.items() if key not in _STATE_KEYS})
+    loaded = deepcopy({key: value for key, value in saved.items() if not state_format.is_own(key)})
     if not saved:
         return loaded
     device = param.device if steps_on_device(param, group) else torch.device("cpu")
     loaded["step"] = torch.as_tensor(saved["step"], dtype=state_format.step_dtype()).to(device, copy=True)
     loaded.update(_first_moment(param, group, saved))
-    for key in state_format.SECOND_MOMENTS:
-        if key in saved:
-            loaded[key] = _second_moment(name, state_format.parts(saved[key]), param, rules)
+    for kind in state_format.SECOND_MOMENTS:
+        moments = state_format.saved_moments(saved, rules, kind)
+        if moments:
+            stored = _second_moment(name, moments, param, rules)
+            loaded.update(state_format.by_key(stored, rules, kind))
     return loaded
 
 
 def _is_missing(saved: Mapping[str, Any], key: str) -> bool:
-    # torch unflattens a second moment of which it finds no tensor to an empty dict.
-    return key not in saved or (isinstance(saved[key], Mapping) and not saved[key])
+    if key in state_format.SECOND_MOMENTS:
+        found = (value for own, value in saved.items() if state_format.is_key_of(own, key))
+        return all(isinstance(value, (Mapping, list, tuple)) and not value for value in found)
+    return key not in saved and not (key == "exp_avg" and "exp_avg_codes" in saved)
 
 
 def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
-    exp_avg, scales = saved["exp_avg"], saved.get("exp_avg_scale")
+    exp_avg, scales = state_format.first_moment(saved), saved.get("exp_avg_scale")
     shape = tuple(param.shape)
     if scales is None and exp_avg.dtype == torch.int8:
-        raise ValueError(f"{name!r}: the state dict's exp_avg holds int8 codes, but it has no exp_avg_scale for them")
+        raise ValueError(
+            f"{name!r}: the state dict's exp_avg_codes holds int8 codes, but it has no exp_avg_scale for them"
+        )
     if scales is not None:
         count = momentum.scale_count(exp_avg.numel())
         if exp_avg.dtype != torch.int8:
@@ -145,7 +149,7 @@ def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> N
     if exp_avg.shape != shape:
         raise ValueError(
             f"{name!r}: the state dict's exp_avg has shape {tuple(exp_avg.shape)}, the parameter {shape}; load the "
-            "state of the same model"
+            "state of the same model, or drop the parameter's entry from state_dict['state']: the rest loads"
         )
 
 
@@ -158,23 +162,23 @@ def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, A
     if not stores_codes(param, group):
         return {"exp_avg": decoded(param, given)["exp_avg"].to(dtype, copy=True)}
     made = initial_first_moment(param, group)
-    if "exp_avg_scale" in given and given["exp_avg"].stride() == made["exp_avg"].stride():
-        return {"exp_avg": given["exp_avg"].clone(), "exp_avg_scale": given["exp_avg_scale"].flatten().clone()}
+    codes = given.get("exp_avg_codes")
+    if codes is not None and codes.stride() == made["exp_avg_codes"].stride():
+        return {"exp_avg_codes": codes.clone(), "exp_avg_scale": given["exp_avg_scale"].flatten().clone()}
     value = decoded(param, given)["exp_avg"].to(dtype)
     encode(param, value, value, made)
     return made
 
 
 def _as_stored(saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    scales = saved.get("exp_avg_scale")
-    return {"exp_avg": saved["exp_avg"]} if scales is None else {"exp_avg": saved["exp_avg"], "exp_avg_scale": scales}
+    return {key: saved[key] for key in state_format.FIRST_MOMENTS if key in saved}
 
 
 def _saved_value(param: Tensor, saved: Mapping[str, Any]) -> Tensor:
     """A saved first moment itself, gathered if its scales do not lie as its codes do."""
     given = _as_stored(saved)
-    codes, scales = given["exp_avg"], given.get("exp_avg_scale")
-    if scales is not None and is_dtensor(codes):
+    codes, scales = given.get("exp_avg_codes"), given.get("exp_avg_scale")
+    if codes is not None and scales is not None and is_dtensor(codes):
         alike = is_dtensor(scales) and (scales.device_mesh, scales.placements) == (codes.device_mesh, codes.placements)
         if not alike or tuple(scales.shape) != momentum.scales_shape(codes):
             given = {key: whole(value) for key, value in given.items()}
@@ -184,9 +188,9 @@ def _saved_value(param: Tensor, saved: Mapping[str, Any]) -> Tensor:
 def _sharded_first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
     made = initial_first_moment(param, group)
     scales = saved.get("exp_avg_scale")
-    if scales is not None and "exp_avg_scale" in made and saved["exp_avg"].is_contiguous():
+    if scales is not None and "exp_avg_scale" in made and saved["exp_avg_codes"].is_contiguous():
         shape = made["exp_avg_scale"].shape
-        place(made["exp_avg"], saved["exp_avg"])
+        place(made["exp_avg_codes"], saved["exp_avg_codes"])
         place(made["exp_avg_scale"], scales if scales.shape == shape else whole(scales).reshape(shape))
     elif "exp_avg_scale" in made:
         value = torch.zeros_like(param, dtype=torch.float32)
@@ -212,7 +216,7 @@ def _check_second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rule
         )
 
 
-def _second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Sequence[Rule]) -> StoredMoment:
+def _second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Sequence[Rule]) -> Sequence[Tensor]:
     """A saved second moment as the rules store it; a full one is averaged by them."""
     shape = tuple(param.shape)
     dtype = second_moment_dtype(param.dtype)
@@ -221,11 +225,11 @@ def _second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Seq
         made = initial_moments(name, rules, param, from_gradient=False)
         for target, part in zip(made, saved, strict=True):
             place(target, part)
-        return state_format.stored(made)
+        return made
     given = [whole(part).to(device=param.device, dtype=dtype, copy=True) for part in saved]
     if not is_full:
-        return state_format.stored(given)
+        return given
     averaged = state_format.average(given[0].contiguous(), rules)
     if is_dtensor(param):
         averaged = distributed_moments(name, rules, param, averaged)
-    return state_format.stored(averaged)
+    return averaged

@@ -6,10 +6,15 @@ import gc
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import weakref
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from slimadam.errors import PlanError
 from slimadam.fused import matches_any, pieces_of, refuse_unmatched
@@ -48,26 +53,24 @@ class NamedParameters:
     """
 
     def __init__(self, models: Iterable[nn.Module] = (), parts: Mapping[str, Parts] | None = None) -> None:
-        self._names: dict[int, str] = {}
-        self._pieces: dict[int, list[Piece]] = {}
-        self._roles: dict[int, ParameterRole] = {}
-        self._all_names: dict[int, list[str]] = {}
-        # An id is only a key while its tensor lives.
-        self._tensors: list[Tensor] = []
+        self._names: MutableMapping[Tensor, str] = _by_parameter()
+        self._pieces: MutableMapping[Tensor, list[Piece]] = _by_parameter()
+        self._roles: MutableMapping[Tensor, ParameterRole] = _by_parameter()
+        self._all_names: MutableMapping[Tensor, list[str]] = _by_parameter()
         taken: set[str] = set()
         parts = check_declared(parts)
         for model in models:
             roles, found = self._layout_of(model, parts)
             names = names_of(model)
             for name, parameter in model.named_parameters():
-                if id(parameter) in self._names:
+                if parameter in self._names:
                     continue
                 shown = _free_name(canonical_name(name), class_name(model), taken)
                 taken.add(shown)
                 self._add(parameter, shown, found.get(name))
-                self._all_names[id(parameter)] = names[parameter]
+                self._all_names[parameter] = names[parameter]
                 if name in roles:
-                    self._roles[id(parameter)] = roles[name]
+                    self._roles[parameter] = roles[name]
         known = taken.union(*self._all_names.values())
         self.matched = {pattern for pattern in parts if matches_any(pattern, known)}
 
@@ -75,6 +78,8 @@ class NamedParameters:
     def _layout_of(
         model: nn.Module, parts: Mapping[str, Parts]
     ) -> tuple[Mapping[str, ParameterRole], Mapping[str, list[Piece]]]:
+        if any(map(is_lazy, model.parameters())):
+            return {}, {}  # read again once all shapes are known
         try:
             roles = roles_of(model)
             return roles, pieces_of(model, parts, roles)
@@ -85,34 +90,41 @@ class NamedParameters:
             return {}, {}
 
     def _add(self, parameter: Tensor, name: str, found: list[Piece] | None = None) -> None:
-        self._names[id(parameter)] = name
-        self._tensors.append(parameter)
+        self._names[parameter] = name
         if found is not None:
-            self._pieces[id(parameter)] = found
+            self._pieces[parameter] = found
+
+    def call(self, given: Iterable[tuple[Tensor, str]]) -> None:
+        """Call parameters by the names that they were given, where no two were given the same."""
+        pairs = [(parameter, canonical_name(name)) for parameter, name in given]
+        shared = shared_names(pairs)
+        for parameter, name in pairs:
+            if name not in shared:
+                self._add(parameter, name)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, parameter: Tensor) -> str | None:
         """The parameter's qualified name without wrapper prefixes, or None if no module owns it."""
-        return self._names.get(id(parameter))
+        return self._names.get(parameter)
 
     def pieces(self, parameter: Tensor) -> list[Piece]:
         """The parameter's logical matrices; without a role if no module owns it."""
-        found = self._pieces.get(id(parameter))
+        found = self._pieces.get(parameter)
         return pieces("", tuple(parameter.shape), ParameterRole(""), None) if found is None else found
 
     def role(self, parameter: Tensor) -> ParameterRole | None:
         """Role and layout of the parameter as a whole, or None if no module owns it."""
-        return self._roles.get(id(parameter))
+        return self._roles.get(parameter)
 
     def all_names(self, parameter: Tensor) -> list[str]:
         """Every name that its module has for the parameter: several where it is tied, none if no module owns it."""
-        return self._all_names.get(id(parameter), [])
+        return self._all_names.get(parameter, [])
 
     def owned(self, parameter: Tensor) -> bool:
         """Whether a module owns it."""
-        return id(parameter) in self._pieces
+        return parameter in self._pieces
 
     @classmethod
     def of_optimizer(
@@ -134,8 +146,7 @@ class NamedParameters:
             named = cls([model], parts)
         elif len(given) == len(parameters):
             named = cls(owning_modules(parameters), parts)
-            for parameter, name in zip(parameters, given, strict=True):
-                named._add(parameter, canonical_name(name))
+            named.call(zip(parameters, given, strict=True))
         else:
             named = cls(owning_modules(parameters), parts)
         unmatched = {pattern: found for pattern, found in (parts or {}).items() if pattern not in named.matched}
@@ -147,6 +158,62 @@ class NamedParameters:
         return named
 
 
+def _by_parameter() -> MutableMapping[Tensor, Any]:
+    """Return a dict that keeps no parameter alive: Accelerate frees those that it has sharded."""
+    return WeakIdKeyDictionary()
+
+
+def shared_names(given: Iterable[tuple[Tensor, str]]) -> set[str]:
+    """Return the names that stand for several parameters, as those of two modules in one optimizer may."""
+    first: dict[str, Tensor] = {}
+    return {name for parameter, name in given if first.setdefault(name, parameter) is not parameter}
+
+
+class ToldApart:
+    """Names of parameters that those given do not tell apart, or not as a plan does: as ``calibrate`` calls them.
+
+    The modules alive in the process are looked through when a name is first asked for.
+
+    Args:
+        parameters: Those of one optimizer.
+        shared: Given names that stand for several of them.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], shared: Iterable[str] = ()) -> None:
+        self.shared = frozenset(shared)
+        self._parameters = parameters
+        self._named: NamedParameters | None = None
+        self._own_names: dict[int, str] = {}
+        self._owners = 0
+
+    def name(self, parameter: Tensor, given: str | None) -> str | None:
+        """Return what it is called where its module is one of several, or its given name is that of several.
+
+        Args:
+            parameter: One of the parameters.
+            given: Its given name, if it has one; where that is not its module's, with something in front or not, it
+                stands.
+        """
+        if self._named is None:
+            self._look_up()
+        assert self._named is not None
+        own, is_shared = self._own_names.get(id(parameter)), given in self.shared
+        if own is None or (self._owners < 2 and not is_shared):
+            return None
+        fits = given is None or is_shared or given == own or given.endswith(f".{own}")
+        return self._named.name(parameter) if fits else None
+
+    def _look_up(self) -> None:
+        modules = owning_modules(self._parameters)
+        self._named = NamedParameters(modules)
+        missing = set(map(id, self._parameters))
+        for module in modules:
+            found = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
+            self._own_names.update((key, found[key]) for key in missing.intersection(found))
+            self._owners += not missing.isdisjoint(found)
+            missing.difference_update(found)
+
+
 def _free_name(name: str, owner: str, taken: set[str]) -> str:
     """``name``, or with its owner's class (and a number) in front where another module has that name."""
     if name not in taken:
@@ -156,18 +223,96 @@ def _free_name(name: str, owner: str, taken: set[str]) -> str:
 
 
 def owning_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:
-    """The outermost modules alive in the process that own the given parameters, best coverage first.
+    """The outermost modules alive in the process that own the given parameters, in the order of these.
+
+    Of a parameter that several own, the owner is the one that owns most of them all; modules that are nobody's owner
+    come last.
 
     Args:
         parameters: Parameters of any modules.
     """
     wanted = {id(parameter) for parameter in parameters}
-    # type(), not isinstance(): proxies among the collected objects may answer __class__ with an exception.
-    alive = [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
-    covered = {id(module): _owned(module, wanted) for module in alive}
+    alive = _alive.modules()
     inner = {id(child) for module in alive for child in _children(module)}
-    outermost = [module for module in alive if covered[id(module)] and id(module) not in inner]
-    return sorted(outermost, key=lambda module: -covered[id(module)])
+    covered = {id(module): _owned(module, wanted) for module in alive if id(module) not in inner}
+    outermost = [module for module in alive if covered.get(id(module))]
+    return _in_order(sorted(outermost, key=lambda module: -covered[id(module)]), parameters)
+
+
+class _Last:
+    """The names and layers that were read last, for the next optimizer over the same modules."""
+
+    def __init__(self) -> None:
+        self._key: list[tuple[int, list[tuple[str, int]]]] = []
+        self._named = NamedParameters()
+
+    def read(self, modules: Sequence[nn.Module], parts: Mapping[str, Parts]) -> NamedParameters:
+        """Return what :class:`NamedParameters` finds in the modules."""
+        if parts:
+            return NamedParameters(modules, parts)
+        key = [(id(one), [(name, id(param)) for name, param in one.named_parameters()]) for one in modules]
+        # A parameter that has died has left, and its id may be another's.
+        if key != self._key or any(self._named.name(param) is None for one in modules for param in one.parameters()):
+            self._key, self._named = key, NamedParameters(modules)
+        return self._named
+
+
+_last = _Last()
+
+
+def read_modules(modules: Sequence[nn.Module], parts: Mapping[str, Parts]) -> NamedParameters:
+    """Return the names and layers of modules, read once for all optimizers that follow each other over the same ones.
+
+    Args:
+        modules: As for :class:`NamedParameters`.
+        parts: As there.
+    """
+    return _last.read(modules, parts)
+
+
+class _Alive:
+    """The modules alive in the process; only what was made since is looked through again.
+
+    An optimizer for each parameter would else look through all objects of the process, a tenth of a second each time.
+    """
+
+    def __init__(self) -> None:
+        self._collections: tuple[int, ...] = ()
+        self._found: list[weakref.ref[nn.Module]] = []
+
+    def modules(self) -> list[nn.Module]:
+        """Return all of them."""
+        collections = tuple(generation["collections"] for generation in gc.get_stats()[1:])
+        # While no collection has aged them, all new objects are in the two youngest generations (until Python 3.13).
+        if sys.version_info < (3, 14) and collections == self._collections:
+            before = [module for found in self._found if (module := found()) is not None]
+            known = set(map(id, before))
+            young = [*gc.get_objects(generation=0), *gc.get_objects(generation=1)]
+            alive = before + [module for module in _modules_in(young) if id(module) not in known]
+        else:
+            alive = _modules_in(gc.get_objects())
+        self._collections, self._found = collections, list(map(weakref.ref, alive))
+        return alive
+
+
+def _modules_in(objects: Iterable[object]) -> list[nn.Module]:
+    # type(), not isinstance(): proxies among the collected objects may answer __class__ with an exception.
+    return [found for found in objects if issubclass(type(found), nn.Module)]  # type: ignore[misc]
+
+
+_alive = _Alive()
+
+
+def _in_order(modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list[nn.Module]:
+    """Sort by the first parameter that each owns and none before it does: what is alive comes in no order."""
+    places: dict[int, int] = {}
+    for index, parameter in enumerate(parameters):
+        places.setdefault(id(parameter), index)
+    first = {}
+    for module in modules:
+        own = [places.pop(key) for key in map(id, module.parameters()) if key in places]
+        first[id(module)] = min(own, default=len(parameters))
+    return sorted(modules, key=lambda module: first[id(module)])
 
 
 def _owned(module: nn.Module, wanted: set[int]) -> int:

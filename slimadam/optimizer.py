@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from slimadam import scaling, torch_private
 from slimadam import state as state_format
@@ -16,17 +17,20 @@ from slimadam.clipping import check_have_norm, check_max_grad_norm, clip_factor,
 from slimadam.direction import with_decay
 from slimadam.distributed import is_dtensor, local, on_any_rank
 from slimadam.entries import hyperparameters, initial_state, tell_without_codes
-from slimadam.errors import did_you_mean, shown
+from slimadam.errors import PlanError, did_you_mean, shown
 from slimadam.functional import Scalar
-from slimadam.groups import check_gradients, check_shards, refuse_lazy
+from slimadam.groups import Held, check_gradients, check_shards
+from slimadam.membership import Added, Members, refuse_one_for_many, rules_for_another
 from slimadam.memory import MemoryReport, memory_report
 from slimadam.monitoring import Check, Monitor
-from slimadam.options import check_group
+from slimadam.names import is_position
+from slimadam.options import check_group, normalize_group
 from slimadam.parts import key_of
 from slimadam.pending import updates_without_decay
 from slimadam.plan import CompressionPlan
 from slimadam.planning import DECIDED_BEFORE, MEASURING, PlanArgument, Resolver
 from slimadam.replanning import Replanned
+from slimadam.resizing import Index, check_replacement, checked_dim, positions, reset_all, reset_slices, resized_state
 from slimadam.roles import canonical_name
 from slimadam.rules import Rule, rule_of_whole
 from slimadam.shard_direction import Shared, averages_after_step
@@ -141,10 +145,12 @@ class SlimAdam(Replanned):
             "differentiable": differentiable,
             "fused": fused,
         }
+        normalize_group(defaults)
         check_group(defaults)
         self._resolver = Resolver(plan, model)
         # Names go by position, not by tensor: sharding replaces the tensors of a group in place.
         self._names: list[list[str]] = []
+        self._members = Members()
         self._rules: dict[str, list[Rule]] = {}
         # With plan="auto": what each parameter is measured as. Until it has decided, each is stored as a whole.
         self._measured: dict[str, list[Rule]] = {}
@@ -172,19 +178,17 @@ class SlimAdam(Replanned):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        if self._complete:
+            self._follow_groups()
         group = dict(param_group)
         own_plan = self._resolver.take_arguments(group)
+        normalize_group(group)
         check_group({**self.defaults, **group})
         before = self._resolver.snapshot()
         super().add_param_group(group)
         try:
-            refuse_lazy(group["params"])
             names = self._resolver.names(group, len(self.param_groups) - 1)
-            if self._max_grad_norm is not None:
-                check_have_norm(zip(names, group["params"], strict=True))
-            rules = self._resolver.rules(group, names, **own_plan)
-            for name, param, own in zip(names, group["params"], rules, strict=True):
-                check_shards(name, param, own)
+            found = self._rules_of_new(group, names, own_plan)
             if self._complete:
                 self._resolver.check_all_used()
                 self._resolver.forget_owners()
@@ -192,19 +196,127 @@ class SlimAdam(Replanned):
             self.param_groups.pop()
             self._resolver.restore(before)
             raise
-        reason = DECIDED_BEFORE if self._measuring is None else MEASURING
-        for name, found in zip(names, rules, strict=True):
-            if found[0].reason == MEASURING:
-                self._measured[name], found = found, [rule_of_whole(found, reason)]
-            self._rules[name] = found
         self._names.append(names)
+        self._members.add(self.param_groups[-1])
+        for name, param, rules in found:
+            self._admit(name, param, rules)
+
+    def _rules_of_new(
+        self, group: dict[str, Any], names: Sequence[str], own_plan: Mapping[str, Any]
+    ) -> list[tuple[str, Tensor, list[Rule]]]:
+        """Name, tensor and rules of what is to be added, checked; what has no shape yet is left out."""
+        ready = [index for index, param in enumerate(group["params"]) if not is_lazy(param)]
+        for index in set(range(len(names))) - set(ready):
+            self._resolver.note_without_shape(names[index], **own_plan)
+        shaped = {**group, "params": [group["params"][index] for index in ready]}
+        if "param_names" in group:
+            shaped["param_names"] = [group["param_names"][index] for index in ready]
+        own_names = [names[index] for index in ready]
+        if self._max_grad_norm is not None:
+            check_have_norm(zip(own_names, shaped["params"], strict=True))
+        rules = self._resolver.rules(shaped, own_names, **own_plan)
+        found = list(zip(own_names, shaped["params"], rules, strict=True))
+        for one in found:
+            check_shards(*one)
+        return found
+
+    def _admit(self, name: str, param: Tensor, rules: list[Rule]) -> None:
+        """Put a parameter's rules in force: those of its decision, or of ``plan="auto"`` while it measures."""
+        if rules[0].reason == MEASURING:
+            self._measured[name] = rules
+            rules = [rule_of_whole(rules, DECIDED_BEFORE if self._measuring is None else MEASURING)]
+        self._rules[name] = rules
         if self._measuring is None:
-            for name, param in zip(names, self.param_groups[-1]["params"], strict=True):
-                self._monitor_parameter(name, param)
+            self._monitor_parameter(name, param)
+
+    def _follow_groups(self) -> None:
+        """Take note of what has come to the groups, left them or was exchanged in them, as AdamW allows.
+
+        Raises:
+            PlanError, RuntimeError: No rule is known for a parameter; the optimizer is as it was.
+        """
+        if torch.compiler.is_compiling() or self._members.are_in(self.param_groups):
+            return
+        own_plans = [self._complete_group(group) for group in self.param_groups]
+        changes = self._members.changes(self._names, self.param_groups, self._resolver.of_model)
+        refuse_one_for_many(self._names, self.param_groups, changes, self._rules)
+        before = self._resolver.snapshot()
+        try:
+            admitted = [
+                (name, new, rules_for_another(name, self._measured.get(name, self._rules[name]), new))
+                for name, new in changes.exchanged
+                if name in self._rules
+            ]
+            for name, param, rules in admitted:
+                check_shards(name, param, rules)
+            shaped = self._newly_shaped(changes.names)
+            if shaped:
+                self._resolver.read_model_again()
+            for added in shaped + changes.added:
+                admitted += self._rules_of_added(added, own_plans[added.group_index])
+        except Exception:
+            self._resolver.restore(before)
+            raise
+        self._resolver.forget_owners()
+        held = dict(self._members.named(self._names))
+        for name in changes.removed:
+            self._resolver.note(name, None)
+            if name in self._rules:
+                self._members.leave(name, held[name], self._rules[name])
+                for rule in self._rules.pop(name):
+                    if self._monitor is not None:
+                        self._monitor.drop(key_of(name, rule.part))
+            self._measured.pop(name, None)
+        self._names = changes.names
+        self._members.hold(self.param_groups)
+        self._stepper.forget()
+        for name, param, rules in admitted:
+            self._resolver.note(name, param)
+            self._admit(name, param, rules)
+        in_order = [name for own in self._names for name in own if name in self._rules]
+        self._rules = {name: self._rules[name] for name in in_order}
+
+    def _complete_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Fill in the options that a group lacks which was put there by hand; returns its own plan, if it has one."""
+        own_plan = self._resolver.take_arguments(group)
+        for option, default in self.defaults.items():
+            group.setdefault(option, default)
+        normalize_group(group)
+        check_group(group)
+        return own_plan
+
+    def _newly_shaped(self, names: Sequence[Sequence[str]]) -> list[Added]:
+        return [
+            Added(name, group_index, index)
+            for group_index, (own, group) in enumerate(zip(names, self.param_groups, strict=True))
+            for index, (name, param) in enumerate(zip(own, group["params"], strict=True))
+            if not is_lazy(param) and name not in self._rules and self._is_known(param)
+        ]
+
+    def _is_known(self, param: Tensor) -> bool:
+        return any(known is param for _, known in self._members.named(self._names))
+
+    def _rules_of_added(self, added: Added, own_plan: Mapping[str, Any]) -> list[tuple[str, Tensor, list[Rule]]]:
+        group = self.param_groups[added.group_index]
+        param = group["params"][added.position]
+        before = self._members.of_before(param)
+        if before is not None and before[1][0].owner_shape == param.shape:
+            return [(added.name, param, before[1])]
+        alone = {**group, "params": [param], "param_names": [added.name]}
+        if is_position(added.name):
+            del alone["param_names"]
+        try:
+            return self._rules_of_new(alone, [added.name], own_plan)
+        except PlanError as error:
+            raise PlanError(
+                f"a parameter of shape {tuple(param.shape)} was put into param_groups[{added.group_index}]['params']: "
+                f"{error}; or add it by optimizer.add_param_group({{'params': [(name, parameter)]}})"
+            ) from error
 
     @property
     def plan(self) -> CompressionPlan:
         """The plan in force: one rule for each parameter of this optimizer, or for each of its parts."""
+        self._follow_groups()
         return CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff)
 
     @property
@@ -230,7 +342,8 @@ class SlimAdam(Replanned):
 
     def __repr__(self) -> str:
         clips = "" if self._max_grad_norm is None else f"max_grad_norm: {self._max_grad_norm}\n"
-        return f"{super().__repr__()[:-1]}{clips}plan: {self._measuring or self.plan}\n)"
+        plan = CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff)  # never raises
+        return f"{super().__repr__()[:-1]}{clips}plan: {self._measuring or plan}\n)"
 
     def backend(self, param: Tensor | str) -> Backend:
         """The implementation that updates a parameter.
@@ -241,14 +354,8 @@ class SlimAdam(Replanned):
         Raises:
             KeyError: The optimizer does not hold it.
         """
-        for name, held, group in self._parameters():
-            if held is param or (isinstance(param, str) and name == canonical_name(param)):
-                return backend_of(name, held, group, self._rules[name])
-        given = repr(param) if isinstance(param, str) else "the tensor"
-        raise KeyError(
-            f"{given} is not a parameter of this optimizer; pass one of its tensors, or a name that it knows: those of "
-            "SlimAdam(model) and of named_parameters()"
-        )
+        name, held, group = self._find(param)
+        return backend_of(name, held, group, self._rules[name])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -406,6 +513,99 @@ class SlimAdam(Replanned):
         if not self._state_is_blank:
             return self.state
         return {param: state for param, state in self.state.items() if not state_format.is_of_no_step(state)}
+
+    # -- parameters that change ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset_state(self, param: Tensor | str, index: Index | None = None, dim: int = 0) -> None:
+        """Reset a parameter's state, or that of some of its rows or columns, as when dead neurons are resampled.
+
+        All of it: moments and count of steps start anew. Some slices: their moments become zero and the count stays,
+        as where rows of AdamW's state are set to zero. A second moment that is averaged over ``dim`` stays, since it is
+        that of the other slices, too. Without state there is nothing to do.
+
+        Args:
+            param: A parameter of this optimizer, or its name.
+            index: Positions along ``dim``, a mask, a slice or one number; None: everything.
+            dim: The dimension that ``index`` is for.
+
+        Raises:
+            KeyError: The optimizer does not hold the parameter.
+            IndexError: The parameter has no such dimension or position.
+            RuntimeError: ``index`` is given for a DTensor.
+        """
+        name, held, group = self._find(param)
+        state = self.state.get(held)
+        if index is not None:
+            dim = checked_dim(dim, held)
+            found = positions(index, held, dim, "index")
+            if is_dtensor(held):
+                raise RuntimeError(
+                    f"{name!r}: slices of a DTensor's state cannot be reset; use index=None on every rank"
+                )
+            if state:
+                reset_slices(state, self._rules[name], held, found, dim)
+        elif state and group["variance_init"] == "gradient":
+            del self.state[held]
+        elif state:
+            reset_all(state)
+        if self._measuring is None:
+            self._monitor_parameter(name, held)
+
+    @torch.no_grad()
+    def replace_param(
+        self, old: Tensor | str, new: Tensor, keep: Index | None = None, added: int = 0, dim: int = 0
+    ) -> None:
+        """Put a parameter in the place of another that has grown or been pruned, and carry its state over.
+
+        ``new`` has the kept slices of ``old`` along ``dim``, in the order of ``keep``, and ``added`` new ones after
+        them, whose moments are zero; the count of steps stays. So it is where AdamW's state is indexed and concatenated
+        with zeros. A second moment that is averaged over ``dim`` stays as it is.
+
+        Args:
+            old: A parameter of this optimizer, or its name.
+            new: Takes its place in the parameter group, and its name and rule.
+            keep: Positions along ``dim``, a mask or a slice; None: all.
+            added: How many slices are new.
+            dim: The dimension along which the parameter has changed.
+
+        Raises:
+            KeyError: The optimizer does not hold ``old``.
+            IndexError: ``keep`` or ``dim`` do not fit ``old``.
+            ValueError: ``new`` does not have the shape that follows from ``keep`` and ``added``, or is held already.
+            RuntimeError: One of both is a DTensor, or ``old`` is a fused weight whose parts have rules of their own.
+        """
+        name, held, group = self._find(old)
+        dim = checked_dim(dim, held)
+        kept = positions(keep, held, dim, "keep")
+        check_replacement(name, held, new, kept, added, dim)
+        if any(param is new for _, param, _ in self._parameters()):
+            raise ValueError(f"new, of shape {tuple(new.shape)}, is a parameter of this optimizer already")
+        rules = rules_for_another(name, self._rules[name], new)
+        measured = rules_for_another(name, self._measured[name], new) if name in self._measured else None
+        state = self.state.pop(held, None)
+        if state:
+            self.state[new] = resized_state(state, self._rules[name], held, new, rules, group, kept, dim)
+        place = next(index for index, param in enumerate(group["params"]) if param is held)
+        group["params"][place] = new
+        self._rules[name] = rules
+        if measured is not None:
+            self._measured[name] = measured
+        self._resolver.note(name, new)
+        self._members.hold(self.param_groups)
+        self._stepper.forget()
+        if self._measuring is None:
+            self._monitor_parameter(name, new)
+
+    def _find(self, param: Tensor | str) -> Held:
+        for name, held, group in self._parameters():
+            if held is param or (isinstance(param, str) and name == canonical_name(param)):
+                return name, held, group
+        given = repr(param) if isinstance(param, str) else "the tensor"
+        raise KeyError(
+            f"{given} is not a parameter of this optimizer; pass one of its tensors, or a name that it knows: those of "
+            "SlimAdam(model) and of named_parameters()"
+        )
 
     # -- does it still hold? -----------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from slimadam.errors import did_you_mean
 from slimadam.functional import Scalar
+
+logger = logging.getLogger("slimadam")
 
 FLAGS = ("amsgrad", "maximize", "capturable", "differentiable", "bf16_stochastic_round")
 OPTIONAL_FLAGS = ("foreach", "fused")
@@ -22,12 +26,37 @@ OPTIONS = (
 )  # fmt: skip
 
 
+def normalize_group(group: dict[str, Any]) -> None:
+    """Turn what configuration files say into what an option means, in place: text for numbers, dtypes and ``none``.
+
+    What means nothing is left as it is, for :func:`check_group` to refuse.
+    """
+    for name in ("lr", "eps", "weight_decay"):
+        if name in group:
+            group[name] = _number_in(group[name])
+    betas = group.get("betas")
+    if isinstance(betas, Sequence) and not isinstance(betas, str):
+        group["betas"] = tuple(map(_number_in, betas))
+    dtype = group.get("momentum_dtype")
+    if isinstance(dtype, str):
+        group["momentum_dtype"] = _DTYPES_IN_TEXT.get(dtype, dtype)
+
+
+def _number_in(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Check every option of a parameter group whose defaults have been filled in.
 
     Raises:
         ValueError: An option has a value outside its range.
-        TypeError: An option has the wrong type, or its name looks like a misspelt one.
+        TypeError: An option has the wrong type.
     """
     _check_names(group)
     _check_numbers(group)
@@ -44,7 +73,6 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def _check_names(group: Mapping[str, Any]) -> None:
-    # Schedulers and trainers keep entries of their own in a group; only what looks like a slip is refused.
     if "max_grad_norm" in group:
         raise TypeError(
             "max_grad_norm is no option of a parameter group: it clips the norm of all groups together; pass "
@@ -52,9 +80,15 @@ def _check_names(group: Mapping[str, Any]) -> None:
         )
     for name in group:
         if name not in OPTIONS:
-            hint = did_you_mean(str(name), OPTIONS, cutoff=0.85)
-            if hint:
-                raise TypeError(f"unknown option {name!r} in a parameter group; {hint}")
+            _tell_of_slip(str(name))
+
+
+@cache
+def _tell_of_slip(name: str) -> None:
+    """Warn once of a user's own key in a group that looks like a misspelt option."""
+    hint = did_you_mean(name, OPTIONS, cutoff=0.85)
+    if hint:
+        logger.warning("a parameter group has the key %r, which is kept but is no option; %s", name, hint)
 
 
 def _check_numbers(group: Mapping[str, Any]) -> None:
@@ -114,6 +148,12 @@ def check_foreach(group: Mapping[str, Any]) -> None:
         for name, value in tensors.items():
             if isinstance(value, Tensor):
                 raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+
+
+_DTYPES_IN_TEXT: Mapping[Any, Any] = {
+    "none": None,
+    **{text: dtype for dtype in (torch.float32, torch.bfloat16) for text in (str(dtype), str(dtype)[len("torch.") :])},
+}
 
 
 def _is_flag(value: object) -> bool:

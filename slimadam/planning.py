@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Final, Literal
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from slimadam.automatic import AutoPlan
 from slimadam.distributed import refuse_flat
 from slimadam.errors import PlanError, did_you_mean
 from slimadam.fused import declared_parts, refuse_unmatched
-from slimadam.names import NamedParameters, is_position, owning_modules, position_name
+from slimadam.names import NamedParameters, ToldApart, is_position, owning_modules, position_name, read_modules
 from slimadam.parts import Piece, key_of, owner_of, pieces
 from slimadam.plan import CompressionPlan
 from slimadam.roles import BIAS, NORM, UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
@@ -41,7 +42,9 @@ def read_plan(plan: object) -> ResolvedPlan:
         PlanError: A file is missing or holds no plan.
         TypeError: The argument is none of the kinds that are taken.
     """
-    if plan is None or isinstance(plan, CompressionPlan) or plan == "rules" or plan == "factored":
+    if plan is None or plan == "none":  # as configuration files and the command line say it
+        return None
+    if isinstance(plan, CompressionPlan) or plan == "rules" or plan == "factored":
         return plan
     if isinstance(plan, AutoPlan):
         return plan
@@ -78,11 +81,12 @@ class Resolver:
         self._declared = self.plan.parts if isinstance(self.plan, AutoPlan) else {}
         self._named = NamedParameters([] if model is None else [model], self._declared)
         self._known = self._named
+        self._told_apart: ToldApart | None = None
         self._matched = set(self._named.matched)
         self._model_names = {name for names in ({} if model is None else names_of(model)).values() for name in names}
         self._all_names: dict[str, list[str]] = {}
         self._used: list[tuple[CompressionPlan, set[str]]] = []
-        self._owner: dict[str, Tensor] = {}
+        self._owner: MutableMapping[str, Tensor] = WeakValueDictionary()
         # With plan="rules", until it was said once what they leave in full.
         self._by_role: dict[str, list[Rule]] | None = {}
 
@@ -156,6 +160,8 @@ class Resolver:
             self._look_for_owners(group["params"])
         else:
             self.forget_owners()
+            if self._arguments["model"] is None:
+                self._told_apart = self._tell_apart(group, names)
         found = []
         for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
             self._all_names[name] = self._known.all_names(param)
@@ -178,15 +184,40 @@ class Resolver:
         """Every name that the module has for the parameter of that name; none where it is not known."""
         return self._all_names.get(name, [])
 
+    def of_model(self, param: Tensor) -> str | None:
+        """Return the name that the optimizer's model has for a parameter; None where it has none, or is not known."""
+        return self._named.name(param)
+
+    def note(self, name: str, param: Tensor | None) -> None:
+        """Take note that a parameter has a name, or that none has it any more."""
+        if param is None:
+            self._owner.pop(name, None)
+        else:
+            self._owner[name] = param
+
+    def read_model_again(self) -> None:
+        """Read names and layers of the model anew: shapes have become known."""
+        model = self._arguments["model"]
+        if isinstance(model, nn.Module):
+            self._named = self._known = NamedParameters([model], self._declared)
+            self._matched |= self._named.matched
+
+    def note_without_shape(self, name: str, plan: object = _DEFAULT) -> None:
+        """Take note that entries of a plan are for a parameter whose shape is not known yet."""
+        resolved = self.plan if plan is _DEFAULT else read_plan(plan)
+        if isinstance(resolved, CompressionPlan):
+            self._note_use(resolved, resolved.keys_of(name))
+
     def _look_for_owners(self, params: Sequence[Tensor]) -> None:
         if not all(self._known.owned(param) for param in params):
             modules = owning_modules(params)
-            self._known = NamedParameters(modules, self._declared) if modules else self._named
+            self._known = read_modules(modules, self._declared) if modules else self._named
             self._matched |= self._known.matched
 
     def forget_owners(self) -> None:
         """Let go of the modules that :meth:`rules` has found, which keep other parameters alive."""
         self._known = self._named
+        self._told_apart = None
 
     def snapshot(self) -> tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]:
         """What :meth:`names` and :meth:`rules` have taken note of, for :meth:`restore`."""
@@ -194,12 +225,12 @@ class Resolver:
 
     def restore(self, snapshot: tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]) -> None:
         """Forget what was noted since the snapshot."""
-        self._owner, self._used = snapshot
+        self._owner, self._used = WeakValueDictionary(snapshot[0]), snapshot[1]
         self.forget_owners()
 
     def resume(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Take over parameters that an earlier resolver has named and found rules for."""
-        self._owner = dict(named)
+        self._owner = WeakValueDictionary(named)
         if isinstance(self.plan, CompressionPlan):
             self._used = [(self.plan, set(self.plan))]
 
@@ -253,14 +284,29 @@ class Resolver:
             if given is None and not self._known.owned(param):
                 raise PlanError(_unnamed("plan='rules' goes by layer role"))
             return [paper_rule(piece) for piece in found]
-        known_as = [name, *([given] if given else []), *self._named.all_names(param)]
-        keys = next((found for found in map(plan.keys_of, known_as) if found), [])
-        if not keys and given is None:
-            raise PlanError(_unnamed("the plan goes by parameter names"))
+        keys = self._keys(plan, name, param, given)
         self._note_use(plan, keys)
         if not keys:
             return [Rule(shape=shape, role=_whole_role(found), reason=NOT_IN_THE_PLAN)]
         return fit_rules(name, [plan[key] for key in keys], shape)
+
+    def _keys(self, plan: CompressionPlan, name: str, param: Tensor, given: str | None) -> list[str]:
+        told_apart = self._told_apart
+        if told_apart is not None and given in told_apart.shared and (told := told_apart.name(param, given)):
+            return plan.keys_of(told)
+        known_as = [name, *([given] if given else []), *self._named.all_names(param)]
+        keys = next((found for found in map(plan.keys_of, known_as) if found), [])
+        if keys:
+            return keys
+        told = None if told_apart is None else told_apart.name(param, given)
+        if told is None and given is None:
+            raise PlanError(_unnamed("the plan goes by parameter names"))
+        return [] if told is None else plan.keys_of(told)
+
+    def _tell_apart(self, group: Mapping[str, Any], names: Sequence[str]) -> ToldApart:
+        given = [self._given_name(group, index) for index in range(len(names))]
+        shared = {one for one, name in zip(given, names, strict=True) if one is not None and one != name}
+        return ToldApart([*self._owner.values(), *group["params"]], shared)
 
     def _pieces(self, param: Tensor, given: str | None) -> list[Piece]:
         declared = None if given is None else declared_parts(self._declared, [given])
@@ -321,7 +367,10 @@ def _readable_rules(
 
 
 def _unnamed(why: str) -> str:
-    return f"{why}, but these parameters have none: pass model=model, or params=model.named_parameters()"
+    return (
+        f"{why}, but these parameters have none: pass model=model, or params=model.named_parameters(), also those of "
+        "several modules, one after the other or in groups"
+    )
 
 
 def _tell_uncovered(names: Sequence[str], found: Sequence[Sequence[Rule]]) -> None:

@@ -35,10 +35,6 @@ class Replanned(Checkpointed):
     def _measure(self) -> None:
         """One step of ``plan="auto"`` before its decision, and the decision."""
         assert self._measuring is not None
-        for name, param, _ in self._parameters():
-            rule = self._rules[name][0]
-            if rule.reason == MEASURING and rule.shape != param.shape:  # exchanged for another parameter
-                self._rules[name] = self._measured[name] = [replace(rule, shape=tuple(param.shape), batch_dims=0)]
         moments = (
             (key_of(name, rule.part), rule, self.state[param]["exp_avg_sq"], self._resolver.all_names(name))
             for name, param, _ in self._parameters()
@@ -89,12 +85,12 @@ class Replanned(Checkpointed):
 
 def _compress(name: str, param: Tensor, rules: Sequence[Rule], state: MutableMapping[str, Any]) -> None:
     """Replace full second moments in a parameter's state by what its rules keep of them."""
-    for key in state_format.SECOND_MOMENTS:
-        if key in state:
-            averaged = state_format.average(whole(state[key]), rules)
+    for kind in state_format.SECOND_MOMENTS:
+        if kind in state:
+            averaged = state_format.average(whole(state.pop(kind)), rules)
             if is_dtensor(param):
                 averaged = distributed_moments(name, rules, param, averaged)
-            state[key] = state_format.stored(averaged)
+            state.update(state_format.by_key(averaged, rules, kind))
 
 
 def _expanded_rules(name: str, rules: Sequence[Rule], keys: Collection[str]) -> list[Rule]:
@@ -117,9 +113,9 @@ def _expand(
     """
     if is_dtensor(param):
         local_rules(name, after, param)
-    for key in state_format.SECOND_MOMENTS:
-        if key in state:
-            stored = [whole(moment) for moment in state_format.parts(state[key])]
+    for kind in state_format.SECOND_MOMENTS:
+        stored = [whole(moment) for moment in state_format.moments_of(state, before, kind)]
+        if stored:
             full = state_format.expand(stored, before, tuple(param.shape))
             kept = [
                 moments if rule == was else [rule.take(full).clone()]
@@ -130,4 +126,4 @@ def _expand(
             expanded = [moment for moments in kept for moment in moments]
             if is_dtensor(param):
                 expanded = distributed_moments(name, after, param, expanded)
-            state[key] = state_format.stored(expanded)
+            state_format.exchange(state, before, after, expanded, kind)

@@ -175,7 +175,7 @@ class _Graph:
         if role == "token_embedding":
             self._vocabulary.add(module.num_embeddings)
         # Heads share their weight with the table; a parametrized one keeps it elsewhere.
-        self._tables[id(module._parameters.get("weight", module))] = role
+        self._tables[id(torch_private.parameters(module).get("weight", module))] = role
 
     # -- modules that multiply by a matrix --------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ class StandingGroup:
         states: The state of each.
 
     Attributes:
-        tensors: The parameters and all tensors of their state.
         holds_nothing_else: Whether all tensors are plain ones; else there is nothing to compare with.
     """
 
@@ -42,16 +41,14 @@ class StandingGroup:
     ) -> None:
         self._params, self._rules, self._options = list(params), list(rules), options
         self._values = _values(states)
-        self._lists = [value for value in self._values if isinstance(value, list)]
-        self._moments = list(chain.from_iterable(self._lists))
-        state = [value for value in (*self._values, *self._moments) if isinstance(value, Tensor)]
-        self.tensors = [*self._params, *state]
+        state = [value for value in self._values if isinstance(value, Tensor)]
+        self._tensors = [*self._params, *state]
         grads = list(map(_GRAD, params))
-        kinds = {type(tensor) for tensor in (*self.tensors, *grads)}
+        kinds = {type(tensor) for tensor in (*self._tensors, *grads)}
         self.holds_nothing_else = kinds <= {Tensor, Parameter} and not any(map(is_marked, grads))
         if self.holds_nothing_else:
-            self._addresses = _addresses(self.tensors)
-            self._layouts = layouts(self.tensors), layouts(grads)
+            self._addresses = _addresses(self._tensors)
+            self._layouts = layouts(self._tensors), layouts(grads)
 
     def gradients(
         self,
@@ -63,17 +60,15 @@ class StandingGroup:
         """The gradients of the step to take, or None if anything has changed that it rests on; arguments as above."""
         if len(params) != len(self._params) or not all(map(is_, params, self._params)) or options != self._options:
             return None
-        grads, values, moments = list(map(_GRAD, params)), _values(states), list(chain.from_iterable(self._lists))
+        grads, values = list(map(_GRAD, params)), _values(states)
         same = (
             set(map(type, grads)) == {Tensor}
             and not any(map(is_marked, grads))
             and len(values) == len(self._values)
-            and len(moments) == len(self._moments)
             and all(map(is_, values, self._values))
-            and all(map(is_, moments, self._moments))
             and all(map(is_, rules, self._rules))
-            and _addresses(self.tensors) == self._addresses
-            and (layouts(self.tensors), layouts(grads)) == self._layouts
+            and _addresses(self._tensors) == self._addresses
+            and (layouts(self._tensors), layouts(grads)) == self._layouts
         )
         return grads if same else None
 

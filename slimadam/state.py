@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,12 +14,10 @@ from slimadam.functional import stand_in
 from slimadam.rules import Rule
 
 KEY: Final = "slimadam"
-FORMAT_VERSION: Final = 2
-"""1: second moments of several tensors were saved as lists, which are still read."""
+FORMAT_VERSION: Final = 3
+"""1: second moments of several tensors were saved as lists; 2: as dicts by number. Both are still read."""
 SECOND_MOMENTS: Final = ("exp_avg_sq", "max_exp_avg_sq")
-
-StoredMoment = Tensor | list[Tensor]
-SavedMoment = StoredMoment | Mapping[str, Tensor]
+FIRST_MOMENTS: Final = ("exp_avg", "exp_avg_codes", "exp_avg_scale")
 
 
 def step_dtype() -> torch.dtype:
@@ -31,34 +30,84 @@ def is_of_no_step(state: Mapping[str, Any]) -> bool:
     return "step" in state and not state["step"] > 0
 
 
-def parts(stored: SavedMoment | tuple[()]) -> Sequence[Tensor]:
-    """A second moment, as it is stored or saved, as a sequence of tensors."""
-    if isinstance(stored, Mapping):
-        return [stored[str(index)] for index in range(len(stored))]
-    return [stored] if isinstance(stored, Tensor) else stored
+def keys_of(rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[str]:
+    """Return the keys in a parameter's state of the tensors that its second moment is stored in.
 
+    One ``exp_avg_sq`` in full or averaged, ``exp_avg_sq_row`` and ``exp_avg_sq_col`` if factored; each part of a fused
+    weight has its own, such as ``exp_avg_sq[query]``.
 
-def stored(moments: Sequence[Tensor]) -> StoredMoment:
-    """How a second moment is kept in the state: one tensor as itself, several in a list."""
-    return moments[0] if len(moments) == 1 else list(moments)
-
-
-def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state as a state dict holds it.
-
-    Several tensors go under their numbers, ``{"0": rows, "1": columns}``: distributed checkpoints flatten nested dicts,
-    but refuse lists. Codes of a first moment go under ``exp_avg_codes``: such checkpoints copy what has the name and
-    shape they look for, and would take them for a first moment.
+    Args:
+        rules: The parameter's rule, or one for each of its parts.
+        kind: One of :data:`SECOND_MOMENTS`.
     """
-    saved = {
-        key: {str(index): part for index, part in enumerate(value)}
-        if key in SECOND_MOMENTS and isinstance(value, (list, tuple))
-        else value
-        for key, value in state.items()
-    }
-    if "exp_avg_scale" in saved and "exp_avg" in saved:
-        saved["exp_avg_codes"] = saved.pop("exp_avg")
-    return saved
+    found = []
+    for rule in rules:
+        part = "" if rule.part is None else f"[{rule.part.label}]"
+        found += [f"{kind}{form}{part}" for form in (("_row", "_col") if rule.form == "factored" else ("",))]
+    return found
+
+
+def moments_of(state: Mapping[str, Any], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[Tensor]:
+    """Return the tensors that a parameter's second moment is stored in; none where the state has none of that kind."""
+    keys = keys_of(rules, kind)
+    return [state[key] for key in keys] if keys[0] in state else []
+
+
+def by_key(moments: Sequence[Tensor], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> dict[str, Tensor]:
+    """Return the entries of a state that hold a second moment; the opposite of :func:`moments_of`."""
+    return dict(zip(keys_of(rules, kind), moments, strict=True))
+
+
+def exchange(
+    state: MutableMapping[str, Any], before: Sequence[Rule], after: Sequence[Rule], moments: Sequence[Tensor], kind: str
+) -> None:
+    """Replace a second moment in a state by one that is stored by other rules."""
+    for key in keys_of(before, kind):
+        del state[key]
+    state.update(by_key(moments, after, kind))
+
+
+def first_moment(state: Mapping[str, Any]) -> Tensor:
+    """Return what a first moment is stored in: itself, or its codes."""
+    stored: Tensor = state["exp_avg_codes"] if "exp_avg_codes" in state else state["exp_avg"]
+    return stored
+
+
+def saved_moments(saved: Mapping[str, Any], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[Tensor]:
+    """Return the tensors of a saved second moment, in whatever format and under whatever rules it was saved.
+
+    Args:
+        saved: A parameter's entry in a state dict.
+        rules: The rules whose order and keys are looked for first.
+        kind: One of :data:`SECOND_MOMENTS`.
+    """
+    keys = keys_of(rules, kind)
+    if all(isinstance(saved.get(key), Tensor) for key in keys):
+        return [saved[key] for key in keys]
+    whole = saved.get(kind)
+    if isinstance(whole, Tensor):
+        return [whole]
+    if isinstance(whole, Mapping):
+        return [whole[str(index)] for index in range(len(whole))]
+    if isinstance(whole, (list, tuple)):
+        return list(whole)
+    return [value for key, value in saved.items() if is_key_of(key, kind)]
+
+
+def is_own(key: object) -> bool:
+    """Return whether an entry of a state is the optimizer's, and not one that a user has put beside it."""
+    return key == "step" or key in FIRST_MOMENTS or any(is_key_of(key, kind) for kind in SECOND_MOMENTS)
+
+
+def written(param: Tensor, state: Mapping[str, Any], amsgrad: bool) -> list[Tensor]:
+    """Return a parameter and the tensors of its state that a step changes: not those that a user has put there."""
+    own = (key for key in state if is_own(key) and (amsgrad or not is_key_of(key, "max_exp_avg_sq")))
+    return [param, *(state[key] for key in own)]
+
+
+def is_key_of(key: object, kind: str) -> bool:
+    """Return whether an entry of a state holds a second moment, or some of it."""
+    return isinstance(key, str) and re.fullmatch(rf"{kind}(_row|_col)?(\[.*\])?", key) is not None
 
 
 def check_is_mapping(state_dict: object) -> None:
@@ -103,18 +152,24 @@ def check_tensors(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
     step = saved["step"]
     if not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)) or not step >= 0:
         raise ValueError(f"{name!r}: the state dict's step is {step!r}; it must be one number >= 0")
-    for key in ("exp_avg", "exp_avg_scale", *SECOND_MOMENTS):
-        value = saved.get(key, ())
-        if key in SECOND_MOMENTS and isinstance(value, Mapping):
-            if set(value) != {str(index) for index in range(len(value))}:
-                raise ValueError(f"{name!r}: the state dict's {key} has the keys {list(value)}, not '0', '1', ...")
-            value = parts(value)
-        for tensor in value if isinstance(value, (list, tuple)) else [value]:
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-                raise ValueError(f"{name!r}: the state dict's {key} holds {type(tensor).__name__}, not a dense tensor")
-            codes = key == "exp_avg_scale" or (key == "exp_avg" and tensor.dtype == torch.int8)
-            if not codes and tensor.is_complex() != param.is_complex():
-                raise ValueError(f"{name!r}: the state dict's {key} is {tensor.dtype}, the parameter {param.dtype}")
+    for key, value in saved.items():
+        if key in FIRST_MOMENTS or any(is_key_of(key, kind) for kind in SECOND_MOMENTS):
+            _check_tensor_entry(name, key, value, param)
+
+
+def _check_tensor_entry(name: str, key: str, value: Any, param: Tensor) -> None:
+    if key in SECOND_MOMENTS and isinstance(value, Mapping):
+        if set(value) != {str(index) for index in range(len(value))}:
+            raise ValueError(f"{name!r}: the state dict's {key} has the keys {list(value)}, not '0', '1', ...")
+        value = list(value.values())
+    for tensor in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"{name!r}: the state dict's {key} holds {type(tensor).__name__}, not a dense tensor")
+        codes = key in ("exp_avg_codes", "exp_avg_scale") or (key == "exp_avg" and tensor.dtype == torch.int8)
+        if not codes and tensor.is_complex() != param.is_complex():
+            raise ValueError(f"{name!r}: the state dict's {key} is {tensor.dtype}, the parameter {param.dtype}")
+    if not isinstance(value, Tensor) and key not in SECOND_MOMENTS:
+        raise ValueError(f"{name!r}: the state dict's {key} holds {type(value).__name__}, not a dense tensor")
 
 
 def check_version(state_dict: Mapping[str, Any]) -> None:

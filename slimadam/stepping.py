@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,12 +30,11 @@ from slimadam.kernels.compiled import Table
 from slimadam.rules import Rule
 from slimadam.standing import StandingGroup, is_marked, layouts
 from slimadam.step_pieces import Piece, own_gradient, pieces_of_step, seed_of, with_gradient
-from slimadam.torch_private import disable_dynamo
+from slimadam.torch_private import disable_dynamo, intercepts_operations
 
 if TYPE_CHECKING:
     from slimadam.kernels.triton_update import TritonStep
 
-_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_scale")
 _OPTIONS = (
     "amsgrad", "foreach", "fused", "capturable", "differentiable", "momentum_dtype", "bf16_stochastic_round",
 )  # fmt: skip
@@ -54,7 +54,6 @@ class _Prepared(NamedTuple):
     stride: tuple[int, ...]
     grad_stride: tuple[int, ...]
     state: tuple[Any, ...]
-    moments: tuple[Tensor, ...]
     state_layouts: tuple[list[Any], ...]
     pieces: list[Piece]
     takes_codes: bool
@@ -70,16 +69,12 @@ class _Prepared(NamedTuple):
         state: Mapping[str, Any],
     ) -> bool:
         """Whether nothing has changed that the pieces rest on; ``own`` and ``grad`` are what this rank holds."""
-        step, exp_avg, exp_avg_sq, largest, scale = self.state
         shape = param.shape
         return (
             self.param is param
             and self.rules is rules
-            and state.get("exp_avg") is exp_avg
-            and state.get("exp_avg_sq") is exp_avg_sq
-            and state.get("step") is step
-            and state.get("max_exp_avg_sq") is largest
-            and state.get("exp_avg_scale") is scale
+            and len(state) == len(self.state)
+            and all(map(is_, state.values(), self.state))
             and self.address == own.data_ptr()
             and self.stride == own.stride()
             and self.grad_stride == grad.stride()
@@ -89,7 +84,6 @@ class _Prepared(NamedTuple):
             and self.grad_is_marked == is_marked(grad)
             and self.dtype is param.dtype
             and self.options == options
-            and (not self.moments or all(map(_is_same, self.moments, _moments(state))))
             and self.state_layouts == _state_layouts(state)
         )
 
@@ -146,12 +140,14 @@ class _Standing(NamedTuple):
         pieces: Everything with elements, each with the number of its parameter.
         steps: Counts of steps that no implementation advances itself.
         table: Of the compiled step, where that takes all pieces.
+        written: What the step changes.
     """
 
     rests_on: StandingGroup
     pieces: list[tuple[int, Piece]]
     steps: list[Tensor]
     table: Table | None
+    written: list[Tensor]
 
     def work(self, group: Mapping[str, Any], hyper: Hyperparameters, grads: Sequence[Tensor]) -> _Work:
         """Count a step, and what is done for it."""
@@ -165,7 +161,7 @@ class _Standing(NamedTuple):
         else:
             for number, piece in self.pieces:
                 entries[piece.backend].append(with_gradient(piece, grads[number], hyper))
-        return _Work(group, hyper, entries, defaultdict(list), [], [], [], tabled, self.rests_on.tensors)
+        return _Work(group, hyper, entries, defaultdict(list), [], [], [], tabled, self.written)
 
 
 class Stepper:
@@ -239,7 +235,7 @@ class Stepper:
         works = [self._begin(names, group, all_rules, states, clip_factor) for names, group in groups]
         if not torch.compiler.is_compiling():
             # Before the step: an interrupted one has changed them, too.
-            increment_version([tensor for work in works for tensor in work.written])
+            _tell_autograd([tensor for work in works for tensor in work.written])
         exchange = self._exchange_of([piece for work in works for piece, _, _ in work.shared])
         if exchange is not None:
             beta2s = [beta2 for work in works for _, _, beta2 in work.shared]
@@ -298,7 +294,7 @@ class Stepper:
                 rules, state, grad = all_rules[name], states[param], local_gradient(name, param)
                 prepared = self._prepare(name, param, grad, group, options, rules, state)
                 held.append((name, param, grad, state, prepared))
-        written = [] if traced else [tensor for _, param, _, state, _ in held for tensor in _written(param, state)]
+        written = [] if traced else _written(((param, state) for _, param, _, state, _ in held), group["amsgrad"])
         work = _Work(group, hyper, defaultdict(list), defaultdict(list), [], [], [], written=written)
         steps = [state["step"] for _, _, _, state, prepared in held if not prepared.counts_itself]
         _advance(steps)
@@ -335,7 +331,8 @@ class Stepper:
         steps = [state["step"] for state, one in zip(states, prepared, strict=True) if not one.counts_itself]
         table = Table([piece.entry for _, piece in pieces]) if _all_compiled(pieces) else None
         if table is None or table.is_lasting:
-            self._standing[id(group)] = _Standing(rests_on, pieces, steps, table)
+            written = _written(zip(params, states, strict=True), group["amsgrad"])
+            self._standing[id(group)] = _Standing(rests_on, pieces, steps, table, written)
 
     def _exchange_of(self, pieces: list[SharedPiece]) -> Exchange | None:
         """What takes the averages of these pieces, made once for as long as they stay the same."""
@@ -360,7 +357,7 @@ class Stepper:
         found = None if traced else self._prepared.get(id(param))
         if found is not None and found.holds(param, own, grad, rules, options, state):
             return found
-        check_shapes(name, rules, param, state_format.parts(state["exp_avg_sq"]))
+        check_shapes(name, rules, param, state_format.moments_of(state, rules))
         check_first_moment(name, param, state)
         pieces = list(pieces_of_step(name, param, grad, group, rules, state))
         if not traced:
@@ -376,9 +373,8 @@ class Stepper:
             grad_is_marked=not traced and is_marked(grad),
             stride=own.stride(),
             grad_stride=grad.stride(),
-            moments=_moments(state),
             state_layouts=([],) if traced else _state_layouts(state),
-            state=tuple(state.get(key) for key in _STATE),
+            state=tuple(state.values()),
             pieces=pieces,
             takes_codes=all(piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces),
             counts_itself={piece.backend for piece in pieces if piece.entry.param.numel()} == {"triton"},
@@ -404,13 +400,21 @@ class Stepper:
             yield prepared, work.hyper, scale
 
 
-def _written(param: Tensor, state: Mapping[str, Any]) -> Iterator[Tensor]:
-    """What a parameter's step changes; of DTensors also what this rank holds of them."""
-    state_tensors = (value for value in (*state.values(), *_moments(state)) if isinstance(value, Tensor))
-    for tensor in (param, *state_tensors):
-        yield tensor
-        if is_dtensor(tensor):
-            yield local(tensor)
+def _tell_autograd(written: Sequence[Tensor]) -> None:
+    """Raise the version of everything that a step is about to write, as torch's own operations do."""
+    if not intercepts_operations():
+        increment_version(written)
+        return
+    # A mode such as allow_mutation_on_saved_tensors keeps what it sees overwritten; kernels it does not see.
+    with torch.no_grad():
+        for tensor in written:
+            tensor.copy_(tensor)
+
+
+def _written(held: Iterable[tuple[Tensor, Mapping[str, Any]]], amsgrad: bool) -> list[Tensor]:
+    """What a step of parameters with these states changes; of DTensors also what this rank holds of them."""
+    found = [tensor for param, state in held for tensor in state_format.written(param, state, amsgrad)]
+    return found + [local(tensor) for tensor in found if is_dtensor(tensor)]
 
 
 def _divisor(grad_scale: Tensor | None, clip_factor: Tensor | None) -> Tensor | None:
@@ -436,18 +440,8 @@ def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return (torch.compiler.is_compiling(), *(group[option] for option in _OPTIONS))
 
 
-def _moments(state: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The tensors in the lists that a state holds; one may have been exchanged."""
-    second = state["exp_avg_sq"]
-    return () if isinstance(second, Tensor) else (*second, *state.get("max_exp_avg_sq", ()))
-
-
 def _state_layouts(state: Mapping[str, Any]) -> tuple[list[Any], ...]:
-    return layouts([value for value in (*state.values(), *_moments(state)) if isinstance(value, Tensor)])
-
-
-def _is_same(one: object, other: object) -> bool:
-    return one is other
+    return layouts([value for value in state.values() if isinstance(value, Tensor)])
 
 
 def _update_decoded(

@@ -72,6 +72,6 @@ def _stored_by_key(
         for name, param in zip(names, group["params"], strict=True)
         if states.get(param)
         for rule, moments in state_format.by_rule(
-            all_rules[name], state_format.parts(states[param]["exp_avg_sq"]), param.dim()
+            all_rules[name], state_format.moments_of(states[param], all_rules[name]), param.dim()
         )
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,3 +77,14 @@ def train(
             param.grad = grad.to(param.dtype).clone()
         optimizer.step()
     return copies, optimizer
+
+
+def first_moment(state: Mapping[str, Any]) -> Tensor:
+    """What a parameter's state holds its first moment in: itself, or its codes."""
+    stored: Tensor = state["exp_avg_codes" if "exp_avg_codes" in state else "exp_avg"]
+    return stored
+
+
+def second_moments(state: Mapping[str, Any], kind: str = "exp_avg_sq") -> list[Tensor]:
+    """The tensors in which a parameter's state holds its second moment, in order; or its largest ones."""
+    return [value for key, value in state.items() if key.startswith(kind)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from slimadam import SlimAdam
+from slimadam import CompressionPlan, Rule, SlimAdam, convert_state_dict
 from tests.reference import gradients, train
 
 SHAPES = [(), (1,), (0,), (7, 5), (1, 9), (3, 4, 5, 2)]
@@ -88,3 +90,57 @@ def test_default_on_cpu_is_blocked_and_says_so() -> None:
     assert SlimAdam([param], plan=None, foreach=True).backend(param) == "foreach"
     with pytest.raises(KeyError, match="not a parameter"):
         SlimAdam([("w", param)], plan=None).backend("v")
+
+
+LOADS_AVERAGES = """
+import torch
+from slimadam import CompressionPlan, Rule, SlimAdam, convert_state_dict
+from slimadam.parts import Part
+
+PLANS = {
+    "rows": {"w": Rule((1,), "mean")},
+    "all": {"w": Rule((0, 1), "mean")},
+    "factored": {"w": Rule(form="factored")},
+    "parts": {
+        f"w[{label}]": Rule((1,), "mean", (150, 200), part=Part(label, (300, 200), (300, 200), 0, start, 150))
+        for label, start in (("query", 0), ("value", 150))
+    },
+}
+for form, rules in PLANS.items():
+    for plan in (CompressionPlan(rules), None):
+        param = torch.nn.Parameter(torch.randn(300, 200))
+        param.grad = torch.randn(300, 200)
+        slim = SlimAdam([("w", param)], plan=plan, fused=True)
+        slim.step()
+        saved = slim.state_dict() if plan else convert_state_dict(slim.state_dict(), CompressionPlan(rules))
+        adamw = torch.optim.AdamW([param], fused=True)
+        try:
+            adamw.load_state_dict(saved)
+            for _ in range(20):
+                adamw.step()
+        except Exception as error:
+            print(form, "saved" if plan else "converted", type(error).__name__)
+"""
+
+
+def test_adamw_refuses_averages_and_its_fused_kernel_never_gets_them() -> None:
+    """That kernel writes as many second moments as the parameter has elements, whatever there is room for."""
+    done = subprocess.run([sys.executable, "-c", LOADS_AVERAGES], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    errors = {"rows": "RuntimeError", "all": "RuntimeError", "factored": "KeyError", "parts": "KeyError"}
+    assert done.stdout.splitlines() == [
+        f"{form} {way} {error}" for form, error in errors.items() for way in ("saved", "converted")
+    ]
+
+
+def test_groups_with_averages_are_saved_as_not_fused() -> None:
+    params = {name: torch.nn.Parameter(torch.randn(4, 3)) for name in ("full", "averaged")}
+    plan = CompressionPlan({"full": Rule(), "averaged": Rule((1,), "mean")})
+    optimizer = SlimAdam([{"params": [named]} for named in params.items()], plan=plan, fused=True)
+    saved = optimizer.state_dict()
+    assert [group["fused"] for group in saved["param_groups"]] == [True, None]
+    assert [group["fused"] for group in optimizer.param_groups] == [True, True]
+    everything = SlimAdam([{"params": [named]} for named in params.items()], plan=None, fused=True).state_dict()
+    converted = convert_state_dict(everything, plan)
+    assert [group["fused"] for group in everything["param_groups"]] == [True, True]
+    assert [group["fused"] for group in converted["param_groups"]] == [True, None]

@@ -19,7 +19,6 @@ from benchmarks import scale
 from benchmarks.stopwatch import tensor_bytes
 from benchmarks.workloads.shapes import MODELS
 from slimadam.distributed import local
-from slimadam.state import parts
 from tests.ranks import on_ranks
 
 RANKS = 3
@@ -34,10 +33,7 @@ def _real_costs() -> dict[str, tuple[dict[str, Any], int, int]]:
         optimizer = scale.optimizer_of(model, label)
         counted = asdict(scale.cost(optimizer))
         state = sum(
-            local(tensor).nbytes
-            for of_parameter in optimizer.state.values()
-            for values in of_parameter.values()
-            for tensor in parts(values)
+            local(tensor).nbytes for of_parameter in optimizer.state.values() for tensor in of_parameter.values()
         )
         beside = tensor_bytes([vars(optimizer)]) - tensor_bytes([optimizer.state, list(model.parameters())])
         found[label] = counted, state, beside

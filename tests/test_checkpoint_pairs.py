@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from slimadam import CompressionPlan, Rule, SlimAdam
 from slimadam.parts import Part
 from tests.ranks import on_ranks
-from tests.reference import gradients
+from tests.reference import gradients, second_moments
 from tests.test_distributed_step import full, mesh_of, moments, sharded
 from tests.versions import shards
 
@@ -93,7 +93,8 @@ def tensors(model: nn.Module, optimizer: SlimAdam) -> dict[str, list[Tensor]]:
     """Copies of what a checkpoint keeps, whole, by weight."""
     found = {}
     for name, param in zip(WEIGHTS, model.parameters(), strict=True):
-        largest = optimizer.state[param].get("max_exp_avg_sq", ())
+        largest = second_moments(optimizer.state[param], "max_exp_avg_sq")
+        assert bool(largest) == ("amsgrad" in name)
         found[name] = [one.clone() for one in (full(param), *moments(optimizer, param), *map(full, largest))]
     return found
 

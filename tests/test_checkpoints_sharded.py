@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam, convert_state_dict
 from tests.ranks import on_ranks
+from tests.reference import second_moments
 from tests.test_checkpoint_pairs import AFTER, BEFORE, Model, build, train
 from tests.test_distributed_step import full, mesh_of
 from tests.versions import shards
@@ -60,6 +61,20 @@ def _alone(state_dict: Any) -> SlimAdam:
     _, optimizer = build(None)
     optimizer.load_state_dict(whole(state_dict))
     return optimizer
+
+
+def _of_version(version: int, state_dict: Any) -> Any:
+    """A state dict as it was before second moments had keys of their own."""
+    states = {}
+    for saved_id, state in state_dict["state"].items():
+        states[saved_id] = {key: value for key, value in state.items() if "exp_avg_sq" not in key}
+        for kind in ("exp_avg_sq", "max_exp_avg_sq"):
+            moments: Any = second_moments(state, kind)
+            if len(moments) > 1:
+                states[saved_id][kind] = moments if version == 1 else dict(zip("0123", moments, strict=False))
+            elif moments:
+                states[saved_id][kind] = moments[0]
+    return {**state_dict, "state": states, "slimadam": {**state_dict["slimadam"], "format_version": version}}
 
 
 def _adamw(optimizer: SlimAdam) -> torch.optim.AdamW:
@@ -138,21 +153,18 @@ def whole_tensors(mesh: Any, folder: Path) -> dict[str, bool]:
     saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     receiving, broadcast = build(mesh)
     set_optimizer_state_dict(receiving, broadcast, saved, options=options)
-    old = whole(own)
-    old["slimadam"]["format_version"] = 1
-    for state in old["state"].values():
-        for key in ("exp_avg_sq", "max_exp_avg_sq"):
-            if isinstance(state.get(key), dict):
-                state[key] = list(state[key].values())
-    _, of_old = build(None)
-    of_old.load_state_dict(old)
+    _, of_lists = build(None)
+    of_lists.load_state_dict(_of_version(1, whole(own)))
+    _, of_dicts = build(mesh)
+    of_dicts.load_state_dict(_of_version(2, own))
     return {
         "whole into shards": same(own, sharded.state_dict()),
         "laid out as by the step": layout(own) == layout(sharded.state_dict()) == layout(broadcast.state_dict()),
         "shards into one process": same(own, alone.state_dict()),
         "rank 0 holds all": (len(saved.get("state", ())) == len(own["state"])) == (torch.distributed.get_rank() == 0),
         "from rank 0": same(own, broadcast.state_dict()),
-        "lists of version 1": same(own, of_old.state_dict()),
+        "lists of version 1": same(own, of_lists.state_dict()),
+        "dicts of version 2, of shards": same(own, of_dicts.state_dict()),
     }
 
 

@@ -56,10 +56,9 @@ def stepped_state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     sizes = [
         (key, tensor.numel() * tensor.element_size())
         for state in optimizer.state.values()
-        for key, stored in state.items()
-        for tensor in (stored if isinstance(stored, list) else [stored])
+        for key, tensor in state.items()
     ]
-    return sum(size for key, size in sizes if key == "exp_avg_sq"), sum(size for _, size in sizes)
+    return sum(size for key, size in sizes if key.startswith("exp_avg_sq")), sum(size for _, size in sizes)
 
 
 # -- text -------------------------------------------------------------------------------------------------

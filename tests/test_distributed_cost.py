@@ -11,6 +11,7 @@ from torch import nn
 
 from slimadam import CompressionPlan, Rule, SlimAdam, averages, backends
 from tests.ranks import on_ranks
+from tests.reference import second_moments
 from tests.test_distributed_step import full, mesh_of, named, sharded
 from tests.versions import shards
 
@@ -179,7 +180,7 @@ def _bytes_and_placements() -> tuple[float, int, int, dict[str, str]]:
     held, placements = 0, {}
     for name, param in params.items():
         state = optimizer.state[param]
-        seconds = state["exp_avg_sq"] if isinstance(state["exp_avg_sq"], list) else [state["exp_avg_sq"]]
+        seconds = second_moments(state)
         held += state["step"].nbytes + sum(one.to_local().nbytes for one in (state["exp_avg"], *seconds))
         placements[name] = " ".join(str(one.placements[0]) for one in seconds)
     return told, held, sent, placements

@@ -31,12 +31,8 @@ STEPS = (0, 3)
 
 def snapshot(optimizer: Any) -> list[Any]:
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    tensors = [[param, param.grad, *_tensors(optimizer.state.get(param, {}).values())] for param in params]
+    tensors = [[param, param.grad, *optimizer.state.get(param, {}).values()] for param in params]
     return [[(one.data_ptr(), one.clone()) for one in map(local, found)] for found in tensors]
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [one for value in values for one in (value if isinstance(value, list) else [value])]
 
 
 def same(before: list[Any], after: list[Any]) -> bool:

@@ -89,14 +89,14 @@ def _difference(alone: SlimAdam, together: SlimAdam, one: nn.Parameter, other: n
 
 
 def _same_codes(alone: dict[str, Any], together: dict[str, Any]) -> bool:
-    codes = torch.equal(alone["exp_avg"], full(together["exp_avg"]))
     if "exp_avg_scale" not in together:
-        return codes and together["exp_avg"].dtype == torch.float32
+        return torch.equal(alone["exp_avg"], full(together["exp_avg"])) and together["exp_avg"].dtype == torch.float32
+    codes = torch.equal(alone["exp_avg_codes"], full(together["exp_avg_codes"]))
     return codes and torch.equal(alone["exp_avg_scale"], full(together["exp_avg_scale"]).view(-1))
 
 
 def _held(state: dict[str, Any]) -> int:
-    return sum(state[key].to_local().nbytes for key in ("exp_avg", "exp_avg_scale") if key in state)
+    return sum(state[key].to_local().nbytes for key in ("exp_avg", "exp_avg_codes", "exp_avg_scale") if key in state)
 
 
 def _train_all() -> dict[Any, Any]:
@@ -168,7 +168,7 @@ def _resumed(folder: Path, loads: bool) -> dict[str, Any]:
     return {
         "said": said,
         "error": max(float((full(one) - full(other)).abs().max()) for one, other in pairs),
-        "coded": [str(coded["exp_avg"].dtype), tuple(coded["exp_avg_scale"].shape)],
+        "coded": [str(coded["exp_avg_codes"].dtype), tuple(coded["exp_avg_scale"].shape)],
     }
 
 
@@ -199,7 +199,7 @@ def _loaded_from_one_process() -> list[tuple[bool, float]]:
         alone.grad = grad
         one.step()
         other.load_state_dict(one.state_dict())
-        keys = ("exp_avg", "exp_avg_scale")
+        keys = ("exp_avg_codes", "exp_avg_scale")
         pairs = [(one.state[alone].get(key), other.state[split].get(key)) for key in keys]
         exact = all(a is not None and b is not None and torch.equal(a.flatten(), full(b).flatten()) for a, b in pairs)
         values = [decoded(alone, one.state[alone])["exp_avg"], full(decoded(split, other.state[split])["exp_avg"])]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimadam import CompressionPlan, Rule, SlimAdam, averages, backends
 from tests.ranks import on_ranks
-from tests.reference import gradients
+from tests.reference import first_moment, gradients, second_moments
 from tests.versions import TORCH, shards
 
 STEPS = 10
@@ -121,8 +121,7 @@ def full(tensor: Any) -> Tensor:
 
 def moments(optimizer: SlimAdam, param: Tensor) -> list[Tensor]:
     state = optimizer.state[param]
-    seconds = state["exp_avg_sq"]
-    return [full(one) for one in (state["exp_avg"], *([seconds] if isinstance(seconds, Tensor) else seconds))]
+    return [full(one) for one in (first_moment(state), *second_moments(state))]
 
 
 def difference(

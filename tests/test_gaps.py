@@ -10,6 +10,7 @@ from slimadam.kernels.layout import geometry_of, has_gaps, overlap
 
 from slimadam import CompressionPlan, Rule, SlimAdam, step_pieces
 from slimadam.parts import Part
+from tests.reference import first_moment
 
 ROWS = [(0,), (1,), (), "factored"]
 EXPERTS = [(1,), (2,), (1, 2), (), "factored"]
@@ -46,7 +47,7 @@ def _train(case: str, dims: Any, dtype: torch.dtype, options: dict[str, Any]) ->
     for _ in range(4):
         param.grad = torch.randn(param.shape, generator=generator).to(dtype)
         optimizer.step()
-    return [param.detach(), optimizer.state[param]["exp_avg"]], optimizer.backend("w")
+    return [param.detach(), first_moment(optimizer.state[param])], optimizer.backend("w")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from slimadam import SlimAdam, convert_state_dict, momentum
-from tests.test_momentum import MODELS, NARROW, OPTIONS, as_list, decoded, run, same_state, with_plan
+from tests.test_momentum import MODELS, NARROW, OPTIONS, decoded, run, same_state, with_plan
 from tests.test_momentum_code import encoded, twelve_decades
 
 
@@ -65,15 +65,13 @@ def test_checkpoints_load_whatever_their_momentum_was_stored_in(before: Any, aft
     for param in model.parameters():
         kept, loaded = decoded(source.state[param]), target.state[param]
         if after == "int8" and before != "int8":
-            assert torch.equal(loaded["exp_avg"], encoded(kept.float(), kept.float())[0])
+            assert torch.equal(loaded["exp_avg_codes"], encoded(kept.float(), kept.float())[0])
         elif after != "int8":
-            assert "exp_avg_scale" not in loaded
+            assert not {"exp_avg_codes", "exp_avg_scale"} & set(loaded)
             assert torch.equal(loaded["exp_avg"], kept.to(after or torch.float32))
         else:
             assert torch.equal(decoded(loaded), kept)
-    assert target.memory().total == sum(
-        tensor.nbytes for state in target.state.values() for value in state.values() for tensor in as_list(value)
-    )
+    assert target.memory().total == sum(tensor.nbytes for state in target.state.values() for tensor in state.values())
     run(model, target, range(3, 4))
 
 
@@ -90,7 +88,7 @@ def test_to_adamw_and_back(dtype: torch.dtype, momentum_dtype: Any) -> None:
     adamw.step()
     adamw_state = adamw.state[params[0]]
     assert adamw_state["exp_avg"].dtype == dtype
-    assert "exp_avg_scale" not in adamw_state
+    assert not {"exp_avg_codes", "exp_avg_scale"} & set(adamw_state)
     optimizer.load_state_dict(adamw.state_dict())
     real = torch.view_as_real if dtype.is_complex else torch.Tensor.detach
     exact, loaded = real(adamw_state["exp_avg"]), decoded(optimizer.state[params[0]])
@@ -113,9 +111,9 @@ def test_codes_in_another_layout_are_put_in_order() -> None:
     other.load_state_dict(optimizer.state_dict())
     kept = decoded(optimizer.state[source[0]])
     state = other.state[target[0]]
-    assert state["exp_avg"].stride() == target[0].stride()
+    assert state["exp_avg_codes"].stride() == target[0].stride()
     expected = encoded(kept.to(memory_format=torch.channels_last), kept)
-    assert torch.equal(state["exp_avg"], expected[0])
+    assert torch.equal(state["exp_avg_codes"], expected[0])
     assert torch.equal(state["exp_avg_scale"], expected[1])
 
 
@@ -157,11 +155,30 @@ def test_wrong_codes_are_refused_and_nothing_is_changed(message: str) -> None:
     assert same_state(optimizer, before)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_codes_saved_under_exp_avg_still_load(version: int) -> None:
+    """As before state dicts told codes from first moments."""
+    model = MODELS["matrix"]()
+    optimizer = SlimAdam(model, plan=None, momentum_dtype="int8")
+    run(model, optimizer, range(3))
+    saved = _saved(optimizer)
+    saved["slimadam"]["format_version"] = version
+    for state in saved["state"].values():
+        state["exp_avg"] = state.pop("exp_avg_codes")
+    other = SlimAdam(model, plan=None, momentum_dtype="int8")
+    other.load_state_dict(saved)
+    assert same_state(optimizer, other)
+    wide = SlimAdam(model, plan=None)
+    wide.load_state_dict(saved)
+    for param in model.parameters():
+        assert torch.equal(wide.state[param]["exp_avg"], decoded(optimizer.state[param]))
+
+
 def test_codes_without_scales_are_refused() -> None:
     model = MODELS["matrix"]()
     optimizer = SlimAdam(model, plan=None, momentum_dtype="int8")
     run(model, optimizer, range(2))
     wrong = _saved(optimizer)
     del wrong["state"][0]["exp_avg_scale"]
-    with pytest.raises(ValueError, match="'weight': the state dict's exp_avg holds int8 codes, but it has no"):
+    with pytest.raises(ValueError, match="'weight': the state dict's exp_avg_codes holds int8 codes, but it has no"):
         optimizer.load_state_dict(wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam
-from tests.reference import gradients, train
+from tests.reference import gradients, second_moments, train
 
 ROWS = CompressionPlan({"0.weight": Rule((1,), "mean"), "2.weight": Rule((0,), "mean")})
 
@@ -83,7 +84,7 @@ def test_groups_may_have_their_own_plan_and_options() -> None:
         {"params": [("out", model[2].weight)], "plan": CompressionPlan({"out": Rule((0,), "mean")})}
     )
     _step(model, optimizer)
-    assert [tuple(part.shape) for part in optimizer.state[model[0].weight]["exp_avg_sq"]] == [(7, 1), (1, 5)]
+    assert [tuple(part.shape) for part in second_moments(optimizer.state[model[0].weight])] == [(7, 1), (1, 5)]
     assert optimizer.state[model[2].weight]["exp_avg_sq"].shape == (1, 7)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert "plan" not in optimizer.param_groups[0]
@@ -97,7 +98,7 @@ def test_failed_add_param_group_changes_nothing() -> None:
         {"params": [("w", model[2].weight)], "plan": CompressionPlan({"v": Rule()})},
         {"params": [("w", model[2].weight)], "plan": CompressionPlan({"w": Rule((3,), "mean")})},
         {"params": [("w", model[2].weight)], "lr": -1.0},
-        {"params": [("w", model[2].weight)], "weight_decy": 0.0},
+        {"params": [("w", model[2].weight)], "max_grad_norm": 1.0},
     ):
         with pytest.raises((ValueError, TypeError)):
             optimizer.add_param_group(group)
@@ -146,8 +147,7 @@ def test_memory_is_known_before_the_first_step(plan: Any, momentum_dtype: Any, a
     counted = dict.fromkeys(("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"), 0)
     for state in optimizer.state.values():
         for key, value in state.items():
-            tensors = value if isinstance(value, list) else [value]
-            counted[key] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            counted[re.sub("_(row|col)$", "", key)] += value.numel() * value.element_size()
     assert {key: before[key] for key in counted} == counted
     assert before.total == before["total"] == sum(counted.values())
     elements = sum(parameter.numel() for parameter in model.parameters())
@@ -313,14 +313,6 @@ def test_stochastic_rounding_is_unbiased_and_repeats() -> None:
     assert abs(runs[0].mean().item() - (1 + 2**-10)) < 3 * standard_error
 
 
-def test_parameters_smuggled_into_a_group_are_refused() -> None:
-    model = _model()
-    optimizer = SlimAdam(model[0].named_parameters(), plan=None)
-    optimizer.param_groups[0]["params"].append(model[2].weight)
-    with pytest.raises(RuntimeError, match=r"has 3 parameters, but had 2 .*add_param_group"):
-        optimizer.step()
-
-
 def test_fused_true_refuses_complex_parameters() -> None:
     param = torch.ones(2, dtype=torch.complex64, requires_grad=True)
     param.grad = torch.ones_like(param)
@@ -360,7 +352,7 @@ def test_any_shape_goes_to_adamw_and_back(shape: tuple[int, ...], plan: Any) -> 
     optimizer.load_state_dict(adamw.state_dict())
 
 
-def test_reordered_and_removed_groups_are_refused() -> None:
+def test_reordered_and_removed_groups_keep_their_rules() -> None:
     p, q = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5, 5))
     plan = CompressionPlan({"a": Rule((0,), "mean"), "b": Rule((1,), "mean")})
     optimizer = SlimAdam([{"params": [("a", p)]}, {"params": [("b", q)]}], plan=plan)
@@ -368,11 +360,13 @@ def test_reordered_and_removed_groups_are_refused() -> None:
         param.grad = torch.randn(5, 5)
     optimizer.step()
     optimizer.param_groups.reverse()
-    with pytest.raises(RuntimeError, match=r"'a': its second moment has shape \(5, 1\).*stay in the order"):
-        optimizer.step()
+    optimizer.step()
+    assert list(optimizer.plan.items()) == [("b", optimizer.plan["b"]), ("a", optimizer.plan["a"])]
+    assert [optimizer.state[param]["exp_avg_sq"].shape for param in (p, q)] == [(1, 5), (5, 1)]
     optimizer.param_groups.pop()
-    with pytest.raises(RuntimeError, match="has 1 groups, but 2 were added"):
-        optimizer.step()
+    optimizer.step()
+    assert list(optimizer.plan) == ["b"]
+    assert (optimizer.state[p]["step"], optimizer.state[q]["step"]) == (2, 3)
 
 
 def test_stochastic_rounding_differs_between_groups() -> None:

@@ -27,7 +27,7 @@ from slimadam import (
 from slimadam.fused import pieces_of
 from slimadam.parts import Part, check_parts
 from slimadam.rules import Rule
-from tests.reference import gradients, slim_adamw_float64
+from tests.reference import gradients, second_moments, slim_adamw_float64
 
 WIDTH = 12
 
@@ -205,9 +205,7 @@ def test_each_part_steps_as_if_it_were_alone(case: str, dtype: torch.dtype, fuse
     expected = _expected(shape, plan, start, grads, **OPTIONS)
     assert (param.detach().double() - expected).abs().max().item() <= tolerance
     assert optimizer.memory().second_moments_saved == plan.second_moments_saved > 0
-    held = optimizer.state[param]["exp_avg_sq"]
-    stored = [held] if isinstance(held, torch.Tensor) else held
-    assert sum(moment.numel() for moment in stored) == plan.second_moments[0]
+    assert sum(moment.numel() for moment in second_moments(optimizer.state[param])) == plan.second_moments[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -268,8 +266,9 @@ def test_checkpoints_of_parts(case: str) -> None:
     assert adamw.state[copy]["exp_avg_sq"].shape == shape
     again = SlimAdam([("w", copy)], plan=plan)
     again.load_state_dict(adamw.state_dict())
-    held = [owner.state[copy]["exp_avg_sq"] for owner in (resumed, again)]
-    for first, second in zip(*(moment if isinstance(moment, list) else [moment] for moment in held), strict=True):
+    assert list(resumed.state[copy]) == list(again.state[copy])
+    held = [second_moments(owner.state[copy]) for owner in (resumed, again)]
+    for first, second in zip(*held, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
 
     full = convert_state_dict(resumed.state_dict(), None)
@@ -293,7 +292,7 @@ def test_auto_measures_each_part_and_decides_for_each() -> None:
     name = next(name for name in optimizer.plan if name.endswith("[query]")).removesuffix("[query]")
     chosen = {label: optimizer.plan[f"{name}[{label}]"].dims for label in ("query", "key", "value")}
     assert chosen == {"query": (1,), "key": (0,), "value": ()}
-    assert [tuple(part.shape) for part in optimizer.state[weight]["exp_avg_sq"]] == [(12, 1), (1, 12), (12, 12)]
+    assert [tuple(part.shape) for part in second_moments(optimizer.state[weight])] == [(12, 1), (1, 12), (12, 12)]
     with pytest.raises(KeyError, match=r"the plan has its parts"):
         optimizer.plan[name]
 

@@ -64,12 +64,7 @@ class Job:
         """Copies of all that must stay as it is."""
         params = list(self.model.parameters())
         kept = [*self.model.state_dict().values(), *(param.grad for param in params if param.grad is not None)]
-        state = [
-            value
-            for own in self.optimizer.state.values()
-            for moment in own.values()
-            for value in (moment if isinstance(moment, list) else [moment])
-        ]
+        state = [moment for own in self.optimizer.state.values() for moment in own.values()]
         drawn = [torch.get_rng_state(), torch.tensor(np.random.get_state()[1].astype(np.int64))]
         return [tensor.detach().clone() for tensor in (*kept, *state, *drawn, torch.tensor(random.getstate()[1]))]
 

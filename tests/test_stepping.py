@@ -112,9 +112,10 @@ def test_exchanged_state_is_used(fused: bool | None) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_an_exchanged_element_of_a_list_is_used(fused: bool | None) -> None:
+def test_exchanged_averages_of_rows_are_used(fused: bool | None) -> None:
     def exchange(param: Tensor, optimizer: SlimAdam) -> None:
-        optimizer.state[param]["exp_avg_sq"][0] = torch.full((8, 1), 7.0)
+        assert optimizer.state[param]["exp_avg_sq_row"].shape == (8, 1)
+        optimizer.state[param]["exp_avg_sq_row"] = torch.full((8, 1), 7.0)
 
     expected, found = _both(exchange, fused, dims="factored")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

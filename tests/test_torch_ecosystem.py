@@ -15,11 +15,18 @@ from torch.nn.utils import parametrizations
 from torch.optim import AdamW, Optimizer, lr_scheduler, swa_utils
 
 from slimadam import CompressionPlan, Rule, SlimAdam
+from slimadam.parts import Part
 from tests.torch_properties import equal
-from tests.versions import TORCH, needs_torch
+from tests.versions import TORCH
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 MEAN = CompressionPlan({"0.weight": Rule((1,), "mean"), "2.weight": Rule((0,), "mean")})
+PARTS = CompressionPlan(
+    {
+        "0.weight[query]": Rule((1,), "mean", (3, 5), part=Part("query", (7, 5), (7, 5), 0, 0, 3)),
+        "0.weight[value]": Rule(form="factored", shape=(4, 5), part=Part("value", (7, 5), (7, 5), 0, 3, 4)),
+    }
+)
 PLANS: dict[str, Any] = {"none": None, "mean": MEAN, "factored": "factored"}
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 Make = Callable[..., Optimizer]
@@ -497,19 +504,18 @@ def test_compiled_step_is_the_eager_one_and_compiles_no_more_often_than_adamws(
 # -- distributed checkpoints -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flat", [False, pytest.param(True, marks=needs_torch((2, 7), "state that is not a tensor cannot be flattened"))]
-)
-@every_plan
-def test_distributed_checkpoint_state_dicts_resume(plan: Any, flat: bool) -> None:
+@pytest.mark.parametrize("momentum_dtype", [None, "int8"])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("plan", [*PLANS.values(), PARTS], ids=[*PLANS, "parts"])
+def test_distributed_checkpoint_state_dicts_resume(plan: Any, flat: bool, momentum_dtype: Any) -> None:
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
     model = network()
-    optimizer = slim(plan)(model.named_parameters())
+    optimizer = slim(plan)(model.named_parameters(), momentum_dtype=momentum_dtype)
     train(model, optimizer, range(3))
     resumed = copy.deepcopy(model)
     saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer, options=options))
     train(model, optimizer, range(3, 6))
-    resumed_optimizer = slim(plan)(resumed.named_parameters())
+    resumed_optimizer = slim(plan)(resumed.named_parameters(), momentum_dtype=momentum_dtype)
     dcp.set_optimizer_state_dict(resumed, resumed_optimizer, saved, options=options)
     train(resumed, resumed_optimizer, range(3, 6))
     assert_same_parameters(resumed, model, exact=True)

@@ -208,8 +208,9 @@ def saved(state_dict: Mapping[str, Any], weights_only: bool = True) -> Any:
 
 
 def tensors(state: Mapping[str, Any]) -> list[Tensor]:
-    """All tensors of one parameter's state; a value may be a list of them."""
-    return [tensor for value in state.values() for tensor in ([value] if isinstance(value, Tensor) else value)]
+    """All tensors of one parameter's state, which holds nothing else."""
+    assert all(isinstance(value, Tensor) for value in state.values())
+    return list(state.values())
 
 
 # -- construction ----------------------------------------------------------------------------------------
@@ -575,13 +576,15 @@ def empty_parameters(info: Info) -> None:
 
 @torch_property
 def non_empty_state(info: Info) -> None:
-    """After a step every parameter has AdamW's state."""
+    """After a step every parameter has AdamW's state; of a factored matrix's second moment rows and columns."""
+    is_factored = getattr(info.optim_cls, "keywords", {}).get("plan") == "factored"
     for options in all_inputs(info, "differentiable"):
         problem = Problem()
         optimizer = info.optim_cls(problem.params, **options)
         problem.train(optimizer, 1)
         keys = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if options.get("amsgrad") else set())
-        assert [set(optimizer.state[param]) for param in problem.params] == [keys, keys]
+        of_weight = {"step", "exp_avg", "exp_avg_sq_row", "exp_avg_sq_col"} if is_factored else keys
+        assert [set(optimizer.state[param]) for param in problem.params] == [of_weight, keys]
 
 
 @torch_property
@@ -1011,10 +1014,7 @@ def _moments(info: Info, options: Options, like: Tensor) -> tuple[list[Tensor], 
     state = {key: value for key, value in optimizer.state[param].items() if key != "step"}
 
     def restore(moments: Sequence[Tensor]) -> Options:
-        left = iter([moment.clone() for moment in moments])
-        held = {
-            key: [next(left) for _ in value] if isinstance(value, list) else next(left) for key, value in state.items()
-        }
+        held = dict(zip(state, (moment.clone() for moment in moments), strict=True))
         return {**held, "step": torch.tensor(10.0, dtype=torch.float64)}
 
     return [torch.rand_like(moment).add_(0.1) for moment in tensors(state)], restore

@@ -91,7 +91,7 @@ class OptimizerBytes:
     """What an optimizer's state costs, in bytes.
 
     Attributes:
-        second_moments: Tensors under ``exp_avg_sq``.
+        second_moments: Tensors under keys that begin with ``exp_avg_sq``.
         total: All state tensors.
     """
 
@@ -338,10 +338,8 @@ def optimizer_bytes(optimizer: Optimizer) -> OptimizerBytes:
     """What an optimizer's state costs, counted tensor by tensor."""
     states = optimizer.state.values()
     return OptimizerBytes(
-        second_moments=sum(_bytes(state["exp_avg_sq"]) for state in states),
-        total=sum(_bytes(value) for state in states for value in state.values()),
+        second_moments=sum(
+            value.nbytes for state in states for key, value in state.items() if key.startswith("exp_avg_sq")
+        ),
+        total=sum(value.nbytes for state in states for value in state.values()),
     )
-
-
-def _bytes(stored: Tensor | list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (stored if isinstance(stored, list) else [stored]))

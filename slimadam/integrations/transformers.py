@@ -45,7 +45,8 @@ def optimizer_cls_and_kwargs(
         options: Further options of SlimAdam; ``lr``, ``betas`` and ``eps`` go before those of ``args``.
 
     Raises:
-        ValueError: ``weight_decay`` is among the options; the Trainer sets it for each group.
+        ValueError: ``weight_decay`` is among the options; the Trainer sets it for each group. Or the DeepSpeed config
+            offloads the optimizer in a way that puts another one in its place.
         TypeError: ``args`` are not TrainingArguments.
     """
     if not isinstance(args, TrainingArguments):
@@ -55,6 +56,7 @@ def optimizer_cls_and_kwargs(
         raise ValueError(
             f"weight_decay={decay!r}: the Trainer sets it for each group; use TrainingArguments(weight_decay={decay!r})"
         )
+    _refuse_exchange(args)
 
     # Bound in a class: the Trainer takes a "model" among the keywords for the parameters themselves, which loses
     # its groups, and takes whatever is not a class for a factory.
@@ -64,6 +66,34 @@ def optimizer_cls_and_kwargs(
 
     from_args = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     return SlimAdamOfModel, {**from_args, "plan": plan, **options}
+
+
+def _refuse_exchange(args: TrainingArguments) -> None:
+    """Refuse a DeepSpeed config for which Accelerate, at its ``prepare``, exchanges the optimizer for DeepSpeed's own.
+
+    Raises:
+        ValueError: Names the entry to set.
+    """
+    config = _deepspeed_config(args)
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    device = offload.get("device", "none")
+    if device != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            f"the DeepSpeed config offloads the optimizer (device {device!r}): Accelerate then silently trains with "
+            "DeepSpeedCPUAdam, whose weight decay is not decoupled, in place of SlimAdam; set "
+            '"zero_force_ds_cpu_optimizer": false in that config, and plan=None, which is what ZeRO can run'
+        )
+
+
+def _deepspeed_config(args: TrainingArguments) -> Mapping[str, Any]:
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        return plugin.deepspeed_config  # type: ignore[no-any-return]
+    if not args.deepspeed:
+        return {}
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(args.deepspeed).config  # type: ignore[no-any-return]
 
 
 class SharpnessCallback(TrainerCallback):  # type: ignore[misc]

@@ -1,0 +1,202 @@
+"""Parameters that come, leave or are exchanged in groups by hand, as AdamW allows; lazy ones; keys of users' own."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam
+
+PLANS: dict[str, Any] = {"none": None, "auto": "auto", "factored": "factored", "soon": AutoPlan(calibration_steps=2)}
+
+
+def made(shape: tuple[int, ...] = (4, 6)) -> nn.Parameter:
+    param = nn.Parameter(torch.randn(shape))
+    param.grad = torch.randn_like(param)
+    return param
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("edit", ["append", "remove", "exchange", "exchange size", "insert", "reorder", "all"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_hand_edited_groups_train_as_with_adamw(plan: str, edit: str, named: bool) -> None:
+    torch.manual_seed(3)
+    first = [made() for _ in range(3)]
+    twins = [nn.Parameter(param.detach().clone()) for param in first]
+    ours = SlimAdam([(f"w{i}", p) for i, p in enumerate(first)] if named else list(first), plan=PLANS[plan])
+    theirs = torch.optim.AdamW(twins)
+    new = made((6, 6) if edit == "exchange size" else (4, 6))
+    extra = [new, nn.Parameter(new.detach().clone())]
+    for step in range(6):
+        if step == 3:
+            for optimizer, own in zip((ours, theirs), extra, strict=True):
+                held = optimizer.param_groups[0]["params"]
+                if edit == "append":
+                    held.append(own)
+                elif edit == "remove":
+                    held.pop(0)
+                elif edit.startswith("exchange"):
+                    held[1] = own
+                elif edit == "insert":
+                    held.insert(0, own)
+                elif edit == "reorder":
+                    held.reverse()
+                else:
+                    held[:] = [own]
+        pairs = list(zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True))
+        for one, other in pairs:
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        ours.step()
+        theirs.step()
+        if plan in ("none", "auto"):
+            for one, other in pairs:
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    assert len(ours.plan) == len(ours.param_groups[0]["params"])
+    shapes = [tuple(param.shape) for param in ours.param_groups[0]["params"]]
+    assert [rule.shape for rule in ours.plan.values()] == shapes
+
+
+def test_what_comes_back_has_its_name_and_rule_again() -> None:
+    params = [made((32, 16)) for _ in range(2)]
+    optimizer = SlimAdam(
+        [("a", params[0]), ("b", params[1])], plan=CompressionPlan({"a": Rule((1,), "mean"), "b": Rule()})
+    )
+    optimizer.step()
+    held = optimizer.param_groups[0]["params"]
+    held.remove(params[0])
+    optimizer.step()
+    assert list(optimizer.plan) == ["b"]
+    held.append(params[0])
+    optimizer.step()
+    assert optimizer.plan["a"].dims == (1,)
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+def test_a_plan_by_names_needs_a_name_and_says_how() -> None:
+    first, second = made(), made()
+    optimizer = SlimAdam([("a", first)], plan=CompressionPlan({"a": Rule((1,), "mean")}))
+    optimizer.param_groups[0]["params"].append(second)
+    before = first.detach().clone()
+    with pytest.raises(PlanError, match=r"shape \(4, 6\) was put into param_groups\[0\].*add_param_group"):
+        optimizer.step()
+    assert torch.equal(first, before)
+    optimizer.param_groups[0]["params"].pop()
+    optimizer.step()
+    optimizer.add_param_group({"params": [("b", second)], "plan": None})
+    optimizer.step()
+
+
+def test_groups_assigned_as_a_whole_are_taken_with_the_defaults() -> None:
+    first, second = made(), made()
+    optimizer = SlimAdam([first], plan="factored", weight_decay=0.3)
+    optimizer.step()
+    optimizer.param_groups = [{"params": [second], "lr": 0.5}, {"params": [first]}]
+    optimizer.step()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3]
+    assert optimizer.state[first]["step"] == 2
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(optimizer)))
+    assert list(copied.plan) == list(optimizer.plan)
+
+
+@pytest.mark.parametrize("plan", ["factored", "auto", CompressionPlan({"w": Rule((0,), "mean")})], ids=str)
+def test_one_vector_in_the_place_of_one_matrix_is_refused(plan: Any) -> None:
+    param = made()
+    optimizer = SlimAdam([("w", param)], plan=plan)
+    optimizer.step()
+    flat = made((24,))
+    optimizer.param_groups[0]["params"] = [flat]
+    before = flat.detach().clone()
+    with pytest.raises(RuntimeError, match=r"'w': a parameter of shape \(24,\) stands .* DeepSpeed"):
+        optimizer.step()
+    assert torch.equal(flat, before)
+
+
+def test_without_a_plan_vectors_may_stand_for_matrices() -> None:
+    optimizer = SlimAdam([made(), made()], plan=None)
+    flat = made((48,))
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.step()
+    assert optimizer.state[flat]["exp_avg_sq"].shape == (48,)
+
+
+def test_nothing_that_left_is_kept_alive() -> None:
+    gone, stays = made(), made()
+    optimizer = SlimAdam([gone, stays], plan="factored")
+    optimizer.step()
+    optimizer.param_groups[0]["params"].remove(gone)
+    optimizer.state.pop(gone)
+    left = weakref.ref(gone)
+    optimizer.step()
+    del gone
+    gc.collect()
+    assert left() is None
+
+
+@pytest.mark.parametrize("plan", [None, "factored", "auto", "rules"], ids=str)
+def test_modules_whose_shapes_are_not_known_yet(plan: Any) -> None:
+    lazy, ready = (nn.Sequential(kind(16), nn.ReLU(), kind(4)) for kind in (nn.LazyLinear, lambda n: nn.Linear(16, n)))
+    optimizer = SlimAdam(lazy, plan=plan)
+    assert optimizer.memory().total == 0
+    assert not optimizer.plan
+    x = torch.randn(8, 16)
+    lazy(x)
+    ready.load_state_dict(lazy.state_dict())
+    beside = SlimAdam(ready, plan=plan)
+    for _ in range(3):
+        for model, own in ((lazy, optimizer), (ready, beside)):
+            own.zero_grad()
+            model(x).square().mean().backward()
+            own.step()
+    for one, other in zip(lazy.parameters(), ready.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert optimizer.plan.to_dict() == beside.plan.to_dict()
+
+
+SLIPS = ("no_weight_decay", "eps1", "plans", "param_name", "weight_decays")
+OWN_KEYS = ("name", "lr_scale", "wd_mult", "layer_id", *SLIPS)
+
+
+@pytest.mark.parametrize("key", OWN_KEYS)
+def test_keys_of_users_own_are_kept_and_slips_told_once(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    from slimadam import options
+
+    options._tell_of_slip.cache_clear()
+    for _ in range(2):
+        optimizer = SlimAdam([{"params": [made()], key: 7}])
+        optimizer.step()
+        assert optimizer.param_groups[0][key] == 7
+        assert optimizer.state_dict()["param_groups"][0][key] == 7
+    told = [record.message for record in caplog.records if repr(key) in record.message]
+    assert len(told) == (1 if key in SLIPS else 0)
+
+
+def test_fused_with_foreach_false_is_the_fused_step() -> None:
+    param = made((64, 64))
+    optimizer = SlimAdam([("w", param)], plan="factored", fused=True, foreach=False)
+    assert optimizer.backend("w") == SlimAdam([("w", made((64, 64)))], plan="factored", fused=True).backend("w")
+
+
+def test_an_optimizer_for_each_parameter_reads_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimadam import names
+
+    read: list[nn.Module] = []
+    roles_of = names.roles_of
+    monkeypatch.setattr(names, "roles_of", lambda model: read.append(model) or roles_of(model))
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 4)
+    optimizers = [SlimAdam([param], plan="factored") for param in model.parameters()]
+    assert len(read) == 1
+    together = SlimAdam(list(model.parameters()), plan="factored")
+    apart = [rule.storage for optimizer in optimizers for rule in optimizer.plan.values()]
+    assert apart == [rule.storage for rule in together.plan.values()]
+    wider = nn.Sequential(model, nn.Linear(16, 16))
+    found = SlimAdam(list(wider.parameters()), plan="factored")
+    assert len(found.plan) > len(together.plan)
+    assert read[-1] is wider
