@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
@@ -10,13 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils.weak import WeakIdKeyDictionary
 
 from slimadam.distributed import FLAT
 from slimadam.names import position_name
 from slimadam.planning import MEASURING
 from slimadam.roles import canonical_name
 from slimadam.rules import Rule
+from slimadam.torch_private import by_tensor, reference
 
 
 class Exchange(NamedTuple):
@@ -54,9 +53,9 @@ class Members:
     """The parameters that groups held when they were last looked at; keeps none of them alive."""
 
     def __init__(self) -> None:
-        self._groups: list[list[weakref.ref[Tensor]]] = []
+        self._groups: list[list[Callable[[], Tensor | None]]] = []
         self._lazy = 0
-        self._left: Any = WeakIdKeyDictionary()
+        self._left: Any = by_tensor()
 
     def hold(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Remember what the groups hold now."""
@@ -67,7 +66,7 @@ class Members:
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Remember what one more group holds."""
-        self._groups.append(list(map(weakref.ref, group["params"])))
+        self._groups.append(list(map(reference, group["params"])))
         self._lazy += sum(map(is_lazy, group["params"]))
 
     @property

@@ -9,17 +9,16 @@ import re
 import sys
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
 from slimadam.errors import PlanError
 from slimadam.fused import matches_any, pieces_of, refuse_unmatched
 from slimadam.parts import Parts, Piece, check_declared, pieces
 from slimadam.roles import ParameterRole, canonical_name, class_name, names_of, roles_of
+from slimadam.torch_private import by_tensor
 
 logger = logging.getLogger("slimadam")
 
@@ -53,10 +52,10 @@ class NamedParameters:
     """
 
     def __init__(self, models: Iterable[nn.Module] = (), parts: Mapping[str, Parts] | None = None) -> None:
-        self._names: MutableMapping[Tensor, str] = _by_parameter()
-        self._pieces: MutableMapping[Tensor, list[Piece]] = _by_parameter()
-        self._roles: MutableMapping[Tensor, ParameterRole] = _by_parameter()
-        self._all_names: MutableMapping[Tensor, list[str]] = _by_parameter()
+        self._names: MutableMapping[Tensor, str] = by_tensor()
+        self._pieces: MutableMapping[Tensor, list[Piece]] = by_tensor()
+        self._roles: MutableMapping[Tensor, ParameterRole] = by_tensor()
+        self._all_names: MutableMapping[Tensor, list[str]] = by_tensor()
         taken: set[str] = set()
         parts = check_declared(parts)
         for model in models:
@@ -156,11 +155,6 @@ class NamedParameters:
                 if named.name(parameter) is None:
                     named._add(parameter, position_name(group_index, index))
         return named
-
-
-def _by_parameter() -> MutableMapping[Tensor, Any]:
-    """Return a dict that keeps no parameter alive: Accelerate frees those that it has sharded."""
-    return WeakIdKeyDictionary()
 
 
 def shared_names(given: Iterable[tuple[Tensor, str]]) -> set[str]:

@@ -7,7 +7,7 @@ hooks that it keeps for them; and marks that tell classes and parameters apart (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TorchDispatchMode",
     "buffers",
+    "by_tensor",
     "check_graph_capture",
     "disable_dynamo",
     "fsdp_forget_forward",
@@ -42,6 +44,7 @@ __all__ = [
     "neg_view",
     "overlaps_itself",
     "parameters",
+    "reference",
     "tree_leaves",
     "tree_map",
     "use_grad_for_differentiable",
@@ -113,6 +116,42 @@ def is_autocast_entered(context: torch.autocast) -> bool:
 def view_base(tensor: Tensor) -> Tensor | None:
     """Return the tensor of which this one is a view, if it is one."""
     return tensor._base
+
+
+class _ById(MutableMapping[Tensor, Any]):
+    """A dict that goes by the tensor itself, and keeps it alive."""
+
+    def __init__(self) -> None:
+        self._items: dict[int, tuple[Tensor, Any]] = {}
+
+    def __getitem__(self, key: Tensor) -> Any:
+        return self._items[id(key)][1]
+
+    def __setitem__(self, key: Tensor, value: Any) -> None:
+        self._items[id(key)] = key, value
+
+    def __delitem__(self, key: Tensor) -> None:
+        del self._items[id(key)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (key for key, _ in list(self._items.values()))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+# Before, a tensor that is only weakly referred to may lose its Python object.
+_HAS_WEAK_TENSORS = torch.__version__ >= "2.11"
+
+
+def by_tensor() -> MutableMapping[Tensor, Any]:
+    """Return a dict that goes by the tensor itself, and keeps none alive where this torch can do so safely."""
+    return WeakIdKeyDictionary() if _HAS_WEAK_TENSORS else _ById()
+
+
+def reference(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """Return what gives a tensor back as long as it lives; it keeps it alive only where a weak one is not safe."""
+    return TensorWeakRef(tensor) if _HAS_WEAK_TENSORS else lambda: tensor
 
 
 # -- modules -----------------------------------------------------------------------------------------------
