@@ -7,7 +7,7 @@ STAMP := .venv/installed
 # The core suite: all but what needs other libraries than the package, or tests benchmarks and documents.
 CORE := --ignore-glob='tests/test_benchmark*' --ignore=tests/test_api_reference.py --ignore=tests/test_demo.py \
 	--ignore=tests/test_documents.py --ignore=tests/test_examples.py --ignore=tests/test_integrations.py \
-	--ignore=tests/test_roles.py --ignore=tests/test_sharpness_callbacks.py
+	--ignore=tests/test_roles.py --ignore=tests/test_sharpness_callbacks.py --ignore=tests/test_trainers.py
 PYTEST := -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-oldest test-newest versions lint types unit wheel-check docs clean

@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -278,7 +279,7 @@ class _Alive:
         """Return all of them."""
         collections = tuple(generation["collections"] for generation in gc.get_stats()[1:])
         # While no collection has aged them, all new objects are in the two youngest generations (until Python 3.13).
-        if sys.version_info < (3, 14) and collections == self._collections:
+        if CAN_LOOK_AMONG_YOUNG and collections == self._collections:
             before = [module for found in self._found if (module := found()) is not None]
             known = set(map(id, before))
             young = [*gc.get_objects(generation=0), *gc.get_objects(generation=1)]
@@ -294,6 +295,8 @@ def _modules_in(objects: Iterable[object]) -> list[nn.Module]:
     return [found for found in objects if issubclass(type(found), nn.Module)]  # type: ignore[misc]
 
 
+# From Python 3.14 on the collector ages objects otherwise; older torches warn of tensors that are found so young.
+CAN_LOOK_AMONG_YOUNG = sys.version_info < (3, 14) and torch.__version__ >= "2.11"
 _alive = _Alive()
 
 

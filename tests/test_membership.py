@@ -24,8 +24,6 @@ def made(shape: tuple[int, ...] = (4, 6)) -> nn.Parameter:
     return param
 
 
-# torch 2.6 says so of gradients that the collector has looked at.
-@pytest.mark.filterwarnings("ignore:Deallocating Tensor that still has live PyObject:UserWarning")
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("edit", ["append", "remove", "exchange", "exchange size", "insert", "reorder", "all"])
 @pytest.mark.parametrize("plan", PLANS)
