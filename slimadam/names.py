@@ -10,7 +10,6 @@ import sys
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -19,7 +18,7 @@ from slimadam.errors import PlanError
 from slimadam.fused import matches_any, pieces_of, refuse_unmatched
 from slimadam.parts import Parts, Piece, check_declared, pieces
 from slimadam.roles import ParameterRole, canonical_name, class_name, names_of, roles_of
-from slimadam.torch_private import by_tensor
+from slimadam.torch_private import HAS_WEAK_TENSORS, by_tensor
 
 logger = logging.getLogger("slimadam")
 
@@ -243,7 +242,7 @@ class _Last:
 
     def read(self, modules: Sequence[nn.Module], parts: Mapping[str, Parts]) -> NamedParameters:
         """Return what :class:`NamedParameters` finds in the modules."""
-        if parts:
+        if parts or not HAS_WEAK_TENSORS:  # else it would keep the parameters alive
             return NamedParameters(modules, parts)
         key = [(id(one), [(name, id(param)) for name, param in one.named_parameters()]) for one in modules]
         # A parameter that has died has left, and its id may be another's.
@@ -296,7 +295,7 @@ def _modules_in(objects: Iterable[object]) -> list[nn.Module]:
 
 
 # From Python 3.14 on the collector ages objects otherwise; older torches warn of tensors that are found so young.
-CAN_LOOK_AMONG_YOUNG = sys.version_info < (3, 14) and torch.__version__ >= "2.11"
+CAN_LOOK_AMONG_YOUNG = sys.version_info < (3, 14) and HAS_WEAK_TENSORS
 _alive = _Alive()
 
 

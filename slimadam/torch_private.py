@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "HAS_WEAK_TENSORS",
     "TorchDispatchMode",
     "buffers",
     "by_tensor",
@@ -141,17 +142,17 @@ class _ById(MutableMapping[Tensor, Any]):
 
 
 # Before, a tensor that is only weakly referred to may lose its Python object.
-_HAS_WEAK_TENSORS = torch.__version__ >= "2.11"
+HAS_WEAK_TENSORS = torch.__version__ >= "2.11"
 
 
 def by_tensor() -> MutableMapping[Tensor, Any]:
     """Return a dict that goes by the tensor itself, and keeps none alive where this torch can do so safely."""
-    return WeakIdKeyDictionary() if _HAS_WEAK_TENSORS else _ById()
+    return WeakIdKeyDictionary() if HAS_WEAK_TENSORS else _ById()
 
 
 def reference(tensor: Tensor) -> Callable[[], Tensor | None]:
     """Return what gives a tensor back as long as it lives; it keeps it alive only where a weak one is not safe."""
-    return TensorWeakRef(tensor) if _HAS_WEAK_TENSORS else lambda: tensor
+    return TensorWeakRef(tensor) if HAS_WEAK_TENSORS else lambda: tensor
 
 
 # -- modules -----------------------------------------------------------------------------------------------
