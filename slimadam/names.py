@@ -6,8 +6,6 @@ import gc
 import itertools
 import logging
 import re
-import sys
-import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
 from torch import Tensor, nn
@@ -226,7 +224,7 @@ def owning_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:
         parameters: Parameters of any modules.
     """
     wanted = {id(parameter) for parameter in parameters}
-    alive = _alive.modules()
+    alive = _modules_in(gc.get_objects())
     inner = {id(child) for module in alive for child in _children(module)}
     covered = {id(module): _owned(module, wanted) for module in alive if id(module) not in inner}
     outermost = [module for module in alive if covered.get(id(module))]
@@ -264,39 +262,9 @@ def read_modules(modules: Sequence[nn.Module], parts: Mapping[str, Parts]) -> Na
     return _last.read(modules, parts)
 
 
-class _Alive:
-    """The modules alive in the process; only what was made since is looked through again.
-
-    An optimizer for each parameter would else look through all objects of the process, a tenth of a second each time.
-    """
-
-    def __init__(self) -> None:
-        self._collections: tuple[int, ...] = ()
-        self._found: list[weakref.ref[nn.Module]] = []
-
-    def modules(self) -> list[nn.Module]:
-        """Return all of them."""
-        collections = tuple(generation["collections"] for generation in gc.get_stats()[1:])
-        # While no collection has aged them, all new objects are in the two youngest generations (until Python 3.13).
-        if CAN_LOOK_AMONG_YOUNG and collections == self._collections:
-            before = [module for found in self._found if (module := found()) is not None]
-            known = set(map(id, before))
-            young = [*gc.get_objects(generation=0), *gc.get_objects(generation=1)]
-            alive = before + [module for module in _modules_in(young) if id(module) not in known]
-        else:
-            alive = _modules_in(gc.get_objects())
-        self._collections, self._found = collections, list(map(weakref.ref, alive))
-        return alive
-
-
 def _modules_in(objects: Iterable[object]) -> list[nn.Module]:
     # type(), not isinstance(): proxies among the collected objects may answer __class__ with an exception.
     return [found for found in objects if issubclass(type(found), nn.Module)]  # type: ignore[misc]
-
-
-# From Python 3.14 on the collector ages objects otherwise; older torches warn of tensors that are found so young.
-CAN_LOOK_AMONG_YOUNG = sys.version_info < (3, 14) and HAS_WEAK_TENSORS
-_alive = _Alive()
 
 
 def _in_order(modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list[nn.Module]:
