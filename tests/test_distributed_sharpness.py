@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimadam import SlimAdam
 from slimadam.sharpness.line import LineProbe
+from slimadam.sharpness.surroundings import ROUNDING
 from tests.ranks import on_ranks
 from tests.test_distributed_direction import same, snapshot
 from tests.versions import shards
@@ -147,7 +148,7 @@ def probe_lines(kinds: list[str], optimizers: list[str]) -> dict[Any, Any]:
                 ):
                     on_entering = asked.call_count
                     losses = [line.loss(run.loss, eta) for eta in ETAS]
-                    assert line.is_narrow == (kind == "in 16 bits")
+                    assert (line.rounding > ROUNDING) == (kind == "in 16 bits")
                 assert asked.call_count == on_entering + len(ETAS), "moving and going back take no other rank"
                 _interrupted(run, memory)
                 assert same(before, snapshot(run.optimizer)), (kind, memory)
