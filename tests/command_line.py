@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from click import testing
@@ -15,6 +18,13 @@ class CliRunner(testing.CliRunner):
 
     def __init__(self) -> None:
         super().__init__(**({"mix_stderr": False} if MIXES else {}))
+
+    @contextmanager
+    def isolation(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with super().isolation(*args, **kwargs) as streams:
+            if MIXES:  # which reads standard error without flushing it
+                sys.stderr.reconfigure(write_through=True)
+            yield streams
 
     def invoke(self, *args: Any, **kwargs: Any) -> testing.Result:
         result = super().invoke(*args, **kwargs)
