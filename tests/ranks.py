@@ -72,4 +72,6 @@ def _rank(rank: int, ranks: int, store: str, queue: Any, function: Callable[...,
         queue.put((rank, function(*args)))
     except BaseException:
         queue.put((rank, _Failure(f"rank {rank}: {traceback.format_exc()}")))
+    queue.close()
+    queue.join_thread()  # torch 2.6 may end the process while it destroys the group
     torch.distributed.destroy_process_group()
