@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib import metadata
 from typing import Any
 
 
@@ -11,7 +11,11 @@ def mend_interpreter() -> None:
 
     numpy from 1.25 on warns of it, and from 2.4 on refuses it.
     """
-    if importlib.util.find_spec("triton") is None:
+    try:
+        release = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return
+    if tuple(map(int, release.split(".")[:2])) >= (3, 9):
         return
     from triton.runtime import interpreter
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.interpreter import mend_interpreter
+
 TIMEOUT = 180
 # torch imports the last three, which takes seconds, when FSDP first steps or a checkpoint is saved.
 PRELOADED = (
@@ -65,6 +67,7 @@ class _Failure:
 
 def _rank(rank: int, ranks: int, store: str, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
+    mend_interpreter()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
