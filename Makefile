@@ -17,7 +17,9 @@ demo: $(STAMP)
 
 test: lint types unit wheel-check
 
-$(STAMP): pyproject.toml constraints.txt
+SOURCES := setup.py kernels/build.py kernels/compiled.cpp kernels/threads.h
+
+$(STAMP): pyproject.toml constraints.txt $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	touch $@
@@ -35,7 +37,7 @@ unit: $(STAMP)
 test-oldest test-newest: test-%: .venv-%/installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PYTEST) -p no:cacheprovider $(CORE)
 
-.venv-%/installed: pyproject.toml constraints-%.txt
+.venv-%/installed: pyproject.toml constraints-%.txt $(SOURCES)
 	python="$$($(PYTHON) tests/environments.py $*)" && "$$python" -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --editable '.[test]' --constraint constraints-$*.txt
 	touch $@

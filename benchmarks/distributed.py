@@ -26,8 +26,7 @@ LARGEST_DIFFERENCE = 2e-5
 BACKENDS: dict[str, dict[str, Any]] = {
     "reference": {"foreach": False},
     "foreach": {"foreach": True},
-    "blocked": {},
-    "compiled": {"fused": True},
+    "compiled": {},
 }
 SHAPES = ((7, 5), (2, 5), (1, 1), (4, 3, 5))
 RULES = (Rule(), Rule((0,), "mean"), Rule((1,), "mean"), Rule(form="factored"))

@@ -25,8 +25,7 @@ HYPER = Hyperparameters(lr=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1,
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "reference": {"fused": False},
     "foreach": {"foreach": True},
-    "blocked": {},
-    "compiled": {"fused": True},
+    "compiled": {},
     "triton": {},
 }
 _MATRIX, _CONVOLUTION = (24, 35), (6, 5, 3, 3)

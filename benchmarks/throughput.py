@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from slimadam.kernels import blocked
 
 from benchmarks import machine
 from benchmarks.comparison import Comparison, compare, ratios_to_default
@@ -31,7 +30,6 @@ BARS = {"SlimAdam (rules)": (DEFAULT, 0.30), "SlimAdam (rules, fused=True)": (FU
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON and a picture; 1 if a bar is missed or one of ours is wrong."""
     options = _parser().parse_args(arguments)
-    blocked.BLOCK_ELEMENTS = options.block
     shapes = MODELS[options.model]()
     found = compare(shapes, _chosen(options), options.device, DTYPES[options.dtype], options.rounds)
     title = f"{options.model}, {options.dtype}, {elements(shapes):,} parameters, {options.device}"
@@ -41,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "dtype": options.dtype,
         "elements": elements(shapes),
         "rounds": options.rounds,
-        "block": options.block,
         **vars(found),
         "ratios": ratios_to_default(found.rows),
     }
@@ -103,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=25, help="timed steps of each optimizer")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="other projects' optimizers")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of labels; fused AdamW is always measured")
-    parser.add_argument("--block", type=int, default=blocked.BLOCK_ELEMENTS, help="elements in a cache block")
     parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     return parser
 

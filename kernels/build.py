@@ -1,6 +1,6 @@
-"""The compiled step as a library: built once by the system's C++ compiler, then loaded from a cache.
+"""The compiled step as a library: the one that was built with the package, or one that is built when it is first used.
 
-The cache is ``$SLIMADAM_CACHE_DIR``, else ``slimadam`` in the user's cache folder. A library's name is a hash of
+What is built later goes to ``$SLIMADAM_CACHE_DIR``, else ``slimadam`` in the user's cache folder. Its name is a hash of
 everything that went into it; its bytes end with their own hash, so that a damaged file is rebuilt, not loaded.
 """
 
@@ -22,19 +22,26 @@ from pathlib import Path
 logger = logging.getLogger("slimadam")
 
 SOURCE = Path(__file__).with_name("compiled.cpp")
+HEADER = SOURCE.with_name("threads.h")
+SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 FLAGS = (
     "-std=c++17",
     "-O2",
     "-ftree-vectorize",
     "-fvect-cost-model=dynamic",
-    "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-ffp-contract=fast",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
+    "-ffp-contract=off",
+    "-fopenmp-simd",
+    "-fvisibility=hidden",
+    "-pthread",
 )
+LEVELS = {
+    "baseline": ("-msse4.2", "-mpopcnt"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+}
+"""Instructions that a library built with the package may use on x86, as torch's own kernels of these levels do."""
 DIGEST_BYTES = 32
 
 
@@ -44,12 +51,48 @@ class BuildError(Exception):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, built if it is not in the cache; None, after one warning with the reason, if that is impossible."""
+    """Return the library, built if need be; None, after one warning with the reason, if that is impossible."""
+    installed = _installed()
+    if installed is not None:
+        return _prepared(installed)
     try:
-        return _load_or_build()
+        return _prepared(_load_or_build())
     except (BuildError, OSError) as error:
-        logger.warning("fused=True: the compiled step cannot be built, so what fused=None picks runs: %s", error)
+        logger.warning(
+            "the compiled step was not built with slimadam and cannot be built now, so slower ones run: %s", error
+        )
         return None
+
+
+def source_digest() -> str:
+    """Return a hash of the source, by which a library is known to fit it."""
+    return hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes()).hexdigest()[:32]
+
+
+def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    loaded.slimadam_step.restype = None
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=loaded.slimadam_forked)
+    return loaded
+
+
+def _installed() -> ctypes.CDLL | None:
+    """Return the library that was built with the package for this processor; None if there is none of this source."""
+    path = SOURCE.with_name(f"step_{_level()}{SUFFIX}")
+    try:
+        loaded = ctypes.CDLL(str(path))
+        loaded.slimadam_source.restype = ctypes.c_char_p
+        fits = loaded.slimadam_source() == source_digest().encode()
+    except (OSError, AttributeError):
+        return None
+    return loaded if fits else None
+
+
+def _level() -> str:
+    import torch  # not needed to build
+
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return capability if capability in LEVELS else "baseline"
 
 
 def _load_or_build() -> ctypes.CDLL:
@@ -71,18 +114,18 @@ def _compiler() -> str:
         if found is not None:
             return found
     if asked_for:
-        raise BuildError(f"CXX={asked_for!r} is no program on PATH; name a C++17 compiler with OpenMP, or unset CXX")
+        raise BuildError(f"CXX={asked_for!r} is no program on PATH; name a C++17 compiler, or unset CXX")
     raise BuildError("no C++ compiler on PATH; install one (Debian: apt install g++) or name it in CXX")
 
 
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
-    loaded.slimadam_step.restype = None
+    loaded.slimadam_step  # noqa: B018 # raises AttributeError where it is missing
     return loaded
 
 
 def _path(compiler: str) -> Path:
-    return _folder() / f"step-{_key(compiler)}.so"
+    return _folder() / f"step-{_key(compiler)}{SUFFIX}"
 
 
 def _folder() -> Path:
@@ -96,7 +139,7 @@ def _folder() -> Path:
 
 def _key(compiler: str) -> str:
     version = _run([compiler, "--version"])
-    parts = [SOURCE.read_text(), " ".join(FLAGS), compiler, version, sys.platform, platform.machine(), _processor()]
+    parts = [source_digest(), " ".join(FLAGS), compiler, version, sys.platform, platform.machine(), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -129,11 +172,14 @@ def _build(compiler: str, path: Path) -> None:
         folder = tempfile.TemporaryDirectory(dir=path.parent, prefix="building-")  # in the same file system
     except OSError as error:
         raise BuildError(f"{error}; set SLIMADAM_CACHE_DIR to a folder that can be written") from error
-    logger.info("compiling the step for fused=True with %s, once for this machine", compiler)
+    logger.warning(
+        "the compiled step was not built with slimadam; compiling it with %s, once for this machine", compiler
+    )
     start = time.perf_counter()
     with folder:
         made = Path(folder.name) / path.name
-        _run([compiler, *FLAGS, "-o", str(made), str(SOURCE)])
+        source = f'-DSLIMADAM_SOURCE="{source_digest()}"'
+        _run([compiler, *FLAGS, "-march=native", source, "-shared", "-fPIC", "-o", str(made), str(SOURCE)])
         content = made.read_bytes()
         made.write_bytes(content + hashlib.sha256(content).digest())
         os.replace(made, path)
@@ -147,7 +193,5 @@ def _run(command: list[str]) -> str:
         raise BuildError(f"{command[0]} cannot be run ({error}); name a C++17 compiler in CXX") from error
     if done.returncode:
         said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
-        raise BuildError(
-            f"{command[0]} failed ({'; '.join(said[:3])}); name a C++17 compiler with OpenMP in CXX, such as g++"
-        )
+        raise BuildError(f"{command[0]} failed ({'; '.join(said[:3])}); name a C++17 compiler in CXX, such as g++")
     return done.stdout

@@ -7,13 +7,23 @@
 // What is summed and in which order depends on shapes alone, never on the number of threads.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "threads.h"
+
+#ifdef _WIN32
+#define SLIMADAM_EXPORT extern "C" __declspec(dllexport)
+#else
+#define SLIMADAM_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 namespace {
 
@@ -24,8 +34,10 @@ constexpr int64_t kSmallUnit = 1 << 15;   // a unit of so few elements stays in 
 constexpr int64_t kSumBlock = 1024;       // elements summed in a row before their sum is added to others
 constexpr int64_t kColumnBlock = 4096;    // columns whose sums stay close at hand
 constexpr int64_t kColumnsInTurn = 64;    // columns that a thread averages at a time
+constexpr int64_t kFewColumns = 64;       // at least so many in a task
 constexpr int64_t kRowBlock = 64;         // rows of a column summed before their sum is added to others
 constexpr int64_t kSerial = 1 << 14;      // fewer elements than this are not worth waking threads
+constexpr int64_t kPatience = 50000;       // how often a thread looks for another's work before it yields
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16, kInt8 };
 
@@ -327,10 +339,10 @@ class Update {
   }
 
   // What lies in memory from `first` on, with one coefficient; returns the sum of `other`'s squares.
-  A update_and_sum(int64_t first, int64_t count, A coefficient, const P* __restrict__ other) const {
-    P* __restrict__ param = param_ + first;
-    M* __restrict__ exp_avg = exp_avg_ + first;
-    const P* __restrict__ grad = grad_ + first;
+  A update_and_sum(int64_t first, int64_t count, A coefficient, const P* __restrict other) const {
+    P* __restrict param = param_ + first;
+    M* __restrict exp_avg = exp_avg_ + first;
+    const P* __restrict grad = grad_ + first;
     const Numbers<A> x = x_;
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -344,29 +356,32 @@ class Update {
     return sum;
   }
 
-  // A unit too large for one thread, as its whole team sees it: sums of blocks of rows, then everything else. Who is
-  // done goes on with the next unit's sums; its coefficients wait until all have left this one.
-  void together(int64_t unit, A* partial, A* coefficients, A* row_roots) const {
-    const int64_t size = red_ * post_, rows = rows_in_block(red_, post_);
-    const int64_t blocks = entry_.is_given ? 0 : (red_ + rows - 1) / rows;
-#pragma omp for schedule(dynamic)
-    for (int64_t block = 0; block < blocks; ++block)
+  // A unit too large for one thread, by blocks of rows: their sums,
+  void sums_of_blocks(int64_t unit, int64_t first, int64_t last, A* partial) const {
+    const int64_t rows = rows_in_block(red_, post_);
+    for (int64_t block = first; block < last; ++block)
       sums(unit, block * rows, std::min(red_, (block + 1) * rows), partial + block * post_);
-#pragma omp for schedule(static)
-    for (int64_t start = 0; start < post_; start += kColumnsInTurn) {
-      const int64_t end = std::min(post_, start + kColumnsInTurn);
+  }
+
+  // from the sums of all blocks the coefficients of columns [first, last); with factored second moments of all,
+  void coefficients_of(int64_t unit, int64_t first, int64_t last, const A* partial, A* coefficients,
+                       A* row_roots) const {
+    const int64_t rows = rows_in_block(red_, post_);
+    const int64_t blocks = entry_.is_given ? 0 : (red_ + rows - 1) / rows;
+    for (int64_t start = first; start < last; start += kColumnsInTurn) {
+      const int64_t end = std::min(last, start + kColumnsInTurn);
       std::fill(coefficients + start, coefficients + end, A(0));
       for (int64_t block = 0; block < blocks; ++block)
         for (int64_t k = start; k < end; ++k) coefficients[k] += partial[block * post_ + k];
       if (!columns_) average(unit, start, end, coefficients + start);
     }
-    if (columns_) {
-#pragma omp single
-      factors(unit, coefficients, row_roots);
-    }
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t task = 0; task <= (size - 1) / kTask; ++task)
-      range(unit * size + task * kTask, unit * size + std::min(size, (task + 1) * kTask), unit, coefficients, row_roots);
+    if (columns_) factors(unit, coefficients, row_roots);
+  }
+
+  // and then its elements [first, last).
+  void elements_of(int64_t unit, int64_t first, int64_t last, const A* coefficients, const A* row_roots) const {
+    const int64_t start = unit * red_ * post_;
+    range(start + first, start + last, unit, coefficients, row_roots);
   }
 
   // So many that a few threads have equally many blocks; bounded to bound the memory for partial sums.
@@ -430,9 +445,9 @@ class Update {
 
   // First moment, weight decay and update of elements [first, last).
   template <bool kRounds, class Step>
-  void run(int64_t first, int64_t last, Moment* __restrict__ exp_avg, Step step) const {
-    P* __restrict__ param = param_ + at(first);
-    const P* __restrict__ grad = grad_ + at(first);
+  void run(int64_t first, int64_t last, Moment* __restrict exp_avg, Step step) const {
+    P* __restrict param = param_ + at(first);
+    const P* __restrict grad = grad_ + at(first);
     const Numbers<A> x = x_;
     const uint64_t key = kRounds ? mixed(entry_.seed + 0x9e3779b97f4a7c15u * static_cast<uint64_t>(first >> 32)) : 0;
     const uint32_t low_key = static_cast<uint32_t>(key), high_key = static_cast<uint32_t>(key >> 32);
@@ -504,10 +519,10 @@ class Update {
   static A square(P value) { return static_cast<A>(load(value)) * static_cast<A>(load(value)); }
 
   // Second moments of columns [first, last) of a unit from the sums of their squares, which become coefficients.
-  void average(int64_t unit, int64_t first, int64_t last, A* __restrict__ sums) const {
+  void average(int64_t unit, int64_t first, int64_t last, A* __restrict sums) const {
     const Numbers<A> x = x_;  // apart from what is written, so that loops vectorise
     const int64_t start = unit * post_ + first, count = last - first;
-    A* __restrict__ second = second_ + start;
+    A* __restrict second = second_ + start;
     const A* used = second;
     if (!entry_.is_given) {
       const A rows = static_cast<A>(red_);
@@ -515,7 +530,7 @@ class Update {
       for (int64_t k = 0; k < count; ++k)
         second[k] = second[k] * x.beta2 + x.second_weight * x.mean_square(sums[k], rows);
       if (largest_) {
-        A* __restrict__ largest = largest_ + start;
+        A* __restrict largest = largest_ + start;
 #pragma omp simd
         for (int64_t k = 0; k < count; ++k) largest[k] = maximum(largest[k], second[k]);
         used = largest;
@@ -583,86 +598,167 @@ void with_types(const Entry& entry, const Hyper& hyper, Call call) {
 
 bool is_full(const Entry& entry) { return entry.red == 1 && !entry.columns; }
 
+enum class Kind { kElements, kUnits, kSums, kCoefficients, kUpdate };
+
 struct Task {
+  Kind kind;
   const Entry* entry;
-  int64_t first, last;  // elements if nothing is averaged, else units
+  int64_t first, last;   // elements, units, blocks of rows, columns, elements of the unit
+  int64_t shared = -1;   // which shared unit it belongs to
 };
 
-struct Work {
-  std::vector<Task> alone;          // for one thread each
-  std::vector<const Entry*> shared;  // for the whole team, one after the other
-  std::vector<double> partial, coefficients, row_roots;  // for what is shared
-  int64_t elements = 0;
+// How many tasks of a kind are not done.
+struct Left : std::atomic<int64_t> {
+  explicit Left(int64_t count) : std::atomic<int64_t>(count) {}
+  Left(const Left& other) : std::atomic<int64_t>(other.load()) {}
 
-  void clear() {
-    alone.clear();
-    shared.clear();
-    elements = 0;
+  void done() { fetch_sub(1, std::memory_order_release); }
+  void wait() const {
+    for (int64_t turn = 0; load(std::memory_order_acquire) > 0; ++turn)
+      if (turn > kPatience) std::this_thread::yield();
+  }
+};
+
+// A unit too large for one thread. Every second one uses the same memory.
+struct Shared {
+  int64_t unit;  // which of its entry's
+  Left sums, coefficients, updates;
+};
+
+struct Memory {
+  std::vector<double> partial, coefficients, row_roots;
+};
+
+// The tasks of a step, in an order in which each waits for earlier ones alone, so that whoever waits waits for a thread
+// that is at work.
+class Work {
+ public:
+  Work(const Hyper& hyper, std::vector<Task>& tasks, std::vector<Shared>& shared, Memory (&memory)[2])
+      : hyper_(hyper), tasks_(tasks), shared_(shared), memory_(memory) {
+    tasks_.clear();
+    shared_.clear();
   }
 
-  void add(const Entry& entry) {
-    const int64_t unit = entry.red * entry.post, total = unit * entry.pre;
-    if (total == 0) return;
-    elements += total;
-    if (is_full(entry)) return cut(entry, total, kTask);
-    const bool whole_blocks = entry.exp_avg_dtype != kInt8 || entry.pre == 1 || unit % kCodeBlock == 0;
-    if (unit <= kSmallUnit || !whole_blocks) return cut(entry, entry.pre, units_in_task(unit));
-    share(entry);
+  int64_t elements = 0;
+
+  void add(const Entry* table, int64_t count) {
+    for (const Entry* entry = table; entry < table + count; ++entry)
+      if (!is_shared(*entry)) add_alone(*entry);
+    for (const Entry* entry = table; entry < table + count; ++entry)
+      if (is_shared(*entry)) share(*entry);
+  }
+
+  void operator()() {
+    const int64_t count = static_cast<int64_t>(tasks_.size());
+    for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < count;)
+      run(tasks_[static_cast<size_t>(index)]);
   }
 
  private:
-  static int64_t units_in_task(int64_t unit) {
-    const int64_t aligned = kCodeBlock / std::gcd(unit, kCodeBlock);
-    return aligned * std::max<int64_t>(1, kTask / (unit * aligned));
+  static int64_t unit_of(const Entry& entry) { return entry.red * entry.post; }
+
+  static bool is_shared(const Entry& entry) {
+    const bool whole_blocks = entry.exp_avg_dtype != kInt8 || entry.pre == 1 || unit_of(entry) % kCodeBlock == 0;
+    return !is_full(entry) && unit_of(entry) > kSmallUnit && whole_blocks;
   }
 
-  void cut(const Entry& entry, int64_t count, int64_t each) {
-    for (int64_t first = 0; first < count; first += each)
-      alone.push_back({&entry, first, std::min(count, first + each)});
+  void add_alone(const Entry& entry) {
+    const int64_t unit = unit_of(entry), total = unit * entry.pre;
+    if (total == 0) return;
+    elements += total;
+    if (is_full(entry)) return cut(Kind::kElements, entry, total, kTask);
+    const int64_t aligned = kCodeBlock / std::gcd(unit, kCodeBlock);
+    cut(Kind::kUnits, entry, entry.pre, aligned * std::max<int64_t>(1, kTask / (unit * aligned)));
   }
 
   void share(const Entry& entry) {
-    const int64_t rows = Update<float, float>::rows_in_block(entry.red, entry.post);
-    const int64_t blocks = (entry.red + rows - 1) / rows;
-    grow(partial, blocks * entry.post);
-    grow(coefficients, entry.post);
-    grow(row_roots, entry.columns ? entry.red : 0);
-    shared.push_back(&entry);
+    const int64_t rows = Update<float, float>::rows_in_block(entry.red, entry.post), unit = unit_of(entry);
+    const int64_t blocks = (entry.red + rows - 1) / rows, sums = entry.is_given ? 0 : blocks;
+    const int64_t columns = entry.columns ? entry.post : std::max(kFewColumns, entry.post / 32);
+    elements += unit * entry.pre;
+    for (Memory& one : memory_) {
+      grow(one.partial, sums * entry.post);
+      grow(one.coefficients, entry.post);
+      grow(one.row_roots, entry.columns ? entry.red : 0);
+    }
+    for (int64_t number = 0; number < entry.pre; ++number) {
+      const int64_t shared = static_cast<int64_t>(shared_.size());
+      const int64_t averages = (entry.post + columns - 1) / columns, updates = (unit + kTask - 1) / kTask;
+      shared_.push_back({number, Left(sums), Left(averages), Left(updates)});
+      cut(Kind::kSums, entry, sums, 1, shared);
+      cut(Kind::kCoefficients, entry, entry.post, columns, shared);
+      cut(Kind::kUpdate, entry, unit, kTask, shared);
+    }
+  }
+
+  void cut(Kind kind, const Entry& entry, int64_t count, int64_t each, int64_t shared = -1) {
+    for (int64_t first = 0; first < count; first += each)
+      tasks_.push_back({kind, &entry, first, std::min(count, first + each), shared});
   }
 
   static void grow(std::vector<double>& held, int64_t count) {
     if (static_cast<int64_t>(held.size()) < count) held.resize(static_cast<size_t>(count));
   }
+
+  void run(const Task& task) {
+    with_types(*task.entry, hyper_, [&](const auto& update) {
+      if (task.kind == Kind::kElements) return update.full(task.first, task.last);
+      if (task.kind == Kind::kUnits) return update.units(task.first, task.last);
+      run_shared(update, task);
+    });
+  }
+
+  template <class P, class M>
+  void run_shared(const Update<P, M>& update, const Task& task) {
+    using A = Arithmetic<P>;
+    Shared& shared = shared_[static_cast<size_t>(task.shared)];
+    Memory& memory = memory_[task.shared % 2];
+    A* partial = reinterpret_cast<A*>(memory.partial.data());
+    A* coefficients = reinterpret_cast<A*>(memory.coefficients.data());
+    A* row_roots = reinterpret_cast<A*>(memory.row_roots.data());
+    if (task.kind == Kind::kSums) {
+      wait_for_memory(task.shared);
+      update.sums_of_blocks(shared.unit, task.first, task.last, partial);
+      shared.sums.done();
+    } else if (task.kind == Kind::kCoefficients) {
+      wait_for_memory(task.shared);
+      shared.sums.wait();
+      update.coefficients_of(shared.unit, task.first, task.last, partial, coefficients, row_roots);
+      shared.coefficients.done();
+    } else {
+      shared.coefficients.wait();
+      update.elements_of(shared.unit, task.first, task.last, coefficients, row_roots);
+      shared.updates.done();
+    }
+  }
+
+  void wait_for_memory(int64_t shared) const {
+    if (shared >= 2) shared_[static_cast<size_t>(shared - 2)].updates.wait();
+  }
+
+  const Hyper& hyper_;
+  std::vector<Task>& tasks_;
+  std::vector<Shared>& shared_;
+  Memory (&memory_)[2];
+  std::atomic<int64_t> next_{0};
 };
 
-void run_alone(const Task& task, const Hyper& hyper) {
-  with_types(*task.entry, hyper, [&](const auto& update) {
-    is_full(*task.entry) ? update.full(task.first, task.last) : update.units(task.first, task.last);
-  });
-}
-
-template <class P, class M>
-void run_together(const Update<P, M>& update, const Entry& entry, Work& work) {
-  using A = Arithmetic<P>;
-  for (int64_t unit = 0; unit < entry.pre; ++unit)
-    update.together(unit, reinterpret_cast<A*>(work.partial.data()), reinterpret_cast<A*>(work.coefficients.data()),
-                    reinterpret_cast<A*>(work.row_roots.data()));
-}
+Threads* threads = new Threads;  // never deleted: they wait in it when the process ends
 
 }  // namespace
 
 // Updates every tensor of the table in place; step counts have been advanced before.
-extern "C" void slimadam_step(const Entry* table, int64_t count, const Hyper* hyper, int64_t threads) {
-  thread_local Work held;  // kept, so that a step allocates nothing
-  Work& work = held;
-  work.clear();
-  for (int64_t index = 0; index < count; ++index) work.add(table[index]);
-  const int64_t tasks = static_cast<int64_t>(work.alone.size());
-#pragma omp parallel num_threads(static_cast<int>(threads)) if (work.elements > kSerial)
-  {
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t index = 0; index < tasks; ++index) run_alone(work.alone[static_cast<size_t>(index)], *hyper);
-    for (const Entry* entry : work.shared)
-      with_types(*entry, *hyper, [&](const auto& update) { run_together(update, *entry, work); });
-  }
+SLIMADAM_EXPORT void slimadam_step(const Entry* table, int64_t count, const Hyper* hyper, int64_t most_threads) {
+  thread_local std::vector<Task> tasks;  // kept, so that a step allocates nothing
+  thread_local std::vector<Shared> shared;
+  thread_local Memory memory[2];
+  Work work(*hyper, tasks, shared, memory);
+  work.add(table, count);
+  threads->run(work.elements > kSerial ? most_threads : 1, work);
 }
+
+// Of which source this library was made.
+SLIMADAM_EXPORT const char* slimadam_source() { return SLIMADAM_SOURCE; }
+
+// In a process that was forked: the threads of its parent do not exist there.
+SLIMADAM_EXPORT void slimadam_forked() { threads = new Threads; }

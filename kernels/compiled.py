@@ -1,4 +1,4 @@
-"""The update as one compiled pass on the CPU (``fused=True``).
+"""The update as one compiled pass on the CPU.
 
 The arithmetic is in ``compiled.cpp``; here a table tells it where the tensors lie. Each tensor is read from memory
 once (averages over rows) or a second time out of the cache (averages over columns): 20 bytes per float32 parameter,
@@ -8,7 +8,6 @@ AdamW 28. The plain reference beside it is :func:`slimadam.functional.reference_
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,17 +25,6 @@ _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _GRAD, _SEED = 1, 15
 """Columns of the table that each step fills in."""
 
-_forked = False
-
-
-def _remember_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_remember_fork)
-
 
 class _Hyper(ctypes.Structure):
     _fields_ = (
@@ -46,7 +34,7 @@ class _Hyper(ctypes.Structure):
 
 
 def takes(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dims]) -> bool:
-    """Whether the compiled step takes a parameter; the first question builds it, or warns that it cannot be built.
+    """Whether the compiled step takes a parameter, if its library is to be had.
 
     Args:
         param: A real CPU parameter.
@@ -55,7 +43,7 @@ def takes(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dim
     """
     if param.dtype not in _PARAM_DTYPES or exp_avg_dtype not in (param.dtype, *_MOMENTUM_DTYPES):
         return False
-    return geometry_of(param, averaged_dims) is not None and library() is not None
+    return geometry_of(param, averaged_dims) is not None
 
 
 def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
@@ -104,7 +92,7 @@ class Table:
             -factor if hyper.maximize else factor,
             hyper.stochastic_round,
         )
-        threads = 1 if _forked or self._in_turn else torch.get_num_threads()
+        threads = 1 if self._in_turn else torch.get_num_threads()
         compiled.slimadam_step(
             ctypes.c_void_p(self._rows.ctypes.data),
             ctypes.c_int64(len(self._rows)),

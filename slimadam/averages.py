@@ -15,7 +15,6 @@ from torch import Tensor
 from slimadam import state as state_format
 from slimadam.distributed import LocalRule, fill, groups_of, local, local_gradient, local_rules, zeros
 from slimadam.functional import Dims, Entry, Scalar, clipped, initial_second_moment
-from slimadam.kernels.scratch import squares
 from slimadam.rules import Rule, reduced_shape
 
 if TYPE_CHECKING:
@@ -332,7 +331,7 @@ def add_squares(grad: Tensor, averaged_dims: Sequence[Dims], targets: Sequence[T
         return
     rows = max(1, BLOCK_ELEMENTS // in_a_row)
     for start in range(0, count, rows):
-        block = squares(grad[start : start + rows], targets[0].dtype)
+        block = grad[start : start + rows].to(targets[0].dtype).square()
         for dims, target in zip(averaged_dims, targets, strict=True):
             place = target if 0 in dims else target[start : start + rows]
             place.add_(block.sum(dims, keepdim=True) if dims else block)

@@ -15,8 +15,7 @@ from torch import Tensor
 from slimadam.foreach import foreach_update
 from slimadam.functional import Dims, Entry, Hyperparameters, reference_update, second_moment_dtype
 from slimadam.kernels import compiled
-from slimadam.kernels.blocked import blocked_update
-from slimadam.kernels.layout import geometry_of, has_gaps
+from slimadam.kernels.layout import has_gaps
 from slimadam.standing import is_marked
 
 if TYPE_CHECKING:
@@ -24,19 +23,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("slimadam")
 
-Backend = Literal["reference", "foreach", "blocked", "compiled", "triton"]
+Backend = Literal["reference", "foreach", "compiled", "triton"]
 
 UPDATES: Mapping[Backend, Callable[[Sequence[Entry], Hyperparameters], None]] = {
     "reference": reference_update,
     "foreach": foreach_update,
-    "blocked": blocked_update,
     "compiled": compiled.compiled_update,
 }
 
 TAKES_CODES: frozenset[Backend] = frozenset({"compiled", "triton"})
 """Implementations that read and write int8 first moments themselves; the others get them decoded."""
 
-_BLOCKED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 def choose_backend(
@@ -45,10 +43,9 @@ def choose_backend(
     """The implementation for one parameter.
 
     ``foreach=False`` without ``fused=True``, ``fused=False``, ``differentiable``, ``capturable`` on a CPU, tracing and
-    complex parameters take the readable reference. ``foreach=True`` takes lists of tensors at once, and so do
-    accelerators where Triton is not installed or averages are over dimensions that are not adjacent. The default on
-    CUDA are Triton kernels, on a CPU blocks that stay in cache; there ``fused=True`` is one compiled pass, where a
-    compiler is found.
+    complex parameters take the readable reference. ``foreach=True`` takes lists of tensors at once. The default are
+    Triton kernels on CUDA and one compiled pass on a CPU. Without Triton or the compiled library, and on CUDA where
+    averages are over dimensions that are not adjacent, lists are taken where they can be.
 
     Args:
         param: The parameter.
@@ -67,12 +64,16 @@ def choose_backend(
         return "triton"
     if param.device.type != "cpu":
         return "foreach" if listable else "reference"
-    if group["capturable"] or param.dtype not in _BLOCKED_DTYPES:
+    if group["capturable"] or not compiled.takes(param, exp_avg_dtype, averaged_dims):
         return "reference"
-    if group["fused"] and compiled.takes(param, exp_avg_dtype, averaged_dims):
+    if compiled.library() is not None:
         return "compiled"
-    takes = geometry_of(param, averaged_dims) is not None and not has_gaps(param)
-    return "blocked" if takes else "reference"
+    return "foreach" if listable and not _has_tensors(group) else "reference"
+
+
+def _has_tensors(group: Mapping[str, Any]) -> bool:
+    """Return whether lr or betas are tensors, which lists of tensors on a CPU do not take."""
+    return any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"]))
 
 
 @cache
@@ -126,7 +127,7 @@ def _dtypes_fit(backend: Backend, entry: Entry) -> bool:
         return False
     if entry.exp_avg_scale is None and entry.exp_avg.dtype not in (dtype, torch.float32, torch.bfloat16):
         return False
-    return entry.grad.dtype in ({dtype} if backend == "compiled" else _BLOCKED_DTYPES)
+    return entry.grad.dtype in ({dtype} if backend == "compiled" else _FUSED_DTYPES)
 
 
 def _lies_alike(entry: Entry, has_gaps: bool) -> bool:

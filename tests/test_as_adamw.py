@@ -83,9 +83,9 @@ def test_16_bit_parameters_keep_float32_second_moments(dtype: torch.dtype, imple
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=atol)
 
 
-def test_default_on_cpu_is_blocked_and_says_so() -> None:
+def test_default_on_cpu_is_compiled_and_says_so() -> None:
     param = torch.randn(4, 3).requires_grad_()
-    assert SlimAdam([param], plan=None).backend(param) == "blocked"
+    assert SlimAdam([param], plan=None).backend(param) == "compiled"
     assert SlimAdam([("w", param)], plan=None, fused=False).backend("w") == "reference"
     assert SlimAdam([param], plan=None, foreach=True).backend(param) == "foreach"
     with pytest.raises(KeyError, match="not a parameter"):

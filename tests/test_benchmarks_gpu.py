@@ -98,7 +98,7 @@ import slimadam
 from slimadam import backends, kernels
 from slimadam.kernels import triton_update
 import slimadam.kernels.triton_update as imported
-import slimadam.kernels.blocked as blocked
+import slimadam.kernels.layout as layout
 
 assert launch_settings.triton_update is triton_update is imported is backends._triton()
 assert triton_update is sys.modules[launch_settings.TritonStep.__module__] is kernels.triton_update
@@ -106,7 +106,7 @@ assert launch_settings.TritonStep is backends._triton().TritonStep
 assert slimadam.kernels is kernels is sys.modules["slimadam.kernels"]
 assert slimadam.functional is sys.modules["slimadam.functional"]
 assert not [name for name in sys.modules if name.partition(".")[0] == "kernels"]
-print(blocked.__file__)
+print(layout.__file__)
 """
 
 

@@ -7,9 +7,13 @@ import shutil
 import uuid
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from slimadam.kernels import build, compiled
 
+from slimadam import SlimAdam
 from tests.ranks import clean_processes
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -18,13 +22,14 @@ STEP = """
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
 import slimadam.kernels.build as build
-build.FLAGS = ("-std=c++17", "-O0", "-fopenmp", "-shared", "-fPIC")
+build.FLAGS = ("-std=c++17", "-O0", "-pthread")
+build._installed = lambda: None
 from slimadam import SlimAdam
 
 def step():
     weight = torch.ones(160, 160, requires_grad=True)
     weight.grad = torch.full((160, 160), 0.5)
-    optimizer = SlimAdam([("w", weight)], plan="factored", fused=True, lr=0.1, weight_decay=0.0)
+    optimizer = SlimAdam([("w", weight)], plan="factored", lr=0.1, weight_decay=0.0)
     optimizer.step()
     torch.testing.assert_close(weight, torch.full((160, 160), 0.9))
     return optimizer.backend("w")
@@ -68,7 +73,7 @@ def test_built_once_then_loaded_and_rebuilt_where_damaged(tmp_path: Path) -> Non
     content = built.read_bytes()
     built.write_bytes(content[: len(content) // 2])
     output = _run("print(step())", tmp_path / "new")
-    assert "INFO compiling the step for fused=True" in output
+    assert output.count("WARNING the compiled step was not built with slimadam; compiling it with") == 1
     assert output.splitlines()[-1] == "compiled"
     assert [path.name for path in (tmp_path / "new").iterdir()] == [built.name]
 
@@ -95,13 +100,13 @@ print(step())
     ],
     ids=str,
 )
-def test_without_a_working_compiler_the_default_runs_and_one_warning_says_why(
+def test_without_a_working_compiler_lists_are_taken_and_one_warning_says_why(
     tmp_path: Path, environment: dict[str, str], reason: str
 ) -> None:
     output = _run("print(step(), step())", tmp_path, **environment)
     assert output.count("WARNING") == 1
     assert reason in output
-    assert output.splitlines()[-1] == "blocked blocked"
+    assert output.splitlines()[-1] == "foreach foreach"
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -109,7 +114,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     occupied.write_text("")
     output = _run("print(step())", occupied)
     assert "set SLIMADAM_CACHE_DIR to a folder that can be written" in output
-    assert output.splitlines()[-1] == "blocked"
+    assert output.splitlines()[-1] == "foreach"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -129,3 +134,38 @@ assert os.waitpid(child, 0)[1] == 0
 print("both")
 """
     assert _run(script, tmp_path).splitlines()[-1] == "both"
+
+
+def test_the_library_built_with_the_package_is_taken_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, level in (("AVX512", "avx512"), ("AVX2", "avx2"), ("DEFAULT", "baseline"), ("SVE256", "baseline")):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda capability=capability: capability)
+        assert build._level() == level
+    monkeypatch.undo()
+    assert build._installed() is not None
+    monkeypatch.setattr(build, "source_digest", lambda: "of another source")
+    assert build._installed() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "_level", lambda: "of no file")
+    assert build._installed() is None
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+def test_lists_take_what_they_can_where_there_is_no_library(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    found = {}
+    for name, extra in (
+        ("plain", {}),
+        ("stored otherwise", {"momentum_dtype": torch.bfloat16}),
+        ("codes", {"momentum_dtype": "int8"}),
+        ("tensor", {"lr": torch.tensor(0.1)}),
+    ):
+        param = torch.nn.Parameter(torch.ones(6, 256))
+        param.grad = torch.full((6, 256), 0.5)
+        settings = {"lr": 0.1, "weight_decay": 0.0, "plan": "factored", **options, **extra}
+        optimizer = SlimAdam([("w", param)], **settings)
+        optimizer.step()
+        torch.testing.assert_close(param.detach(), torch.full((6, 256), 0.9), rtol=0, atol=1e-3)
+        found[name] = optimizer.backend("w")
+    assert found == {"plain": "foreach", "stored otherwise": "reference", "codes": "foreach", "tensor": "reference"}

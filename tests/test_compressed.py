@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import slimadam.kernels.blocked as blocked
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,23 +68,12 @@ def test_options_agree_with_float64(dims: Any, extra: dict[str, Any], implementa
     _agree((7, 5), dims, implementation, {**OPTIONS, **extra})
 
 
-@pytest.mark.parametrize("block", [1, 4, 37])
-@pytest.mark.parametrize(("shape", "dims"), [*CASES[-15:], *FACTORED, ((64, 3), (0,)), ((3, 64), (1,))], ids=str)
-def test_small_blocks_give_the_same(
-    shape: tuple[int, ...], dims: Any, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", block)
-    _agree(shape, dims, {}, OPTIONS)
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=5), data=st.data(), block=st.integers(1, 200))
-def test_any_shape_agrees_with_float64(shape: list[int], data: st.DataObject, block: int) -> None:
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=5), data=st.data())
+def test_any_shape_agrees_with_float64(shape: list[int], data: st.DataObject) -> None:
     candidates = [*dimension_subsets(len(shape)), *(["factored"] if len(shape) > 1 else [])]
     dims = data.draw(st.sampled_from(candidates))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "BLOCK_ELEMENTS", block)
-        _agree(tuple(shape), dims, {}, OPTIONS)
+    _agree(tuple(shape), dims, {}, OPTIONS)
 
 
 @pytest.mark.parametrize("dims", [(), (0,), (1, 2, 3), (0, 2, 3), (1,), "factored"], ids=str)
@@ -117,7 +105,7 @@ def test_gradient_laid_out_differently_still_agrees() -> None:
 @pytest.mark.parametrize("dims", [(0,), (1,), (0, 1), "factored"], ids=str)
 @pytest.mark.parametrize("momentum_dtype", [None, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_blocked_equals_reference_in_every_dtype(
+def test_default_equals_reference_in_every_dtype(
     dims: Any, dtype: torch.dtype, momentum_dtype: torch.dtype | None
 ) -> None:
     start, grads = torch.randn(9, 6).to(dtype), [[grad] for grad in gradients((9, 6), 6)]

@@ -41,8 +41,7 @@ CODED = {
 }
 """Whose first moments are stored in codes; a vector that cannot be cut along columns is replicated."""
 OF_BACKEND = {
-    "blocked": tuple(CODED),
-    "compiled": ("3 ranks, rows", "2x2, strided rows"),
+    "compiled": tuple(CODED),
     "reference": ("3 ranks, rows",),
     "triton": ("3 ranks, rows",),
 }

@@ -20,8 +20,7 @@ TOLERANCE = 2e-5
 BACKENDS: dict[str, dict[str, Any]] = {
     "reference": {"foreach": False},
     "foreach": {"foreach": True},
-    "blocked": {},
-    "compiled": {"fused": True},
+    "compiled": {},
     "triton": {},
 }
 MESHES: dict[str, tuple[tuple[int, ...], list[str]]] = {
@@ -39,7 +38,7 @@ MESHES: dict[str, tuple[tuple[int, ...], list[str]]] = {
 }
 FEW_MESHES = ("2 ranks, rows", "3 ranks, rows", "3 ranks, columns", "2x2, columns and rows")
 """Averages are made before any implementation runs, so that one of them goes through all meshes."""
-MESHES_OF = {"blocked": tuple(MESHES), "triton": ("2 ranks, rows", "3 ranks, rows")}
+MESHES_OF = {"compiled": tuple(MESHES), "triton": ("2 ranks, rows", "3 ranks, rows")}
 """Triton's interpreter is slow."""
 SHAPES: list[tuple[tuple[int, ...], Any]] = [
     ((7,), ()),

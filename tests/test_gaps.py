@@ -97,7 +97,7 @@ def test_the_default_step_takes_experts_one_by_one(dims: Any) -> None:
         expected, _ = _train(case, dims, torch.float32, {"fused": False})
         for one, other in zip(ours, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=4e-6, atol=4e-6)
-        assert backend == "blocked"
+        assert backend == "compiled"
 
 
 def test_each_expert_is_rounded_at_random_by_itself() -> None:

@@ -35,8 +35,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 OPTIONS: dict[str, dict[str, Any]] = {
     "reference": {"foreach": False},
     "foreach": {"foreach": True},
-    "blocked": {},
-    "compiled": {"fused": True},
+    "compiled": {},
 }
 
 

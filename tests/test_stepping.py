@@ -17,7 +17,7 @@ from slimadam.parts import Part
 from slimadam.stepping import Stepper
 from tests.versions import gradient_dtype
 
-FUSED = ["reference", "blocked", "compiled", "triton"]
+FUSED = ["reference", "compiled", "triton"]
 
 
 @pytest.fixture(params=FUSED)
@@ -26,7 +26,7 @@ def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton is only installed on Linux")
         monkeypatch.setattr(backends, "runs_triton", lambda device: True)
-    return {"reference": False, "blocked": None, "compiled": True, "triton": None}[request.param]
+    return {"reference": False, "compiled": None, "triton": None}[request.param]
 
 
 def _optimizer(param: Tensor, dims: Any = (1,), **options: Any) -> SlimAdam:
