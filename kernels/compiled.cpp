@@ -49,12 +49,13 @@ struct Entry {  // one row of the table
   void* exp_avg_sq;         // factored: the row averages
   void* columns;            // factored: the column averages; else null
   void* max_exp_avg_sq;     // amsgrad; else null
-  const void* step;
+  void* step;
   int64_t step_dtype, dtype, exp_avg_dtype;
   int64_t pre, red, post;
   int64_t pitch;  // elements from one row to the next; a row has post elements, or red where post is 1
   uint64_t seed;
   int64_t is_given;  // second moments have been updated, and of factored ones the rows are relative to their mean
+  int64_t counts;    // the step count goes up first; of a parameter in parts, with one of them
 };
 
 struct Hyper {
@@ -743,15 +744,25 @@ class Work {
   std::atomic<int64_t> next_{0};
 };
 
+void count_step(const Entry& entry) {
+  if (entry.step_dtype == kFloat64) {
+    ++*static_cast<double*>(entry.step);
+  } else {
+    ++*static_cast<float*>(entry.step);
+  }
+}
+
 Threads* threads = new Threads;  // never deleted: they wait in it when the process ends
 
 }  // namespace
 
-// Updates every tensor of the table in place; step counts have been advanced before.
+// Updates every tensor of the table in place.
 SLIMADAM_EXPORT void slimadam_step(const Entry* table, int64_t count, const Hyper* hyper, int64_t most_threads) {
   thread_local std::vector<Task> tasks;  // kept, so that a step allocates nothing
   thread_local std::vector<Shared> shared;
   thread_local Memory memory[2];
+  for (const Entry* entry = table; entry < table + count; ++entry)
+    if (entry->counts) count_step(*entry);
   Work work(*hyper, tasks, shared, memory);
   work.add(table, count);
   threads->run(work.elements > kSerial ? most_threads : 1, work);

@@ -56,14 +56,19 @@ class Table:
 
     Args:
         entries: The tensors of parameters for which :func:`takes` has said yes; gradients and seeds are given later.
+        counts: Whether a step of it adds to the step counts, to each once.
 
     Attributes:
         is_lasting: Whether it is good for more than one step, if nothing moves.
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[Entry], counts: bool = False) -> None:
         self._aside: list[tuple[Tensor, Tensor]] = []
-        self._rows = np.array([_row(entry, self._aside) for entry in entries], dtype=np.int64)
+        first = {id(entry.step): number for number, entry in reversed(list(enumerate(entries)))} if counts else {}
+        self._rows = np.array(
+            [_row(entry, self._aside, first.get(id(entry.step)) == number) for number, entry in enumerate(entries)],
+            dtype=np.int64,
+        )
         self._in_turn = overlap(entry.param for entry in entries)
         self.is_lasting = not self._aside
 
@@ -103,12 +108,13 @@ class Table:
             moment.copy_(ordered)
 
 
-def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
+def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]], counts: bool) -> tuple[int, ...]:
     """One row of the table, as ``struct Entry`` in the source, without gradient and seed.
 
     Args:
         entry: The tensors.
         aside: Gets second moments to copy back.
+        counts: Whether the step count goes up with this one.
     """
     param, _, exp_avg, parts, maxima, step, _, _, scale, is_given = entry
     order, pre, red, post, pitch = geometry(entry)
@@ -134,6 +140,7 @@ def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
         pitch,
         0,
         is_given,
+        counts,
     )
 
 

@@ -24,7 +24,7 @@ from slimadam.membership import Added, Members, refuse_one_for_many, rules_for_a
 from slimadam.memory import MemoryReport, memory_report
 from slimadam.monitoring import Check, Monitor
 from slimadam.names import is_position
-from slimadam.options import check_group, normalize_group
+from slimadam.options import check_foreach, check_group, normalize_group
 from slimadam.parts import key_of
 from slimadam.pending import updates_without_decay
 from slimadam.plan import CompressionPlan
@@ -406,28 +406,44 @@ class SlimAdam(Replanned):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_gradients(self._parameters())
-        if not torch.compiler.is_compiling() and not self.state and self._only_makes_state():
-            for group in self.param_groups:
-                self._init_group(group)
-            self._state_is_blank = True
-            return loss
+        recalled = self._recalled_gradients()
+        if recalled is None:
+            check_gradients(self._parameters())
+            if not torch.compiler.is_compiling() and not self.state and self._only_makes_state():
+                for group in self.param_groups:
+                    self._init_group(group)
+                self._state_is_blank = True
+                return loss
         scaled = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scaled != (None, None) and not self._takes_scaled_gradients():
             if scaling.unscale(list(self._gradients()), *scaled):
                 return loss
             scaled = None, None
-        for group in self.param_groups:
-            self._init_group(group)
+        if recalled is None:
+            for group in self.param_groups:
+                self._init_group(group)
         factor = self._measure_norm(scaled[0])
         groups = list(zip(self._names, self.param_groups, strict=True))
-        self._stepper.update(groups, self._rules, self.state, *scaled, factor)
-        self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
+        self._stepper.update(groups, self._rules, self.state, recalled, *scaled, factor)
+        if recalled is None:
+            self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
         if self._measuring is not None:
             self._measure()
         elif self._monitor is not None and not torch.compiler.is_compiling():
             watch_step(self._monitor, groups, self._rules, self.state, factor)
         return loss
+
+    def _recalled_gradients(self) -> list[list[Tensor]] | None:
+        """Return the gradients of all groups, if nothing has changed since a step that was checked."""
+        if torch.compiler.is_compiling() or len(self._names) != len(self.param_groups):
+            return None
+        groups = list(zip(self._names, self.param_groups, strict=True))
+        found = [grads for grads in self._stepper.recall(groups, self._rules, self.state) if grads is not None]
+        if len(found) < len(groups):
+            return None
+        for group in self.param_groups:
+            check_foreach(group)
+        return found
 
     def _measure_norm(self, grad_scale: Tensor | None) -> Tensor | None:
         """Find :attr:`grad_norm`, and return what the step multiplies gradients by once they are not scaled."""

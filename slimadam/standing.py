@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from slimadam.rules import Rule
+from slimadam.state import is_own
 from slimadam.torch_private import is_zero_tensor
 
-_DTYPE, _SHAPE, _GRAD = attrgetter("dtype"), attrgetter("shape"), attrgetter("grad")
+_DTYPE, _SHAPE, _GRAD, _LAYOUT = map(attrgetter, ("dtype", "shape", "grad", "layout"))
+_VALUES = methodcaller("values")
 
 
 class StandingGroup:
@@ -39,10 +42,9 @@ class StandingGroup:
         options: tuple[Any, ...],
         states: Sequence[Mapping[str, Any]],
     ) -> None:
-        self._params, self._rules, self._options = list(params), list(rules), options
+        self._params, self._rules, self._options, self._states = list(params), list(rules), options, list(states)
         self._values = _values(states)
-        state = [value for value in self._values if isinstance(value, Tensor)]
-        self._tensors = [*self._params, *state]
+        self._tensors = [*self._params, *(tensor for state in states for tensor in own_tensors(state))]
         grads = list(map(_GRAD, params))
         kinds = {type(tensor) for tensor in (*self._tensors, *grads)}
         self.holds_nothing_else = kinds <= {Tensor, Parameter} and not any(map(is_marked, grads))
@@ -53,17 +55,24 @@ class StandingGroup:
     def gradients(
         self,
         params: Sequence[Tensor],
-        rules: Iterable[list[Rule]],
+        rules: Iterable[list[Rule] | None],
         options: tuple[Any, ...],
-        states: Iterable[Mapping[str, Any]],
     ) -> list[Tensor] | None:
-        """The gradients of the step to take, or None if anything has changed that it rests on; arguments as above."""
+        """Return the gradients of the step to take, or None if anything has changed that it rests on.
+
+        Args:
+            params: As above.
+            rules: As above.
+            options: As above. That the parameters' states are the very same has been seen to.
+        """
         if len(params) != len(self._params) or not all(map(is_, params, self._params)) or options != self._options:
             return None
-        grads, values = list(map(_GRAD, params)), _values(states)
+        grads, values = list(map(_GRAD, params)), _values(self._states)
         same = (
             set(map(type, grads)) == {Tensor}
-            and not any(map(is_marked, grads))
+            and set(map(_LAYOUT, grads)) == {torch.strided}
+            and not any(map(Tensor.is_neg, grads))
+            and not any(map(is_zero_tensor, grads))
             and len(values) == len(self._values)
             and all(map(is_, values, self._values))
             and all(map(is_, rules, self._rules))
@@ -78,8 +87,28 @@ def is_marked(grad: Tensor) -> bool:
     return grad.is_neg() or is_zero_tensor(grad)
 
 
+class KnownStates:
+    """The states of all parameters, when a step was last taken that other steps may repeat."""
+
+    def __init__(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        self._params, self._states = list(states), list(states.values())
+
+    def are(self, states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Return whether the same parameters have the same states, whatever is in them."""
+        return (
+            len(states) == len(self._params)
+            and all(map(is_, states, self._params))
+            and all(map(is_, states.values(), self._states))
+        )
+
+
+def own_tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors of a state that are the optimizer's, not those that a user has put beside them."""
+    return [value for key, value in state.items() if is_own(key) and isinstance(value, Tensor)]
+
+
 def _values(states: Iterable[Mapping[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(state.values() for state in states))
+    return list(chain.from_iterable(map(_VALUES, states)))
 
 
 def _addresses(tensors: Iterable[Tensor]) -> list[int]:

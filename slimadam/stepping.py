@@ -28,7 +28,7 @@ from slimadam.entries import (
 from slimadam.functional import Entry, Hyperparameters, Scalar
 from slimadam.kernels.compiled import Table
 from slimadam.rules import Rule
-from slimadam.standing import StandingGroup, is_marked, layouts
+from slimadam.standing import KnownStates, StandingGroup, is_marked, layouts, own_tensors
 from slimadam.step_pieces import Piece, own_gradient, pieces_of_step, seed_of, with_gradient
 from slimadam.torch_private import disable_dynamo, intercepts_operations
 
@@ -138,6 +138,7 @@ class _Standing(NamedTuple):
     Attributes:
         rests_on: What it rests on.
         pieces: Everything with elements, each with the number of its parameter.
+        are_whole: Whether these are all parameters, none of them cut.
         steps: Counts of steps that no implementation advances itself.
         table: Of the compiled step, where that takes all pieces.
         written: What the step changes.
@@ -145,6 +146,7 @@ class _Standing(NamedTuple):
 
     rests_on: StandingGroup
     pieces: list[tuple[int, Piece]]
+    are_whole: bool
     steps: list[Tensor]
     table: Table | None
     written: list[Tensor]
@@ -155,7 +157,9 @@ class _Standing(NamedTuple):
         entries: dict[Backend, list[Entry]] = defaultdict(list)
         tabled = None
         if self.table is not None:
-            own = [own_gradient(piece, grads[number]) for number, piece in self.pieces]
+            own = (
+                list(grads) if self.are_whole else [own_gradient(piece, grads[number]) for number, piece in self.pieces]
+            )
             seeds = [seed_of(piece) for _, piece in self.pieces] if hyper.stochastic_round else []
             tabled = _Tabled(self.table, own, seeds)
         else:
@@ -171,6 +175,7 @@ class Stepper:
         self._prepared: dict[int, _Prepared] = {}
         self._triton: dict[tuple[int, torch.device, torch.dtype], TritonStep] = {}
         self._standing: dict[int, _Standing] = {}
+        self._known: KnownStates | None = None
         self._exchange: Exchange | None = None
         self._starting: set[int] = set()
 
@@ -182,13 +187,15 @@ class Stepper:
         """Let go of the state's tensors, which are about to be replaced."""
         self._prepared.clear()
         self._standing.clear()
+        self._known = None
         self._exchange = None
         self._triton.clear()
 
     def keep_only(self, params: Iterable[Tensor]) -> None:
         """Let go of parameters that no group holds any more."""
-        known = {id(param) for param in params}
-        if len(self._prepared) > len(known):
+        params = list(params)
+        if len(self._prepared) > len(params):
+            known = set(map(id, params))
             self._prepared = {key: prepared for key, prepared in self._prepared.items() if key in known}
             self._standing.clear()
             self._triton.clear()
@@ -209,11 +216,35 @@ class Stepper:
             if param.grad is not None
         )
 
-    def update(
+    def recall(
         self,
-        groups: Iterable[tuple[Sequence[str], Mapping[str, Any]]],
+        groups: Sequence[tuple[Sequence[str], Mapping[str, Any]]],
         all_rules: Mapping[str, list[Rule]],
         states: Mapping[Tensor, MutableMapping[str, Any]],
+    ) -> list[list[Tensor] | None]:
+        """Return the gradients of each group that can take the step as it took the last one, else None.
+
+        Nothing of such a group has to be checked or made again. Arguments as in :meth:`update`.
+        """
+        if torch.compiler.is_compiling():
+            return [None] * len(groups)
+        if self._known is None or not self._known.are(states):
+            self._known = None
+            self._standing.clear()
+        found = []
+        for names, group in groups:
+            standing = self._standing.get(id(group))
+            rules = map(all_rules.get, names)
+            same = None if standing is None else standing.rests_on.gradients(group["params"], rules, _options(group))
+            found.append(same)
+        return found
+
+    def update(
+        self,
+        groups: Sequence[tuple[Sequence[str], Mapping[str, Any]]],
+        all_rules: Mapping[str, list[Rule]],
+        states: Mapping[Tensor, MutableMapping[str, Any]],
+        recalled: Sequence[list[Tensor] | None] | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         clip_factor: Tensor | None = None,
@@ -224,16 +255,23 @@ class Stepper:
             groups: The parameter groups, each with its parameters' names.
             all_rules: By name.
             states: By parameter.
+            recalled: What :meth:`recall` returns.
             grad_scale: What gradients are still scaled by; only where :meth:`is_on_triton`.
             found_inf: Not zero: leave everything as it is; only there.
             clip_factor: What gradients, no longer scaled, are multiplied by.
         """
-        groups = list(groups)
         if torch.compiler.is_compiling() and any(is_dtensor(param) for _, group in groups for param in group["params"]):
-            self._update_untraced(groups, all_rules, states, None, None, clip_factor)
+            self._update_untraced(groups, all_rules, states, None, None, None, clip_factor)
             return
-        works = [self._begin(names, group, all_rules, states, clip_factor) for names, group in groups]
+        if recalled is None:
+            recalled = self.recall(groups, all_rules, states)
+        works = [
+            self._begin(names, group, all_rules, states, grads, clip_factor)
+            for (names, group), grads in zip(groups, recalled, strict=True)
+        ]
         if not torch.compiler.is_compiling():
+            if any(grads is None for grads in recalled):
+                self._known = KnownStates(states)
             # Before the step: an interrupted one has changed them, too.
             _tell_autograd([tensor for work in works for tensor in work.written])
         exchange = self._exchange_of([piece for work in works for piece, _, _ in work.shared])
@@ -274,6 +312,7 @@ class Stepper:
         group: Mapping[str, Any],
         all_rules: Mapping[str, list[Rule]],
         states: Mapping[Tensor, MutableMapping[str, Any]],
+        recalled: list[Tensor] | None,
         clip_factor: Tensor | None,
     ) -> _Work:
         """Count a step of every parameter of a group that has a gradient, and find what it takes."""
@@ -281,13 +320,9 @@ class Stepper:
         hyper = hyperparameters(group, clip_factor)
         params = group["params"]
         traced = torch.compiler.is_compiling()
-        standing = None if traced else self._standing.get(id(group))
-        if standing is not None:
-            of_params = map(all_rules.__getitem__, names), options, map(states.__getitem__, params)
-            grads = standing.rests_on.gradients(params, *of_params)
-            if grads is not None:
-                return standing.work(group, hyper, grads)
-            del self._standing[id(group)]
+        if recalled is not None:
+            return self._standing[id(group)].work(group, hyper, recalled)
+        self._standing.pop(id(group), None)
         held = []
         for name, param in zip(names, group["params"], strict=True):
             if param.grad is not None:
@@ -329,10 +364,16 @@ class Stepper:
         pieces = [(number, piece) for number, one in enumerate(prepared) for piece in one.pieces]
         pieces = [(number, piece) for number, piece in pieces if piece.entry.param.numel()]
         steps = [state["step"] for state, one in zip(states, prepared, strict=True) if not one.counts_itself]
-        table = Table([piece.entry for _, piece in pieces]) if _all_compiled(pieces) else None
+        counts = not group["bf16_stochastic_round"]  # whose seeds come from the counts of the step to take
+        table = Table([piece.entry for _, piece in pieces], counts) if _all_compiled(pieces) else None
+        if table is not None and counts:
+            counted = {id(piece.entry.step) for _, piece in pieces}
+            steps = [step for step in steps if id(step) not in counted]
         if table is None or table.is_lasting:
             written = _written(zip(params, states, strict=True), group["amsgrad"])
-            self._standing[id(group)] = _Standing(rests_on, pieces, steps, table, written)
+            whole = all(piece.rule.part is None and piece.slice_index is None for _, piece in pieces)
+            are_whole = whole and [number for number, _ in pieces] == list(range(len(params)))
+            self._standing[id(group)] = _Standing(rests_on, pieces, are_whole, steps, table, written)
 
     def _exchange_of(self, pieces: list[SharedPiece]) -> Exchange | None:
         """What takes the averages of these pieces, made once for as long as they stay the same."""
@@ -441,7 +482,7 @@ def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _state_layouts(state: Mapping[str, Any]) -> tuple[list[Any], ...]:
-    return layouts([value for value in state.values() if isinstance(value, Tensor)])
+    return layouts(own_tensors(state))
 
 
 def _update_decoded(

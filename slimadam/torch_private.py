@@ -94,9 +94,8 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
-def is_zero_tensor(tensor: Tensor) -> bool:
-    """Return whether a tensor is zero without having memory."""
-    return tensor._is_zerotensor()
+is_zero_tensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
+"""Return whether a tensor is zero without having memory."""
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -348,3 +350,61 @@ def test_groups_that_were_replaced_are_let_go(fused: bool | None) -> None:
         optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.1 / (step + 1)}
         _step(param, optimizer, step)
     assert len(optimizer._stepper._standing) == 1
+
+
+def test_states_that_were_exchanged_are_the_ones_that_move(fused: bool | None) -> None:
+    """As checkpoint tools and offloading do: other dicts, or the same ones under other tensors."""
+    param, other = (torch.arange(24.0).view(4, 6).requires_grad_() for _ in range(2))
+    optimizer, plain = _optimizer(param, fused=fused), _optimizer(other, fused=False)
+    for step in range(6):
+        if step == 2:
+            optimizer.state[param] = {key: value.clone() for key, value in optimizer.state[param].items()}
+        if step == 3:
+            optimizer.state = defaultdict(dict, {param: dict(optimizer.state[param])})
+        if step == 4:
+            optimizer.state.pop(param)
+            plain.state.pop(other)
+        if step == 5:
+            optimizer.state[param]["exp_avg"] = torch.ones(4, 6)
+            plain.state[other]["exp_avg"] = torch.ones(4, 6)
+        _step(param, optimizer, step)
+        _step(other, plain, step)
+        torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-6)
+        assert optimizer.state[param]["step"] == plain.state[other]["step"]
+
+
+def test_what_a_user_keeps_in_a_state_is_no_matter_of_the_step(fused: bool | None) -> None:
+    param, other = (torch.arange(24.0).view(4, 6).requires_grad_() for _ in range(2))
+    optimizer, plain = _optimizer(param, fused=fused), _optimizer(other, fused=fused)
+    for step in range(4):
+        _step(param, optimizer, step)
+        _step(other, plain, step)
+        optimizer.state[param]["mask"] = torch.eye(4).to_sparse()
+        optimizer.state[param]["seen"] = step
+    torch.testing.assert_close(param, other, rtol=0, atol=0)
+
+
+def test_a_sparse_gradient_after_dense_ones_is_refused_before_anything_moves(fused: bool | None) -> None:
+    param = torch.ones(4, 6).requires_grad_()
+    optimizer = _optimizer(param, fused=fused)
+    for step in range(2):
+        _step(param, optimizer, step)
+    before, param.grad = param.detach().clone(), torch.eye(4, 6).to_sparse()
+    with pytest.raises(RuntimeError, match="SlimAdam does not support sparse gradients"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert optimizer.state[param]["step"] == 2
+
+
+def test_a_step_like_the_last_one_calls_little_python() -> None:
+    params = [torch.randn(3, 4).requires_grad_() for _ in range(100)]
+    optimizer = SlimAdam([(f"w{number}", param) for number, param in enumerate(params)], plan="factored")
+    for param in params:
+        param.grad = torch.randn_like(param)
+    for _ in range(3):
+        optimizer.step()
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event))
+    optimizer.step()
+    sys.setprofile(None)
+    assert calls.count("call") <= 200
