@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from benchmarks import exactness, stopwatch
@@ -100,6 +99,7 @@ class _Bench:
                 "peak_bytes_per_parameter": (allocated + peak) / self.elements,
                 "launches": stopwatch.launches(step),
             }
+        row["python_calls_per_parameter"] = stopwatch.python_calls(step) / len(list(self.model.parameters()))
         if isinstance(optimizer, SlimAdam):
             row["monitor_bytes_per_parameter"] = optimizer.memory().monitor / self.elements
             row["backends"] = dict(_backends(optimizer))
@@ -178,9 +178,6 @@ def _built(bench: _Bench, contender: Contender, found: Comparison) -> _Built | N
         found.left_out[contender.label] = reason
         return None
     try:
-        if _same_implementation(bench.model, contender):
-            found.left_out[contender.label] = "fused=True runs what fused=None does"
-            return None
         error = None if contender.settings is None else _check(contender, bench.device, bench.dtype)
         before = bench.allocated()
         with contextlib.redirect_stdout(io.StringIO()):
@@ -202,15 +199,6 @@ def _built(bench: _Bench, contender: Contender, found: Comparison) -> _Built | N
 def _set_aside(contender: Contender, failure: Exception, found: Comparison) -> None:
     where = found.left_out if contender.settings is None else found.refused
     where[contender.label] = _first_line(failure)
-
-
-def _same_implementation(model: nn.Module, contender: Contender) -> bool:
-    """Whether ``fused=True`` runs what ``fused=None`` runs, for every parameter."""
-    settings = dict(contender.settings or {})
-    if not settings.pop("fused", None):
-        return False
-    first, second = (SlimAdam(model, **chosen) for chosen in (contender.settings or {}, settings))
-    return all(first.backend(param) == second.backend(param) for param in model.parameters())
 
 
 def _check(contender: Contender, device: str, dtype: torch.dtype) -> float:

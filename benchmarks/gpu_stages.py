@@ -166,14 +166,14 @@ def speed_bars(rows: Mapping[str, Any], model: str, dtype: str) -> list[Result]:
 
 
 def missing_rows(chosen: Sequence[Contender], found: Collection[str], reasons: Mapping[str, str]) -> list[Result]:
-    """List, as missed bars, those of ours without a row; with ``fused=True`` some have none by right.
+    """List, as missed bars, those of ours without a row.
 
     Args:
         chosen: What was to be measured.
         found: Labels of what was.
         reasons: Why something was left out, by label.
     """
-    own = [one.label for one in chosen if one.settings is not None and not one.settings.get("fused")]
+    own = [one.label for one in chosen if one.settings is not None]
     absent = [label for label in dict.fromkeys([RULES, *own]) if label not in found]
     return [_bar(label, reasons.get(label, "not measured"), "a row", False) for label in absent]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -58,6 +59,22 @@ def copier(device: str) -> tuple[Callable[[], Any], int]:
     if is_cuda(device):
         return lambda: target.copy_(source), 2 * COPIED_BYTES
     return lambda: target.add_(source), 3 * COPIED_BYTES
+
+
+def python_calls(step: Callable[[], Any]) -> int:
+    """Functions written in Python that one step calls."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return calls
 
 
 def launches(step: Callable[[], Any]) -> int:

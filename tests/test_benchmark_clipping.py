@@ -16,12 +16,12 @@ def test_all_contenders_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(clipping.MODELS, "gpt2-small", lambda: {"a.weight": (40, 30), "b.weight": (30, 40)})
     assert clipping.main(["--rounds", "2", "--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "clipping.json").read_text())
-    assert len(written["rows"]) == 6
+    assert len(written["rows"]) == 4
     assert all(len(row["laps"]) == 2 and row["milliseconds"] > 0 for row in written["rows"].values())
-    assert all(0 <= error <= 1 for error in written["worst_share_of_rounding"].values())
+    assert 0 <= written["worst_share_of_rounding"] <= 1
 
 
 def test_a_wrong_factor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimadam.optimizer.clip_factor", lambda norm, max_norm: torch.full((), 0.4))
     with pytest.raises(WrongStepError):
-        clipping.check({})
+        clipping.check()
