@@ -81,10 +81,9 @@ class SlimAdam(Replanned):
         foreach: True: lists of tensors at once. False: one at a time, by the readable reference.
         capturable: Keep step counts on the device.
         differentiable: Let autograd follow the step.
-        fused: False: never a fused or cache-blocked implementation. None: Triton kernels on CUDA, on a CPU blocks that
-            stay in cache. True: on a CPU one compiled pass, built once for a machine by its C++ compiler (into
-            ``$SLIMADAM_CACHE_DIR``, else the user's cache folder); where that fails, one warning says why, and it
-            is as None. :meth:`backend` says what runs.
+        fused: False: the readable reference. None: Triton kernels on CUDA, on a CPU one compiled pass; where that was
+            not built with the package and cannot be built now, one warning says why, and lists of tensors are taken.
+            True: as None, and refuses parameters that are not floating point. :meth:`backend` says what runs.
         max_grad_norm: Clip the L2 norm of all gradients together (of all groups, of DTensors over all ranks), as
             ``torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)`` before each step, but within the update:
             gradients are read once for it and never written, so ``param.grad`` stays unclipped. ``inf`` only
