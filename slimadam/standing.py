@@ -6,7 +6,7 @@ Checks of one parameter after the other cost more than the update of a small one
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, compress
 from operator import attrgetter, is_, methodcaller
 from typing import Any
 
@@ -23,13 +23,14 @@ _VALUES = methodcaller("values")
 
 
 class StandingGroup:
-    """What the steps of a group rest on whose parameters all have a gradient. It keeps no gradient alive.
+    """What the steps of a group rest on. It keeps no gradient alive.
 
     Args:
-        params: Its parameters.
-        rules: For each those of its parts.
+        group_params: All of its parameters.
+        params: Those that have a gradient, in the same order.
+        rules: For each of these those of its parts.
         options: The options that decide on implementations.
-        states: The state of each.
+        states: The state of each of these.
 
     Attributes:
         holds_nothing_else: Whether all tensors are plain ones; else there is nothing to compare with.
@@ -37,11 +38,14 @@ class StandingGroup:
 
     def __init__(
         self,
+        group_params: Sequence[Tensor],
         params: Sequence[Tensor],
         rules: Sequence[list[Rule]],
         options: tuple[Any, ...],
         states: Sequence[Mapping[str, Any]],
     ) -> None:
+        self._group_params = list(group_params)
+        self._moves = [grad is not None for grad in map(_GRAD, group_params)]
         self._params, self._rules, self._options, self._states = list(params), list(rules), options, list(states)
         self._values = _values(states)
         self._tensors = [*self._params, *(tensor for state in states for tensor in own_tensors(state))]
@@ -54,28 +58,31 @@ class StandingGroup:
 
     def gradients(
         self,
-        params: Sequence[Tensor],
+        group_params: Sequence[Tensor],
         rules: Iterable[list[Rule] | None],
         options: tuple[Any, ...],
     ) -> list[Tensor] | None:
         """Return the gradients of the step to take, or None if anything has changed that it rests on.
 
         Args:
-            params: As above.
-            rules: As above.
+            group_params: As above.
+            rules: Those of each.
             options: As above. That the parameters' states are the very same has been seen to.
         """
-        if len(params) != len(self._params) or not all(map(is_, params, self._params)) or options != self._options:
+        known = self._group_params
+        if len(group_params) != len(known) or not all(map(is_, group_params, known)) or options != self._options:
             return None
-        grads, values = list(map(_GRAD, params)), _values(self._states)
+        if [grad is not None for grad in map(_GRAD, group_params)] != self._moves:
+            return None
+        grads, values = list(map(_GRAD, self._params)), _values(self._states)
         same = (
-            set(map(type, grads)) == {Tensor}
-            and set(map(_LAYOUT, grads)) == {torch.strided}
+            set(map(type, grads)) <= {Tensor}
+            and set(map(_LAYOUT, grads)) <= {torch.strided}
             and not any(map(Tensor.is_neg, grads))
             and not any(map(is_zero_tensor, grads))
             and len(values) == len(self._values)
             and all(map(is_, values, self._values))
-            and all(map(is_, rules, self._rules))
+            and all(map(is_, compress(rules, self._moves), self._rules))
             and _addresses(self._tensors) == self._addresses
             and (layouts(self._tensors), layouts(grads)) == self._layouts
         )

@@ -318,7 +318,6 @@ class Stepper:
         """Count a step of every parameter of a group that has a gradient, and find what it takes."""
         options = _options(group)
         hyper = hyperparameters(group, clip_factor)
-        params = group["params"]
         traced = torch.compiler.is_compiling()
         if recalled is not None:
             return self._standing[id(group)].work(group, hyper, recalled)
@@ -347,7 +346,7 @@ class Stepper:
                 if entry.param.numel() and not decodes:
                     together = work.entries if piece.shared is None else work.given
                     together[piece.backend].append(entry)
-        if len(held) == len(params) > 0 and not (work.shared or work.to_decode or traced):
+        if not (work.shared or work.to_decode or traced):
             self._keep(group, [(param, all_rules[name], state, prepared) for name, param, _, state, prepared in held])
         return work
 
@@ -357,8 +356,8 @@ class Stepper:
         held: Sequence[tuple[Tensor, list[Rule], Mapping[str, Any], _Prepared]],
     ) -> None:
         """Remember how a group takes its step, if nothing but plain tensors take part."""
-        params, rules, states, prepared = (list(kind) for kind in zip(*held, strict=True))
-        rests_on = StandingGroup(params, rules, _options(group), states)
+        params, rules, states, prepared = (list(kind) for kind in zip(*held, strict=True)) if held else ([], [], [], [])
+        rests_on = StandingGroup(group["params"], params, rules, _options(group), states)
         if not rests_on.holds_nothing_else:
             return
         pieces = [(number, piece) for number, one in enumerate(prepared) for piece in one.pieces]

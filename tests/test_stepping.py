@@ -408,3 +408,35 @@ def test_a_step_like_the_last_one_calls_little_python() -> None:
     optimizer.step()
     sys.setprofile(None)
     assert calls.count("call") <= 200
+
+
+@pytest.mark.parametrize("frozen", ["some", "a group", "in turn"])
+def test_parameters_without_a_gradient_leave_the_others_their_short_way(frozen: str) -> None:
+    results, calls = [], 0
+    for fused in (None, False):
+        params = [torch.arange(12.0).view(3, 4).add(number).requires_grad_() for number in range(100)]
+        groups = [{"params": [(f"{half}{at}", param) for at, param in enumerate(params[half::2])]} for half in (0, 1)]
+        optimizer = SlimAdam(groups, plan="factored", lr=1e-2, fused=fused, monitor=False)
+        for step in range(5):
+            for number, param in enumerate(params):
+                moves = {"some": number % 3 > 0, "a group": number % 2 > 0, "in turn": (number + step) % 2 > 0}[frozen]
+                param.grad = torch.full((3, 4), 0.1 * step + number) if moves else None
+            calls = 0
+
+            def count(frame: Any, event: str, argument: Any) -> None:
+                nonlocal calls
+                calls += event == "call"
+
+            sys.setprofile(count if fused is None else None)
+            optimizer.step()
+            sys.setprofile(None)
+        results.append(
+            [
+                *(param.detach() for param in params),
+                *(optimizer.state[one]["step"] for one in params if one in optimizer.state),
+            ]
+        )
+        if fused is None and frozen != "in turn":
+            assert calls <= 200
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
