@@ -250,6 +250,7 @@ class Checkpointed(Optimizer):
         return monitor
 
     def __getstate__(self) -> dict[str, Any]:
+        self._follow_groups()  # names and rules are those of the groups as they are
         return {
             **super().__getstate__(),
             "_names": self._names,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slimadam.errors import PlanError, shown
+from slimadam.names import is_position
 from slimadam.parts import Part
 from slimadam.snr import FACTORED, MAX_NDIM, Candidate, average_snr, normalize_candidate
 
@@ -130,6 +131,11 @@ class SNRHistory(Mapping[str, ParameterSNR]):
         """Drop what was recorded under a name if the parameter has another shape now: it is another parameter."""
         if name in self._parameters and self._parameters[name].shape != tuple(shape):
             del self._parameters[name]
+
+    def rename(self, keys: Mapping[str, str]) -> None:
+        """Give parameters other names at once; what others were recorded under these, or places, is dropped."""
+        left = {name: found for name, found in self._parameters.items() if name not in keys and not is_position(name)}
+        self._parameters = left | {keys[name]: found for name, found in self._parameters.items() if name in keys}
 
     def save_csv(self, path: str | Path) -> None:
         """Write one row per measurement.

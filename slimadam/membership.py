@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -11,10 +10,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from slimadam.distributed import FLAT
+from slimadam.errors import shown
 from slimadam.names import position_name
 from slimadam.planning import MEASURING
 from slimadam.roles import canonical_name
-from slimadam.rules import Rule
+from slimadam.rules import Rule, resized_rule
 from slimadam.torch_private import by_tensor, reference
 
 
@@ -151,6 +151,20 @@ class Members:
         return next(name for name in (*given, *free) if name not in taken)
 
 
+def may_stand_for_another(rules: Sequence[Rule], param: Tensor) -> bool:
+    """Return whether a parameter can follow the rules of another one in whose place it stands.
+
+    Args:
+        rules: Those of the parameter that is gone.
+        param: The one that is there now: of the same shape, of as many dimensions, or of any shape where all is full.
+    """
+    shape, before = tuple(param.shape), rules[0].owner_shape
+    alike = before is None or len(shape) == len(before)
+    if before is None or shape == before or (alike and rules[0].part is None):
+        return True
+    return all(rule.form == "full" and (rule.reason != MEASURING or alike) for rule in rules)
+
+
 def rules_for_another(name: str, rules: Sequence[Rule], param: Tensor) -> list[Rule]:
     """Return the rules of a parameter for one that stands in its place.
 
@@ -165,14 +179,60 @@ def rules_for_another(name: str, rules: Sequence[Rule], param: Tensor) -> list[R
     shape, before = tuple(param.shape), rules[0].owner_shape
     if before is None or shape == before:
         return list(rules)
-    if rules[0].part is None and len(shape) == len(before):
-        return [replace(rules[0], shape=shape)]
-    if all(rule.form == "full" and (rule.reason != MEASURING or len(shape) == len(before)) for rule in rules):
-        return [Rule(shape=shape, reason=rules[0].reason)]
+    if may_stand_for_another(rules, param):
+        one = rules[0] if rules[0].part is None and len(shape) == len(before) else Rule(reason=rules[0].reason)
+        return [resized_rule(one, shape)]
+    parts = ", ".join(rule.part.label for rule in rules if rule.part is not None)
+    why = f", one for each of its parts ({parts}), which have no size in another shape" if parts else ""
     flat = f"; a vector in its place is the work of a library such as DeepSpeed, {FLAT}" if len(shape) == 1 else ""
     raise RuntimeError(
-        f"{name!r}: a parameter of shape {shape} stands where the plan has rules for one of shape {before}; add it "
-        f"with add_param_group, or build a new optimizer{flat}"
+        f"{name!r}: a parameter of shape {shape} stands where the plan has rules for one of shape {before}{why}; add "
+        f"it with add_param_group, or build a new optimizer{flat}"
+    )
+
+
+def check_tensors(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups that hold something else than tensors.
+
+    Raises:
+        TypeError: Names the place.
+    """
+    for group_index, group in enumerate(groups):
+        for index, param in enumerate(group["params"]):
+            if not isinstance(param, Tensor):
+                raise TypeError(
+                    f"param_groups[{group_index}]['params'][{index}]={shown(param)} must be a tensor; add parameters "
+                    "with their names by add_param_group"
+                )
+
+
+def misfits_as_new(
+    changes: Changes, groups: Sequence[Mapping[str, Any]], rules: Mapping[str, Sequence[Rule]]
+) -> Changes:
+    """Count what cannot follow the rules of the parameter in whose place it stands as new, and that one as removed.
+
+    Not one vector in the place of all that a group held: that is the work of a library, and refused.
+
+    Args:
+        changes: What has happened to the groups.
+        groups: The groups as they are.
+        rules: By name.
+    """
+    places = {
+        id(param): (group_index, index)
+        for group_index, group in enumerate(groups)
+        for index, param in enumerate(group["params"])
+        if len(group["params"]) > 1 or param.dim() != 1
+    }
+    misfits = {
+        name: places[id(new)]
+        for name, new in changes.exchanged
+        if name in rules and id(new) in places and not may_stand_for_another(rules[name], new)
+    }
+    return changes._replace(
+        exchanged=[one for one in changes.exchanged if one.name not in misfits],
+        added=[*changes.added, *(Added(name, *place) for name, place in misfits.items())],
+        removed=[*changes.removed, *misfits],
     )
 
 

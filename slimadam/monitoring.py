@@ -164,6 +164,15 @@ class Monitor:
         self._samples.pop(key, None)
         self._left_out.pop(key, None)
 
+    def rename(self, keys: Mapping[str, str]) -> None:
+        """Give parameters other names, all at once.
+
+        Args:
+            keys: The names of now by those of before, in the order to show them in; what has none is forgotten.
+        """
+        self._samples = {now: self._samples[before] for before, now in keys.items() if before in self._samples}
+        self._left_out = {now: self._left_out[before] for before, now in keys.items() if before in self._left_out}
+
     @torch.no_grad()
     def update(
         self, grads: Iterable[tuple[str, Tensor | None]], beta2: float, clip_factor: Tensor | None = None

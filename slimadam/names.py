@@ -21,6 +21,7 @@ from slimadam.torch_private import HAS_WEAK_TENSORS, by_tensor
 logger = logging.getLogger("slimadam")
 
 _POSITION = re.compile(r"param_groups\.\d+\.params\.\d+(\[.*\])?")
+_IN_FRONT = re.compile(r"param_groups\.\d+\.params\.\d+(\.|$)")
 
 
 def position_name(group: int, index: int) -> str:
@@ -31,6 +32,24 @@ def position_name(group: int, index: int) -> str:
 def is_position(key: str) -> bool:
     """Whether a parameter, or a part of one, is called by its place in the optimizer."""
     return _POSITION.fullmatch(key) is not None
+
+
+def renumbered(names: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return names, group by group, in which every place is the one that the parameter has now.
+
+    So an optimizer that is made of these groups calls them: a place stands for a name, or in front of one that an
+    earlier parameter has.
+    """
+    taken: set[str] = set()
+    found: list[list[str]] = []
+    for group_index, own in enumerate(names):
+        found.append([])
+        for index, name in enumerate(own):
+            place, given = position_name(group_index, index), _IN_FRONT.sub("", name, count=1)
+            shown = place if not given else f"{place}.{given}" if given in taken else given
+            taken.add(shown)
+            found[-1].append(shown)
+    return found
 
 
 class NamedParameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -20,10 +21,17 @@ from slimadam.entries import hyperparameters, initial_state, tell_without_codes
 from slimadam.errors import PlanError, did_you_mean, shown
 from slimadam.functional import Scalar
 from slimadam.groups import Held, check_gradients, check_shards
-from slimadam.membership import Added, Members, refuse_one_for_many, rules_for_another
+from slimadam.membership import (
+    Added,
+    Members,
+    check_tensors,
+    misfits_as_new,
+    refuse_one_for_many,
+    rules_for_another,
+)
 from slimadam.memory import MemoryReport, memory_report
 from slimadam.monitoring import Check, Monitor
-from slimadam.names import is_position
+from slimadam.names import is_position, renumbered
 from slimadam.options import check_foreach, check_group, normalize_group
 from slimadam.parts import key_of
 from slimadam.pending import updates_without_decay
@@ -237,22 +245,24 @@ class SlimAdam(Replanned):
         if torch.compiler.is_compiling() or self._members.are_in(self.param_groups):
             return
         own_plans = [self._complete_group(group) for group in self.param_groups]
+        check_tensors(self.param_groups)
+        rules_in_force = {**self._rules, **self._measured}
         changes = self._members.changes(self._names, self.param_groups, self._resolver.of_model)
+        changes = misfits_as_new(changes, self.param_groups, rules_in_force)
         refuse_one_for_many(self._names, self.param_groups, changes, self._rules)
         before = self._resolver.snapshot()
         try:
             admitted = [
-                (name, new, rules_for_another(name, self._measured.get(name, self._rules[name]), new))
+                (name, new, rules_for_another(name, rules_in_force[name], new))
                 for name, new in changes.exchanged
-                if name in self._rules
+                if name in rules_in_force
             ]
             for name, param, rules in admitted:
                 check_shards(name, param, rules)
             shaped = self._newly_shaped(changes.names)
             if shaped:
                 self._resolver.read_model_again()
-            for added in shaped + changes.added:
-                admitted += self._rules_of_added(added, own_plans[added.group_index])
+            admitted += self._rules_of_added(shaped + changes.added, own_plans)
         except Exception:
             self._resolver.restore(before)
             raise
@@ -272,8 +282,28 @@ class SlimAdam(Replanned):
         for name, param, rules in admitted:
             self._resolver.note(name, param)
             self._admit(name, param, rules)
-        in_order = [name for own in self._names for name in own if name in self._rules]
-        self._rules = {name: self._rules[name] for name in in_order}
+        self._rename(renumbered(self._names))
+
+    def _rename(self, names: list[list[str]]) -> None:
+        """Call the parameters by other names, in the order of the groups."""
+        new = {
+            before: now
+            for own, shown in zip(self._names, names, strict=True)
+            for before, now in zip(own, shown, strict=True)
+        }
+        keys = {
+            key_of(name, rule.part): key_of(new[name], rule.part)
+            for name in new
+            for rule in (*self._rules.get(name, ()), *self._measured.get(name, ()))
+        }
+        self._names = names
+        self._rules = {now: self._rules[name] for name, now in new.items() if name in self._rules}
+        self._measured = {now: self._measured[name] for name, now in new.items() if name in self._measured}
+        self._resolver.rename(new)
+        if self._measuring is not None:
+            self._measuring.history.rename(keys)
+        if self._monitor is not None:
+            self._monitor.rename(keys)
 
     def _complete_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """Fill in the options that a group lacks which was put there by hand; returns its own plan, if it has one."""
@@ -295,22 +325,33 @@ class SlimAdam(Replanned):
     def _is_known(self, param: Tensor) -> bool:
         return any(known is param for _, known in self._members.named(self._names))
 
-    def _rules_of_added(self, added: Added, own_plan: Mapping[str, Any]) -> list[tuple[str, Tensor, list[Rule]]]:
-        group = self.param_groups[added.group_index]
-        param = group["params"][added.position]
-        before = self._members.of_before(param)
-        if before is not None and before[1][0].owner_shape == param.shape:
-            return [(added.name, param, before[1])]
-        alone = {**group, "params": [param], "param_names": [added.name]}
-        if is_position(added.name):
-            del alone["param_names"]
-        try:
-            return self._rules_of_new(alone, [added.name], own_plan)
-        except PlanError as error:
-            raise PlanError(
-                f"a parameter of shape {tuple(param.shape)} was put into param_groups[{added.group_index}]['params']: "
-                f"{error}; or add it by optimizer.add_param_group({{'params': [(name, parameter)]}})"
-            ) from error
+    def _rules_of_added(
+        self, added: Iterable[Added], own_plans: Sequence[Mapping[str, Any]]
+    ) -> list[tuple[str, Tensor, list[Rule]]]:
+        found = []
+        new: dict[tuple[int, bool], dict[str, Tensor]] = defaultdict(dict)
+        for name, group_index, position in added:
+            param = self.param_groups[group_index]["params"][position]
+            before = self._members.of_before(param)
+            if before is not None and before[1][0].owner_shape == param.shape:
+                found.append((name, param, before[1]))
+            else:
+                new[group_index, is_position(name)][name] = param
+        for (group_index, is_unnamed), params in new.items():
+            names = list(params)
+            group = {**self.param_groups[group_index], "params": list(params.values()), "param_names": names}
+            if is_unnamed:
+                del group["param_names"]
+            try:
+                found += self._rules_of_new(group, names, own_plans[group_index])
+            except PlanError as error:
+                shapes = ", ".join(str(tuple(param.shape)) for param in params.values())
+                raise PlanError(
+                    f"{'a parameter of shape' if len(params) == 1 else 'parameters of shapes'} {shapes} was put into "
+                    f"param_groups[{group_index}]['params']: {error}; or add it by "
+                    "optimizer.add_param_group({'params': [(name, parameter)]})"
+                ) from error
+        return found
 
     @property
     def plan(self) -> CompressionPlan:

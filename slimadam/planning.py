@@ -20,7 +20,7 @@ from slimadam.names import NamedParameters, ToldApart, is_position, owning_modul
 from slimadam.parts import Piece, key_of, owner_of, pieces
 from slimadam.plan import CompressionPlan
 from slimadam.roles import BIAS, NORM, UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
-from slimadam.rules import NO_RULE, Rule, factored_rule, fit_rules, full_rule, paper_rule
+from slimadam.rules import NO_ELEMENTS, NO_RULE, Rule, factored_rule, fit_rules, full_rule, paper_rule
 
 PlanArgument = str | Path | CompressionPlan | AutoPlan | None
 ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
@@ -169,7 +169,7 @@ class Resolver:
                 refuse_flat(name, param)
             rules = self._rules_of(resolved, name, param, self._given_name(group, index))
             if param.numel() == 0 and any(rule.form != "full" for rule in rules):
-                rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason="no elements")]
+                rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason=NO_ELEMENTS)]
             rules = _readable_rules(name, param, group, rules, resolved)
             for rule in rules:
                 refuse_factored_amsgrad(name, rule, group)
@@ -194,6 +194,17 @@ class Resolver:
             self._owner.pop(name, None)
         else:
             self._owner[name] = param
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Take note of other names of all parameters.
+
+        Args:
+            names: The names of now by those of before.
+        """
+        self._owner = WeakValueDictionary({names[name]: param for name, param in self._owner.items() if name in names})
+        self._all_names = {names[name]: known for name, known in self._all_names.items() if name in names}
+        if self._by_role is not None:
+            self._by_role = {names[name]: rules for name, rules in self._by_role.items() if name in names}
 
     def read_model_again(self) -> None:
         """Read names and layers of the model anew: shapes have become known."""

@@ -11,10 +11,14 @@ from torch import Tensor
 
 from slimadam.errors import PlanError, shown
 from slimadam.parts import Part, Piece, check_parts, owner_of
-from slimadam.roles import BIAS, NORM, recommended_dims
+from slimadam.roles import BIAS, NORM, ParameterRole, recommended_dims
 from slimadam.snr import FACTORED, MAX_NDIM, Candidate
 
 NO_RULE: Final = "the paper has no rule for"
+TOO_SMALL: Final = "too small to save anything"
+BY_CHOICE: Final = "every matrix factored, by choice"
+NOT_SMALLER: Final = "not a matrix that factoring makes smaller"
+NO_ELEMENTS: Final = "no elements"
 
 Dims = tuple[int, ...]
 Form = Literal["full", "mean", "factored"]
@@ -112,21 +116,32 @@ def paper_rule(piece: Piece) -> Rule:
     if not dims:
         return full_rule(piece, f"{NO_RULE} {piece.role.role}")
     if math.prod(reduced_shape(piece.shape, dims)) >= math.prod(piece.shape):
-        return full_rule(piece, "too small to save anything")
+        return full_rule(piece, TOO_SMALL)
     return replace(full_rule(piece, f"the paper's rule for {piece.role.role}"), dims=dims, form="mean")
 
 
 def factored_rule(piece: Piece) -> Rule:
     """The factored form where it saves anything, the full one elsewhere."""
     shape = piece.shape
-    rule = replace(full_rule(piece, "every matrix factored, by choice"), form="factored")
+    rule = replace(full_rule(piece, BY_CHOICE), form="factored")
     if (
         len(shape) < piece.batch_dims + 2
         or piece.role.role in (NORM, BIAS)
         or rule.stored_elements(shape) >= math.prod(shape)
     ):
-        return full_rule(piece, "not a matrix that factoring makes smaller")
+        return full_rule(piece, NOT_SMALLER)
     return rule
+
+
+def resized_rule(rule: Rule, shape: tuple[int, ...]) -> Rule:
+    """Return the rule of a whole parameter for another size of it; what the size has decided is decided anew."""
+    fan_out = tuple(dim for dim in range(rule.batch_dims, len(shape)) if rule.fan_in and dim not in rule.fan_in)
+    piece = Piece(shape, ParameterRole(rule.role, rule.fan_in, fan_out), None, rule.batch_dims)
+    if rule.reason in (BY_CHOICE, NOT_SMALLER):
+        return factored_rule(piece)
+    if rule.form != "full" and 0 in shape:
+        return full_rule(piece, NO_ELEMENTS)
+    return paper_rule(piece) if rule.reason == TOO_SMALL else replace(rule, shape=shape)
 
 
 def check_together(name: str, rules: Sequence[Rule]) -> None:

@@ -203,3 +203,203 @@ def test_an_optimizer_for_each_parameter_reads_the_model_once(monkeypatch: pytes
     found = SlimAdam(list(wider.parameters()), plan="factored")
     assert len(found.plan) > len(together.plan)
     assert read[-1] is wider
+
+
+def edit(kind: str, optimizer: torch.optim.Optimizer) -> None:
+    held = optimizer.param_groups[0]["params"]
+    if kind == "remove":
+        optimizer.state.pop(held.pop(0))
+    elif kind == "reverse":
+        held.reverse()
+    elif kind == "remove, append":
+        optimizer.state.pop(held.pop(0))
+        held.append(made((4, 4, 4)))
+    else:
+        optimizer.param_groups.append({"params": [held.pop(1)]})
+
+
+def train(optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                scale = torch.logspace(-1, 1, max(1, param.numel())).reshape(param.shape)
+                param.grad = (torch.randn(param.shape, generator=generator) * scale).to(param.dtype)
+        optimizer.step()
+
+
+def resumed(optimizer: SlimAdam, **options: Any) -> SlimAdam:
+    """A fresh optimizer, of parameters with the same values, into which the state is loaded."""
+    groups = [{"params": [nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in optimizer.param_groups]
+    fresh = SlimAdam(groups, **options)
+    fresh.load_state_dict(optimizer.state_dict())
+    return fresh
+
+
+def values(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+@pytest.mark.parametrize("kind", ["remove", "reverse", "remove, append", "move"])
+@pytest.mark.parametrize("before", [2, 8])
+@pytest.mark.parametrize("plan", ["auto", "factored", "none"])
+def test_unnamed_parameters_resume_as_they_go_on_after_an_edit(plan: str, before: int, kind: str) -> None:
+    """Places stand for names: they are those of now, in plan, measurements, samples and the seeds of rounding."""
+    torch.manual_seed(1)
+    auto = AutoPlan(calibration_steps=6, measurements=3, cutoff=0.5)
+    options: dict[str, Any] = {
+        "plan": {"auto": auto, "factored": "factored", "none": None}[plan],
+        "bf16_stochastic_round": True,
+        "betas": (0.9, 0.95),
+    }
+    shapes = ((80, 100), (70, 90), (80, 130))
+    optimizer = SlimAdam([nn.Parameter(torch.randn(shape).bfloat16()) for shape in shapes], **options)
+    train(optimizer, before, 1)
+    if plan == "factored":
+        optimizer.expand("param_groups.0.params.1")
+    edit(kind, optimizer)
+    train(optimizer, 1, 2)
+    places = [
+        f"param_groups.{group}.params.{index}"
+        for group, own in enumerate(optimizer.param_groups)
+        for index in range(len(own["params"]))
+    ]
+    assert list(optimizer.plan) == places
+    again = resumed(optimizer, **options)
+    for one in (optimizer, again):
+        train(one, 6, 3)
+    assert again.plan == optimizer.plan
+    assert again.plan == CompressionPlan.from_dict(again.state_dict()["slimadam"]["plan"])
+    assert plan == "none" or optimizer.plan.second_moments_saved > 0
+    assert repr(again.snr_check()) == repr(optimizer.snr_check())
+    for one, other in zip(values(optimizer), values(again), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_measurements_stay_with_their_parameters() -> None:
+    torch.manual_seed(1)
+    options: dict[str, Any] = {"plan": AutoPlan(calibration_steps=6, measurements=3, cutoff=0.5), "betas": (0.9, 0.9)}
+    first = SlimAdam([made((12, 12)) for _ in range(3)], **options)
+    named = SlimAdam([(f"w{i}", nn.Parameter(p.detach().clone())) for i, p in enumerate(values(first))], **options)
+    for one in (first, named):
+        train(one, 4, 1)
+        one.state.pop(one.param_groups[0]["params"].pop(0))
+        train(one, 1, 2)
+    after = [resumed(first, **options), first, named]
+    for one in after:
+        train(one, 1, 3)
+    ratios = [[rule.snr for rule in one.plan.values()] for one in after]
+    assert ratios[0] == ratios[1] == ratios[2]
+    assert all(ratios[0])
+
+
+def test_what_one_removed_parameter_was_measured_as_is_not_the_next_ones() -> None:
+    plan = AutoPlan(calibration_steps=4, measurements=4, cutoff=0.5)
+    optimizer = SlimAdam([made((8, 8)), made((8, 8))], plan=plan)
+    train(optimizer, 3, 1)
+    optimizer.state.pop(optimizer.param_groups[0]["params"].pop())
+    optimizer.memory()
+    new = made((8, 8))
+    optimizer.param_groups[0]["params"].append(new)
+    train(optimizer, 1, 2)
+    alone = SlimAdam([nn.Parameter(torch.ones(8, 8))], plan=AutoPlan(calibration_steps=1, cutoff=0.5))
+    alone.param_groups[0]["params"][0].grad = new.grad
+    alone.step()
+    [expected] = alone.plan.values()
+    assert optimizer.plan["param_groups.0.params.1"].snr == expected.snr
+
+
+def test_names_of_two_modules_are_told_apart_by_where_they_stand_now() -> None:
+    first, second = made(), made()
+    optimizer = SlimAdam([("weight", first)], plan="factored")
+    optimizer.add_param_group({"params": [("weight", second)]})
+    assert list(optimizer.plan) == ["weight", "param_groups.1.params.0.weight"]
+    optimizer.param_groups.reverse()
+    assert list(optimizer.plan) == ["weight", "param_groups.1.params.0.weight"]
+    assert optimizer._find("weight")[1] is second
+    del optimizer.param_groups[0]
+    assert list(optimizer.plan) == ["weight"]
+    assert optimizer._find("weight")[1] is first
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("plan", [None, "factored", "auto"], ids=str)
+@pytest.mark.parametrize("kind", ["append", "pop", "reverse"])
+def test_copies_between_an_edit_and_the_next_step_train_as_the_original(kind: str, plan: Any, copied: Any) -> None:
+    first, second = made((8, 8)), made((8, 8))
+    optimizer = SlimAdam([("a", first), ("b", second)], plan=plan)
+    train(optimizer, 2, 1)
+    held = optimizer.param_groups[0]["params"]
+    if kind == "append":
+        held.append(made((2,)))
+    elif kind == "pop":
+        optimizer.state.pop(held.pop())
+    else:
+        held.reverse()
+    again = copied(optimizer)
+    assert again._find("a")[1].equal(first)
+    for one in (optimizer, again):
+        train(one, 3, 2)
+    assert list(again.plan) == list(optimizer.plan)
+    for one, other in zip(values(optimizer), values(again), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("by", ["exchange", "remove, append"])
+@pytest.mark.parametrize("plan", ["auto", "factored", "soon"])
+@pytest.mark.parametrize("shape", [(9,), (3, 4, 5), ()], ids=str)
+def test_another_number_of_dimensions_is_another_parameter(shape: tuple[int, ...], plan: str, by: str) -> None:
+    torch.manual_seed(3)
+    first = [made((6, 5)), made((7, 5))]
+    twins = [nn.Parameter(param.detach().clone()) for param in first]
+    new = made(shape)
+    extra = [new, nn.Parameter(new.detach().clone())]
+    ours, theirs = SlimAdam(list(first), plan=PLANS[plan]), torch.optim.AdamW(twins)
+    for optimizer, own in zip((ours, theirs), extra, strict=True):
+        train(optimizer, 3, 1)
+        held = optimizer.param_groups[0]["params"]
+        if by == "exchange":
+            optimizer.state.pop(held[1])
+            held[1] = own
+        else:
+            optimizer.state.pop(held.pop())
+            held.append(own)
+        train(optimizer, 3, 2)
+    assert [rule.shape for rule in ours.plan.values()] == [(6, 5), shape]
+    if plan == "auto" or len(shape) < 2:
+        torch.testing.assert_close(extra[0], extra[1], rtol=1e-6, atol=1e-7)
+    again = resumed(ours, plan=PLANS[plan])
+    for optimizer in (ours, again):
+        train(optimizer, 2, 3)
+    for one, other in zip(values(ours), values(again), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_plan_by_names_says_what_another_number_of_dimensions_needs() -> None:
+    plan = CompressionPlan({"a": Rule((1,), "mean", (4, 6)), "b": Rule((1,), "mean", (4, 6))})
+    optimizer = SlimAdam([("a", made()), ("b", made())], plan=plan)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][1] = made((9,))
+    with pytest.raises(PlanError, match=r"shape \(9,\) was put into .*'b': the plan is for shape \(4, 6\)"):
+        optimizer.step()
+
+
+def test_modules_of_what_is_appended_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimadam import planning
+
+    looked: list[int] = []
+    owning_modules = planning.owning_modules
+    monkeypatch.setattr(planning, "owning_modules", lambda params: looked.append(len(params)) or owning_modules(params))
+    optimizer = SlimAdam([made()], plan="factored")
+    optimizer.param_groups[0]["params"] += [made() for _ in range(50)]
+    optimizer.step()
+    assert looked == [1, 50]
+    assert len(optimizer.plan) == 51
+    assert {rule.form for rule in optimizer.plan.values()} == {"factored"}
+
+
+def test_what_is_no_tensor_is_refused_by_its_place() -> None:
+    optimizer = SlimAdam([made()], plan=None)
+    optimizer.param_groups[0]["params"].append("weight")
+    with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[1\]='weight' must be a tensor"):
+        optimizer.step()
