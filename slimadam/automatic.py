@@ -161,6 +161,8 @@ class Measuring:
             ValueError: The data is not what :meth:`to_dict` returned.
         """
         measuring = cls(settings)
+        if not isinstance(data, Mapping):
+            raise ValueError(f"the state dict's record of plan='auto' is damaged (it is {shown(data)})")
         try:
             measuring.steps = _step_count(data["steps"])
             others = []

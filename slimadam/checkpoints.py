@@ -117,10 +117,11 @@ class Checkpointed(Optimizer):
         Averages are broadcast back, factored ones multiplied out; moments take the parameter's dtype. Those of
         DTensors lie as their parameters do, and every rank must call.
         """
+        self._follow_groups()
         packed = super().state_dict()
         state = {
-            index: full_state(param, self._rules[name], packed["state"][index])
-            for index, (name, param, _) in enumerate(self._parameters())
+            index: full_state(param, self._rules.get(name, ()), packed["state"][index])
+            for index, (name, param, _) in enumerate(named_parameters(self._names, self.param_groups))
             if index in packed["state"]
         }
         own = ("variance_init", "momentum_dtype", "bf16_stochastic_round")
@@ -166,7 +167,7 @@ class Checkpointed(Optimizer):
         state: dict[Any, Any] = defaultdict(dict)
         with torch.inference_mode(False):  # else of no use once that mode has ended
             for saved_id, saved in taken.state.items():
-                if saved_id not in taken.owners:
+                if saved and saved_id not in taken.owners:
                     state[saved_id] = deepcopy(saved)
             for saved_id, (name, param, group) in taken.owners.items():
                 loaded = loaded_state(name, taken.rules[name], param, group, taken.state.get(saved_id, {}))
@@ -200,9 +201,14 @@ class Checkpointed(Optimizer):
         }
         own = state_dict.get(state_format.KEY) or {}
         rules, measuring = self._phase_of(own)
+        for saved_id, (name, param, _) in owners.items():
+            if is_lazy(param) and saved_state.get(saved_id):
+                raise ValueError(
+                    f"{name!r} has no shape yet (a lazy module's), but the state dict has state for it; run a forward "
+                    "pass before loading"
+                )
+        owners = {saved_id: held for saved_id, held in owners.items() if not is_lazy(held[1])}
         for saved_id, (name, param, group) in owners.items():
-            if is_lazy(param):
-                raise ValueError(f"{name!r} has no shape yet (a lazy module's); run a forward pass before loading")
             for rule in rules[name]:
                 refuse_factored_amsgrad(name, rule, group)
             check_saved(name, rules[name], param, group, saved_state.get(saved_id, {}))

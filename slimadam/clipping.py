@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from slimadam.distributed import groups_of, is_dtensor, is_flat, local_gradient, refuse_elsewhere
 from slimadam.errors import shown
 from slimadam.functional import second_moment_dtype
+from slimadam.options import number_in
 from slimadam.torch_private import disable_dynamo
 
 if TYPE_CHECKING:
@@ -29,19 +30,21 @@ _CONVERTED_AT_ONCE = 1 << 18
 _SMALL = 1e-6  # torch's
 
 
-def check_max_grad_norm(value: object) -> None:
-    """Refuse what is no norm to clip to.
+def checked_max_grad_norm(value: Any) -> float | None:
+    """Return the norm to clip to, which may be text from a configuration file.
 
     Raises:
         TypeError: It is no number.
         ValueError: It is not above zero.
     """
+    value = number_in(value)
     if value is None:
-        return
+        return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"max_grad_norm={shown(value)} must be a number > 0, or None to clip nothing")
     if not float(value) > 0:
         raise ValueError(f"max_grad_norm={value} must be a number > 0 (inf only measures), or None to clip nothing")
+    return float(value)
 
 
 def check_have_norm(params: Iterable[tuple[str, Tensor]]) -> None:

@@ -45,6 +45,11 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
     old = CompressionPlan.from_dict(state_dict[state_format.KEY]["plan"])
     new = {name: _rules_under(plan, name, rules) for name, rules in old.by_parameter().items()}
     saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+    if len(saved_ids) != len(new):
+        raise ValueError(
+            f"the state dict has {len(saved_ids)} parameters, its plan {len(new)}; save it once all lazy modules have "
+            "had a forward pass, and convert it as it was saved"
+        )
     state = {saved_id: dict(as_kept(saved)) for saved_id, saved in state_dict["state"].items()}
     for saved_id, (name, rules) in zip(saved_ids, new.items(), strict=True):
         before = old.by_parameter()[name]
@@ -74,6 +79,8 @@ def full_state(param: Tensor, rules: Sequence[Rule], state: Mapping[str, Any]) -
         state: Its state.
     """
     made = decoded(param, state)
+    if not state_format.is_made(state):
+        return made
     made["exp_avg"] = made["exp_avg"].to(param.dtype, copy=True)
     made["step"] = made["step"].clone()
     for kind in state_format.SECOND_MOMENTS:

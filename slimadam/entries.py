@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from slimadam.functional import (
 from slimadam.rules import Rule
 
 logger = logging.getLogger("slimadam")
+_ANEW = "load all of it with load_state_dict, or take all of it out, optimizer.state.pop(parameter), to start anew"
 
 
 def entries_of(
@@ -90,12 +91,29 @@ def assembled(param: Tensor, rules: Sequence[Rule], pieces: Iterator[Tensor]) ->
     return whole
 
 
+def check_lacks_all(states: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuse state of which only some is there; what users have put beside it does not count.
+
+    Args:
+        states: Names and states of parameters that lack a count of steps.
+
+    Raises:
+        RuntimeError: Names the parameter.
+    """
+    for name, state in states:
+        own = [key for key in state if state_format.is_own(key)]
+        if own:
+            raise RuntimeError(f"{name!r}: its state has {own}, but no step; {_ANEW}")
+
+
 def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Sequence[Tensor]) -> None:
     """Refuse state that is not what the rules keep for the parameter.
 
     Raises:
         RuntimeError: Names the parameter and both shapes.
     """
+    if not moments:
+        raise RuntimeError(f"{name!r}: its state lacks one of {state_format.keys_of(rules)}; {_ANEW}")
     kept = tuple(tuple(part.shape) for part in moments)
     wanted = state_format.state_shapes(rules, tuple(param.shape))
     if kept != wanted:
@@ -113,6 +131,8 @@ def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> No
     Raises:
         RuntimeError: Names the parameter and both shapes.
     """
+    if "exp_avg" not in state and "exp_avg_codes" not in state:
+        raise RuntimeError(f"{name!r}: its state lacks exp_avg; {_ANEW}")
     exp_avg, scales = state_format.first_moment(state), state.get("exp_avg_scale")
     if scales is not None and tuple(scales.shape) != momentum.scales_shape(exp_avg):
         raise RuntimeError(
@@ -241,8 +261,8 @@ def hyperparameters(group: Mapping[str, Any], clip_factor: Tensor | None = None)
         beta2=_scalar(beta2),
         eps=group["eps"],
         weight_decay=_scalar(group["weight_decay"]),
-        amsgrad=group["amsgrad"],
-        maximize=group["maximize"],
+        amsgrad=bool(group["amsgrad"]),
+        maximize=bool(group["maximize"]),  # kernels take no 1, which may have been assigned since the group was made
         capturable=group["capturable"],
         differentiable=group["differentiable"],
         stochastic_round=group["bf16_stochastic_round"],

@@ -17,7 +17,7 @@ from slimadam.distributed import is_dtensor, local, place, whole
 from slimadam.entries import decoded, encode, initial_first_moment, momentum_dtype, stores_codes
 from slimadam.errors import PlanError
 from slimadam.functional import second_moment_dtype
-from slimadam.options import check_group
+from slimadam.options import check_group, normalize_group
 from slimadam.rules import Rule
 
 # What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on. How first moments
@@ -45,6 +45,7 @@ def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mappi
             )
         options = {key: value for key, value in saved.items() if key not in _NOT_LOADED}
         merged.append({**group, **deepcopy(options), "params": group["params"]})
+        normalize_group(merged[-1])
         check_group(merged[-1])
     return merged
 
@@ -77,7 +78,7 @@ def check_saved(
         ValueError: An entry is missing or damaged.
         PlanError: The second moment was saved under another plan.
     """
-    if not saved:
+    if not any(map(state_format.is_own, saved)):
         return
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if _is_missing(saved, key)]
     if missing:
@@ -97,7 +98,7 @@ def loaded_state(
 ) -> dict[str, Any]:
     """One parameter's saved state as its optimizer keeps it; every tensor is a copy.
 
-    State of no step is none: it is made anew in the first step, from that step's gradient if need be.
+    With ``variance_init="gradient"`` state of no step is none: it is made anew from the first step's gradient.
 
     Args:
         name: The parameter's name.
@@ -106,10 +107,9 @@ def loaded_state(
         group: Its group.
         saved: Its entry in the state dict, checked by :func:`check_saved`.
     """
-    if saved and not saved["step"] > 0:
-        return {}
     loaded = deepcopy({key: value for key, value in saved.items() if not state_format.is_own(key)})
-    if not saved:
+    is_anew = group["variance_init"] == "gradient" and state_format.is_of_no_step(saved)
+    if is_anew or not state_format.is_made(saved):
         return loaded
     device = param.device if steps_on_device(param, group) else torch.device("cpu")
     loaded["step"] = torch.as_tensor(saved["step"], dtype=state_format.step_dtype()).to(device, copy=True)
@@ -132,9 +132,10 @@ def _is_missing(saved: Mapping[str, Any], key: str) -> bool:
 def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
     exp_avg, scales = state_format.first_moment(saved), saved.get("exp_avg_scale")
     shape = tuple(param.shape)
-    if scales is None and exp_avg.dtype == torch.int8:
+    if scales is None and "exp_avg_codes" in saved:
         raise ValueError(
-            f"{name!r}: the state dict's exp_avg_codes holds int8 codes, but it has no exp_avg_scale for them"
+            f"{name!r}: the state dict's exp_avg_codes holds {str(exp_avg.dtype).removeprefix('torch.')} codes, but it "
+            "has no exp_avg_scale for them"
         )
     if scales is not None:
         count = momentum.scale_count(exp_avg.numel())

@@ -40,16 +40,15 @@ def renumbered(names: Sequence[Sequence[str]]) -> list[list[str]]:
     So an optimizer that is made of these groups calls them: a place stands for a name, or in front of one that an
     earlier parameter has.
     """
+    now: dict[str, str] = {}
     taken: set[str] = set()
-    found: list[list[str]] = []
     for group_index, own in enumerate(names):
-        found.append([])
         for index, name in enumerate(own):
             place, given = position_name(group_index, index), _IN_FRONT.sub("", name, count=1)
-            shown = place if not given else f"{place}.{given}" if given in taken else given
-            taken.add(shown)
-            found[-1].append(shown)
-    return found
+            if name not in now:  # a parameter may be there repeatedly
+                now[name] = place if not given else f"{place}.{given}" if given in taken else given
+                taken.add(now[name])
+    return [[now[name] for name in own] for own in names]
 
 
 class NamedParameters:

@@ -14,10 +14,10 @@ from slimadam import scaling, torch_private
 from slimadam import state as state_format
 from slimadam.automatic import AutoPlan, Measuring
 from slimadam.backends import Backend
-from slimadam.clipping import check_have_norm, check_max_grad_norm, clip_factor, norm_in_step
+from slimadam.clipping import check_have_norm, checked_max_grad_norm, clip_factor, norm_in_step
 from slimadam.direction import with_decay
 from slimadam.distributed import is_dtensor, local, on_any_rank
-from slimadam.entries import hyperparameters, initial_state, tell_without_codes
+from slimadam.entries import check_lacks_all, hyperparameters, initial_state, tell_without_codes
 from slimadam.errors import PlanError, did_you_mean, shown
 from slimadam.functional import Scalar
 from slimadam.groups import Held, check_gradients, check_shards
@@ -131,7 +131,7 @@ class SlimAdam(Replanned):
         max_grad_norm: float | None = None,
         monitor: bool = True,
     ) -> None:
-        check_max_grad_norm(max_grad_norm)
+        max_grad_norm = checked_max_grad_norm(max_grad_norm)
         if not isinstance(monitor, bool):
             raise TypeError(f"monitor={monitor!r} must be True or False")
         if isinstance(params, nn.Module):
@@ -366,7 +366,7 @@ class SlimAdam(Replanned):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        check_max_grad_norm(value)
+        value = checked_max_grad_norm(value)
         if value is not None:
             check_have_norm((name, param) for name, param, _ in self._parameters())
         self._max_grad_norm = value
@@ -739,8 +739,9 @@ class SlimAdam(Replanned):
             self._state_is_blank = False
             for param in [param for param, state in self.state.items() if state_format.is_of_no_step(state)]:
                 del self.state[param]
-        missing = {param for param in group["params"] if param.grad is not None and not self.state[param]}
+        missing = {param for param in group["params"] if param.grad is not None and "step" not in self.state[param]}
         if missing:
+            check_lacks_all((name, self.state[param]) for name, param, _ in self._parameters() if param in missing)
             factor = self.clip_factor() if group["variance_init"] == "gradient" else None
             for name, param, owner in self._parameters():
                 if owner is group and param in missing:

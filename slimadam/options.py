@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimadam.errors import did_you_mean
+from slimadam.errors import did_you_mean, shown
 from slimadam.functional import Scalar
 
 logger = logging.getLogger("slimadam")
@@ -29,20 +29,24 @@ OPTIONS = (
 def normalize_group(group: dict[str, Any]) -> None:
     """Turn what configuration files say into what an option means, in place: text for numbers, dtypes and ``none``.
 
-    What means nothing is left as it is, for :func:`check_group` to refuse.
+    So are 0 and 1 for flags. What means nothing is left as it is, for :func:`check_group` to refuse.
     """
     for name in ("lr", "eps", "weight_decay"):
         if name in group:
-            group[name] = _number_in(group[name])
+            group[name] = number_in(group[name])
     betas = group.get("betas")
     if isinstance(betas, Sequence) and not isinstance(betas, str):
-        group["betas"] = tuple(map(_number_in, betas))
+        group["betas"] = tuple(map(number_in, betas))
+    for name in (*FLAGS, *OPTIONAL_FLAGS):
+        if _is_flag(group.get(name)):
+            group[name] = bool(group[name])
     dtype = group.get("momentum_dtype")
     if isinstance(dtype, str):
         group["momentum_dtype"] = _DTYPES_IN_TEXT.get(dtype, dtype)
 
 
-def _number_in(value: Any) -> Any:
+def number_in(value: Any) -> Any:
+    """Return the number that a text says, and everything else as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -116,7 +120,7 @@ def _check_scalar(name: str, value: Scalar, not_single: str) -> None:
         if value.numel() != 1:
             raise ValueError(f"{not_single}, not of shape {tuple(value.shape)}")
     elif not _is_number(value):
-        raise TypeError(f"{name}={value!r} must be a number or a 1-element tensor")
+        raise TypeError(f"{name}={shown(value)} must be a number or a 1-element tensor")
 
 
 def _check_momentum_dtype(dtype: object) -> None:
@@ -161,4 +165,10 @@ def _is_flag(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        float(value)
+    except OverflowError:  # an integer above all floating-point numbers
+        return False
+    return True

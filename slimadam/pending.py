@@ -13,6 +13,7 @@ from slimadam.entries import assembled, decoded, entries_of, hyperparameters, in
 from slimadam.groups import Held
 from slimadam.rules import Rule
 from slimadam.shard_direction import Shared, update_of_shards
+from slimadam.state import is_made
 
 
 def updates_without_decay(
@@ -33,7 +34,9 @@ def updates_without_decay(
         if param.grad is None:
             continue
         rules = all_rules[name]
-        state = states.get(param) or initial_state(name, rules, param, group, averages.clip_factor)
+        state = states.get(param, {})
+        if not is_made(state):
+            state = initial_state(name, rules, param, group, averages.clip_factor)
         state = {**decoded(param, state), "step": state["step"] + 1}
         if is_dtensor(param):
             yield param, group, update_of_shards(name, param, group, rules, state, averages)

@@ -332,9 +332,10 @@ class CompressionPlan(Mapping[str, Rule]):
             return cls({name: rule_of_authors(name, value) for name, value in data.items()})
         if data["format"] != FORMAT:
             raise PlanError(f"format={shown(data['format'])}: expected {FORMAT!r}")
-        if data.get("version") != FORMAT_VERSION or isinstance(data["version"], bool):
+        version = data.get("version")
+        if not isinstance(version, int) or isinstance(version, bool) or version != FORMAT_VERSION:
             raise PlanError(
-                f"version={shown(data.get('version'))}: this release reads version {FORMAT_VERSION}; "
+                f"version={shown(version)}: this release reads version {FORMAT_VERSION}; "
                 "update slimadam or calibrate again"
             )
         no_unknown_keys("the plan", data, {"format", "version", "cutoff", "parameters"})

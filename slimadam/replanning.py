@@ -38,7 +38,7 @@ class Replanned(Checkpointed):
         moments = (
             (key_of(name, rule.part), rule, self.state[param]["exp_avg_sq"], self._resolver.all_names(name))
             for name, param, _ in self._parameters()
-            if self._rules[name][0].reason == MEASURING and self.state.get(param)
+            if self._rules[name][0].reason == MEASURING and "exp_avg_sq" in self.state.get(param, {})
             for rule in self._measured[name]
         )
         factorable = not any(group["amsgrad"] for group in self.param_groups)

@@ -359,8 +359,8 @@ def is_number(value: object) -> bool:
 
 
 def is_count(value: object, smallest: int = 0) -> bool:
-    """Whether it is an integer, and not below the smallest."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+    """Whether it is an integer that floating-point numbers can count to, and not below the smallest."""
+    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value < 2**53
 
 
 def _is_snr(value: object) -> bool:

@@ -30,6 +30,11 @@ def is_of_no_step(state: Mapping[str, Any]) -> bool:
     return "step" in state and not state["step"] > 0
 
 
+def is_made(state: Mapping[str, Any]) -> bool:
+    """Whether there is a parameter's state, and not only what a user has put there before the first step."""
+    return "step" in state
+
+
 def keys_of(rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[str]:
     """Return the keys in a parameter's state of the tensors that its second moment is stored in.
 
@@ -48,9 +53,9 @@ def keys_of(rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[str]:
 
 
 def moments_of(state: Mapping[str, Any], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[Tensor]:
-    """Return the tensors that a parameter's second moment is stored in; none where the state has none of that kind."""
+    """Return the tensors that a parameter's second moment is stored in; none where the state lacks one."""
     keys = keys_of(rules, kind)
-    return [state[key] for key in keys] if keys[0] in state else []
+    return [state[key] for key in keys] if all(key in state for key in keys) else []
 
 
 def by_key(moments: Sequence[Tensor], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> dict[str, Tensor]:
@@ -131,6 +136,12 @@ def check_layout(state_dict: Mapping[str, Any]) -> None:
             raise ValueError(f"the state dict's {key!r} is {type(state_dict.get(key)).__name__}; pass an optimizer's")
     if not isinstance(state_dict.get(KEY, {}), Mapping):
         raise ValueError(f"the state dict's {KEY!r} is {state_dict[KEY]!r}; pass what SlimAdam.state_dict() returned")
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(
+                f"the state dict's param_groups[{index}]={shown(group)} is no dict with a list of 'params'; pass an "
+                "optimizer's"
+            )
     own = state_dict.get(KEY)
     if own and not isinstance(own.get("plan"), Mapping):
         raise ValueError(
@@ -150,8 +161,9 @@ def check_tensors(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
         ValueError: Names the parameter and the entry.
     """
     step = saved["step"]
-    if not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)) or not step >= 0:
-        raise ValueError(f"{name!r}: the state dict's step is {step!r}; it must be one number >= 0")
+    is_one = isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta)
+    if not is_one or not 0 <= step < 2**53:
+        raise ValueError(f"{name!r}: the state dict's step is {shown(step)}; it must be one number >= 0")
     for key, value in saved.items():
         if key in FIRST_MOMENTS or any(is_key_of(key, kind) for kind in SECOND_MOMENTS):
             _check_tensor_entry(name, key, value, param)
@@ -165,6 +177,8 @@ def _check_tensor_entry(name: str, key: str, value: Any, param: Tensor) -> None:
     for tensor in value if isinstance(value, (list, tuple)) else [value]:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise ValueError(f"{name!r}: the state dict's {key} holds {type(tensor).__name__}, not a dense tensor")
+        if tensor.is_meta and not param.is_meta:
+            raise ValueError(f"{name!r}: the state dict's {key} has no values (device='meta'); pass it as it was saved")
         codes = key in ("exp_avg_codes", "exp_avg_scale") or (key == "exp_avg" and tensor.dtype == torch.int8)
         if not codes and tensor.is_complex() != param.is_complex():
             raise ValueError(f"{name!r}: the state dict's {key} is {tensor.dtype}, the parameter {param.dtype}")
@@ -179,9 +193,11 @@ def check_version(state_dict: Mapping[str, Any]) -> None:
         ValueError: Names the version found and the one that is read.
     """
     version = state_dict.get(KEY, {}).get("format_version", FORMAT_VERSION)
-    if version not in range(1, FORMAT_VERSION + 1) or isinstance(version, bool):
+    known = isinstance(version, int) and not isinstance(version, bool) and 1 <= version <= FORMAT_VERSION
+    if not known:
         raise ValueError(
-            f"the state dict has format version {version!r}; this release reads 1 to {FORMAT_VERSION}: update slimadam"
+            f"the state dict has format version {shown(version)}; this release reads 1 to "
+            f"{FORMAT_VERSION}: update slimadam"
         )
 
 

@@ -115,7 +115,7 @@ def test_damaged_record_is_refused() -> None:
     optimizer = SlimAdam(model, plan=AUTO)
     _train(model, optimizer, range(2))
     saved = optimizer.state_dict()
-    for damage in ({}, {"steps": 2}, {"steps": "x", "measured": []}, {"steps": 2, "measured": [1]}):
+    for damage in ({}, {"steps": 2}, {"steps": "x", "measured": []}, {"steps": 2, "measured": [1]}, torch.ones(2)):
         wrong = {**saved, "slimadam": {**saved["slimadam"], "measuring": damage}}
         with pytest.raises(ValueError, match="record of plan='auto' is damaged"):
             optimizer.load_state_dict(wrong)

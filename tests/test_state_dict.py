@@ -233,6 +233,36 @@ WRONG_STATES = [
         PlanError,
         "parts",
     ),
+    _complain(lambda s: s["param_groups"][0].pop("params"), r"param_groups\[0\]=.* is no dict with a list of 'params'"),
+    _complain(lambda s: s.update(param_groups=["all"]), r"param_groups\[0\]='all' is no dict"),
+    _complain(lambda s: s["slimadam"].update(format_version=torch.ones(2)), "format version tensor.*reads 1 to 3"),
+    _complain(
+        lambda s: s["slimadam"]["plan"].update(version=torch.ones(2)), r"version=tensor.* reads version 1", PlanError
+    ),
+    _complain(lambda s: s["slimadam"]["monitor"].update(steps=10**400), "steps"),
+    _complain(lambda s: _first(s).update(step=10**400), "'0.weight': the state dict's step is 1000"),
+    _complain(
+        lambda s: _first(s).update(exp_avg_codes=torch.ones(7, 5)),
+        "'0.weight': the state dict's exp_avg_codes holds float32 codes, but it has no exp_avg_scale",
+    ),
+    _complain(lambda s: s["slimadam"].update(format_version=3.0), "format version 3.0; this release reads 1 to 3"),
+    _complain(lambda s: s["param_groups"][0].update(amsgrad=torch.ones(2)), "amsgrad=tensor.* must be True", TypeError),
+    _complain(
+        lambda s: s["param_groups"][0].update(lr=10**400), "lr=1000.* must be a number or a 1-element", TypeError
+    ),
+    _complain(lambda s: s["param_groups"][0].update(eps=10**400), "Invalid epsilon value: 1000"),
+    _complain(
+        lambda s: _first(s).update(exp_avg=torch.ones(7, 5, device="meta")),
+        r"'0.weight': the state dict's exp_avg has no values \(device='meta'\)",
+    ),
+    _complain(
+        lambda s: _first(s).update(exp_avg_scale=torch.ones(1, dtype=torch.uint8)),
+        "'0.weight': the state dict has an exp_avg_scale, but its exp_avg is torch.float32",
+    ),
+    _complain(
+        lambda s: _first(s).update(exp_avg_scale=_first(s).pop("exp_avg")),
+        r"'0.weight': the state dict lacks \['exp_avg'\]",
+    ),
 ]
 
 
@@ -501,3 +531,45 @@ def test_pickles_of_earlier_releases_go_on() -> None:
     copied.grad = torch.rand(4, 3)
     resumed.step()
     assert resumed.state[copied]["step"] == 2
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad", "fused", "foreach", "capturable", "bf16_stochastic_round"])
+@pytest.mark.parametrize("value", [0, 1])
+def test_flags_that_were_saved_as_numbers_are_flags(option: str, value: int) -> None:
+    ours, theirs = _model(), _model()
+    theirs.load_state_dict(ours.state_dict())
+    options: dict[str, Any] = {} if option == "bf16_stochastic_round" else {option: bool(value)}
+    as_number, as_flag = SlimAdam(ours, plan=None, **{option: value}), SlimAdam(theirs, plan=None, **options)
+    saved = _saved(as_number)
+    assert saved["param_groups"][0][option] is bool(value)
+    saved["param_groups"][0][option] = value
+    as_number.load_state_dict(saved)
+    assert as_number.param_groups[0][option] is bool(value)
+    _train(ours, as_number, range(3))
+    _train(theirs, as_flag, range(3))
+    as_number.param_groups[0][option] = value  # as may be assigned between steps
+    _train(ours, as_number, range(3, 5))
+    _train(theirs, as_flag, range(3, 5))
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, "int8"])
+@pytest.mark.parametrize("plan", [None, "factored", "auto"], ids=str)
+@pytest.mark.parametrize("variance_init", ["zeros", "gradient"])
+def test_a_state_that_was_reset_is_saved_as_it_is(variance_init: str, plan: Any, momentum_dtype: Any) -> None:
+    model = _model()
+    optimizer = SlimAdam(model, plan=plan, momentum_dtype=momentum_dtype, variance_init=variance_init)
+    _train(model, optimizer, range(2))
+    optimizer.reset_state("0.weight")
+    optimizer.state[model[0].weight]["mine"] = torch.ones(3)
+    before = _saved(optimizer)
+    optimizer.load_state_dict(before)
+    after = _saved(optimizer)
+    for index, state in before["state"].items():
+        assert {key: str(value) for key, value in after["state"][index].items()} == {
+            key: str(value) for key, value in state.items()
+        }
+    assert torch.equal(optimizer.state[model[0].weight]["mine"], torch.ones(3))
+    _train(model, optimizer, range(2, 4))
+    assert optimizer.state[model[0].weight]["step"] == 2
