@@ -44,6 +44,7 @@ BLOCK = 256
 """Elements that share a scale."""
 
 _LARGEST = 127
+_INFINITE = 255
 _BLOCKS_AT_ONCE = 1024  # one MiB of float32: arithmetic on them stays in cache and takes little memory
 
 
@@ -142,6 +143,21 @@ def encode(value: Tensor, grad: Tensor, codes: Tensor, scales: Tensor) -> None:
         root = magnitude.div_(_power_of_two(scale)).sqrt_().mul_(_LARGEST).nan_to_num_(nan=0.0)
         code = torch.where(new == 0, root.floor(), root.round())
         written.copy_(code.copysign_(block))
+
+
+def reset(codes: Tensor, scales: Tensor, index: Tensor, dim: int) -> None:
+    """Set codes to zero at some positions along a dimension, and the scales of their blocks that are not finite.
+
+    Args:
+        codes: int8, dense in memory; written.
+        scales: uint8, as in :func:`decode`; written.
+        index: Positions along ``dim``.
+        dim: The dimension.
+    """
+    touched = torch.zeros_like(codes, memory_format=torch.preserve_format).index_fill_(dim, index, 1)
+    codes.index_fill_(dim, index, 0)
+    for (block,), scale in _blocks(codes, scales, touched):
+        scale.masked_fill_((block.amax(1, keepdim=True) > 0) & (scale == _INFINITE), 0)
 
 
 def _exponent_above(largest: Tensor) -> Tensor:

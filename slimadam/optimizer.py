@@ -36,7 +36,7 @@ from slimadam.options import check_foreach, check_group, normalize_group
 from slimadam.parts import key_of
 from slimadam.pending import updates_without_decay
 from slimadam.plan import CompressionPlan
-from slimadam.planning import DECIDED_BEFORE, MEASURING, PlanArgument, Resolver
+from slimadam.planning import DECIDED_BEFORE, MEASURING, PlanArgument, Resolver, refuse_factored_amsgrad
 from slimadam.replanning import Replanned
 from slimadam.resizing import Index, check_replacement, checked_dim, positions, reset_all, reset_slices, resized_state
 from slimadam.roles import canonical_name
@@ -257,8 +257,10 @@ class SlimAdam(Replanned):
                 for name, new in changes.exchanged
                 if name in rules_in_force
             ]
+            owners = {id(param): group for group in self.param_groups for param in group["params"]}
             for name, param, rules in admitted:
                 check_shards(name, param, rules)
+                refuse_factored_amsgrad(name, rules[0], owners[id(param)])
             shaped = self._newly_shaped(changes.names)
             if shaped:
                 self._resolver.read_model_again()
@@ -578,7 +580,8 @@ class SlimAdam(Replanned):
 
         All of it: moments and count of steps start anew. Some slices: their moments become zero and the count stays,
         as where rows of AdamW's state are set to zero. A second moment that is averaged over ``dim`` stays, since it is
-        that of the other slices, too. Without state there is nothing to do.
+        that of the other slices, too. Of an 8-bit first moment, a block of 256 elements that a NaN has reached becomes
+        zero as a whole. Without state there is nothing to do.
 
         Args:
             param: A parameter of this optimizer, or its name.
@@ -591,7 +594,9 @@ class SlimAdam(Replanned):
             RuntimeError: ``index`` is given for a DTensor.
         """
         name, held, group = self._find(param)
-        state = self.state.get(held)
+        state = self.state.get(held, {})
+        if not state_format.is_made(state):
+            state = {}
         if index is not None:
             dim = checked_dim(dim, held)
             found = positions(index, held, dim, "index")
@@ -602,7 +607,8 @@ class SlimAdam(Replanned):
             if state:
                 reset_slices(state, self._rules[name], held, found, dim)
         elif state and group["variance_init"] == "gradient":
-            del self.state[held]
+            for key in list(filter(state_format.is_own, state)):
+                del state[key]
         elif state:
             reset_all(state)
         if self._measuring is None:
@@ -616,19 +622,22 @@ class SlimAdam(Replanned):
 
         ``new`` has the kept slices of ``old`` along ``dim``, in the order of ``keep``, and ``added`` new ones after
         them, whose moments are zero; the count of steps stays. So it is where AdamW's state is indexed and concatenated
-        with zeros. A second moment that is averaged over ``dim`` stays as it is.
+        with zeros. A second moment that is averaged over ``dim`` stays as it is. State is moved to ``new``'s device and
+        precision. With ``plan="factored"`` and ``"rules"``, what the size decides is decided anew.
 
         Args:
             old: A parameter of this optimizer, or its name.
             new: Takes its place in the parameter group, and its name and rule.
-            keep: Positions along ``dim``, a mask or a slice; None: all.
+            keep: Positions along ``dim``, a mask or a slice, a position repeatedly where slices are split; None: all.
             added: How many slices are new.
             dim: The dimension along which the parameter has changed.
 
         Raises:
             KeyError: The optimizer does not hold ``old``.
             IndexError: ``keep`` or ``dim`` do not fit ``old``.
-            ValueError: ``new`` does not have the shape that follows from ``keep`` and ``added``, or is held already.
+            ValueError: ``new`` does not have the shape that follows from ``keep`` and ``added``, is held already, or is
+                nothing that a step can update. Nothing has changed then, as after any error.
+            PlanError: ``new`` would be factored, which ``amsgrad=True`` cannot be.
             RuntimeError: One of both is a DTensor, or ``old`` is a fused weight whose parts have rules of their own.
         """
         name, held, group = self._find(old)
@@ -637,27 +646,40 @@ class SlimAdam(Replanned):
         check_replacement(name, held, new, kept, added, dim)
         if any(param is new for _, param, _ in self._parameters()):
             raise ValueError(f"new, of shape {tuple(new.shape)}, is a parameter of this optimizer already")
-        rules = rules_for_another(name, self._rules[name], new)
-        measured = rules_for_another(name, self._measured[name], new) if name in self._measured else None
-        state = self.state.pop(held, None)
-        if state:
-            self.state[new] = resized_state(state, self._rules[name], held, new, rules, group, kept, dim)
-        place = next(index for index, param in enumerate(group["params"]) if param is held)
-        group["params"][place] = new
-        self._rules[name] = rules
-        if measured is not None:
-            self._measured[name] = measured
-        self._resolver.note(name, new)
+        names = [name for name, param, _ in self._parameters() if param is held]  # several, if it is there repeatedly
+        rules = {name: rules_for_another(name, self._rules[name], new) for name in names}
+        measured = {
+            name: rules_for_another(name, self._measured[name], new) for name in names if name in self._measured
+        }
+        refuse_factored_amsgrad(name, rules[name][0], group)
+        state = self.state.get(held, {})
+        state = resized_state(state, self._rules[name], held, new, rules[name], group, kept, dim)
+        params = [new if param is held else param for param in group["params"]]
+        if isinstance(group["params"], list):
+            group["params"][:] = params
+        else:
+            group["params"] = params
+        if self.state.pop(held, None) is not None:
+            self.state[new] = state
+        self._rules.update(rules)
+        self._measured.update(measured)
         self._members.hold(self.param_groups)
         self._stepper.forget()
-        if self._measuring is None:
-            self._monitor_parameter(name, new)
+        for name in names:
+            self._resolver.note(name, new)
+            if self._measuring is None:
+                self._monitor_parameter(name, new)
 
     def _find(self, param: Tensor | str) -> Held:
         for name, held, group in self._parameters():
             if held is param or (isinstance(param, str) and name == canonical_name(param)):
                 return name, held, group
         given = repr(param) if isinstance(param, str) else "the tensor"
+        owner = str(param).rpartition("[")[0]
+        if isinstance(param, str) and any(name == canonical_name(owner) for name in self._rules):
+            raise KeyError(
+                f"{given} is a part of a parameter; pass all of it, {owner!r}, and index for some of its rows"
+            )
         raise KeyError(
             f"{given} is not a parameter of this optimizer; pass one of its tensors, or a name that it knows: those of "
             "SlimAdam(model) and of named_parameters()"

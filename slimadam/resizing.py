@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimadam import momentum
 from slimadam import state as state_format
+from slimadam.backends import steps_on_device
 from slimadam.distributed import is_dtensor
 from slimadam.entries import decoded, encode, initial_first_moment
 from slimadam.errors import shown
+from slimadam.functional import second_moment_dtype
 from slimadam.rules import Rule
 
 Index = Tensor | Sequence[int] | Sequence[bool] | slice | int
@@ -29,28 +32,37 @@ def positions(index: Index | None, param: Tensor, dim: int, argument: str) -> Te
     Raises:
         IndexError: It does not index the dimension.
     """
-    everything = torch.arange(param.shape[dim], device=param.device)
+    size = param.shape[dim] if param.dim() else 1
+    everything = torch.arange(size, device=param.device)
     if index is None:
         return everything
     try:
-        found = everything[torch.as_tensor(index, device=param.device) if isinstance(index, (list, tuple)) else index]
-        return found.reshape(-1)
+        at = torch.as_tensor(index, device=param.device) if isinstance(index, (list, tuple)) else index
+        if isinstance(at, Tensor) and at.shape == (0,) and at.is_floating_point():
+            at = at.long()  # what an empty list becomes
+        if isinstance(at, bool) or (isinstance(at, Tensor) and at.dim() > 1):
+            raise IndexError("neither one number nor a list of them")
+        return everything[at].reshape(-1)
     except (IndexError, TypeError, RuntimeError, ValueError) as error:
         raise IndexError(
             f"{argument}={shown(index)} does not index dimension {dim} of a parameter of shape {tuple(param.shape)} "
-            f"({error}); pass positions in 0..{param.shape[dim] - 1}, or a mask of {param.shape[dim]}"
+            f"({error}); pass positions in 0..{size - 1}, or a mask of {size}"
         ) from error
 
 
 def checked_dim(dim: int, param: Tensor) -> int:
-    """Return a dimension of a parameter as a number that is not negative.
+    """Return a dimension of a parameter as a number that is not negative; a scalar counts as one of size 1.
 
     Raises:
         IndexError: The parameter has no such dimension.
     """
-    if isinstance(dim, bool) or not isinstance(dim, int) or not -param.dim() <= dim < param.dim():
-        raise IndexError(f"dim={shown(dim)} is no dimension of a parameter of shape {tuple(param.shape)}")
-    return dim % param.dim()
+    count = max(1, param.dim())
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -count <= dim < count:
+        raise IndexError(
+            f"dim={shown(dim)} is no dimension of a parameter of shape {tuple(param.shape)}; pass one of "
+            f"{-count}..{count - 1}"
+        )
+    return dim % count
 
 
 def check_replacement(name: str, old: Tensor, new: Tensor, kept: Tensor, added: int, dim: int) -> None:
@@ -58,7 +70,7 @@ def check_replacement(name: str, old: Tensor, new: Tensor, kept: Tensor, added: 
 
     Raises:
         TypeError: It is no tensor.
-        ValueError: Its shape is not what follows from ``keep`` and ``added``.
+        ValueError: Its shape is not what follows from ``keep`` and ``added``, or it is nothing that a step can update.
         RuntimeError: One of both is a DTensor.
     """
     if not isinstance(new, Tensor):
@@ -70,6 +82,13 @@ def check_replacement(name: str, old: Tensor, new: Tensor, kept: Tensor, added: 
             f"{name!r}: replace_param does not follow DTensors; build a new optimizer for sharded parameters"
         )
     wanted = (*old.shape[:dim], len(kept) + added, *old.shape[dim + 1 :])
+    if not old.dim() and len(kept) == 1 and not added:
+        wanted = ()
+    if new.layout != torch.strided or new.is_meta or not (new.is_floating_point() or new.is_complex()):
+        raise ValueError(
+            f"{name!r}: new is {new.dtype} with layout={new.layout} on {new.device}; a step updates dense tensors of "
+            "floating-point or complex numbers that have values"
+        )
     if tuple(new.shape) != wanted or new.is_complex() != old.is_complex():
         raise ValueError(
             f"{name!r}: {len(kept)} slices kept of {tuple(old.shape)} along dim={dim} and added={added} make a shape "
@@ -82,7 +101,8 @@ def check_replacement(name: str, old: Tensor, new: Tensor, kept: Tensor, added: 
 def reset_slices(state: Mapping[str, Any], rules: Sequence[Rule], param: Tensor, found: Tensor, dim: int) -> None:
     """Set moments to zero at some positions along a dimension, in place.
 
-    A second moment that is averaged over the dimension stays: it is the other slices' too.
+    A second moment that is averaged over the dimension stays: it is the other slices' too. Of a first moment in codes a
+    block that is not finite becomes zero as a whole.
 
     Args:
         state: The parameter's state.
@@ -91,11 +111,14 @@ def reset_slices(state: Mapping[str, Any], rules: Sequence[Rule], param: Tensor,
         found: Positions along ``dim``.
         dim: The dimension.
     """
-    state_format.first_moment(state).index_fill_(dim, found, 0)
+    if "exp_avg_scale" in state:
+        momentum.reset(state["exp_avg_codes"], state["exp_avg_scale"], found, dim)
+    else:
+        state["exp_avg"].index_fill_(dim, found, 0)
     for kind in state_format.SECOND_MOMENTS:
         stored = state_format.moments_of(state, rules, kind)
         if stored and all(rule.form != "factored" and rule.part is None for rule in rules):
-            if stored[0].shape[dim] == param.shape[dim]:
+            if not param.dim() or stored[0].shape[dim] == param.shape[dim]:
                 stored[0].index_fill_(dim, found, 0)
         elif stored:
             full = state_format.expand(stored, rules, tuple(param.shape)).index_fill_(dim, found, 0)
@@ -119,7 +142,8 @@ def resized_state(
 ) -> dict[str, Any]:
     """Return a state for a parameter that has some slices of another one, and new ones after them.
 
-    New slices have moments of zero, as where AdamW's state is concatenated with zeros; the count of steps stays.
+    New slices have moments of zero, as where AdamW's state is concatenated with zeros; the count of steps stays. All
+    of it is where the parameter is, in its precision. Entries that a user has put there stay as they are.
 
     Args:
         state: The other parameter's state.
@@ -131,28 +155,27 @@ def resized_state(
         kept: Positions of the slices along ``dim``.
         dim: The dimension.
     """
-    made: dict[str, Any] = {}
-    value = _resized(decoded(old, state)["exp_avg"], kept, dim, new.shape[dim])
-    made.update(initial_first_moment(new, group))
+    of_users = {key: value for key, value in state.items() if not state_format.is_own(key)}
+    if not state_format.is_made(state):
+        return of_users
+    size = new.shape[dim] if new.dim() else 1
+    made = initial_first_moment(new, group)
+    dtype = torch.float32 if "exp_avg_scale" in made else made["exp_avg"].dtype
+    dtype = torch.complex64 if "exp_avg_scale" in made and new.is_complex() else dtype
+    value = _resized(decoded(old, state)["exp_avg"], kept, dim, size).to(new.device, dtype)
     if "exp_avg_scale" in made:
         encode(new, value, value, made)
     else:
         made["exp_avg"].copy_(value)
+    second_dtype = second_moment_dtype(new.dtype)
     for kind in state_format.SECOND_MOMENTS:
         stored = state_format.moments_of(state, rules, kind)
-        if not stored:
-            continue
-        if rules[0].form == "factored" or rules[0].part is not None:
-            full = state_format.expand(stored, rules, tuple(old.shape))
-            stored = state_format.average(_resized(full, kept, dim, new.shape[dim]), new_rules)
-        elif stored[0].shape[dim] == old.shape[dim] and dim not in rules[0].dims:
-            stored = [_resized(stored[0], kept, dim, new.shape[dim])]
-        made.update(state_format.by_key(stored, new_rules, kind))
-    return {
-        **{key: value for key, value in state.items() if not state_format.is_own(key)},
-        "step": state["step"],
-        **made,
-    }
+        if stored:
+            stored = _resized_moments(stored, rules, old, new_rules, kept, dim, size)
+            stored = [moment.to(new.device, second_dtype) for moment in stored]
+            made.update(state_format.by_key(stored, new_rules, kind))
+    device = new.device if steps_on_device(new, group) else torch.device("cpu")
+    return {**of_users, "step": state["step"].to(device), **made}
 
 
 def reset_all(state: MutableMapping[str, Any]) -> None:
@@ -167,7 +190,29 @@ def _by_rule(full: Tensor, rules: Sequence[Rule]) -> list[Sequence[Tensor]]:
     return [tensors for _, tensors in state_format.by_rule(rules, averaged, full.dim())]
 
 
+def _resized_moments(
+    stored: list[Tensor],
+    rules: Sequence[Rule],
+    old: Tensor,
+    new_rules: Sequence[Rule],
+    kept: Tensor,
+    dim: int,
+    size: int,
+) -> list[Tensor]:
+    """Return second moments of some slices and of new ones; an average over the dimension is that of what is kept."""
+    alike = [rule.storage for rule in rules] == [rule.storage for rule in new_rules]
+    if alike and rules[0].form != "factored" and rules[0].part is None:
+        return stored if dim in rules[0].dims else [_resized(stored[0], kept, dim, size)]
+    full = state_format.expand(stored, rules, tuple(old.shape))
+    averaged = dim in new_rules[0].dims and kept.numel()
+    return state_format.average(
+        full.index_select(dim, kept) if averaged else _resized(full, kept, dim, size), new_rules
+    )
+
+
 def _resized(tensor: Tensor, kept: Tensor, dim: int, size: int) -> Tensor:
+    if not tensor.dim():
+        return tensor
     chosen = tensor.index_select(dim, kept)
     shape = list(tensor.shape)
     shape[dim] = size - chosen.shape[dim]

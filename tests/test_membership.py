@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam
+from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam, convert_state_dict
 from tests.versions import needs_torch
 
 PLANS: dict[str, Any] = {"none": None, "auto": "auto", "factored": "factored", "soon": AutoPlan(calibration_steps=2)}
@@ -403,3 +403,78 @@ def test_what_is_no_tensor_is_refused_by_its_place() -> None:
     optimizer.param_groups[0]["params"].append("weight")
     with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[1\]='weight' must be a tensor"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("plan", [None, "factored", "auto"], ids=str)
+def test_state_of_others_is_saved_and_loaded_while_a_module_has_no_shape(plan: Any) -> None:
+    lazy, used = nn.LazyLinear(4), nn.Linear(3, 2)
+    twin = copy.deepcopy(used)
+    ours = SlimAdam([used.weight, *lazy.parameters(), used.bias, made((5,))], plan=plan)
+    theirs = torch.optim.AdamW([twin.weight, *nn.LazyLinear(4).parameters(), twin.bias, made((5,))])
+    for model, optimizer in ((used, ours), (twin, theirs)):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.param_groups[0]["params"][4].grad = torch.ones(5)
+        optimizer.step()
+    saved, expected = ours.adamw_state_dict(), theirs.state_dict()
+    assert list(saved["state"]) == list(expected["state"]) == [0, 3, 4]
+    for index, state in expected["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(saved["state"][index][key], value)
+    fresh = SlimAdam([used.weight, *nn.LazyLinear(4).parameters(), used.bias, made((5,))], plan=plan)
+    fresh.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(saved)
+    assert str(fresh.state_dict()) == str(ours.state_dict())
+    assert torch.equal(fresh.state[used.weight]["exp_avg"], ours.state[used.weight]["exp_avg"])
+    damaged = ours.state_dict()
+    damaged["state"][1] = damaged["state"][0]
+    with pytest.raises(ValueError, match=r"params\.1' has no shape yet \(a lazy module's\), but .* forward pass"):
+        fresh.load_state_dict(damaged)
+    with pytest.raises(ValueError, match="has 5 parameters, its plan 3; save it once all lazy modules"):
+        convert_state_dict(ours.state_dict(), None)
+
+
+@pytest.mark.parametrize("key", ["exp_avg_sq_col", "exp_avg_sq_row", "exp_avg", "step"])
+def test_what_the_state_lacks_is_told(key: str) -> None:
+    param = made()
+    optimizer = SlimAdam([("w", param)], plan="factored")
+    optimizer.step()
+    before = param.detach().clone()
+    del optimizer.state[param][key]
+    with pytest.raises(RuntimeError, match=f"'w': its state .*{key}.*state.pop\\(parameter\\), to start anew"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.state.pop(param)
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+
+
+@pytest.mark.parametrize("plan", [None, "factored", "soon", "auto"], ids=str)
+def test_what_users_keep_in_the_state_is_no_state(plan: Any) -> None:
+    """Also before the first step, where AdamW takes it for its own."""
+    first, second = made((6, 5)), made((7, 5))
+    second.grad = None
+    optimizer = SlimAdam([("a", first), ("b", second)], plan=PLANS.get(plan, plan))
+    for param in (first, second):
+        optimizer.state[param]["mine"] = "kept"
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [own for own, _ in optimizer.update_direction()] == [first]
+    optimizer.reset_state("b", [0])
+    optimizer.replace_param("b", made((9, 5)), added=2)
+    optimizer.param_groups[0]["params"][1].grad = None
+    for _ in range(3):
+        optimizer.step()
+    saved = optimizer.adamw_state_dict()["state"]
+    assert [state["mine"] for state in saved.values()] == ["kept", "kept"]
+    assert saved[0]["step"] == 3
+    assert "step" not in saved[1]
+
+
+def test_state_of_what_was_removed_is_told_as_by_adamw() -> None:
+    for kind in (torch.optim.AdamW, SlimAdam):
+        optimizer = kind([made(), made()])
+        optimizer.step()
+        gone = optimizer.param_groups[0]["params"].pop()
+        with pytest.raises(KeyError):
+            optimizer.state_dict()
+        optimizer.state.pop(gone)
+        assert list(optimizer.state_dict()["state"]) == [0]
