@@ -26,6 +26,7 @@ from slimadam.functional import (
 from slimadam.rules import Rule
 
 logger = logging.getLogger("slimadam")
+_ZERO = "ZeroRedundancyOptimizer's state dict has no plan: pass the one it was saved with"
 _ANEW = "load all of it with load_state_dict, or take all of it out, optimizer.state.pop(parameter), to start anew"
 
 
@@ -113,15 +114,14 @@ def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Seque
         RuntimeError: Names the parameter and both shapes.
     """
     if not moments:
-        raise RuntimeError(f"{name!r}: its state lacks one of {state_format.keys_of(rules)}; {_ANEW}")
+        raise RuntimeError(f"{name!r}: its state lacks one of {state_format.keys_of(rules)}; {_ANEW}; {_ZERO}")
     kept = tuple(tuple(part.shape) for part in moments)
     wanted = state_format.state_shapes(rules, tuple(param.shape))
     if kept != wanted:
         raise RuntimeError(
             f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
             f"{tuple(param.shape)} keeps {wanted}; exchange a parameter for one of another size by "
-            "optimizer.replace_param(old, new, keep=..., added=...), which carries its state over; "
-            "ZeroRedundancyOptimizer's state dict has no plan: pass the one it was saved with"
+            f"optimizer.replace_param(old, new, keep=..., added=...), which carries its state over; {_ZERO}"
         )
 
 
