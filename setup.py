@@ -49,6 +49,7 @@ class BuildLibraries(build_ext):
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=link_flags, target_lang="c++"
         )
+        BUILD["seal"](Path(self.get_ext_fullpath(ext.name)))
 
 
 class TagLibraries(bdist_wheel):

@@ -1,7 +1,7 @@
 """The compiled step as a library: the one that was built with the package, or one that is built when it is first used.
 
-What is built later goes to ``$SLIMADAM_CACHE_DIR``, else ``slimadam`` in the user's cache folder. Its name is a hash of
-everything that went into it; its bytes end with their own hash, so that a damaged file is rebuilt, not loaded.
+The bytes of either end with their own hash, so that a damaged file is not loaded. What is built later goes to
+``$SLIMADAM_CACHE_DIR``, else ``slimadam`` in the user's cache folder. Its name is a hash of all that went into it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,12 @@ def source_digest() -> str:
     return hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes()).hexdigest()[:32]
 
 
+def seal(path: Path) -> None:
+    """Add a hash of its bytes to a library, by which damage is seen before it is loaded."""
+    content = path.read_bytes()
+    path.write_bytes(content + hashlib.sha256(content).digest())
+
+
 def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.slimadam_step.restype = None
     if hasattr(os, "register_at_fork"):
@@ -79,6 +86,8 @@ def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
 def _installed() -> ctypes.CDLL | None:
     """Return the library that was built with the package for this processor; None if there is none of this source."""
     path = SOURCE.with_name(f"step_{_level()}{SUFFIX}")
+    if not _is_intact(path):
+        return None
     try:
         loaded = ctypes.CDLL(str(path))
         loaded.slimadam_source.restype = ctypes.c_char_p
@@ -107,12 +116,13 @@ def _load_or_build() -> ctypes.CDLL:
         return _load(path)
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
+    """Return the program and the options that it is always called with."""
     asked_for = os.environ.get("CXX")
-    for name in (asked_for,) if asked_for else ("c++", "g++", "clang++"):
+    for name, *options in (shlex.split(asked_for),) if asked_for else (["c++"], ["g++"], ["clang++"]):
         found = shutil.which(name)
         if found is not None:
-            return found
+            return [found, *options]
     if asked_for:
         raise BuildError(f"CXX={asked_for!r} is no program on PATH; name a C++17 compiler, or unset CXX")
     raise BuildError("no C++ compiler on PATH; install one (Debian: apt install g++) or name it in CXX")
@@ -124,7 +134,7 @@ def _load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-def _path(compiler: str) -> Path:
+def _path(compiler: list[str]) -> Path:
     return _folder() / f"step-{_key(compiler)}{SUFFIX}"
 
 
@@ -137,9 +147,9 @@ def _folder() -> Path:
         raise BuildError(f"{error}; set SLIMADAM_CACHE_DIR to a folder that can be written") from error
 
 
-def _key(compiler: str) -> str:
-    version = _run([compiler, "--version"])
-    parts = [source_digest(), " ".join(FLAGS), compiler, version, sys.platform, platform.machine(), _processor()]
+def _key(compiler: list[str]) -> str:
+    version = _run([*compiler, "--version"])
+    parts = [source_digest(), " ".join(FLAGS), *compiler, version, sys.platform, platform.machine(), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -165,7 +175,7 @@ def _is_intact(path: Path) -> bool:
     return owned and hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 
 
-def _build(compiler: str, path: Path) -> None:
+def _build(compiler: list[str], path: Path) -> None:
     """Compile into a file of this process's own, then put it in place in one move: several may race."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -173,15 +183,17 @@ def _build(compiler: str, path: Path) -> None:
     except OSError as error:
         raise BuildError(f"{error}; set SLIMADAM_CACHE_DIR to a folder that can be written") from error
     logger.warning(
-        "the compiled step was not built with slimadam; compiling it with %s, once for this machine", compiler
+        "the compiled step was not built with slimadam; compiling it with %s, once for this machine",
+        shlex.join(compiler),
     )
     start = time.perf_counter()
     with folder:
         made = Path(folder.name) / path.name
         source = f'-DSLIMADAM_SOURCE="{source_digest()}"'
-        _run([compiler, *FLAGS, "-march=native", source, "-shared", "-fPIC", "-o", str(made), str(SOURCE)])
-        content = made.read_bytes()
-        made.write_bytes(content + hashlib.sha256(content).digest())
+        _run([*compiler, *FLAGS, "-march=native", source, "-shared", "-fPIC", "-o", str(made), str(SOURCE)])
+        if not made.is_file():
+            raise BuildError(f"{compiler[0]} has made nothing; name a C++17 compiler in CXX, such as g++")
+        seal(made)
         os.replace(made, path)
     logger.info("compiled in %.0f s: %s", time.perf_counter() - start, path)
 

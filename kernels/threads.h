@@ -8,6 +8,15 @@
 #include <system_error>
 #include <thread>
 
+#if defined(__SSE__) || defined(_M_X64)
+#include <xmmintrin.h>
+inline unsigned arithmetic_mode() { return _mm_getcsr(); }  // whether small numbers are flushed to zero
+inline void set_arithmetic_mode(unsigned mode) { _mm_setcsr(mode); }
+#else
+inline unsigned arithmetic_mode() { return 0; }
+inline void set_arithmetic_mode(unsigned) {}
+#endif
+
 class Threads {
  public:
   // Calls work() in this thread and in up to count - 1 others; returns when none is in it any more. What work() does
@@ -32,6 +41,7 @@ class Threads {
       }
       call_ = call;
       given_ = given;
+      mode_ = arithmetic_mode();
       places_ = helpers;
       ++turn_;
     }
@@ -61,6 +71,7 @@ class Threads {
       seen = turn_;
       --places_;
       ++at_work_;
+      set_arithmetic_mode(mode_);
       lock.unlock();
       call_(given_);
       lock.lock();
@@ -72,5 +83,6 @@ class Threads {
   std::condition_variable wake_, left_;
   Call call_ = nullptr;
   void* given_ = nullptr;
+  unsigned mode_ = 0;  // of the thread that opened the work
   int64_t started_ = 0, places_ = 0, at_work_ = 0, turn_ = 0;
 };

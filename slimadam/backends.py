@@ -113,7 +113,7 @@ def fits(backend: Backend, entry: Entry) -> bool:
     """
     if backend in ("reference", "foreach"):
         return True
-    if not _dtypes_fit(backend, entry) or is_marked(entry.grad):
+    if not _dtypes_fit(backend, entry) or any(map(is_marked, (entry.param, entry.grad, entry.exp_avg))):
         return False
     if backend == "triton":
         return _lies_alike(entry, has_gaps=False) and bool(_triton().lies_beside(entry))
@@ -127,7 +127,19 @@ def _dtypes_fit(backend: Backend, entry: Entry) -> bool:
         return False
     if entry.exp_avg_scale is None and entry.exp_avg.dtype not in (dtype, torch.float32, torch.bfloat16):
         return False
+    if entry.exp_avg_scale is not None and not _are_codes(entry.exp_avg, entry.exp_avg_scale):
+        return False
+    if not _is_count(entry.step) or (backend == "compiled" and not entry.step.is_cpu):
+        return False
     return entry.grad.dtype in ({dtype} if backend == "compiled" else _FUSED_DTYPES)
+
+
+def _is_count(step: Tensor) -> bool:
+    return step.numel() == 1 and step.dtype in (torch.float32, torch.float64)
+
+
+def _are_codes(codes: Tensor, scales: Tensor) -> bool:
+    return codes.dtype == torch.int8 and scales.dtype == torch.uint8 and scales.is_contiguous()
 
 
 def _lies_alike(entry: Entry, has_gaps: bool) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from slimadam import momentum
 from slimadam import state as state_format
@@ -24,6 +25,7 @@ from slimadam.functional import (
     second_moment_dtype,
 )
 from slimadam.rules import Rule
+from slimadam.standing import is_marked
 
 logger = logging.getLogger("slimadam")
 _ZERO = "ZeroRedundancyOptimizer's state dict has no plan: pass the one it was saved with"
@@ -123,6 +125,30 @@ def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Seque
             f"{tuple(param.shape)} keeps {wanted}; exchange a parameter for one of another size by "
             f"optimizer.replace_param(old, new, keep=..., added=...), which carries its state over; {_ZERO}"
         )
+
+
+def check_memory(name: str, param: Tensor, grad: Tensor, state: Mapping[str, Any]) -> None:
+    """Refuse tensors without memory, which offloading or FSDP may have let go, or on another device.
+
+    Args:
+        name: The parameter's name.
+        param: What this rank holds of it.
+        grad: What this rank holds of its gradient; it may be one of those zeros that have no memory.
+        state: Its state; the step count may lie elsewhere.
+
+    Raises:
+        RuntimeError: Names the parameter and the tensor.
+    """
+    if param.device.type == "meta":
+        return
+    state = {key: local(value) for key, value in state.items() if state_format.is_own(key) and key != "step"}
+    for what, tensor in {"values": param, "gradient": grad, **state}.items():
+        if type(tensor) not in (Tensor, Parameter) or (tensor is grad and is_marked(grad)):
+            continue
+        if tensor.device != param.device:
+            raise RuntimeError(f"{name!r}: its {what} is on {tensor.device}, the parameter on {param.device}; move it")
+        if tensor.numel() and not tensor.data_ptr():
+            raise RuntimeError(f"{name!r}: the memory of its {what} has been let go; bring it back before the step")
 
 
 def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> None:

@@ -55,6 +55,7 @@ class StandingGroup:
         if self.holds_nothing_else:
             self._addresses = _addresses(self._tensors)
             self._layouts = layouts(self._tensors), layouts(grads)
+            self._have_memory = _have_memory(grads)
 
     def gradients(
         self,
@@ -85,6 +86,7 @@ class StandingGroup:
             and all(map(is_, compress(rules, self._moves), self._rules))
             and _addresses(self._tensors) == self._addresses
             and (layouts(self._tensors), layouts(grads)) == self._layouts
+            and _have_memory(grads) == self._have_memory
         )
         return grads if same else None
 
@@ -120,6 +122,10 @@ def _values(states: Iterable[Mapping[str, Any]]) -> list[Any]:
 
 def _addresses(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
+
+
+def _have_memory(grads: Iterable[Tensor]) -> list[bool]:
+    return list(map(bool, _addresses(grads)))
 
 
 def layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:

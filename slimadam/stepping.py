@@ -20,6 +20,7 @@ from slimadam.backends import TAKES_CODES, UPDATES, Backend, triton_step
 from slimadam.distributed import is_dtensor, local, local_gradient
 from slimadam.entries import (
     check_first_moment,
+    check_memory,
     check_shapes,
     decoded,
     encode,
@@ -51,6 +52,7 @@ class _Prepared(NamedTuple):
     dtype: torch.dtype
     grad_dtype: torch.dtype
     grad_is_marked: bool
+    grad_has_memory: bool
     stride: tuple[int, ...]
     grad_stride: tuple[int, ...]
     state: tuple[Any, ...]
@@ -82,11 +84,15 @@ class _Prepared(NamedTuple):
             and grad.shape == (shape if own is param else own.shape)
             and self.grad_dtype is grad.dtype
             and self.grad_is_marked == is_marked(grad)
+            and self.grad_has_memory == bool(grad.data_ptr())
             and self.dtype is param.dtype
             and self.options == options
             and self.state_layouts == _state_layouts(state)
         )
 
+
+# A parameter with a gradient: its name, itself, the gradient and the state that this rank holds, and how it is updated.
+_OfStep = tuple[str, Tensor, Tensor, MutableMapping[str, Any], _Prepared]
 
 _Coded = tuple[str, Tensor, Mapping[str, Any], list[Rule], Mapping[str, Any], list[SharedPiece | None]]
 
@@ -265,9 +271,13 @@ class Stepper:
             return
         if recalled is None:
             recalled = self.recall(groups, all_rules, states)
-        works = [
-            self._begin(names, group, all_rules, states, grads, clip_factor)
+        held = [
+            self._held(names, group, all_rules, states) if grads is None else []
             for (names, group), grads in zip(groups, recalled, strict=True)
+        ]
+        works = [
+            self._begin(group, all_rules, own, grads, clip_factor)
+            for (_, group), own, grads in zip(groups, held, recalled, strict=True)
         ]
         if not torch.compiler.is_compiling():
             if any(grads is None for grads in recalled):
@@ -306,28 +316,36 @@ class Stepper:
         """:meth:`update` of DTensors under ``torch.compile``: collectives are waited for between its parts."""
         self.update(*arguments)
 
-    def _begin(
+    def _held(
         self,
         names: Sequence[str],
         group: Mapping[str, Any],
         all_rules: Mapping[str, list[Rule]],
         states: Mapping[Tensor, MutableMapping[str, Any]],
-        recalled: list[Tensor] | None,
-        clip_factor: Tensor | None,
-    ) -> _Work:
-        """Count a step of every parameter of a group that has a gradient, and find what it takes."""
-        options = _options(group)
-        hyper = hyperparameters(group, clip_factor)
-        traced = torch.compiler.is_compiling()
-        if recalled is not None:
-            return self._standing[id(group)].work(group, hyper, recalled)
-        self._standing.pop(id(group), None)
-        held = []
+    ) -> list[_OfStep]:
+        """Check every parameter of a group that has a gradient, and prepare its step."""
+        options, held = _options(group), []
         for name, param in zip(names, group["params"], strict=True):
             if param.grad is not None:
                 rules, state, grad = all_rules[name], states[param], local_gradient(name, param)
                 prepared = self._prepare(name, param, grad, group, options, rules, state)
                 held.append((name, param, grad, state, prepared))
+        return held
+
+    def _begin(
+        self,
+        group: Mapping[str, Any],
+        all_rules: Mapping[str, list[Rule]],
+        held: Sequence[_OfStep],
+        recalled: list[Tensor] | None,
+        clip_factor: Tensor | None,
+    ) -> _Work:
+        """Count a step of what a group holds, and find what it takes."""
+        hyper = hyperparameters(group, clip_factor)
+        traced = torch.compiler.is_compiling()
+        if recalled is not None:
+            return self._standing[id(group)].work(group, hyper, recalled)
+        self._standing.pop(id(group), None)
         written = [] if traced else _written(((param, state) for _, param, _, state, _ in held), group["amsgrad"])
         work = _Work(group, hyper, defaultdict(list), defaultdict(list), [], [], [], written=written)
         steps = [state["step"] for _, _, _, state, prepared in held if not prepared.counts_itself]
@@ -363,7 +381,8 @@ class Stepper:
         pieces = [(number, piece) for number, one in enumerate(prepared) for piece in one.pieces]
         pieces = [(number, piece) for number, piece in pieces if piece.entry.param.numel()]
         steps = [state["step"] for state, one in zip(states, prepared, strict=True) if not one.counts_itself]
-        counts = not group["bf16_stochastic_round"]  # whose seeds come from the counts of the step to take
+        # The seeds of stochastic rounding come from the counts of the step to take; shared ones are not counted once.
+        counts = not group["bf16_stochastic_round"] and len(set(map(id, steps))) == len(steps)
         table = Table([piece.entry for _, piece in pieces], counts) if _all_compiled(pieces) else None
         if table is not None and counts:
             counted = {id(piece.entry.step) for _, piece in pieces}
@@ -397,8 +416,15 @@ class Stepper:
         found = None if traced else self._prepared.get(id(param))
         if found is not None and found.holds(param, own, grad, rules, options, state):
             return found
+        if not traced:
+            check_memory(name, own, grad, state)
         check_shapes(name, rules, param, state_format.moments_of(state, rules))
         check_first_moment(name, param, state)
+        if group["amsgrad"] and not state_format.moments_of(state, rules, "max_exp_avg_sq"):
+            raise RuntimeError(
+                f"{name!r}: amsgrad=True was set after steps without it, which kept no maxima; set it back, or begin "
+                "the parameter's state anew by optimizer.state.pop(param)"
+            )
         pieces = list(pieces_of_step(name, param, grad, group, rules, state))
         if not traced:
             pieces = [piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces]
@@ -411,6 +437,7 @@ class Stepper:
             dtype=param.dtype,
             grad_dtype=grad.dtype,
             grad_is_marked=not traced and is_marked(grad),
+            grad_has_memory=not traced and bool(grad.data_ptr()),
             stride=own.stride(),
             grad_stride=grad.stride(),
             state_layouts=([],) if traced else _state_layouts(state),
@@ -481,7 +508,8 @@ def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _state_layouts(state: Mapping[str, Any]) -> tuple[list[Any], ...]:
-    return layouts(own_tensors(state))
+    tensors = own_tensors(state)
+    return *layouts(tensors), [local(tensor).data_ptr() for tensor in tensors]
 
 
 def _update_decoded(
