@@ -29,7 +29,8 @@ def throughput(result: dict[str, Any]) -> str:
     left_out = [f"- {label}: {reason}" for label, reason in result["left_out"].items()]
     return "\n".join(
         [
-            "One step over the shapes of GPT-2 124M in float32 on a CPU, all optimizers in one run, SlimAdam's rows the medians of three: time against that "
+            "One step over the shapes of GPT-2 124M in float32 on a CPU, all optimizers in one run, "
+            "SlimAdam's rows the medians of three: time against that "
             f"of a step of fused AdamW beside it ({result['rows']['AdamW (fused)']['milliseconds']:.0f} ms), bytes of "
             f"state for each parameter, and the bandwidth reached by the bytes that must move, against a copy's; "
             f"{result['machine']['threads']} threads, medians of {result['rounds']}{_of_slow(result)} "
