@@ -200,7 +200,7 @@ def test_forked_processes_have_the_substitutes() -> None:
     Path("trains.py").write_text(TRAINS)
     result = in_a_process(*RUN, "trains.py", "fork")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "True\nTrue\n"
+    assert result.stdout.replace("\n", "") == "TrueTrue"  # two processes write, one between the other's words
     assert result.stderr.startswith("slimadam: Adam and AdamW were replaced in processes that the script forked")
 
 
