@@ -169,3 +169,25 @@ def test_lists_take_what_they_can_where_there_is_no_library(
         torch.testing.assert_close(param.detach(), torch.full((6, 256), 0.9), rtol=0, atol=1e-3)
         found[name] = optimizer.backend("w")
     assert found == {"plain": "foreach", "stored otherwise": "reference", "codes": "foreach", "tensor": "reference"}
+
+
+def test_a_damaged_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading half a library ends the process."""
+    library = build.SOURCE.with_name(f"step_{build._level()}{build.SUFFIX}")
+    whole, copied = library.read_bytes(), tmp_path / library.name
+    for source in (build.SOURCE, build.HEADER):
+        shutil.copy(source, tmp_path)
+    monkeypatch.setattr(build, "SOURCE", tmp_path / build.SOURCE.name)
+    monkeypatch.setattr(build, "HEADER", tmp_path / build.HEADER.name)
+    for content in (whole[: len(whole) // 2], whole[:100_000] + bytes(60_000) + whole[160_000:], b"", whole[:-1]):
+        copied.write_bytes(content)
+        assert build._installed() is None
+    copied.write_bytes(whole)
+    assert build._installed() is not None
+
+
+def test_a_compiler_may_be_named_with_options(tmp_path: Path) -> None:
+    assert _run("print(step())", tmp_path, CXX="c++ -DNDEBUG").splitlines()[-1] == "compiled"
+    output = _run("print(step())", tmp_path / "none", CXX="true")
+    assert "has made nothing; name a C++17 compiler in CXX, such as g++" in output
+    assert output.splitlines()[-1] == "foreach"
