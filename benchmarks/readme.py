@@ -179,8 +179,9 @@ def parity(result: dict[str, Any]) -> str:
     """How exact the step is."""
     ulps = " and ".join(f"{value:.1f} ulp ({dtype.removeprefix('torch.')})" for dtype, value in result["ulps"].items())
     return (
-        f"Largest difference to AdamW over 25 steps and all options: {ulps}, of values of 0.01 and more. Largest difference of "
-        f"a compressed float32 parameter to float64 after 12 steps: {result['float64_error']:.1e} {origin(result['machine'])}."
+        f"Largest difference to AdamW over 25 steps and all options: {ulps}, of values of 0.01 and more. "
+        "Largest difference of a compressed float32 parameter to float64 after 12 steps: "
+        f"{result['float64_error']:.1e} {origin(result['machine'])}."
     )
 
 
