@@ -271,13 +271,10 @@ class Stepper:
             return
         if recalled is None:
             recalled = self.recall(groups, all_rules, states)
-        held = [
-            self._held(names, group, all_rules, states) if grads is None else []
-            for (names, group), grads in zip(groups, recalled, strict=True)
-        ]
+        # By numbers, because Dynamo of torch 2.6 does not go on after a graph break within a zip.
+        held = [self._held(*groups[at], all_rules, states) if recalled[at] is None else [] for at in range(len(groups))]
         works = [
-            self._begin(group, all_rules, own, grads, clip_factor)
-            for (_, group), own, grads in zip(groups, held, recalled, strict=True)
+            self._begin(groups[at][1], all_rules, held[at], recalled[at], clip_factor) for at in range(len(groups))
         ]
         if not torch.compiler.is_compiling():
             if any(grads is None for grads in recalled):
@@ -345,7 +342,8 @@ class Stepper:
         traced = torch.compiler.is_compiling()
         if recalled is not None:
             return self._standing[id(group)].work(group, hyper, recalled)
-        self._standing.pop(id(group), None)
+        if not traced:
+            self._standing.pop(id(group), None)
         written = [] if traced else _written(((param, state) for _, param, _, state, _ in held), group["amsgrad"])
         work = _Work(group, hyper, defaultdict(list), defaultdict(list), [], [], [], written=written)
         steps = [state["step"] for _, _, _, state, prepared in held if not prepared.counts_itself]
