@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-BUILD = runpy.run_path(str(Path(__file__).parent / "kernels" / "build.py"))
+BUILD = runpy.run_path(str(Path(__file__).parent / "kernels" / "cpp" / "build.py"))
 MSVC_FLAGS = {"baseline": [], "avx2": ["/arch:AVX2"], "avx512": ["/arch:AVX512"]}
 IS_X86 = platform.machine() in ("x86_64", "AMD64") and "arm64" not in os.environ.get("ARCHFLAGS", "")
 
@@ -63,9 +63,9 @@ class TagLibraries(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            f"slimadam.kernels.step_{level}",
-            sources=["kernels/compiled.cpp"],
-            depends=["kernels/threads.h"],
+            f"slimadam.kernels.cpp.step_{level}",
+            sources=["kernels/cpp/adamw.cpp"],
+            depends=["kernels/cpp/threads.h"],
             define_macros=[("SLIMADAM_SOURCE", f'"{BUILD["source_digest"]()}"')],
             language="c++",
             optional=True,

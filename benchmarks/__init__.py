@@ -3,30 +3,58 @@
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec, spec_from_file_location
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
+COMMANDS = {
+    "calibration.__main__": "calibration/run.py",
+    "checkpoint_kills": "distributed/checkpoint_kills.py",
+    "clipping": "speed/clipping.py",
+    "demo": "training/demo.py",
+    "distributed.__main__": "distributed/run.py",
+    "gpu.__main__": "gpu/run.py",
+    "interop": "correctness/interop.py",
+    "kernels": "speed/kernels.py",
+    "launch_settings": "speed/launch_settings.py",
+    "memory": "speed/memory.py",
+    "mix.__main__": "mix/run.py",
+    "mixed_precision": "training/mixed_precision.py",
+    "momentum": "training/momentum.py",
+    "monitoring": "training/monitoring.py",
+    "parity": "correctness/parity.py",
+    "parts": "training/parts.py",
+    "readme.__main__": "readme/run.py",
+    "roles": "correctness/roles.py",
+    "scale": "distributed/scale.py",
+    "sharpness.__main__": "sharpness/run.py",
+    "sharpness_cost": "sharpness/cost.py",
+    "snr_overhead": "speed/snr_overhead.py",
+    "supported": "correctness/supported.py",
+    "throughput": "speed/throughput.py",
+    "torch_properties": "correctness/torch_properties.py",
+    "transfer": "training/transfer.py",
+    "warmup.__main__": "warmup/run.py",
+}
+"""For each command, ``python -m benchmarks.<name>``, its file."""
 
-class _Kernels:
-    """Finds ``slimadam.kernels`` beside this folder: only an installation puts it into the package."""
+
+class _Elsewhere:
+    """Finds commands by their short names, and the kernels where only an installation puts them into the package."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Point at the repository's folder, under the one name that its modules import each other by."""
-        if name != "slimadam.kernels":
+        """Return where a module lies that is not found by its name."""
+        if name == "slimadam.kernels":
+            folder = ROOT / "kernels"
+            return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        package, _, command = name.partition(".")
+        if package != "benchmarks" or command not in COMMANDS:
             return None
-        folder = ROOT / "kernels"
-        return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        return spec_from_file_location(name, ROOT / "benchmarks" / COMMANDS[command])
 
 
-def _is_of_this_repository() -> bool:
-    package = find_spec("slimadam")
-    return package is not None and package.origin is not None and Path(package.origin).parent.parent == ROOT
-
-
-if not any(finder.__name__ == "_Kernels" for finder in sys.meta_path if isinstance(finder, type)):
-    # Before an installation of another checkout, whose kernels these are not.
-    sys.meta_path.insert(0 if _is_of_this_repository() else len(sys.meta_path), _Kernels)
+if not any(finder.__name__ == "_Elsewhere" for finder in sys.meta_path if isinstance(finder, type)):
+    sys.meta_path.append(_Elsewhere)

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from slimadam.functional import Entry
-from slimadam.torch_private import view_base
+from .reference import Entry
 
 
 class Layout(NamedTuple):
@@ -187,7 +186,7 @@ def overlap(tensors: Iterable[Tensor]) -> bool:
     views: dict[int, tuple[int, int]] = {}
     for tensor in tensors:
         start = tensor.data_ptr()
-        base = view_base(tensor)
+        base = tensor._base  # the tensor of which this one is a view
         if tensor.is_contiguous() or base is None:
             spans.append((start, start + _extent(tensor)))
         else:

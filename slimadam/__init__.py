@@ -1,26 +1,26 @@
 """SlimAdam: AdamW that stores second moments only as finely as a measurement says each layer needs."""
 
-from slimadam.automatic import AutoPlan
-from slimadam.calibration import SNRRecorder, calibrate, every, paper_schedule
-from slimadam.conversion import convert_state_dict
-from slimadam.errors import PlanError
-from slimadam.history import SNRHistory
-from slimadam.optimizer import SlimAdam
-from slimadam.parts import Parts
-from slimadam.plan import CompressionPlan
-from slimadam.rules import Rule
-from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
-from slimadam.sharpness.hessian import HessianSharpness, directional_sharpness, hessian_sharpness
-from slimadam.sharpness.logger import SharpnessLogger
-from slimadam.sharpness.mix_advice import MixAdvice
-from slimadam.sharpness.mixing import advise_mix
-from slimadam.sharpness.regimes import Regime, regimes
-from slimadam.sharpness.rows import SharpnessRow
-from slimadam.sharpness.thresholds import edge_of_stability
-from slimadam.snr import snr
-from slimadam.warmup import CatapultWarmup, PersistentCatapultWarmup, critical_lr
-
-__version__ = "0.1.0"
+from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
+from slimadam.curvature.hessian import HessianSharpness, directional_sharpness, hessian_sharpness
+from slimadam.curvature.logger import SharpnessLogger
+from slimadam.curvature.mixing.advice import MixAdvice
+from slimadam.curvature.mixing.advise import advise_mix
+from slimadam.curvature.records import SharpnessRow
+from slimadam.curvature.stability import Regime, regimes
+from slimadam.curvature.thresholds import edge_of_stability
+from slimadam.layers.splits import Parts
+from slimadam.lr_scheduler import CatapultWarmup, PersistentCatapultWarmup, critical_lr
+from slimadam.measurement.history import SNRHistory
+from slimadam.measurement.snr import snr
+from slimadam.optim.checkpoint.conversion import convert_state_dict
+from slimadam.optim.slimadam import SlimAdam
+from slimadam.plans.auto import AutoPlan
+from slimadam.plans.calibrate import SNRRecorder, calibrate, every, paper_schedule
+from slimadam.plans.plan import CompressionPlan
+from slimadam.state.rule import Rule
+from slimadam.utils.errors import PlanError
+from slimadam.utils.moved_modules import find_moved_modules
+from slimadam.utils.version import __version__ as __version__
 
 __all__ = [
     "AutoPlan",
@@ -52,3 +52,5 @@ __all__ = [
     "regimes",
     "snr",
 ]
+
+find_moved_modules()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.interpreter import mend_interpreter
+from benchmarks.harness.interpreter import mend_interpreter
 from tests.versions import TORCH
 
 if not torch.cuda.is_available():

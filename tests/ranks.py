@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.interpreter import mend_interpreter
+from benchmarks.harness.interpreter import mend_interpreter
 
 TIMEOUT = 180
 # torch imports the last three, which takes seconds, when FSDP first steps or a checkpoint is saved.

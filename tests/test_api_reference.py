@@ -16,7 +16,9 @@ import slimadam
 MODULES = ["slimadam", *(module.name for module in pkgutil.walk_packages(slimadam.__path__, "slimadam."))]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if not name.endswith("__main__") and ".step_" not in name]
+)  # shared libraries have the endings of modules
 def test_every_public_name_has_a_docstring(name: str) -> None:
     module = importlib.import_module(name)
     assert module.__doc__

@@ -8,11 +8,12 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import filled
+from benchmarks.readme.run import filled
 from tests.ranks import environment_of_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,9 @@ def _run(command: str) -> None:
     elif words[0] == "python":
         words[0] = sys.executable
         if words[1:2] == ["-m"] and words[2].startswith("benchmarks."):
-            assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file(), command
+            found = find_spec(words[2])
+            assert found is not None, command
+            assert found.submodule_search_locations is None or find_spec(f"{words[2]}.__main__"), command
             return
     else:
         pytest.fail(f"nobody knows how to run {command!r}")

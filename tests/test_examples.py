@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from benchmarks.scale import pretended
+from benchmarks.distributed.scale import pretended
 from examples import fsdp2_gpt
 from tests.ranks import environment_of_ranks, on_ranks
 

@@ -18,11 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = """
 import pathlib, sys
-import slimadam, slimadam.kernels.compiled, slimadam.report
+import slimadam, slimadam.kernels.cpp.update, slimadam.report
 root = pathlib.Path(slimadam.__file__).parent
 assert root.is_relative_to(sys.prefix), root
-files = ("py.typed", "plan.schema.json", "report/report.html.j2", "report/style.css")
-for file in (*files, "kernels/compiled.cpp", "kernels/threads.h"):
+files = ("py.typed", "plans/plan.schema.json", "report/report.html.j2", "report/style.css")
+for file in (*files, "kernels/cpp/adamw.cpp", "kernels/cpp/threads.h"):
     assert (root / file).is_file(), file
 
 import torch

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from slimadam import __version__
-from slimadam.errors import PlanError
+from slimadam.utils.errors import PlanError
+from slimadam.utils.version import __version__
 
 
 class _Entry(NamedTuple):

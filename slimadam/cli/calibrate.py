@@ -23,15 +23,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from slimadam.calibration import every, paper_schedule
-from slimadam.choosing import Forms, applicable, idle_patterns
 from slimadam.cli.children import Children
 from slimadam.cli.console import finite, finite_or_none, is_main_rank, output_path, percent, status_console
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
-from slimadam.cli.observe import Observer
-from slimadam.cli.script import SCRIPT_SETTINGS, SIGTERM_EXIT, Outcome, Script, script_arguments
-from slimadam.history import SNRHistory
-from slimadam.plan import CompressionPlan
+from slimadam.cli.script.observer import Observer
+from slimadam.cli.script.runner import SCRIPT_SETTINGS, SIGTERM_EXIT, Outcome, Script, script_arguments
+from slimadam.measurement.history import SNRHistory
+from slimadam.plans.calibrate import every, paper_schedule
+from slimadam.plans.plan import CompressionPlan
+from slimadam.plans.selection import Forms, applicable, idle_patterns
 
 _REDRAW_SECONDS = 0.1
 _REMEDY = (

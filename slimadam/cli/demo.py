@@ -14,11 +14,11 @@ from rich.table import Table
 
 from slimadam.cli.console import finite, percent, status_console
 from slimadam.demo.data import DataError, load
-from slimadam.demo.figure import draw
+from slimadam.demo.plot import draw
 from slimadam.demo.summary import facts, layer_rows, to_dict
 from slimadam.demo.training import DemoResult, DemoSettings, DivergedError, Phase, run_demo
 from slimadam.report import write_report
-from slimadam.report.wording import dims_label, format_bytes
+from slimadam.report.labels import dims_label, format_bytes
 
 _DEFAULTS = DemoSettings()
 

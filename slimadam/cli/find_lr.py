@@ -20,11 +20,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from slimadam.cli.children import Children
 from slimadam.cli.console import finite, is_main_rank, status_console
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
-from slimadam.cli.replay import LossRecorder, ReplayError
-from slimadam.cli.script import SCRIPT_SETTINGS, Script, StopScript, script_arguments
-from slimadam.sharpness.critical import CriticalSharpness, SharpnessMeasurement
-from slimadam.sharpness.line import LineProbe
-from slimadam.torch_private import disable_dynamo
+from slimadam.cli.script.runner import SCRIPT_SETTINGS, Script, StopScript, script_arguments
+from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
+from slimadam.curvature.probe.line import LineProbe
+from slimadam.curvature.probe.loss_recorder import LossRecorder, ReplayError
+from slimadam.utils.torch_private import disable_dynamo
 
 _START = 1e-6
 _LARGEST = 1e9

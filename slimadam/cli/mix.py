@@ -15,12 +15,12 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.optim import Optimizer
 
-from slimadam.cli.builder import call
 from slimadam.cli.console import finite, finite_or_none, output_path, status_console
-from slimadam.files import write_whole
-from slimadam.sharpness.mix_advice import MixAdvice
-from slimadam.sharpness.mixing import advise_mix
-from slimadam.sharpness.momentum import Momentum
+from slimadam.cli.script.builder import call
+from slimadam.curvature.mixing.advice import MixAdvice
+from slimadam.curvature.mixing.advise import advise_mix
+from slimadam.curvature.mixing.settled_momentum import Momentum
+from slimadam.utils.atomic_write import write_whole
 
 _NO_ADVICE = 1
 _PICTURES = (".png", ".svg", ".pdf")

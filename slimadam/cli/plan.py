@@ -13,15 +13,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from slimadam.cli.builder import call
 from slimadam.cli.console import output_path, percent
-from slimadam.errors import PlanError
-from slimadam.plan import CompressionPlan
-from slimadam.plan_json import rule_to_dict
-from slimadam.roles import names_of
-from slimadam.rules import Rule, fit_rules
-from slimadam.snr import FACTORED, Candidate
-from slimadam.transfer import NO_COUNTERPART
+from slimadam.cli.script.builder import call
+from slimadam.layers.roles import names_of
+from slimadam.measurement.snr import FACTORED, Candidate
+from slimadam.plans.plan import CompressionPlan
+from slimadam.plans.serialization import rule_to_dict
+from slimadam.plans.transfer import NO_COUNTERPART
+from slimadam.state.rule import Rule, fit_rules
+from slimadam.utils.errors import PlanError
 
 _PLAN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _UNBOUNDED_WIDTH = 100_000

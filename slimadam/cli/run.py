@@ -9,14 +9,14 @@ from typing import get_args
 import click
 from rich.console import Console
 
-from slimadam.automatic import AutoPlan
 from slimadam.cli.children import Children
 from slimadam.cli.console import percent, status_console
 from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
-from slimadam.cli.script import SCRIPT_SETTINGS, Script, script_arguments
-from slimadam.cli.substitute import NamedPlan, ScriptPlan, Substitution
-from slimadam.errors import PlanError
-from slimadam.plan import CompressionPlan
+from slimadam.cli.script.runner import SCRIPT_SETTINGS, Script, script_arguments
+from slimadam.cli.script.substitution import NamedPlan, ScriptPlan, Substitution
+from slimadam.plans.auto import AutoPlan
+from slimadam.plans.plan import CompressionPlan
+from slimadam.utils.errors import PlanError
 
 _SHOWN_NAMES = 5
 _REMEDY = (

@@ -15,8 +15,8 @@ import torch
 
 from slimadam.demo.data import ByteData
 from slimadam.demo.training import DemoResult, OptimizerResult
-from slimadam.plan import CompressionPlan
-from slimadam.snr import Candidate
+from slimadam.measurement.snr import Candidate
+from slimadam.plans.plan import CompressionPlan
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from slimadam.calibration import SNRRecorder, every
 from slimadam.demo.data import ByteData
 from slimadam.demo.model import ByteGPT
-from slimadam.history import SNRHistory
-from slimadam.optimizer import SlimAdam
-from slimadam.plan import CompressionPlan
+from slimadam.measurement.history import SNRHistory
+from slimadam.optim.slimadam import SlimAdam
+from slimadam.plans.calibrate import SNRRecorder, every
+from slimadam.plans.plan import CompressionPlan
 
 Phase = Literal["calibration", "AdamW", "SlimAdam", "SlimAdam, best form"]
 Progress = Callable[[Phase, int, float], None]

@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from slimadam.integrations.replay import MicroBatch, replayed
-from slimadam.sharpness.critical import CriticalSharpness
-from slimadam.sharpness.line import Closure
-from slimadam.sharpness.logger import SharpnessLogger
-from slimadam.sharpness.moves import Memory
-from slimadam.sharpness.surroundings import RandomState
+from slimadam.curvature.critical import CriticalSharpness
+from slimadam.curvature.logger import SharpnessLogger
+from slimadam.curvature.probe.displacement import Memory
+from slimadam.curvature.probe.line import Closure
+from slimadam.curvature.probe.snapshot import RandomState
+from slimadam.integrations.micro_batches import MicroBatch, replayed
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

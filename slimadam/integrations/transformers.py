@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimadam.integrations.replay import MicroBatch, replayed
-from slimadam.optimizer import Params, SlimAdam
-from slimadam.planning import PlanArgument
-from slimadam.sharpness.critical import CriticalSharpness
-from slimadam.sharpness.line import Closure
-from slimadam.sharpness.logger import SharpnessLogger
-from slimadam.sharpness.moves import Memory
-from slimadam.sharpness.surroundings import RandomState
+from slimadam.curvature.critical import CriticalSharpness
+from slimadam.curvature.logger import SharpnessLogger
+from slimadam.curvature.probe.displacement import Memory
+from slimadam.curvature.probe.line import Closure
+from slimadam.curvature.probe.snapshot import RandomState
+from slimadam.integrations.micro_batches import MicroBatch, replayed
+from slimadam.optim.slimadam import Params, SlimAdam
+from slimadam.plans.resolver import PlanArgument
 
 try:
     from transformers import Trainer, TrainerCallback, TrainingArguments

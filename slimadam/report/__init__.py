@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slimadam.errors import PlanError
-from slimadam.files import write_whole
-from slimadam.history import ParameterSNR, SNRHistory
-from slimadam.plan import CompressionPlan
+from slimadam.measurement.history import ParameterSNR, SNRHistory
+from slimadam.plans.plan import CompressionPlan
+from slimadam.utils.atomic_write import write_whole
+from slimadam.utils.errors import PlanError
 
 __all__ = ["write_report"]
 

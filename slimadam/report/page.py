@@ -8,9 +8,9 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from slimadam.history import ParameterSNR
-from slimadam.plan import CompressionPlan
-from slimadam.report import strip, tables, wording
+from slimadam.measurement.history import ParameterSNR
+from slimadam.plans.plan import CompressionPlan
+from slimadam.report import labels, network, tables
 from slimadam.report.plots import DEPTH_COLOURS, MAX_ROLES, RolePlot
 
 
@@ -55,7 +55,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(breakable=_breakable, bytes=wording.format_bytes, percent=wording.format_percent)
+    environment.filters.update(breakable=_breakable, bytes=labels.format_bytes, percent=labels.format_percent)
     rows = tables.parameter_rows(plan)
     kinds = {decision.kind for row in rows for decision in row.decisions}
     return environment.get_template("report.html.j2").render(
@@ -65,9 +65,9 @@ def render(
         headline=tables.headline(plan),
         unknown_shapes=sum(rule.shape is None for rule in plan.values()),
         count=len(plan),
-        strip=strip.draw(plan),
-        legend={kind: label for kind, label in wording.LEGEND.items() if kind in kinds},
-        columns=[wording.dims_label(column) for column in tables.snr_columns(plan)],
+        strip=network.draw(plan),
+        legend={kind: label for kind, label in labels.LEGEND.items() if kind in kinds},
+        columns=[labels.dims_label(column) for column in tables.snr_columns(plan)],
         has_others=any(row.others for row in rows),
         roles=tables.role_rows(plan),
         plots=plots,

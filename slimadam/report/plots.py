@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from slimadam.history import ParameterSNR
-from slimadam.plan import CompressionPlan
-from slimadam.report import wording
-from slimadam.snr import Candidate
+from slimadam.measurement.history import ParameterSNR
+from slimadam.measurement.snr import Candidate
+from slimadam.plans.plan import CompressionPlan
+from slimadam.report import labels
 
 Item = TypeVar("Item")
 
@@ -108,7 +108,7 @@ def _largest_roles(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) 
     """The measurements of each role, roles in the order of the report."""
     roles = {
         role: {name: measured[name] for name in names if name in measured and measured[name].average()}
-        for role, names in wording.names_by_role(plan).items()
+        for role, names in labels.names_by_role(plan).items()
     }
     sizes = {role: sum(math.prod(found.shape) for found in group.values()) for role, group in roles.items() if group}
     largest = set(sorted(sizes, key=lambda role: -sizes[role])[:MAX_ROLES])
@@ -117,9 +117,9 @@ def _largest_roles(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) 
 
 def _role_plot(role: str, plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> RolePlot:
     drawn = {name: measured[name] for name in _evenly(list(measured), MAX_LINES)}
-    chosen = Counter(wording.chosen_candidate(plan[name]) for name in measured)
-    average = wording.average_over_layers(parameter.average() for parameter in measured.values())
-    candidates = wording.shown_candidates(average, average.keys() & chosen.keys())
+    chosen = Counter(labels.chosen_candidate(plan[name]) for name in measured)
+    average = labels.average_over_layers(parameter.average() for parameter in measured.values())
+    candidates = labels.shown_candidates(average, average.keys() & chosen.keys())
     figure, panels = _figure(len(candidates))
     limits = _limits(list(drawn.values()), candidates, plan.cutoff)
     for index, (panel, candidate) in enumerate(zip(panels, candidates, strict=True)):
@@ -170,7 +170,7 @@ def _draw_lines(panel: Axes, measured: Sequence[ParameterSNR], candidate: Candid
 
 
 def _label_panel(panel: Axes, candidate: Candidate, chosen: int, count: int) -> None:
-    label = wording.dims_label(candidate)
+    label = labels.dims_label(candidate)
     panel.set_title(f"{label} · chosen for {chosen} of {count}" if chosen else label)
     panel.set_facecolor(_CHOSEN if chosen else _PLAIN)
     panel.set_xlabel("optimizer step", labelpad=2)

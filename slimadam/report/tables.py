@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from slimadam.plan import CompressionPlan
-from slimadam.report import wording
-from slimadam.rules import Rule
-from slimadam.snr import FACTORED, Candidate
+from slimadam.measurement.snr import FACTORED, Candidate
+from slimadam.plans.plan import CompressionPlan
+from slimadam.report import labels
+from slimadam.state.rule import Rule
 
 BYTES_PER_ELEMENT = 4
 _COLUMNS: tuple[Candidate, ...] = ((0,), (1,), (0, 1), FACTORED)
@@ -69,7 +69,7 @@ class Row:
         """Share of the elements saved."""
         if not self.before or self.after is None:
             return "–"
-        return wording.format_percent(1 - self.after / self.before)
+        return labels.format_percent(1 - self.after / self.before)
 
 
 def headline(plan: CompressionPlan) -> list[Quantity]:
@@ -86,9 +86,9 @@ def snr_columns(plan: CompressionPlan) -> list[Candidate]:
 def role_rows(plan: CompressionPlan) -> list[Row]:
     """One row per role, SNRs averaged over its parameters."""
     rows = []
-    for role, names in wording.names_by_role(plan).items():
+    for role, names in labels.names_by_role(plan).items():
         rules = [plan[name] for name in names]
-        shapes = {wording.format_shape(rule.shape) for rule in rules}
+        shapes = {labels.format_shape(rule.shape) for rule in rules}
         shape = shapes.pop() if len(shapes) == 1 else "various"
         rows.append(_row(plan, role, role, shape, rules))
     return rows
@@ -97,15 +97,15 @@ def role_rows(plan: CompressionPlan) -> list[Row]:
 def parameter_rows(plan: CompressionPlan) -> list[Row]:
     """One row per parameter, in the plan's order."""
     return [
-        _row(plan, name, wording.known_role(name, rule), wording.format_shape(rule.shape), [rule])
+        _row(plan, name, labels.known_role(name, rule), labels.format_shape(rule.shape), [rule])
         for name, rule in plan.items()
     ]
 
 
 def _row(plan: CompressionPlan, name: str, role: str, shape: str, rules: Sequence[Rule]) -> Row:
-    chosen = {candidate: rule for rule in rules if (candidate := wording.chosen_candidate(rule)) is not None}
-    snr = wording.average_over_layers(rule.snr for rule in rules)
-    shown = wording.shown_candidates(snr, chosen)
+    chosen = {candidate: rule for rule in rules if (candidate := labels.chosen_candidate(rule)) is not None}
+    snr = labels.average_over_layers(rule.snr for rule in rules)
+    shown = labels.shown_candidates(snr, chosen)
     measured = {candidate: _measured(candidate, snr[candidate], chosen, plan.cutoff) for candidate in shown}
     columns = snr_columns(plan)
     before, after = _elements(rules)
@@ -125,15 +125,15 @@ def _row(plan: CompressionPlan, name: str, role: str, shape: str, rules: Sequenc
 
 def _measured(candidate: Candidate, value: float, chosen: Mapping[Candidate, Rule], cutoff: float | None) -> Measured:
     return Measured(
-        candidate=wording.dims_label(candidate),
-        text=wording.format_snr(value),
+        candidate=labels.dims_label(candidate),
+        text=labels.format_snr(value),
         above_cutoff=cutoff is not None and value > cutoff,
-        kind=wording.decision_kind(chosen[candidate]) if candidate in chosen else "",
+        kind=labels.decision_kind(chosen[candidate]) if candidate in chosen else "",
     )
 
 
 def _decisions(rules: Iterable[Rule]) -> list[Decision]:
-    counted = Counter((wording.decision_kind(rule), wording.decision_label(rule)) for rule in rules)
+    counted = Counter((labels.decision_kind(rule), labels.decision_label(rule)) for rule in rules)
     return [Decision(kind, label, count) for (kind, label), count in counted.most_common()]
 
 

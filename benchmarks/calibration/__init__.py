@@ -1,0 +1,1 @@
+"""Calibration against full training runs: how plans chosen early compare with plans chosen late."""

@@ -1,0 +1,199 @@
+"""Training runs of the calibration studies: each is done once, and its figures stay on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from benchmarks.calibration.statistics import Measurements, Recorder
+from benchmarks.workloads.language import Bytes, byte_gpt, byte_gpt_as_torch_initialises, byte_lstm
+from benchmarks.workloads.training import Rate, Workload, calibration_rate, held_out_loss, train, training_rate
+from benchmarks.workloads.vision import Digits, resnet, vit
+from benchmarks.workloads.vocabulary import Words
+from slimadam import AutoPlan, CompressionPlan, SlimAdam
+from slimadam.plans.calibrate import every
+
+SNR_INTERVAL = 10
+"""Divides every interval at which AutoPlan measures in the lengths compared, so that its plans can be computed."""
+CHANGE_MEASUREMENTS = 8
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "byte GPT": lambda: Bytes(byte_gpt),
+    "byte GPT, torch's initialisation": lambda: Bytes(byte_gpt_as_torch_initialises),
+    "byte GPT, torch's betas": lambda: Bytes(byte_gpt, betas=(0.9, 0.999)),
+    "byte LSTM": lambda: Bytes(byte_lstm),
+    "word GPT": lambda: Words(4096),
+    "word GPT, 256 words": lambda: Words(256),
+    "digits ViT": lambda: Digits(vit),
+    "digits ResNet": lambda: Digits(resnet),
+}
+
+
+@cache
+def workload(name: str) -> Workload:
+    """The workload of that name, its data read once."""
+    return WORKLOADS[name]()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What runs that are compared have in common: initialisation, batches and schedule.
+
+    Attributes:
+        workload: A key of :data:`WORKLOADS`.
+        lr: Peak learning rate.
+        steps: Optimizer steps.
+        seed: Of the initialisation and the batches.
+    """
+
+    workload: str
+    lr: float
+    steps: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.workload}, lr {self.lr:g}, {self.steps} steps, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with.
+
+    Attributes:
+        held_out_loss: In nats per target, after the last step.
+        second_moments_saved: Share of AdamW's second-moment elements that it did without.
+        seconds: Duration of the run.
+    """
+
+    held_out_loss: float
+    second_moments_saved: float
+    seconds: float
+
+
+class UnfinishedError(Exception):
+    """A run is not on disk and was not to be done."""
+
+
+class Runs:
+    """The runs on disk, and the means to add to them.
+
+    Args:
+        folder: Where finished runs are kept.
+        held_out_batches: Compute the held-out loss on only so many batches.
+        may_train: Do what is missing. Otherwise whatever needs it raises :class:`UnfinishedError`.
+    """
+
+    def __init__(self, folder: Path, *, held_out_batches: int | None = None, may_train: bool = True) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._held_out_batches = held_out_batches
+        self._may_train = may_train
+        self._log = folder / "runs.jsonl"
+        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
+        self._done: dict[str, dict[str, Any]] = {line["run"]: line for line in map(json.loads, lines)}
+
+    def adamw(self, setting: Setting) -> Outcome:
+        """AdamW, measured on the way."""
+        return self._measured(setting, "AdamW", training_rate(setting.lr, setting.steps))
+
+    def perturbed(self, setting: Setting) -> Outcome:
+        """AdamW from an initialisation that differs in the sixth digit: how far runs drift apart by themselves."""
+        return self._outcome(setting, "AdamW, perturbed", _adamw(setting), perturbation=1e-6)
+
+    def other_batches(self, setting: Setting) -> Outcome:
+        """AdamW from the same initialisation on other batches."""
+        return self._outcome(setting, "AdamW, other batches", _adamw(setting), batch_seed=setting.seed + 1000)
+
+    def compressed(self, setting: Setting, plan: CompressionPlan) -> Outcome:
+        """SlimAdam with a plan; plans with the same forms share a run."""
+        forms = {name: (rule.form, rule.dims) for name, rule in plan.items()}
+        digest = hashlib.sha256(repr(forms).encode()).hexdigest()[:16]
+        return self._outcome(setting, f"plan {digest}", _slimadam(setting, plan))
+
+    def automatic(self, setting: Setting, plan: AutoPlan) -> Outcome:
+        """SlimAdam that decides by itself on the way."""
+        label = (
+            f"AutoPlan, {plan.calibration_steps} steps, {plan.measurements} measurements, forms {plan.forms}, "
+            f"cutoff {plan.cutoff:g}"
+        )
+        return self._outcome(setting, label, _slimadam(setting, plan))
+
+    def calibration(self, setting: Setting) -> Measurements:
+        """What the demo's calibration measures, at a tenth of the learning rate."""
+        self._measured(setting, "calibration", calibration_rate(setting.lr, setting.steps))
+        return Measurements.load(self._measurements_path(setting, "calibration"))
+
+    def measurements(self, setting: Setting) -> Measurements:
+        """What :meth:`adamw` measured at the full learning rate."""
+        self.adamw(setting)
+        return Measurements.load(self._measurements_path(setting, "AdamW"))
+
+    def _measured(self, setting: Setting, label: str, rate: Rate) -> Outcome:
+        recorders: list[Recorder] = []
+
+        def make(model: nn.Module) -> Optimizer:
+            optimizer = _adamw(setting)(model)
+            changes = every(max(1, setting.steps // CHANGE_MEASUREMENTS))
+            interval = min(SNR_INTERVAL, max(1, setting.steps // CHANGE_MEASUREMENTS))
+            recorders.append(Recorder(optimizer, model, every(interval), changes))
+            return optimizer
+
+        path = self._measurements_path(setting, label)
+        return self._outcome(setting, label, make, rate, lambda: recorders[0].measurements.save(path))
+
+    def _outcome(
+        self,
+        setting: Setting,
+        label: str,
+        make_optimizer: Callable[[nn.Module], Optimizer],
+        rate: Rate | None = None,
+        finish: Callable[[], object] = lambda: None,
+        **options: Any,
+    ) -> Outcome:
+        key = f"{setting}: {label}"
+        if key not in self._done:
+            if not self._may_train:
+                raise UnfinishedError(key)
+            start = time.perf_counter()
+            task = workload(setting.workload)
+            rate = rate or training_rate(setting.lr, setting.steps)
+            model, optimizer = train(task, make_optimizer, rate, setting.steps, setting.seed, **options)
+            finish()
+            loss = held_out_loss(task, model, self._held_out_batches)
+            outcome = Outcome(loss, _saved(optimizer), time.perf_counter() - start)
+            self._add({"run": key, **asdict(outcome)})
+            print(f"{outcome.seconds:5.1f} s  {outcome.held_out_loss:.4f}  {key}", flush=True)
+        done = self._done[key]
+        return Outcome(done["held_out_loss"], done["second_moments_saved"], done["seconds"])
+
+    def _add(self, line: dict[str, Any]) -> None:
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._done[line["run"]] = line
+
+    def _measurements_path(self, setting: Setting, label: str) -> Path:
+        return self._folder / f"{setting}, {label}.json"
+
+
+def _adamw(setting: Setting) -> Callable[[nn.Module], Optimizer]:
+    betas = workload(setting.workload).betas
+    return lambda model: torch.optim.AdamW(model.named_parameters(), lr=setting.lr, betas=betas)
+
+
+def _slimadam(setting: Setting, plan: CompressionPlan | AutoPlan) -> Callable[[nn.Module], Optimizer]:
+    betas = workload(setting.workload).betas
+    return lambda model: SlimAdam(model, lr=setting.lr, betas=betas, plan=plan)
+
+
+def _saved(optimizer: Optimizer) -> float:
+    return optimizer.memory().second_moments_saved if isinstance(optimizer, SlimAdam) else 0.0

@@ -1,0 +1,1 @@
+"""Sharded training: agreement, bytes exchanged, and checkpoints cut off at random."""

@@ -1,0 +1,1 @@
+"""Timing, comparing and checking, shared by all benchmarks."""

@@ -1,0 +1,1 @@
+"""Data mixtures chosen by relative critical sharpness."""

@@ -1,0 +1,1 @@
+"""Figures in the README and the docs, filled in from result files."""

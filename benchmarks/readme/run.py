@@ -1,0 +1,374 @@
+"""Put the committed figures into the README and the docs: ``python -m benchmarks.readme``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.comparison import SLOW
+from benchmarks.harness.machine import RESULTS
+from benchmarks.readme import calibration, scale, sharpness, warmup
+from benchmarks.readme.calibration import origin
+from benchmarks.readme.mix import mix
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+SECTION = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def throughput(result: dict[str, Any]) -> str:
+    """Time of a step and bytes of state, each against fused AdamW's."""
+    lines = [
+        f"| {label} | {row['ratio']:.2f} | {row['state_bytes_per_parameter']:.2f} | "
+        f"{row['share_of_copy_bandwidth']:.0%} |"
+        for label, row in result["rows"].items()
+    ]
+    left_out = [f"- {label}: {reason}" for label, reason in result["left_out"].items()]
+    return "\n".join(
+        [
+            "One step over the shapes of GPT-2 124M in float32 on a CPU, all optimizers in one run, "
+            "SlimAdam's rows the medians of three: time against that "
+            f"of a step of fused AdamW beside it ({result['rows']['AdamW (fused)']['milliseconds']:.0f} ms), bytes of "
+            f"state for each parameter, and the bandwidth reached by the bytes that must move, against a copy's; "
+            f"{result['machine']['threads']} threads, medians of {result['rounds']}{_of_slow(result)} "
+            f"{origin(result['machine'])}, `python -m benchmarks.throughput --runs 3`:",
+            "",
+            "| | time | state | of copy |",
+            "|---|---|---|---|",
+            *lines,
+            *(["", "Not measured:", "", *left_out] if left_out else []),
+        ]
+    )
+
+
+def _of_slow(result: dict[str, Any]) -> str:
+    fewest = min(len(row["ratios"]) for label, row in result["rows"].items() if label != "AdamW (fused)")
+    return f" ({fewest} of what takes over {SLOW} times as long)" if fewest < result["rounds"] else ""
+
+
+def throughput_narrow(result: dict[str, Any]) -> str:
+    """Time of a step where memory traffic is none to speak of."""
+    rows = result["rows"]
+    lines = [f"| {label} | {row['milliseconds']:.2f} | {row['ratio']:.2f} |" for label, row in rows.items()]
+    return "\n".join(
+        [
+            f"One step over the 196 tensors of a GPT-2 64 wide, {result['elements'] / 1e6:.1f} million parameters, in "
+            "float32 on a CPU; relative to fused AdamW the median of steps side by side; "
+            f"{result['machine']['threads']} threads, medians of {result['rounds']}{_of_slow(result)} "
+            f"{origin(result['machine'])}, "
+            "`python -m benchmarks.throughput --model gpt2-narrow --rounds 201 --runs 3 --peers "
+            '--only "AdamW (default)" "SlimAdam*"`:',
+            "",
+            "| | ms | of fused AdamW |",
+            "|---|---|---|",
+            *lines,
+        ]
+    )
+
+
+def throughput_of_model(result: dict[str, Any]) -> str:
+    """Time of a step over another model's shapes, in short."""
+    rows = result["rows"]
+    lines = [
+        f"| {label} | {row['ratio']:.2f} | {row['state_bytes_per_parameter']:.2f} |" for label, row in rows.items()
+    ]
+    command = (
+        f"python -m benchmarks.throughput --model {result['model']} --rounds {result['rounds']} --peers "
+        '--only "AdamW (default)" "SlimAdam (rules*" "SlimAdam (factored*"'
+    )
+    return "\n".join(
+        [
+            f"{result['model']}, {result['elements'] / 1e6:.0f} million parameters, in float32 on a CPU, against "
+            f"fused AdamW beside it ({rows['AdamW (fused)']['milliseconds']:.0f} ms); {result['machine']['threads']} "
+            f"threads, medians of {result['rounds']} {origin(result['machine'])}, `{command}`:",
+            "",
+            "| | time | state |",
+            "|---|---|---|",
+            *lines,
+        ]
+    )
+
+
+def throughput_in_short(result: dict[str, Any]) -> str:
+    """The rows that decide, for the README."""
+    rows = {
+        label: row for label, row in result["rows"].items()
+        if label.startswith(("AdamW", "SlimAdam (rules", "SlimAdam (factored"))
+    }  # fmt: skip
+    return throughput({**result, "rows": rows, "left_out": {}})
+
+
+def clipping(result: dict[str, Any]) -> str:
+    """Time of a step and the clipping of its gradients, within it and before it."""
+    lines = [f"| {label} | {row['ratio']:.2f} |" for label, row in result["rows"].items()]
+    first = next(iter(result["rows"].values()))["milliseconds"]
+    return "\n".join(
+        [
+            f"Clipping and step over the shapes of GPT-2 124M in float32 on a CPU, against the first row ({first:.0f} "
+            f"ms); {result['machine']['threads']} threads, medians of {result['rounds']} in turn "
+            f"{origin(result['machine'])}, "
+            "`python -m benchmarks.clipping`:",
+            "",
+            "| | time |",
+            "|---|---|",
+            *lines,
+        ]
+    )
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Bytes of training per parameter: kept between steps, and at most."""
+    rows = result["models"]["gpt2-small"]["rows"]
+    cells = {(row["recipe"], row["optimizer"], row["in_backward"]): row for row in rows}
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    lines = [
+        f"| {optimizer} | "
+        + " | ".join(_bytes(cells.get((recipe, optimizer, after))) for recipe in recipes for after in (False, True))
+        + " |"
+        for optimizer in dict.fromkeys(row["optimizer"] for row in rows)
+    ]
+    heads = [f"{recipe}{after}" for recipe in recipes for after in ("", ", in backward")]
+    left_out = result["models"]["gpt2-small"]["left_out"].items()
+    return "\n".join(
+        [
+            f"GPT-2 124M, bytes per parameter {origin(result['machine'])}, `python -m benchmarks.memory`; in brackets "
+            "the peak, where it is higher than what is kept between steps:",
+            "",
+            "| | " + " | ".join(heads) + " |",
+            "|---" * (len(heads) + 1) + "|",
+            *lines,
+            *(["", "Not measured:", "", *(f"- {label}: {reason}" for label, reason in left_out)] if left_out else []),
+        ]
+    )
+
+
+def _bytes(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    held, peak = row["held"], row["peak"]
+    return f"{held:.2f}" if peak < 1.005 * held else f"{held:.2f} ({peak:.2f})"
+
+
+def kernels(result: dict[str, Any]) -> str:
+    """What the Triton kernels compile to: the largest of each kernel's variants."""
+    by_kernel: dict[str, list[dict[str, Any]]] = {}
+    for variant in result["variants"]:
+        by_kernel.setdefault(variant["kernel"], []).append(variant)
+    lines = [
+        f"| `{name}` | {len(found)} | {min(one['registers'] for one in found)} to "
+        f"{max(one['registers'] for one in found)} | {sum(one['spilled_bytes'] for one in found)} | "
+        f"{max(one['shared_bytes'] for one in found)} |"
+        for name, found in by_kernel.items()
+    ]
+    return "\n".join(
+        [
+            f"Compiled for sm_80 and sm_90 by Triton {result['triton']} without a GPU, `python -m benchmarks.kernels` "
+            f"{origin(result['machine'])}:",
+            "",
+            "| kernel | variants | registers a thread | bytes spilled | shared memory, bytes |",
+            "|---|---|---|---|---|",
+            *lines,
+        ]
+    )
+
+
+def parity(result: dict[str, Any]) -> str:
+    """How exact the step is."""
+    ulps = " and ".join(f"{value:.1f} ulp ({dtype.removeprefix('torch.')})" for dtype, value in result["ulps"].items())
+    return (
+        f"Largest difference to AdamW over 25 steps and all options: {ulps}, of values of 0.01 and more. "
+        "Largest difference of a compressed float32 parameter to float64 after 12 steps: "
+        f"{result['float64_error']:.1e} {origin(result['machine'])}."
+    )
+
+
+def demo(result: dict[str, Any]) -> str:
+    """The demo's table: one column a seed."""
+    runs = result["runs"]
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("held-out loss, AdamW", lambda run: f"{run['adamw']['held_out_loss']:.4f}"),
+        ("SlimAdam, averages", lambda run: f"{run['slimadam']['held_out_loss']:.4f} ({run['loss_gap']:+.2%})"),
+        ("SlimAdam, best form", lambda run: f"{run['best']['held_out_loss']:.4f} ({run['best']['loss_gap']:+.2%})"),
+        ("second moments saved, averages", lambda run: f"{_saved(run, 'slimadam', 'second_moment_bytes'):.1%}"),
+        ("second moments saved, best form", lambda run: f"{_saved(run, 'best', 'second_moment_bytes'):.1%}"),
+        ("whole optimizer state saved, best form", lambda run: f"{_saved(run, 'best', 'state_bytes'):.1%}"),
+        ("time of an optimizer step, averages", lambda run: _times(run, "slimadam")),
+        ("time of an optimizer step, best form", lambda run: _times(run, "best")),
+    ]
+    machine = {"processor": result["machine"]["cpu"], "cores": result["machine"]["cores"], "date": result["date"][:10]}
+    versions = {"python": result["versions"]["python"], "versions": result["versions"]}
+    header = ["| | " + " | ".join(f"seed {run['seed']}" for run in runs) + " |", "|---" * (len(runs) + 1) + "|"]
+    lines = [f"| {label} | " + " | ".join(show(run) for run in runs) + " |" for label, show in rows]
+    return "\n".join(
+        [
+            f"What `slimadam demo` prints with `--seed` 0, 1 and 2 {origin({**machine, **versions})}:",
+            "",
+            *header,
+            *lines,
+        ]
+    )
+
+
+def _times(run: dict[str, Any], plan: str) -> str:
+    return f"{run[plan]['median_optimizer_ms'] / run['adamw']['median_optimizer_ms']:.1f} x"
+
+
+def _saved(run: dict[str, Any], plan: str, what: str) -> float:
+    share: float = 1 - run[plan][what] / run["adamw"][what]
+    return share
+
+
+def interop(result: dict[str, Any]) -> str:
+    """What each library's run matched, saved and computed."""
+    rows = [
+        f"| {run['integration']} | {run['model']} | {run['matched']} of {run['parameters']} | {run['saved']:.1%} | "
+        f"{run['difference']:.1g} |"
+        for run in result["runs"]
+    ]
+    libraries = ", ".join(f"{name} {version}" for name, version in result["libraries"].items())
+    header = ["| | model | second moments as the plan says | saved | largest difference |", "|---|---|---|---|---|"]
+    return "\n".join([*header, *rows, "", f"With {libraries} {origin(result['machine'])}."])
+
+
+def mixed_precision(result: dict[str, Any]) -> str:
+    """Held-out losses of float32 and of both ways of rounding bfloat16."""
+    labels = list(result["runs"][0]["held_out_loss"])
+    rows = [
+        f"| {run['seed']} | "
+        + " | ".join(f"{run['held_out_loss'][x]:.4f} ({run['gap'][x]:+.2%})" for x in labels)
+        + " |"
+        for run in result["runs"]
+    ]
+    header = ["| seed | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
+    return "\n".join(
+        [
+            f"Held-out loss of the demo's model after {result['steps']} steps, gap to float32 "
+            f"{origin(result['machine'])}, `python -m benchmarks.mixed_precision`:",
+            "",
+            *header,
+            *rows,
+        ]
+    )
+
+
+def momentum(result: dict[str, Any]) -> str:
+    """What each precision of the first moment costs and holds."""
+    labels = list(result["gaps"])
+    sizes = [max(run["runs"][label]["bytes_per_parameter"] for run in result["runs"]) for label in labels]
+    losses = [
+        f"| held-out loss, seed {run['seed']} | "
+        + " | ".join(f"{run['runs'][label]['held_out_loss']:.4f}" for label in labels)
+        + " |"
+        for run in result["runs"]
+    ]
+    codes = ", ".join(f"{label} {error:.1%}" for label, error in result["codes"].items())
+    return "\n".join(
+        [
+            f"The demo's model after {result['steps']} steps, its plan calibrated once for each seed "
+            f"{origin(result['machine'])}, `python -m benchmarks.momentum`:",
+            "",
+            "| | " + " | ".join(labels) + " |",
+            "|---" * (len(labels) + 1) + "|",
+            "| bytes of state per parameter | " + " | ".join(f"{size:.3f}" for size in sizes) + " |",
+            *losses,
+            "| mean, against None | " + " | ".join(f"{result['gaps'][label]:+.2%}" for label in labels) + " |",
+            "",
+            f"Error of the update direction by code: {codes}.",
+        ]
+    )
+
+
+def torch_properties(result: dict[str, Any]) -> str:
+    """The share of PyTorch's checks that hold, and those that cannot apply."""
+    rows = [f"| {variant} | {x['passed']} of {x['applicable']} |" for variant, x in result["shares"].items()]
+    left_out = [f"- `{name}`: {reason}." for name, reason in result["not_on_a_cpu"].items()]
+    return "\n".join(
+        [
+            f"Properties of PyTorch's suite that hold {origin(result['machine'])}:",
+            "",
+            "| | hold |",
+            "|---|---|",
+            *rows,
+            "",
+            "What cannot be checked on a CPU or for AdamW at all:",
+            "",
+            *left_out,
+        ]
+    )
+
+
+STACK = ("torch", "triton", "numpy")
+
+
+def supported(result: dict[str, Any]) -> str:
+    """Return how many plans and first moments hold, by implementation and environment."""
+    environments = list(result["environments"].values())
+    heads, cells = [], []
+    for environment in environments:
+        versions = environment["machine"]["versions"]
+        stack = ", ".join(f"{name} {(versions[name] or 'none').partition('+')[0]}" for name in STACK)
+        heads.append(f"Python {environment['machine']['python']}, {stack}")
+        cells.append(_held_by_implementation(environment["rows"]))
+    labels = dict.fromkeys(label for cell in cells for label in cell)
+    lines = [f"| {label} | " + " | ".join(cell.get(label, "not tried") for cell in cells) + " |" for label in labels]
+    first = environments[0]["machine"]
+    return "\n".join(
+        [
+            f"Plans and first moments that end within rounding of float64 after {result['steps']} steps, each step "
+            f"seen by autograd, of those tried ({first['processor']}, {first['cores']} cores, {first['date']}), "
+            "`make versions`; Triton in its interpreter:",
+            "",
+            "| | " + " | ".join(heads) + " |",
+            "|---" * (len(heads) + 1) + "|",
+            *lines,
+        ]
+    )
+
+
+def _held_by_implementation(rows: list[dict[str, Any]]) -> dict[str, str]:
+    by_label: dict[str, list[bool]] = {}
+    for row in rows:
+        if not row["is_left_out"]:
+            by_label.setdefault(row["name"].partition(",")[0], []).append(row["problem"] is None)
+    return {label: f"{sum(held)} of {len(held)}" for label, held in by_label.items()}
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo,
+    "clipping": clipping,
+    "throughput": throughput,
+    "throughput_in_short": throughput_in_short,
+    "throughput_gpt2-narrow_cpu_float32": throughput_narrow,
+    **{f"throughput_{model}_cpu_float32": throughput_of_model for model in ("mixtral-small", "resnet50", "vit-base")},
+    "kernels": kernels,
+    "memory": memory,
+    "parity": parity,
+    "supported": supported,
+    "interop": interop,
+    "mix": mix,
+    "mixed_precision": mixed_precision,
+    "momentum": momentum,
+    "torch_properties": torch_properties,
+    **calibration.SECTIONS,
+    **scale.SECTIONS,
+    **sharpness.SECTIONS,
+    **warmup.SECTIONS,
+}
+
+
+def filled(text: str) -> str:
+    """The README's text with each marked section made anew from its result file."""
+
+    def section(match: re.Match[str]) -> str:
+        result = json.loads((RESULTS / f"{match[2].removesuffix('_in_short')}.json").read_text(encoding="utf-8"))
+        return f"{match[1]}\n{SECTIONS[match[2]](result)}\n\n{match[3]}"
+
+    return SECTION.sub(section, text)
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Sharpness through training: cost, regimes, tracking, schedules."""

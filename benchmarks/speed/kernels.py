@@ -1,0 +1,262 @@
+"""What the Triton kernels compile to, without a GPU: ``python -m benchmarks.kernels [--out FILE]``.
+
+Every variant is compiled ahead for sm_80 and sm_90. Printed: registers a thread, bytes spilled to local memory, shared
+memory of a program, 128-bit loads and stores in its code, and the bytes it must move for each parameter. Exits with 1
+if one spills, reads or writes aligned tensors in narrower pieces, or stores a second moment that several warps share
+with no barrier after their loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.harness import machine
+from slimadam.kernels.triton import kernels
+from slimadam.kernels.triton.launch import FINISHED_AT_ONCE, MOST_REGISTERS, SETTINGS, STEPS_AT_ONCE, SUMS
+
+ARCHITECTURES = (80, 90)
+NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+TYPES = {
+    **dict.fromkeys(("table", "addresses"), "*i64"),
+    **dict.fromkeys(NUMBERS, "i64"),
+    "programs": "*i32",
+    "corrections": "*fp64",
+    "count": "i32",
+    "grad_scale": "*fp32",
+    "found_inf": "*fp32",
+}
+PRECISIONS = {
+    "fp32": (tl.float32, tl.float32, tl.float32),
+    "bf16": (tl.bfloat16, tl.bfloat16, tl.bfloat16),
+    "fp16": (tl.float16, tl.float16, tl.float16),
+    "fp64": (tl.float64, tl.float64, tl.float64),
+    "fp32, bf16 momentum": (tl.float32, tl.float32, tl.bfloat16),
+    "fp32, int8 momentum": (tl.float32, tl.float32, tl.int8),
+    "bf16, int8 momentum": (tl.bfloat16, tl.bfloat16, tl.int8),
+}
+"""Of parameters, gradients and first moments."""
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel.
+
+    Attributes:
+        kernel: Its function.
+        precision: A key of :data:`PRECISIONS`, or of the kernels that do not depend on it a description.
+        flags: What it is specialised for besides.
+        constants: Compile-time arguments.
+        num_warps: Warps of a program.
+        wide_loads: 128-bit loads that its code must have at least,
+        wide_stores: and stores.
+        bytes_per_parameter: What it must move; None for the kernels that only touch averages.
+    """
+
+    kernel: Any
+    precision: str
+    flags: str
+    constants: dict[str, Any]
+    num_warps: int
+    wide_loads: int = 0
+    wide_stores: int = 0
+    bytes_per_parameter: float | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several warps of a program divide by the same second moment, which one of them stores."""
+        return self.kernel in (kernels.update_rows, kernels.update_columns)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a variant became."""
+
+    kernel: str
+    precision: str
+    flags: str
+    architecture: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wide_loads: int
+    wide_stores: int
+    bytes_per_parameter: float | None
+    is_ordered: bool
+    is_good: bool
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel in every precision, and each flag once."""
+    for precision in PRECISIONS:
+        yield from _updates(precision, "")
+    for flags in ("AMSGRAD", "MAXIMIZE", "unaligned", "grad_scale and found_inf"):
+        yield from _updates("fp32", flags)
+    yield from _updates("bf16", "ROUNDS")
+    yield from _updates("bf16, int8 momentum", "ROUNDS")
+    for compute in (tl.float32, tl.float64):
+        shared: dict[str, Any] = {"COMPUTE": compute, "LINES": SUMS.lines}
+        name = "fp32" if compute == tl.float32 else "fp64"
+        sums = {**shared, "COLUMNS": SUMS.columns, "GRAD_DTYPE": compute, "ALIGNED": True}
+        size = compute.primitive_bitwidth // 8
+        yield Variant(kernels.sum_squares, name, "", sums, SUMS.num_warps, 1, 0, float(size))
+        finish = {**shared, "AMSGRAD": True, "BLOCK": FINISHED_AT_ONCE}
+        yield Variant(kernels.finish_sums, name, "AMSGRAD", {**finish, "COLUMNS": SUMS.columns}, SUMS.num_warps)
+        yield Variant(kernels.finish_slices, name, "AMSGRAD", finish, SUMS.num_warps)
+    yield Variant(kernels.advance_steps, "fp32", "", {"STEP_DTYPE": tl.float32, "BLOCK": STEPS_AT_ONCE}, 4)
+
+
+def _updates(precision: str, flags: str) -> Iterator[Variant]:
+    param, grad, exp_avg = PRECISIONS[precision]
+    codes = exp_avg == tl.int8
+    common = {
+        "PARAM_DTYPE": param,
+        "GRAD_DTYPE": grad,
+        "MOMENT_DTYPE": exp_avg,
+        "COMPUTE": tl.float64 if param == tl.float64 else tl.float32,
+        "STEP_DTYPE": tl.float32,
+        "AMSGRAD": flags == "AMSGRAD",
+        "MAXIMIZE": flags == "MAXIMIZE",
+        "ROUNDS": flags == "ROUNDS",
+        "ALIGNED": flags != "unaligned",
+    }
+    size = {dtype: dtype.primitive_bitwidth // 8 for dtype in (param, grad, exp_avg)}
+    moved = 2 * size[param] + size[grad] + 2 * size[exp_avg] + (4 / 256 if codes else 0)
+    wide = (0, 0) if flags == "unaligned" else ((2, 1) if codes else (3, 2))
+    for (kind, columns), (lines, _, num_warps) in SETTINGS.items():
+        if codes and (kind == "columns" or columns < 256):
+            continue
+        constants: dict[str, Any] = {**common, "LINES": lines}
+        second = 8 * (2 if flags == "AMSGRAD" else 1) if kind == "full" else 0
+        again = size[grad] if kind == "spread" else 0
+        if kind in ("full", "spread"):
+            constants["PITCHED"] = False
+        if kind == "spread":
+            constants["WIDE"] = False
+        if kind in ("rows", "columns"):
+            constants["COLUMNS"] = columns
+        for whole in (True, False) if (kind, columns) == ("rows", 4096) else (True,):
+            if kind == "rows":
+                constants = {**constants, "WHOLE": whole}
+            name = f"{kind} {columns}{'' if whole else ' and longer'} {flags}".strip()
+            update = getattr(kernels, f"update_{kind}")
+            yield Variant(update, precision, name, constants, num_warps, *wide, moved + second + again)
+
+
+def compile_variant(variant: Variant, architecture: int) -> Compiled:
+    """Compile for an architecture such as 90, and read what came out."""
+    constants = dict(variant.constants)
+    if "grad_scale and found_inf" not in variant.flags:
+        constants |= {name: None for name in ("grad_scale", "found_inf") if name in variant.kernel.arg_names}
+    source = _source(variant.kernel, constants)
+    options = {"num_warps": variant.num_warps, "maxnreg": MOST_REGISTERS}
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    resources = _resources(made.asm["cubin"])
+    wide_loads, wide_stores = (_wide_accesses(what, made.asm["ptx"]) for what in ("ld", "st"))
+    spilled = resources["STACK"] + resources["LOCAL"]
+    wide = wide_loads >= variant.wide_loads and wide_stores >= variant.wide_stores
+    ordered = not variant.is_shared or has_barrier_before_store(made.asm["ptx"])
+    return Compiled(
+        kernel=variant.kernel.__name__,
+        precision=variant.precision,
+        flags=variant.flags,
+        architecture=architecture,
+        registers=resources["REG"],
+        spilled_bytes=spilled,
+        shared_bytes=resources["SHARED"],
+        wide_loads=wide_loads,
+        wide_stores=wide_stores,
+        bytes_per_parameter=variant.bytes_per_parameter,
+        is_ordered=ordered,
+        is_good=spilled == 0 and wide and ordered,
+    )
+
+
+def _source(kernel: Any, constants: dict[str, Any]) -> Any:
+    """Return a kernel for these compile-time arguments, all pointers aligned, as this release of Triton takes it."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    pointers = [index for index, name in enumerate(names) if signature[name][0] == "*"]
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        by_index = {(names.index(name),): value for name, value in constants.items()}
+        divisible = {(index,): [["tt.divisibility", 16]] for index in pointers}
+        return ASTSource(fn=kernel, signature=signature, constexprs=by_index, attrs=divisible)
+    from triton.backends.compiler import AttrsDescriptor  # only before 3.3
+
+    attributes = AttrsDescriptor.from_dict({"arg_properties": {"tt.divisibility": pointers}, "cls": "AttrsDescriptor"})
+    return ASTSource(fn=kernel, signature=signature, constants=constants, attrs=attributes)
+
+
+def _wide_accesses(instruction: str, ptx: str) -> int:
+    """How often 16 bytes are read or written at once."""
+    return len(re.findall(rf"{instruction}\.global[\w.:]*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", ptx))
+
+
+def has_barrier_before_store(ptx: str) -> bool:
+    """Whether all warps wait for each other between the last load before the first store, and that store.
+
+    Args:
+        ptx: Code of ``update_rows`` or ``update_columns``, whose first store is that of the second moment.
+    """
+    store = re.search(r"\bst\.[\w.]*global", ptx)
+    before = ptx[: store.start()] if store else ""
+    loads = list(re.finditer(r"\bld\.[\w.]*global", before))
+    between = before[loads[-1].end() :] if loads else ""
+    # All warps at the same barrier, on every way to the store.
+    return re.search(r"\b(bar|barrier\.cta)\.sync\s+0;", between) is not None and "bra" not in between
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def main() -> None:
+    """Compile everything, print a table, write ``results/kernels.json``; exit 1 if a variant is not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result file")
+    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, nargs="+", default=ARCHITECTURES)
+    arguments = parser.parse_args()
+    print(f"{'kernel':15s} {'precision':20s} {'variant':36s} sm  registers  spilled  shared  wide ld/st  B/parameter")
+    made = []
+    for variant in variants():
+        for architecture in arguments.architecture:
+            found = compile_variant(variant, architecture)
+            made.append(found)
+            moved = "" if found.bytes_per_parameter is None else f"{found.bytes_per_parameter:.2f}"
+            print(
+                f"{found.kernel:15s} {found.precision:20s} {found.flags:36s} {architecture} {found.registers:9d} "
+                f"{found.spilled_bytes:8d} {found.shared_bytes:7d} {found.wide_loads:7d}/{found.wide_stores:<4d}"
+                f"{moved:>9s}{'' if found.is_ordered else '   no barrier'}{'' if found.is_good else '   FAIL'}",
+                flush=True,
+            )
+    figures = {"triton": triton.__version__, "variants": [asdict(found) for found in made]}
+    print("written:", machine.write("kernels", figures, arguments.out))
+    if not all(found.is_good for found in made):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What ``plan="auto"`` spends on measuring: ``python -m benchmarks.snr_overhead``.
+
+Times whole training steps of two models and the measuring of all their second moments, in turn, so that a busy machine
+slows both. Bar: spread over the default schedule's steps, measuring costs at most 1% of a step. Before anything is
+timed, measured ratios are compared with the float64 formula; a wrong one stops the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.harness import machine
+from slimadam import AutoPlan, SlimAdam
+from slimadam.demo.training import DemoSettings
+from slimadam.measurement.snr import FACTORED, Candidate, measure
+
+BAR = 0.01
+TOLERANCE = 1e-6
+GPT2_TOKENS = 64
+
+
+def worst_error() -> float:
+    """The largest relative error of a measured ratio against the float64 formula, over sizes and scales."""
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for shape, scale in itertools.product([(31, 17), (2000, 700), (24, 16, 3, 3)], [1e-40, 1e-8, 1e37]):
+        v = torch.rand(shape, generator=generator).add(0.1).pow(4).mul(scale)
+        for candidate, value in measure(v).items():
+            errors.append(abs(value / formula(v.numpy(), candidate) - 1))
+    return max(errors)
+
+
+def formula(v: np.ndarray[Any, Any], candidate: Candidate) -> float:
+    """The ratio as defined in arXiv 2503.01843, for entries that vary, in float64."""
+    v = v.astype(np.float64) / v.max()
+    dims: tuple[int, ...] | None = None
+    if candidate == FACTORED:
+        v = v.reshape(len(v), -1)
+        v = v * v.mean() / (v.mean(1, keepdims=True) * v.mean(0, keepdims=True))
+    else:
+        dims = candidate
+    return float((v.mean(dims) ** 2 / v.var(dims)).mean())
+
+
+def byte_gpt() -> tuple[nn.Module, Callable[[], Tensor]]:
+    """The demo's model and its loss on a batch of the demo's size."""
+    settings = DemoSettings()
+    model = settings.new_model()
+    tokens = torch.randint(256, (settings.batch_size, settings.context + 1))
+    return model, lambda: model.loss(tokens[:, :-1], tokens[:, 1:])
+
+
+def gpt2_small() -> tuple[nn.Module, Callable[[], Tensor]]:
+    """GPT-2 124M and its loss on one short sequence."""
+    model = GPT2LMHeadModel(GPT2Config())
+    tokens = torch.randint(50257, (1, GPT2_TOKENS + 1))
+    return model, lambda: F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def seconds(rounds: int, model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, float]:
+    """Median seconds of a training step, and of measuring every second moment once."""
+    optimizer = SlimAdam(model, lr=1e-4, plan=None)
+    steps, measurements = [], []
+    for turn in range(rounds + 2):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        middle = time.perf_counter()
+        for state in optimizer.state.values():
+            measure(state["exp_avg_sq"])
+        if turn >= 2:
+            steps.append(middle - start)
+            measurements.append(time.perf_counter() - middle)
+    return statistics.median(steps), statistics.median(measurements)
+
+
+def main() -> None:
+    """Measure, print a table, write ``results/snr_overhead.json``; exit 1 if the bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    error = worst_error()
+    if not error <= TOLERANCE:
+        raise SystemExit(f"not timing a wrong measurement: it is off by {error:.1e} from float64")
+    schedule = AutoPlan()
+    measured = sum(map(schedule.measures, range(1, schedule.calibration_steps + 1)))
+    print(f"{measured} measurements in {schedule.calibration_steps} steps, {torch.get_num_threads()} threads")
+    models = {"byte GPT of the demo": byte_gpt, f"GPT-2 124M, {GPT2_TOKENS} tokens a step": gpt2_small}
+    figures = {}
+    for label, make in models.items():
+        torch.manual_seed(0)
+        step, measuring = seconds(arguments.rounds, *make())
+        overhead = measured * measuring / (schedule.calibration_steps * step)
+        figures[label] = {"step_ms": 1e3 * step, "measuring_ms": 1e3 * measuring, "overhead": overhead}
+        times = f"step {1e3 * step:8.1f} ms   measuring {1e3 * measuring:8.1f} ms"
+        print(f"{label:32s} {times}   {overhead:.3%}   bar {BAR:.0%}")
+    found = {"measurements": measured, "steps": schedule.calibration_steps, "worst_error": error, "models": figures}
+    print("written:", machine.write("snr_overhead", found))
+    if any(figure["overhead"] > BAR for figure in figures.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

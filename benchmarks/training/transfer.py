@@ -1,0 +1,111 @@
+"""A plan calibrated on a narrow, shallow model against one of the large model's own: ``python -m benchmarks.transfer``.
+
+Both are calibrated at a tenth of the learning rate; then the large model trains with each, from the same
+initialisation on the same batches. Bar: the carried plan's held-out loss is at most 0.5% above that of the own plan
+(mean of the seeds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from benchmarks.harness import machine
+from benchmarks.workloads.language import Bytes
+from benchmarks.workloads.training import calibration_rate, held_out_loss, train, training_rate
+from slimadam import CompressionPlan, SlimAdam, SNRHistory, SNRRecorder, every
+from slimadam.demo.model import ByteGPT
+from slimadam.plans.selection import Forms
+
+SMALL, LARGE = {"layers": 2, "width": 64, "heads": 2}, {"layers": 4, "width": 128, "heads": 4}
+FORMS: tuple[Forms, ...] = ("mean", "best")
+BAR = 0.005
+MEASUREMENTS = 8
+
+
+def task(size: dict[str, int]) -> Bytes:
+    """The demo's job with a byte GPT of the given size."""
+    return Bytes(lambda settings: ByteGPT(size["layers"], size["width"], size["heads"], settings.context))
+
+
+def calibrated(job: Bytes, lr: float, steps: int, seed: int) -> SNRHistory:
+    """Second moments measured at a tenth of the learning rate."""
+    recorders = []
+
+    def make(model: nn.Module) -> Optimizer:
+        optimizer = torch.optim.AdamW(model.named_parameters(), lr=lr, betas=job.betas)
+        recorders.append(SNRRecorder(optimizer, model, every(max(1, steps // MEASUREMENTS))))
+        return optimizer
+
+    train(job, make, calibration_rate(lr, steps), steps, seed)
+    return recorders[0].history
+
+
+def compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
+    """Held-out losses of the large model with AdamW and, for each choice of forms, with both plans."""
+    small, large = task(SMALL), task(LARGE)
+    histories = {"own": calibrated(large, lr, steps, seed), "carried": calibrated(small, lr, steps, seed)}
+
+    def loss(make: Callable[[nn.Module], Optimizer]) -> float:
+        return held_out_loss(large, train(large, make, training_rate(lr, steps), steps, seed)[0])
+
+    def slim(plan: CompressionPlan) -> Callable[[nn.Module], Optimizer]:
+        return lambda model: SlimAdam(model, lr=lr, betas=large.betas, plan=plan)
+
+    adamw = loss(lambda model: torch.optim.AdamW(model.parameters(), lr=lr, betas=large.betas))
+    found: dict[str, Any] = {"seed": seed, "adamw": adamw}
+    for forms in FORMS:
+        plans = {origin: CompressionPlan.from_snr(history, forms=forms) for origin, history in histories.items()}
+        plans["carried"] = plans["carried"].for_model(large.new_model(seed))
+        losses = {origin: loss(slim(plan)) for origin, plan in plans.items()}
+        found[forms] = {
+            "loss": losses,
+            "saved": {origin: plan.second_moments_saved for origin, plan in plans.items()},
+            "agree": agreement(plans["own"], plans["carried"]),
+            "difference": losses["carried"] / losses["own"] - 1,
+        }
+    return found
+
+
+def agreement(a: CompressionPlan, b: CompressionPlan) -> float:
+    """Share of the matrices that two plans store alike."""
+    matrices = [name for name, rule in a.items() if len(rule.shape or ()) > 1]
+    alike = [name for name in matrices if (a[name].form, a[name].dims) == (b[name].form, b[name].dims)]
+    return len(alike) / len(matrices)
+
+
+def main() -> None:
+    """Calibrate, carry over, train; print a table, write ``results/transfer.json``; exit 1 if the bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    arguments = parser.parse_args()
+    runs = []
+    for seed in arguments.seeds:
+        run = compare(arguments.lr, arguments.steps, seed)
+        runs.append(run)
+        for forms in FORMS:
+            own, carried = run[forms]["loss"]["own"], run[forms]["loss"]["carried"]
+            print(
+                f"seed {seed}  {forms:4s}  AdamW {run['adamw']:.4f}  own plan {own:.4f}  carried {carried:.4f} "
+                f"({run[forms]['difference']:+.2%})  {run[forms]['agree']:.0%} of matrices alike",
+                flush=True,
+            )
+    means = {forms: statistics.mean(run[forms]["difference"] for run in runs) for forms in FORMS}
+    for forms, mean in means.items():
+        print(f"{forms}: {mean:+.2%} on average, bar {BAR:.1%}")
+    settings = {"lr": arguments.lr, "steps": arguments.steps, "small": SMALL, "large": LARGE}
+    print("written:", machine.write("transfer", {**settings, "runs": runs, "mean_difference": means}))
+    if any(mean > BAR for mean in means.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Warmup from the critical learning rate against fixed warmups."""

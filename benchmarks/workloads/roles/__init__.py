@@ -1,0 +1,1 @@
+"""Models whose layer roles are known."""

@@ -1,0 +1,1 @@
+"""The update compiled for CPUs."""

@@ -1,0 +1,71 @@
+"""The update on lists of tensors at once, for accelerators without a fused kernel.
+
+Line by line the same steps as ``reference_update``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from .reference import (
+    Entry,
+    Hyperparameters,
+    bias_corrections,
+    running_maximum,
+    second_moment_dtype,
+    stand_in,
+    update_first_moment,
+    update_second_moment,
+)
+
+
+def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
+    """Update every parameter in place, with a few launches for all elementwise work.
+
+    The tensors must be real, on one device and of one dtype, and each first moment of its parameter's dtype.
+    """
+    params = [entry.param for entry in entries]
+    exp_avgs = [entry.exp_avg for entry in entries]
+    steps = [entry.step for entry in entries]
+    grads = [entry.grad for entry in entries]
+    if hyper.clip_factor is not None:
+        grads = [grad.to(second_moment_dtype(grad.dtype)) for grad in grads]
+        scaled = torch._foreach_mul(grads, hyper.clip_factor.to(grads[0].device))
+        grads = [new.to(grad.dtype) for new, grad in zip(scaled, grads, strict=True)]  # scalars have become wider
+    grads = list(torch._foreach_neg(grads)) if hyper.maximize else grads
+
+    # weight decay
+    if isinstance(hyper.weight_decay, torch.Tensor) or hyper.weight_decay != 0:
+        torch._foreach_mul_(params, 1 - hyper.lr * hyper.weight_decay)
+
+    # first and second moment
+    if grads[0].dtype == exp_avgs[0].dtype:
+        torch._foreach_lerp_(exp_avgs, grads, cast(float, 1 - hyper.beta1))
+    else:
+        for exp_avg, grad in zip(exp_avgs, grads, strict=True):
+            update_first_moment(exp_avg, grad, hyper.beta1)
+    for entry, grad in zip(entries, grads, strict=True):
+        if not entry.is_given:
+            update_second_moment(entry.exp_avg_sq, grad, entry.averaged_dims, hyper.beta2)
+    used = [
+        running_maximum(entry.max_exp_avg_sq, entry.exp_avg_sq) if entry.max_exp_avg_sq else entry.exp_avg_sq
+        for entry in entries
+    ]
+
+    # update
+    stored = [stand_in(part, entry.averaged_dims, entry.is_given) for part, entry in zip(used, entries, strict=True)]
+    denominators = list(torch._foreach_sqrt(stored))
+    if hyper.keeps_tensors(steps[0]):
+        step_sizes = [hyper.lr / (1 - hyper.beta1**step) * -1 for step in steps]
+        roots = [(1 - hyper.beta2**step) ** 0.5 for step in steps]
+        torch._foreach_div_(denominators, [root * size for root, size in zip(roots, step_sizes, strict=True)])
+        torch._foreach_add_(denominators, [hyper.eps / size for size in step_sizes])
+        torch._foreach_addcdiv_(params, exp_avgs, denominators)
+    else:
+        corrections = [bias_corrections(step, hyper) for step in steps]
+        torch._foreach_div_(denominators, [root for _, root in corrections])
+        torch._foreach_add_(denominators, hyper.eps)
+        torch._foreach_addcdiv_(params, exp_avgs, denominators, [-size for size, _ in corrections])

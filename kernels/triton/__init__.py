@@ -1,0 +1,1 @@
+"""The update in Triton, for GPUs."""

@@ -1,0 +1,383 @@
+"""Curvature from Hessian-vector products: along the pending update, and the Hessian's top eigenvalue.
+
+A product takes a second backward pass through the graph of the loss, so every operation in it must have a second
+derivative. The critical sharpness needs forward passes only; this is the ground truth beside it for small models.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from slimadam.curvature.preconditioner import scales_of
+from slimadam.curvature.probe.directions import pending_directions, unwrapped
+from slimadam.distributed.sharded_rules import is_dtensor
+from slimadam.utils.errors import shown
+
+Vector = NDArray[np.float64]
+
+_REMEDIES = {
+    "backward through the graph a second time": (
+        "the graph of the loss is freed; compute the loss again, or call loss.backward(retain_graph=True)"
+    ),
+    "_attention": (
+        "fused attention has no second derivative; compute the loss under "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+    ),
+    "CuDNN RNN": (
+        "cuDNN's recurrent layers have no second derivative; compute the loss under "
+        "torch.backends.cudnn.flags(enabled=False)"
+    ),
+    "aot_autograd": (
+        "a compiled model has no second derivative; compute the loss with the model as it was before torch.compile"
+    ),
+    "is not implemented": "an operation in the loss has no second derivative; compute the loss without it",
+}
+"""What autograd's errors contain, and what to do about them; the first that fits counts."""
+
+_HIDING = {
+    "torch::autograd::Error": (
+        "a custom autograd function in the loss is marked once_differentiable: it has no second derivative; "
+        "compute the loss without it"
+    ),
+    "CheckpointFunctionBackward": (
+        "reentrant activation checkpointing hides parameters from second derivatives; checkpoint with "
+        "use_reentrant=False"
+    ),
+}
+"""Nodes of a graph that hide what lies behind them, and what to do."""
+
+
+class HessianSharpness(float):
+    """The top eigenvalue of a Hessian: a number, with what tells how far to trust it.
+
+    Attributes:
+        residual: ``||H x - eigenvalue x||`` for the unit vector ``x`` that was found. The Hessian has an eigenvalue
+            no further than this from the number; NaN where nothing was found.
+        converged: Whether the iteration reached its tolerance. If not, the number is a lower bound on the top
+            eigenvalue, up to rounding.
+        hessian_products: Hessian-vector products taken.
+        eigenvector: ``x`` over all parameters in their order, flat, float64, on the CPU. Given as ``start`` to the
+            next measurement it makes that one faster.
+    """
+
+    residual: float
+    converged: bool
+    hessian_products: int
+    eigenvector: Tensor
+
+
+def directional_sharpness(optimizer: Optimizer, loss: Tensor) -> float:
+    """Curvature of the loss along the pending update: ``D^T H D / D^T g``, by one Hessian-vector product.
+
+    A quadratic loss falls for every step ``theta - eta D`` with ``eta < 2 / sharpness`` (arXiv 2601.16979). Call it
+    after ``loss.backward(retain_graph=True)`` and before the step. Takes memory for ``D`` and for the graph of
+    the gradient beside that of the loss. Parameters, their gradients and the optimizer's state do not change.
+
+    Args:
+        optimizer: :class:`~slimadam.SlimAdam` or any torch optimizer, with gradients pending in ``p.grad``. ``D`` is
+            the direction of its next step, weight decay included; see
+            :func:`~slimadam.curvature.probe.directions.pending_directions`.
+        loss: A scalar with its graph; ``g`` and ``H`` are its derivatives. It may be another loss than that of the
+            pending gradients.
+
+    Returns:
+        The sharpness, in units of one over the learning rate. NaN where ``D^T g <= 0``: the step does not descend
+        to first order, so that no learning rate is critical.
+
+    Raises:
+        TypeError: ``loss`` is no tensor, or ``optimizer`` is no optimizer.
+        ValueError: ``loss`` is not a scalar, or has no graph.
+        RuntimeError: No gradient is pending, the graph is freed, an operation has no second derivative, or a parameter
+            is sharded.
+    """
+    _check_loss(loss)
+    _refuse_sharded(param for group in unwrapped(optimizer).param_groups for param in group["params"])
+    pending = list(pending_directions(optimizer))
+    params = [param for param, _ in pending]
+    directions = [direction for _, direction in pending]
+    grads = _gradients(loss, params)
+    slope = _dot(grads, directions)
+    if not slope.item() > 0:
+        return math.nan
+    curved = _dot(_hessian_product(grads, params, directions), directions)
+    return (curved / slope).item()
+
+
+def hessian_sharpness(
+    params: Iterable[Tensor],
+    loss: Tensor,
+    *,
+    preconditioner: Optimizer | Iterable[Tensor] | None = None,
+    tol: float = 1e-5,
+    max_iterations: int = 100,
+    seed: int = 0,
+    start: Tensor | None = None,
+) -> HessianSharpness:
+    """The largest (most positive) eigenvalue of the Hessian of a loss, by SciPy's Lanczos iteration.
+
+    Vectors are kept in float64, Hessian-vector products are computed in the parameters' precision. Takes memory for
+    20 vectors of 8 bytes per parameter on the host, and the graph of the gradient.
+
+    Args:
+        params: Tensors to differentiate by, such as ``model.parameters()``.
+        loss: A scalar with its graph.
+        preconditioner: For the eigenvalue of ``P**(-1/2) H P**(-1/2)``, to which the stability of Adam refers
+            (arXiv 2207.14484): an optimizer that keeps ``exp_avg_sq``, whose ``P = sqrt(v_hat) + eps`` is that of
+            the last step, SlimAdam's averages broadcast; or the positive diagonal of ``P``, a tensor for each
+            parameter.
+        tol: Relative residual at which the iteration stops. The eigenvalue's own error is of second order in it, where
+            the eigenvalue lies apart from others.
+        max_iterations: Most restarts of the iteration, of about ten Hessian-vector products each.
+        seed: Of the random vector to start from.
+        start: A vector to start from, as ``eigenvector`` of an earlier result.
+
+    Returns:
+        A float, with its residual and whether it converged; see :class:`HessianSharpness`. NaN where Hessian-vector
+        products are not finite.
+
+    Raises:
+        ImportError: SciPy is missing.
+        TypeError: ``loss`` or a parameter is no tensor; the preconditioner is of the wrong kind.
+        ValueError: ``loss`` is not a scalar or has no graph; another argument is out of range or does not fit.
+        RuntimeError: The graph is freed, an operation has no second derivative, or a parameter is sharded.
+    """
+    params = _checked_params(params)
+    _refuse_sharded(params)
+    _check_loss(loss)
+    _check_options(tol, max_iterations)
+    scales = None if preconditioner is None else scales_of(preconditioner, params)
+    first = _starting_vector(params, seed, start)
+    grads = _gradients(loss, params)
+
+    def product(flat: Vector) -> Vector:
+        vectors = _unflattened(flat.reshape(-1), params)
+        if scales is not None:
+            vectors = [vector * scale for vector, scale in zip(vectors, scales, strict=True)]
+        products = _hessian_product(grads, params, vectors)
+        if scales is not None:
+            products = [vector * scale for vector, scale in zip(products, scales, strict=True)]
+        return _flattened(products)
+
+    return _top_eigenvalue(product, first, tol, max_iterations)
+
+
+class _NotFiniteError(ArithmeticError):
+    pass
+
+
+def _top_eigenvalue(
+    product: Callable[[Vector], Vector], start: Vector, tol: float, max_iterations: int
+) -> HessianSharpness:
+    linalg = _scipy_linalg()
+    count = 0
+
+    def counted(vector: Vector) -> Vector:
+        nonlocal count
+        count += 1
+        image = product(vector)
+        if not np.isfinite(image).all():
+            raise _NotFiniteError
+        return image
+
+    operator = linalg.LinearOperator((start.size, start.size), matvec=counted, dtype=np.float64)
+    converged = True
+    try:
+        if not counted(start).any():  # what ARPACK refuses; a random vector is in no null space but of the zero matrix
+            vector = start
+        elif start.size == 1:  # likewise
+            vector = np.ones(1)
+        else:
+            try:
+                vectors = linalg.eigsh(operator, k=1, which="LA", v0=start, tol=tol, maxiter=max_iterations)[1]
+            except linalg.ArpackNoConvergence:
+                converged = False
+                vectors = _unconverged(linalg, operator, start)
+            vector = vectors[:, 0] / np.linalg.norm(vectors[:, 0])
+        image = counted(vector)
+    except _NotFiniteError:
+        return _result(math.nan, math.nan, False, count, start)
+    value = float(vector @ image)
+    return _result(value, float(np.linalg.norm(image - value * vector)), converged, count, vector)
+
+
+def _unconverged(linalg: Any, operator: Any, start: Vector) -> Vector:
+    """The best vector of a few iterations of LOBPCG, which gives what it has; ARPACK keeps that to itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it did not converge either
+        vectors: Vector = linalg.lobpcg(operator, start[:, None], maxiter=20)[1]
+    return vectors
+
+
+def _result(value: float, residual: float, converged: bool, products: int, vector: Vector) -> HessianSharpness:
+    found = HessianSharpness(value)
+    found.residual = residual
+    found.converged = converged
+    found.hessian_products = products
+    found.eigenvector = torch.from_numpy(vector)
+    return found
+
+
+def _scipy_linalg() -> Any:
+    try:
+        from scipy.sparse import linalg
+    except ImportError as missing:
+        raise ImportError("hessian_sharpness needs SciPy: pip install 'slimadam[curvature]'") from missing
+    return linalg
+
+
+# -- autograd -----------------------------------------------------------------------------------------
+
+
+def _gradients(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
+    _refuse_hidden([loss])
+    with _explained():
+        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError("loss depends on none of the parameters; compute it with the model that holds them")
+    found = [torch.zeros_like(param) if grad is None else grad for grad, param in zip(grads, params, strict=True)]
+    _refuse_hidden(found)
+    return found
+
+
+def _refuse_hidden(roots: Iterable[Tensor]) -> None:
+    """Refuse graphs with nodes behind which autograd sees constants without a word."""
+    waiting = [root.grad_fn for root in roots]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in _HIDING:
+            raise RuntimeError(_HIDING[node.name()])
+        waiting += [following for following, _ in node.next_functions]
+
+
+def _hessian_product(grads: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+    """``H v``, in the parameters' precision."""
+    with torch.enable_grad():
+        slope = _dot(grads, vectors)
+    if not slope.requires_grad:  # the loss is linear
+        return [torch.zeros_like(param) for param in params]
+    with _explained():
+        return list(torch.autograd.grad(slope, params, retain_graph=True, materialize_grads=True))
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Sum over all tensors of their inner products as real vectors, in at least float32."""
+    total = torch.zeros(())
+    for one, other in zip(left, right, strict=True):
+        dtype = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+        pair = one.to(dtype), other.to(dtype)
+        one, other = map(torch.view_as_real, pair) if dtype.is_complex else pair
+        total = total.to(one.device) + (one * other).sum()
+    return total
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Autograd's errors about second derivatives in one line that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        for sign, remedy in _REMEDIES.items():
+            if sign in str(error):
+                raise RuntimeError(remedy) from error
+        raise
+
+
+# -- vectors ------------------------------------------------------------------------------------------
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _flattened(tensors: Sequence[Tensor]) -> Vector:
+    flat = [_real(tensor.detach()).reshape(-1).to("cpu", torch.float64) for tensor in tensors]
+    return torch.cat(flat).numpy()
+
+
+def _unflattened(flat: Vector, params: Sequence[Tensor]) -> list[Tensor]:
+    pieces = torch.split(torch.from_numpy(flat), [_size(param) for param in params])
+    found = []
+    for piece, param in zip(pieces, params, strict=True):
+        real = piece.view(_real(param.detach()).shape)
+        found.append((torch.view_as_complex(real) if param.is_complex() else real).to(param.device, param.dtype))
+    return found
+
+
+def _size(param: Tensor) -> int:
+    return param.numel() * (2 if param.is_complex() else 1)
+
+
+def _starting_vector(params: Sequence[Tensor], seed: int, start: Tensor | None) -> Vector:
+    """A unit vector: the one given, or a random one."""
+    size = sum(map(_size, params))
+    if start is None:
+        flat = np.random.default_rng(seed).standard_normal(size)
+    elif isinstance(start, Tensor) and start.shape == (size,):
+        flat = start.detach().to("cpu", torch.float64).numpy()
+        noise = np.random.default_rng(seed).standard_normal(size)
+        flat = flat + 1e-3 * np.linalg.norm(flat) / np.linalg.norm(noise) * noise  # to leave a block of the Hessian
+    else:
+        found = f"a tensor of shape {tuple(start.shape)}" if isinstance(start, Tensor) else shown(start)
+        raise ValueError(f"start is {found}; give the eigenvector of an earlier result, of shape ({size},)")
+    norm = float(np.linalg.norm(flat))
+    if not 0 < norm < math.inf:
+        raise ValueError(f"start has norm {norm}; leave it out to start from a random vector")
+    unit: Vector = flat / norm
+    return unit
+
+
+# -- arguments ----------------------------------------------------------------------------------------
+
+
+def _check_loss(loss: Tensor) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss={shown(loss)} must be a tensor with its graph, as the model's loss before item()")
+    if loss.numel() != 1 or loss.is_complex():
+        raise ValueError(f"loss has shape {tuple(loss.shape)} and dtype {loss.dtype}; give one real number")
+    if not loss.requires_grad:
+        raise ValueError("loss has no graph; compute it outside torch.no_grad() and do not detach it")
+
+
+def _refuse_sharded(params: Iterable[Tensor]) -> None:
+    if any(map(is_dtensor, params)):
+        raise RuntimeError(
+            "parameters are sharded (DTensors), and what shards them has no second backward pass; measure the critical "
+            "sharpness, slimadam.CriticalSharpness(optimizer).measure(closure), which needs forward passes only"
+        )
+
+
+def _checked_params(params: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(params, (Tensor, torch.nn.Module)):
+        raise TypeError(f"params is a {type(params).__name__}; give a list of tensors, such as model.parameters()")
+    found = list(params)
+    if not found:
+        raise ValueError("params is empty; a generator such as model.parameters() can be used once only")
+    for index, param in enumerate(found):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params[{index}]={shown(param)} must be a tensor")
+        if not param.requires_grad:
+            raise ValueError(f"params[{index}] does not require a gradient; leave frozen parameters out")
+    if sum(map(_size, found)) == 0:
+        raise ValueError("params have no elements")
+    return found
+
+
+def _check_options(tol: float, max_iterations: int) -> None:
+    if not 0 <= tol < 1:
+        raise ValueError(f"tol={tol} must be in [0, 1); 0 stands for machine precision")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations={max_iterations} must be at least 1")

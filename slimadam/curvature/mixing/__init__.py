@@ -1,0 +1,1 @@
+"""Advice on data mixtures from relative critical sharpness."""

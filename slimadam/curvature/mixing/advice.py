@@ -1,0 +1,202 @@
+"""What a sweep of mixing ratios found: curves, the advised mix, and how sure both are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class MixCurve:
+    """The sharpness of one task over the mixes.
+
+    Attributes:
+        task: Its name.
+        sharpness: The median over batches at each mix; infinite where no step is safe.
+        interval: ``(lower, upper)`` of that median at each mix, by resampling the batches.
+        batches: What each batch gave, ``[mix][batch]``.
+    """
+
+    task: str
+    sharpness: list[float]
+    interval: list[tuple[float, float]]
+    batches: list[list[float]]
+
+
+@dataclass(frozen=True)
+class MixAdvice:
+    """The mix at which the largest of the tasks' sharpnesses is smallest (arXiv 2601.16979).
+
+    Attributes:
+        weights: The advised share of each domain, by name; NaN where at every mix some task has no safe step.
+        intervals: Where that share lies in ``level`` of the resamples of the batches, by name; NaN where none was
+            advised.
+        undecided: Share of the resamples in which at every mix some task has no safe step.
+        critical_lr: The largest learning rate of the advised update that raises no task's loss.
+        mixes: The weights that were tried, each in the order of ``weights``.
+        curves: The sharpness of each task over ``mixes``.
+        level: Of the intervals.
+    """
+
+    weights: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    undecided: float
+    critical_lr: float
+    mixes: list[tuple[float, ...]]
+    curves: list[MixCurve]
+    level: float
+
+    @classmethod
+    def from_sharpness(
+        cls,
+        domains: Sequence[str],
+        tasks: Sequence[str],
+        mixes: Sequence[tuple[float, ...]],
+        sharpness: Values,
+        level: float = 0.9,
+        seed: int = 0,
+    ) -> MixAdvice:
+        """From sharpnesses measured.
+
+        Args:
+            domains: What is mixed.
+            tasks: What was measured.
+            mixes: Weights of the domains.
+            sharpness: Of shape ``[tasks, mixes, batches]``, not NaN; infinite where no step is safe.
+            level: Of the intervals.
+            seed: Of the resampling.
+        """
+        curves = _median(sharpness)
+        generator = np.random.default_rng(seed)
+        count = sharpness.shape[2]
+        resampled = [_median(sharpness[:, :, generator.integers(count, size=count)]) for _ in range(_RESAMPLES)]
+        chosen = [_advised(curve) for curve in resampled]
+        decided = np.array([mixes[index] for index in chosen if index is not None]).reshape(-1, len(domains))
+        best = _advised(curves)
+        weights = (math.nan,) * len(domains) if best is None else mixes[best]
+        tails = ((1 - level) / 2, (1 + level) / 2)
+        bands = np.quantile(np.stack(resampled), tails, axis=0, method="inverted_cdf")
+        return cls(
+            weights=dict(zip(domains, weights, strict=True)),
+            intervals={
+                name: _interval(decided[:, index], tails) if best is not None else (math.nan, math.nan)
+                for index, name in enumerate(domains)
+            },
+            undecided=1 - len(decided) / _RESAMPLES,
+            critical_lr=math.nan if best is None else _critical_lr(curves[:, best].max()),
+            mixes=list(mixes),
+            curves=[
+                MixCurve(
+                    task,
+                    curves[index].tolist(),
+                    [(float(low), float(high)) for low, high in bands[:, index].T],
+                    sharpness[index].tolist(),
+                )
+                for index, task in enumerate(tasks)
+            ],
+            level=level,
+        )
+
+    @property
+    def ratio(self) -> float:
+        """The advised share of the first domain; NaN where at every mix some task has no safe step."""
+        return next(iter(self.weights.values()))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where :attr:`ratio` lies in ``level`` of the resamples."""
+        return next(iter(self.intervals.values()))
+
+    def rows(self) -> list[dict[str, float | str]]:
+        """One for each mix and task: the weights, the task, its sharpness, and the interval of that."""
+        return [
+            {
+                **dict(zip(self.weights, mix, strict=True)),
+                "task": curve.task,
+                "sharpness": curve.sharpness[index],
+                "lower": curve.interval[index][0],
+                "upper": curve.interval[index][1],
+            }
+            for index, mix in enumerate(self.mixes)
+            for curve in self.curves
+        ]
+
+    def table(self) -> str:
+        """The curves as lines of text, the advised mix marked."""
+        advised = tuple(self.weights.values())
+        header = [*self.weights, *(f"sharpness of {curve.task}" for curve in self.curves), "largest", ""]
+        lines = [header]
+        for index, mix in enumerate(self.mixes):
+            values = [curve.sharpness[index] for curve in self.curves]
+            numbers = [*(f"{weight:.3g}" for weight in mix), *(f"{value:.4g}" for value in (*values, max(values)))]
+            lines.append([*numbers, "advised" if mix == advised else ""])
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+    def __str__(self) -> str:
+        if math.isnan(self.ratio):
+            return "no mix is advised: at each, some task has no safe step"
+        shares = ", ".join(
+            f"{weight:.3g} {name} ({self.intervals[name][0]:.3g} to {self.intervals[name][1]:.3g})"
+            for name, weight in self.weights.items()
+        )
+        doubt = f"; in {self.undecided:.0%} of the resamples no mix was safe" if self.undecided else ""
+        return f"advised mix: {shares}; no task is hurt up to learning rate {self.critical_lr:.3g}{doubt}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON: None stands for a sharpness that no step is safe under, and for no advice."""
+        written: dict[str, Any] = _finite_or_none(asdict(self))
+        return written
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the curves over the share of the first domain, or, of more than two, over the mixes in order.
+
+        Raises:
+            ImportError: matplotlib is missing; the extra ``slimadam[cli]`` brings it.
+        """
+        from slimadam.curvature.plots import draw_mix
+
+        draw_mix(self, path)
+
+
+def _median(sharpness: Values) -> Values:
+    """Over the batches, the upper one of an even number: a mean with infinity would be no number of any batch."""
+    return np.asarray(np.quantile(sharpness, 0.5, axis=2, method="higher"))
+
+
+def _advised(curves: Values) -> int | None:
+    """The mix whose largest sharpness is smallest; the middle one of several that are equal; None if all infinite."""
+    largest = curves.max(axis=0)
+    if np.isinf(largest.min()):
+        return None
+    equal = np.flatnonzero(largest == largest.min())
+    return int(equal[len(equal) // 2])
+
+
+def _interval(shares: Values, tails: tuple[float, float]) -> tuple[float, float]:
+    low, high = np.quantile(shares, tails, method="inverted_cdf")
+    return float(low), float(high)
+
+
+def _critical_lr(sharpness: float) -> float:
+    return 2 / sharpness if sharpness else math.inf
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

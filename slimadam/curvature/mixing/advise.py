@@ -1,0 +1,268 @@
+"""How much of each domain to train on next: relative critical sharpness over the mixing ratio, at a checkpoint.
+
+Source: arXiv 2601.16979, the section on data mixing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import combinations_with_replacement, pairwise
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
+from slimadam.curvature.mixing.advice import MixAdvice
+from slimadam.curvature.mixing.settled_momentum import Momentum, SettledMomentum
+from slimadam.curvature.probe.directions import unwrapped
+from slimadam.curvature.probe.displacement import Memory
+from slimadam.curvature.probe.snapshot import Buffers, RandomState
+from slimadam.distributed.sharded_rules import is_dtensor
+from slimadam.layers.names import owning_modules
+
+BatchLoss = Callable[[int], Tensor]
+"""The mean loss of a task on its batch of a number, with a graph; the same number gives the same batch."""
+
+Weights = tuple[float, ...]
+Gradients = list[Tensor | None]
+
+_DIVISIONS, _DIVISIONS_OF_MANY = 10, 4
+
+
+def advise_mix(
+    optimizer: Optimizer,
+    losses: Mapping[str, BatchLoss],
+    *,
+    tasks: Mapping[str, BatchLoss] | None = None,
+    ratios: Sequence[float | Sequence[float]] | None = None,
+    batches: int = 8,
+    seed: int = 0,
+    level: float = 0.9,
+    tol: float = 1 / 16,
+    momentum: Momentum = "settled",
+    max_grad_norm: float | None = None,
+    memory: Memory = "copy",
+    progress: Callable[[int, int], None] | None = None,
+) -> MixAdvice:
+    """The mix of domains whose next update may go farthest before it hurts any task (arXiv 2601.16979).
+
+    For each mix the update ``D`` that the optimizer would take on the mixed gradient ``sum_i w_i g_i`` is measured
+    against each task's loss on a batch that the gradient has not seen: its relative critical sharpness is two over
+    the learning rate at which ``theta - eta D`` first raises that loss. Over several batches the median is taken;
+    an update that is no descent for a task has infinite sharpness, because no step is safe. Advised is the mix at
+    which the largest of the tasks' sharpnesses is smallest.
+
+    Nothing is updated: parameters, gradients, optimizer state, buffers and random-number generators are left as
+    they were. ``D`` comes from the state that the optimizer has, such as second moments. First moments remember the
+    data before, which at a converged checkpoint drowns the mix; by default they are taken as they become when the
+    mix stays. One gradient for each domain and one copy of the first moments are held in memory, and about 6 forward
+    passes are made for each task, mix and batch.
+
+    Example:
+        >>> losses = {"prose": lambda batch: loss_on(prose, batch), "code": ...}  # doctest: +SKIP
+        >>> slimadam.advise_mix(optimizer, losses).ratio  # the share of prose  # doctest: +SKIP
+        0.6
+
+    Args:
+        optimizer: SlimAdam, or any torch optimizer whose step needs no closure, over the model's parameters.
+        losses: The domains that are mixed, by name, two or more; each gives its mean loss on the batch of a number.
+        tasks: What must not get worse, by name; None: the domains themselves.
+        ratios: The mixes to try. Of two domains: shares of the first, in 0..1. Of any number: the weights of all,
+            which sum to 1. None: steps of 0.1 between two domains, of 0.25 between more.
+        batches: How often all is measured, each time on other batches. Numbers ``2 n`` give the gradients and
+            ``2 n + 1`` the losses that they are judged by, so that ``2 * batches`` are used of each loss.
+        seed: Of the resampling that the intervals come from.
+        level: Share of the resamples that the intervals hold.
+        tol: Of the search for each crossing, see :class:`~slimadam.CriticalSharpness`.
+        momentum: ``"settled"``: first moments as they become under the mix, see
+            :class:`~slimadam.curvature.mixing.settled_momentum.SettledMomentum`. ``"kept"``: as they are; the very
+            next step.
+        max_grad_norm: Mixed gradients are clipped to this norm, as in training.
+        memory: See :class:`~slimadam.CriticalSharpness`.
+        progress: Called after each mix of each batch with how many are done, and of how many.
+
+    Returns:
+        The advised mix, the curves behind it, and how sure both are.
+
+    Raises:
+        TypeError: An argument has the wrong type, or a loss is not a tensor of one element.
+        ValueError: An argument is out of range, or a loss or gradient is not finite at the checkpoint.
+        RuntimeError: A parameter is sharded.
+    """
+    tasks = losses if tasks is None else tasks
+    _check(optimizer, losses, tasks, batches, level)
+    if momentum not in get_args(Momentum):
+        raise ValueError(f"momentum={momentum!r} must be 'settled' or 'kept'")
+    mixes = _mixes(list(losses), ratios)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    modules = owning_modules(params)
+    probe = CriticalSharpness(optimizer, tol, memory=memory, max_forwards=100, modules=modules)
+    settled = SettledMomentum(optimizer) if momentum == "settled" else None
+    sweep = _Sweep(params, losses, tasks, max_grad_norm, probe, settled)
+    sharpness = np.empty((len(tasks), len(mixes), batches))
+    done = 0
+    with _untouched(params, modules, settled):
+        for batch in range(batches):
+            gradients = sweep.gradients(2 * batch)
+            for index, weights in enumerate(mixes):
+                sharpness[:, index, batch] = sweep.sharpnesses(gradients, weights, 2 * batch + 1)
+                done += 1
+                if progress is not None:
+                    progress(done, batches * len(mixes))
+    return MixAdvice.from_sharpness(list(losses), list(tasks), mixes, sharpness, level, seed)
+
+
+class _Sweep:
+    """Gradients of the domains, and each task's sharpness along their mixes."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        losses: Mapping[str, BatchLoss],
+        tasks: Mapping[str, BatchLoss],
+        max_grad_norm: float | None,
+        probe: CriticalSharpness,
+        settled: SettledMomentum | None,
+    ) -> None:
+        self._params = params
+        self._losses = losses
+        self._tasks = tasks
+        self._max_grad_norm = max_grad_norm
+        self._probe = probe
+        self._settled = settled
+
+    def gradients(self, batch: int) -> list[Gradients]:
+        """Of each domain, in the order of the parameters."""
+        trained = [param for param in self._params if param.requires_grad]
+        found = []
+        for name, closure in self._losses.items():
+            with torch.enable_grad():
+                loss = _finite(name, closure(batch))
+                grads = iter(torch.autograd.grad(loss, trained, allow_unused=True))
+            found.append([next(grads) if param.requires_grad else None for param in self._params])
+            if not all(grad is None or bool(grad.isfinite().all()) for grad in found[-1]):
+                raise ValueError(f"the gradient of losses[{name!r}] on batch {batch} is not finite")
+        return found
+
+    def sharpnesses(self, gradients: list[Gradients], weights: Weights, batch: int) -> list[float]:
+        """Of each task, along the update on the mixed gradient."""
+        for index, param in enumerate(self._params):
+            param.grad = _mixed(param, [domain[index] for domain in gradients], weights)
+        if self._max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._params, self._max_grad_norm)
+        if self._settled is not None:
+            self._settled.settle()
+        return [
+            safe_sharpness(self._probe.measure(partial(closure, batch), task=name))
+            for name, closure in self._tasks.items()
+        ]
+
+
+def safe_sharpness(measured: SharpnessMeasurement) -> float:
+    """The sharpness to count on: infinite where no step is known to be safe, 0 where every step is.
+
+    Raises:
+        ValueError: The loss is not finite at the parameters.
+    """
+    if measured.status == "not finite":
+        raise ValueError(f"the loss of task {measured.task!r} is not finite at the checkpoint: nothing can be measured")
+    if measured.status in ("no descent", "too noisy"):
+        return math.inf
+    if measured.status == "out of evaluations":
+        lower = measured.bracket[0]
+        return 2 / lower if lower else math.inf
+    return measured.sharpness
+
+
+def _mixed(param: Tensor, grads: Sequence[Tensor | None], weights: Weights) -> Tensor | None:
+    """``sum_i w_i g_i``, summed in at least float32; None for a parameter that no domain in the mix uses."""
+    parts = [(grad, weight) for grad, weight in zip(grads, weights, strict=True) if grad is not None and weight]
+    if not parts:
+        return None
+    wide = torch.promote_types(param.dtype, torch.float32)
+    total = torch.zeros_like(param, dtype=wide)
+    for grad, weight in parts:
+        total.add_(grad.to(wide), alpha=weight)
+    return total.to(param.dtype)
+
+
+def _finite(name: str, loss: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise TypeError(f"losses[{name!r}] returned {loss!r:.80}, not a tensor of one element with a graph")
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"losses[{name!r}] returned {loss.item()} at the checkpoint")
+    return loss
+
+
+@contextmanager
+def _untouched(
+    params: Sequence[Tensor], modules: Sequence[nn.Module], settled: SettledMomentum | None
+) -> Iterator[None]:
+    """Puts gradients, first moments, buffers and random-number generators back; no parameter is ever changed."""
+    grads = [param.grad for param in params]
+    buffers, random = Buffers(modules), RandomState([param.device for param in params])
+    try:
+        yield
+    finally:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        if settled is not None:
+            settled.restore()
+        buffers.restore()
+        random.restore()
+
+
+def _mixes(names: Sequence[str], ratios: Sequence[float | Sequence[float]] | None) -> list[Weights]:
+    if ratios is None:
+        return _lattice(len(names), _DIVISIONS if len(names) == 2 else _DIVISIONS_OF_MANY)
+    mixes = [_weights(names, ratio) for ratio in ratios]
+    if len(set(mixes)) < 2:
+        raise ValueError(f"ratios={list(ratios)!r} must hold at least two different mixes")
+    return sorted(set(mixes))
+
+
+def _weights(names: Sequence[str], ratio: float | Sequence[float]) -> Weights:
+    if isinstance(ratio, (int, float)):
+        if len(names) != 2:
+            raise ValueError(f"ratios: {ratio!r} is one number, but {len(names)} domains are mixed; give their weights")
+        weights: Weights = (float(ratio), 1 - float(ratio))
+    else:
+        weights = tuple(float(weight) for weight in ratio)
+    if len(weights) != len(names) or not all(0 <= weight <= 1 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(
+            f"ratios: {ratio!r} must be {len(names)} weights in 0..1 that sum to 1, for {', '.join(names)}"
+        )
+    return weights
+
+
+def _lattice(count: int, divisions: int) -> list[Weights]:
+    """All weights that are multiples of ``1 / divisions`` and sum to 1; of two, with the first one rising."""
+    bars = combinations_with_replacement(range(divisions + 1), count - 1)
+    cuts = [(0, *inner, divisions) for inner in bars]
+    return [tuple((high - low) / divisions for low, high in pairwise(cut)) for cut in cuts]
+
+
+def _check(
+    optimizer: Optimizer, losses: Mapping[str, BatchLoss], tasks: Mapping[str, BatchLoss], batches: int, level: float
+) -> None:
+    if any(is_dtensor(param) for group in unwrapped(optimizer).param_groups for param in group["params"]):
+        raise RuntimeError(
+            "parameters are sharded (DTensors), of which advise_mix cannot take each domain's gradient apart; load the "
+            "checkpoint into a model that is not sharded"
+        )
+    for label, closures, least in (("losses", losses, 2), ("tasks", tasks, 1)):
+        if not isinstance(closures, Mapping) or len(closures) < least:
+            raise TypeError(f"{label} must be a dict of at least {least} losses by name, not {closures!r:.80}")
+        for name, closure in closures.items():
+            if not isinstance(name, str) or not callable(closure):
+                raise TypeError(f"{label}[{name!r}] must be a function of the batch's number, under a name")
+    if not isinstance(batches, int) or batches < 1:
+        raise ValueError(f"batches={batches!r} must be an integer >= 1")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level!r} must lie between 0 and 1, both excluded")

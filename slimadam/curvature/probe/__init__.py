@@ -1,0 +1,1 @@
+"""Losses along a direction, measured without leaving a trace in the training."""

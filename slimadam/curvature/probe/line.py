@@ -1,0 +1,215 @@
+"""The loss along the pending update: at ``parameter - eta D`` for any ``eta``, without a trace.
+
+Source: the restricted loss of arXiv 2601.16979, section 2; catapults of arXiv 2406.09405 are looked for on it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, get_args
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from slimadam.curvature.probe.directions import check_pending, unwrapped
+from slimadam.curvature.probe.displacement import MOVES, Memory, Moves, held
+from slimadam.curvature.probe.fsdp import Sharding
+from slimadam.curvature.probe.signals import HeldSignals
+from slimadam.curvature.probe.snapshot import Buffers, Gradients, Precision, RandomState, refuse_shared_memory
+from slimadam.distributed.sharded_rules import local, whole
+from slimadam.layers.names import owning_modules
+from slimadam.utils.torch_private import version
+
+Closure = Callable[[], "Tensor | float"]
+"""Computes the loss, forward only, always on the same batch."""
+
+
+class LineProbe:
+    """Evaluates losses at ``parameter - eta D``, where ``D`` is the optimizer's pending update.
+
+    A context manager, to be entered after ``backward()`` and before ``step()``. When it is left, also by an
+    exception or Ctrl-C, parameters are back bit for bit, and gradients, optimizer state, the buffers of modules that
+    own the parameters, and the global random-number generators of torch, numpy and Python are as they were. Each
+    evaluation starts from the same random numbers, so that dropout masks agree. Evaluations run without gradients.
+
+    Where ``torch.distributed`` has been initialised with several ranks, losses are averaged over all, so that every
+    rank sees the same; every rank must evaluate at the same time. Of DTensors each rank moves its own shard. Modules of
+    FSDP2 are left resharded.
+
+    Args:
+        optimizer: SlimAdam, or any torch optimizer whose step needs no closure; see
+            :func:`~slimadam.curvature.probe.directions.pending_directions`.
+        memory: What is kept to come back. ``"copy"``: parameters and direction, the fastest. ``"lean"``: about a byte
+            for each element, and one parameter's direction, made anew, for optimizers whose weight decay is decoupled
+            or zero, parameters that share no memory, and closures that do not write to them. ``"offload"``: the
+            parameters in host memory, the direction as in lean.
+        modules: Modules whose buffers the closure may change. None: those alive in the process that own a parameter
+            of the optimizer.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: ``memory`` is none of the three, or does not suit the optimizer.
+        RuntimeError: On entering: no gradient is pending.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, memory: Memory = "copy", modules: Iterable[nn.Module] | None = None
+    ) -> None:
+        if memory not in get_args(Memory):
+            raise ValueError(f"memory={memory!r} must be 'copy', 'lean' or 'offload'")
+        self.optimizer = unwrapped(optimizer)
+        self.memory: Memory = memory
+        self._are_given = modules is not None
+        self._modules = list(modules or ())
+        self._owned: list[Tensor] | None = None
+        self._signals = HeldSignals()
+        self._moves: Moves | None = None
+
+    def __enter__(self) -> LineProbe:
+        if self._moves is not None:
+            raise RuntimeError("the line is already being probed; leave the with block first")
+        check_pending(self.optimizer)
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        if any(type(held(param)) is not Tensor for param in params):
+            kinds = sorted({type(held(param)).__name__ for param in params} - {"Tensor"})
+            raise RuntimeError(
+                f"parameters of type {', '.join(kinds)} cannot be probed yet; measure on a model whose parameters are "
+                "plain tensors, or DTensors of such"
+            )
+        self._find_modules(params)
+        self._sharding.reshard()
+        self._buffers = Buffers(self._modules)
+        self._gradients = Gradients(self.optimizer)
+        self._random = RandomState([param.device for param in params])
+        self._precision = Precision(params, self._sharding.is_narrow)
+        self._params = params
+        if self.memory == "lean":
+            refuse_shared_memory([held(param) for param in params], self._buffers.tensors)
+        with torch.no_grad():
+            moves = MOVES[self.memory](self.optimizer)
+        try:
+            self._signals.hold()
+            self._moves = moves
+        except BaseException:
+            self._signals.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        moves, self._moves = self._moves, None
+        assert moves is not None
+        try:
+            with torch.no_grad():
+                moves.back()
+            self._sharding.reshard()
+            torch.clear_autocast_cache()
+            self._random.restore()
+            del self._buffers, self._gradients, self._random, self._params
+        finally:
+            self._signals.release()
+
+    def _written(self) -> list[tuple[int, int]]:
+        """Where each parameter is, and how often it has been written to."""
+        return [(shard.data_ptr(), version(shard)) for shard in map(local, self._params)]
+
+    def _find_modules(self, params: list[Tensor]) -> None:
+        """Modules that own the parameters, unless they were given; again only when parameters have changed."""
+        if self._owned is None or list(map(id, self._owned)) != list(map(id, params)):
+            self._sharding, self._owned = Sharding(params, self._modules), params
+            self._sharding.reshard()  # whole parameters are none of the optimizer's
+            if not self._are_given:
+                self._modules = owning_modules(params)
+
+    def loss(self, closure: Closure, eta: float = 0.0) -> float:
+        """The closure's loss at ``parameter - eta D``.
+
+        Args:
+            closure: Returns the loss, a number or a tensor of one element; called once.
+            eta: The learning rate of the step that the loss is taken after.
+
+        Raises:
+            TypeError: The closure returns something else.
+            RuntimeError: Outside the ``with`` block.
+        """
+        if self._moves is None:
+            raise RuntimeError("evaluate inside the with block: `with LineProbe(optimizer) as line: line.loss(...)`")
+        with torch.no_grad():
+            if eta:
+                self._moves.to(eta)
+            else:
+                self._moves.back()
+            self._sharding.reshard()
+            self._random.restore()
+            # Casts of parameters that an enclosing autocast has cached are of other values.
+            torch.clear_autocast_cache()
+            before = self._written()
+            try:
+                with self._precision.watching(), self._gradients.hidden(), self._signals.allowed(), _explained():
+                    loss = closure()
+            except BaseException:
+                self._sharding.abandon_forward()
+                raise
+            finally:
+                self._buffers.restore()
+            if self.memory == "lean" and any(map(_is_written, before, self._written())):
+                raise RuntimeError(
+                    "the closure has written to parameters (as an embedding with max_norm does): memory='lean' cannot "
+                    "tell what they were; use memory='copy' or 'offload'"
+                )
+            self._precision.note_loss(loss)
+            return _read(loss, self._params[0].device)
+
+    @property
+    def rounding(self) -> float:
+        """Inside the block: which share of the loss is rounding, as far as evaluations have shown."""
+        return self._precision.rounding
+
+    @property
+    def extra_bytes(self) -> int:
+        """What is held now beside the model and its optimizer, in bytes; while moving, one direction on top."""
+        return 0 if self._moves is None else self._moves.extra_bytes + self._buffers.nbytes
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Tells a closure that calls ``backward()`` so, which torch's own error does not."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise RuntimeError(
+                "the closure must only compute and return the loss: no backward(), zero_grad() or step() in it"
+            ) from error
+        raise
+
+
+def _is_written(before: tuple[int, int], after: tuple[int, int]) -> bool:
+    """Not where a parameter has only moved to other memory, as recurrent layers do on CUDA."""
+    return before[0] == after[0] and before[1] != after[1]
+
+
+def _read(loss: Any, device: torch.device) -> float:
+    """The one read that the host waits for; the mean over all ranks."""
+    if isinstance(loss, Tensor):
+        loss = whole(loss)
+        if loss.numel() != 1 or loss.is_complex():
+            raise TypeError(f"the closure returned a {loss.dtype} tensor of shape {tuple(loss.shape)}, not one number")
+    elif not isinstance(loss, (int, float, np.number)) and not (isinstance(loss, np.ndarray) and loss.ndim == 0):
+        raise TypeError(f"the closure returned a {type(loss).__name__}, not the loss: a number or a tensor of one")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            if device.type == "cpu" and isinstance(loss, Tensor):  # parameters offloaded by FSDP, and nothing else
+                device = loss.device
+            dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+            total = torch.as_tensor(loss, dtype=dtype, device=device).detach().reshape(1).clone()
+            torch.distributed.all_reduce(total)
+            return total.item() / ranks
+    return float(loss)

@@ -1,0 +1,355 @@
+"""A script's loss, computed again at other values of its parameters without running the script again.
+
+While the script computes it, every tensor operation that depends on a parameter is noted, below autograd: what it read,
+and what memory it made or wrote. Run again in the same order, on the parameters as they are then and on the same data
+and random numbers, they give the loss of the same batch there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdKeyDictionary
+
+from slimadam.curvature.probe.snapshot import NARROW, rough_share
+from slimadam.utils.torch_private import TorchDispatchMode, neg_view, tree_leaves, tree_map, version
+
+_LARGEST_ERROR = 1e-2
+_ROUNDINGS = 1000
+
+
+class ReplayError(Exception):
+    """The loss cannot be computed again; the message says why."""
+
+
+class _Alias(NamedTuple):
+    """A tensor as a view of memory that the recorded operations make or write."""
+
+    memory: StorageWeakRef
+    dtype: torch.dtype
+    device: torch.device
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    is_conj: bool
+    is_neg: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor, memory: StorageWeakRef) -> _Alias:
+        offset, flags = int(tensor.storage_offset()), (tensor.is_conj(), tensor.is_neg())
+        return cls(memory, tensor.dtype, tensor.device, offset, tensor.size(), tensor.stride(), *flags)
+
+    def within(self, made: dict[StorageWeakRef, torch.UntypedStorage]) -> Tensor:
+        empty = torch.empty(0, dtype=self.dtype, device=self.device)
+        view = empty.set_(made[self.memory], self.offset, self.size, self.stride)
+        view = neg_view(view) if self.is_neg else view
+        return view.conj() if self.is_conj else view
+
+
+class _Call(NamedTuple):
+    """One operation; ``makes`` says which of its outputs are new memory."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    makes: tuple[tuple[int, StorageWeakRef, torch.Size], ...]
+    writes: tuple[StorageWeakRef, ...]
+    seeds: tuple[tuple[Callable[[Tensor], Any], Tensor], ...]
+
+    def reads(self) -> Iterator[StorageWeakRef]:
+        return (alias.memory for alias in self.aliases())
+
+    def aliases(self) -> Iterator[_Alias]:
+        """What it reads that other operations make."""
+        return (leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, _Alias))
+
+    def live(self) -> Iterator[StorageWeakRef]:
+        """What it reads as it is, not as an operation before it has made it."""
+        for leaf in _leaves((self.args, self.kwargs)):
+            if isinstance(leaf, Tensor) and (memory := _memory(leaf)) is not None:
+                yield memory
+
+    def run(self, made: dict[StorageWeakRef, torch.UntypedStorage]) -> None:
+        for set_state, state in self.seeds:
+            set_state(state)
+        args, kwargs = _map(
+            lambda leaf: leaf.within(made) if isinstance(leaf, _Alias) else leaf, self.args, self.kwargs
+        )
+        outputs = tree_leaves(self.function(*args, **kwargs))
+        for position, memory, shape in self.makes:
+            output = outputs[position]
+            if not isinstance(output, Tensor):  # what only a backward pass needs
+                continue
+            if output.shape != shape:
+                raise ReplayError("the shapes of tensors in it depend on the parameters' values, as in boolean masks")
+            made[memory] = output.untyped_storage()
+
+
+class _Loss(NamedTuple):
+    """What ``backward()`` was called on, the parameters whose gradients that changed, and whether they had none.
+
+    ``value`` is None where it was not one number.
+    """
+
+    value: float | None
+    alias: _Alias | None
+    owners: frozenset[int]
+    is_first: bool
+
+
+class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within its block, notes how losses are computed from parameters (leaves that require gradients).
+
+    Attributes:
+        recording: Whether operations are noted; they run in any case.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recording = True
+        self._calls: list[_Call] = []
+        self._losses: list[_Loss] = []
+        self._parameters: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._of_parameters: set[StorageWeakRef] = set()
+        self._depends: set[StorageWeakRef] = set()
+        self._before_writing: dict[StorageWeakRef, torch.UntypedStorage] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The block in which ``backward()`` and all operations are noticed."""
+        original = torch.autograd.backward
+
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+            if not self.recording:
+                original(tensors, *args, **kwargs)
+                return
+            self.recording = False
+            try:
+                before = self._gradients()
+                original(tensors, *args, **kwargs)
+                self._note_loss(tensors, before, [*args[:1], *kwargs.values()])
+            finally:
+                self.recording = True
+
+        torch.autograd.backward = backward
+        try:
+            with self:
+                yield
+        finally:
+            torch.autograd.backward = original
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.recording:
+            return func(*args, **kwargs)
+        self.recording = False
+        try:
+            return self._run(func, args, kwargs)
+        finally:
+            self.recording = True
+
+    def replay(self, params: Sequence[Tensor]) -> Replay:
+        """The sum of the losses whose gradients some parameters hold.
+
+        Args:
+            params: The parameters.
+
+        Raises:
+            ReplayError: There is none, or it was not computed by operations on tensors that could be noted.
+        """
+        wanted = {id(param) for param in params}
+        losses: list[_Loss] = []
+        for loss in self._losses:
+            if loss.owners & wanted:
+                kept = [old for old in losses if not (loss.is_first and old.owners & loss.owners)]
+                losses = [*kept, loss]
+        if not losses:
+            raise ReplayError("no backward() of a loss has given these parameters gradients since the step before")
+        values = [loss.value for loss in losses if loss.value is not None]
+        aliases = [loss.alias for loss in losses if loss.alias is not None]
+        if len(values) < len(losses):
+            raise ReplayError("backward() was called on more than one number, so that there is no loss to compare")
+        if len(aliases) < len(losses):
+            raise ReplayError(
+                "the loss was not computed by operations of torch in this process's main thread that can be repeated"
+            )
+        calls = self._needed_for(aliases)
+        live = {memory for call in calls for memory in call.live()}
+        if any(param.grad is not None and _memory(param) not in live for param in params):
+            raise ReplayError(
+                "a parameter that has a gradient was made from other tensors, and what the loss does with it cannot be "
+                "told from those; make it an nn.Parameter"
+            )
+        return Replay(calls, aliases, self._before_writing, sum(values))
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            if tensor.requires_grad and tensor.is_leaf and (memory := _memory(tensor)) is not None:
+                self._parameters[tensor] = None
+                self._of_parameters.add(memory)
+                if isinstance(tensor, nn.Parameter):  # made from others (a copy, another precision), now its own
+                    self._depends.discard(memory)
+        read = {memory for tensor in tensors if (memory := _memory(tensor)) is not None}
+        if not read & (self._of_parameters | self._depends):
+            return func(*args, **kwargs)
+        written = {memory: tensor for tensor in _written(func, args, kwargs) if (memory := _memory(tensor)) is not None}
+        if self._of_parameters.intersection(written):  # initialisation, or a step of an optimizer
+            return func(*args, **kwargs)
+        for memory, tensor in written.items():
+            if memory not in self._depends:
+                self._before_writing[memory] = _copy(tensor.untyped_storage())
+                self._depends.add(memory)
+        noted_args, noted_kwargs = _map(self._noted, args, kwargs)
+        seeds = _seeds(func, args, kwargs, tensors)
+        result = func(*args, **kwargs)
+        makes = tuple(
+            (position, memory, output.shape)
+            for position, output in enumerate(tree_leaves(result))
+            if isinstance(output, Tensor) and (memory := _memory(output)) is not None and memory not in read
+        )
+        self._depends.update(memory for _, memory, _ in makes)
+        if makes or written:
+            self._calls.append(_Call(func, noted_args, noted_kwargs, makes, tuple(written), seeds))
+        return result
+
+    def _noted(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and (memory := _memory(leaf)) in self._depends:
+            return _Alias.of(leaf, memory)
+        return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+    def _gradients(self) -> dict[Tensor, tuple[int, int, bool]]:
+        """Of each parameter seen, what tells whether its gradient changes, and whether it is none or zero."""
+        found = {}
+        for param in list(self._parameters):
+            grad = param.grad
+            found[param] = (id(grad), 0, True) if grad is None else (id(grad), version(grad), not bool(grad.any()))
+        return found
+
+    def _note_loss(self, tensors: Any, before: dict[Tensor, tuple[int, int, bool]], gradients: Sequence[Any]) -> None:
+        after = self._gradients()
+        changed = [param for param, state in before.items() if state[:2] != after[param][:2]]
+        is_first = all(before[param][2] for param in changed)
+        leaves = tree_leaves(tensors)
+        weighted = any(isinstance(leaf, Tensor) for leaf in tree_leaves(gradients))
+        value = leaves[0].item() if len(leaves) == 1 and leaves[0].numel() == 1 and not weighted else None
+        memory = _memory(leaves[0])
+        alias = _Alias.of(leaves[0], memory) if memory is not None and memory in self._depends else None
+        self._losses.append(_Loss(value, alias, frozenset(map(id, changed)), is_first))
+
+    def _needed_for(self, losses: Sequence[_Alias]) -> list[_Call]:
+        needed = {loss.memory for loss in losses}
+        kept = []
+        for call in reversed(self._calls):
+            if needed.intersection(call.writes) or needed.intersection(memory for _, memory, _ in call.makes):
+                kept.append(call)
+                needed.update(call.reads())
+        return kept[::-1]
+
+
+class Replay:
+    """Computes a recorded loss again.
+
+    Args:
+        calls: The operations, in their order.
+        losses: What they compute, to be summed.
+        before_writing: What memory that they write and did not make held before.
+        recorded: The loss that the script computed.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[_Call],
+        losses: Sequence[_Alias],
+        before_writing: dict[StorageWeakRef, torch.UntypedStorage],
+        recorded: float,
+    ) -> None:
+        self.recorded = recorded
+        self._calls = calls
+        self._losses = losses
+        self._before_writing = before_writing
+
+    @property
+    def micro_batches(self) -> int:
+        """How many calls of ``backward()`` the loss is the sum of."""
+        return len(self._losses)
+
+    @property
+    def rounding(self) -> float | None:
+        """Which share of the loss is rounding; None where nothing that depends on the parameters has 16 bits."""
+        losses = {loss.dtype for loss in self._losses}
+        made = {leaf.dtype for call in self._calls for leaf in call.aliases()}
+        return rough_share(losses) if (made | losses).intersection(NARROW) else None
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """The loss at the parameters as they are now."""
+        made = {memory: _copy(storage) for memory, storage in self._before_writing.items()}
+        for call in self._calls:
+            call.run(made)
+        return sum(loss.within(made).item() for loss in self._losses)
+
+    def check(self, computed: float) -> None:
+        """Compare with what the script computed.
+
+        Args:
+            computed: What the replay gives at the script's own parameters.
+
+        Raises:
+            ReplayError: They differ by more than rounding.
+        """
+        if not math.isfinite(self.recorded) and not math.isfinite(computed):
+            return
+        eps = max(torch.finfo(loss.dtype).eps for loss in self._losses)
+        allowed = min(_LARGEST_ERROR, _ROUNDINGS * eps) * abs(self.recorded)
+        if not abs(computed - self.recorded) <= allowed:
+            raise ReplayError(
+                f"computed again on the same batch the loss is {computed:.6g}, not {self.recorded:.6g} as in the "
+                "script: it depends on something beside parameters and batch that has changed meanwhile"
+            )
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return tree_leaves(tree, is_leaf=lambda node: isinstance(node, _Alias))
+
+
+def _map(function: Callable[[Any], Any], args: Any, kwargs: Any) -> Any:
+    return tree_map(function, (args, kwargs), is_leaf=lambda node: isinstance(node, _Alias))
+
+
+def _memory(tensor: Tensor) -> StorageWeakRef | None:
+    """What identifies a tensor's memory for as long as it is referred to; None for tensors without, sparse ones."""
+    try:
+        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    return storage.clone()  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _seeds(
+    func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]
+) -> tuple[tuple[Callable[[Tensor], Any], Tensor], ...]:
+    """How to set the random-number generators that an operation uses to where they are now."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return ()
+    found: list[tuple[Callable[[Tensor], Any], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
+    if tensors[0].is_cuda:
+        found.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
+    generators = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]
+    return (*found, *((generator.set_state, generator.get_state()) for generator in generators))

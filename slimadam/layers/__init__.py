@@ -1,0 +1,1 @@
+"""Names, roles and splits of the parameters of a model."""

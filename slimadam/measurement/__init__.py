@@ -1,0 +1,1 @@
+"""The signal-to-noise ratio of second moments: measure, record, keep watching."""

@@ -1,0 +1,254 @@
+"""The SNR of every parameter over training, and its CSV file. What is read is untrusted: every cell is checked.
+
+The file is the authors' of arXiv 2503.01843, ``step,key,shape,compress_dims,snr``, with further columns where it
+is known what the parameters are: the part (``of,view,dim,start``), ``batch_dims``, ``role`` and ``fan_in``.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from slimadam.layers.names import is_position
+from slimadam.layers.splits import Part
+from slimadam.measurement.snr import FACTORED, MAX_NDIM, Candidate, average_snr, normalize_candidate
+from slimadam.utils.errors import PlanError, shown
+
+CSV_COLUMNS = ("step", "key", "shape", "compress_dims", "snr")
+MAX_NAME_LENGTH = 1000
+MAX_SIZE = 1 << 62
+_PART_COLUMNS = ("of", "view", "dim", "start", "batch_dims")
+_LAYOUT_COLUMNS = ("role", "fan_in")
+_MAX_CSV_BYTES = 1 << 30
+_MAX_STEP = 1 << 53
+_INTEGER_TUPLE = re.compile(r"(?:torch\.Size)?[\d\s,()\[\]]*")
+
+
+@dataclass
+class ParameterSNR:
+    """What was measured of one parameter.
+
+    Attributes:
+        shape: Shape of the parameter.
+        role: What the parameter is (:mod:`slimadam.layers.roles`), empty when not known.
+        part: Which part of a parameter it is; None for a whole one.
+        batch_dims: Number of leading dimensions that count separate matrices.
+        fan_in: Dimensions that the forward pass sums over, where known.
+        values: For each measured optimizer step (from 1), the SNR of each candidate.
+        all_names: Every name of the parameter where it has several, as a tied one; not in the CSV file.
+    """
+
+    shape: tuple[int, ...]
+    role: str = ""
+    part: Part | None = None
+    batch_dims: int = 0
+    fan_in: tuple[int, ...] = ()
+    values: dict[int, dict[Candidate, float]] = field(default_factory=dict)
+    all_names: tuple[str, ...] = ()
+
+    def series(self, candidate: Candidate) -> list[tuple[int, float]]:
+        """``(step, snr)`` of one candidate, in the order of the steps."""
+        return [(step, self.values[step][candidate]) for step in sorted(self.values)
+                if candidate in self.values[step]]  # fmt: skip
+
+    def average(self) -> dict[Candidate, float]:
+        """The plain mean over the measured steps of each candidate's SNR.
+
+        NaN measurements (non-finite gradients) are left out. A step at which every slice was constant says
+        nothing about noise, so infinity counts only if it is all there is.
+        """
+        return average_snr(self.values.values())
+
+
+class SNRHistory(Mapping[str, ParameterSNR]):
+    """SNR measurements: per parameter, per measured step, per candidate.
+
+    A mapping from parameter names to :class:`ParameterSNR`.
+    """
+
+    def __init__(self) -> None:
+        self._parameters: dict[str, ParameterSNR] = {}
+
+    def __getitem__(self, name: str) -> ParameterSNR:
+        return self._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __repr__(self) -> str:
+        return f"SNRHistory({len(self)} parameters, {len(self.steps)} measured steps)"
+
+    @property
+    def steps(self) -> list[int]:
+        """The optimizer steps at which anything was measured, ascending."""
+        return sorted({step for parameter in self.values() for step in parameter.values})
+
+    def record(
+        self,
+        step: int,
+        name: str,
+        shape: Sequence[int],
+        values: Mapping[Candidate, float],
+        role: str = "",
+        part: Part | None = None,
+        batch_dims: int = 0,
+        fan_in: tuple[int, ...] = (),
+        all_names: Sequence[str] = (),
+    ) -> None:
+        """Add one measurement.
+
+        Args:
+            step: Optimizer step, from 1.
+            name: Qualified name of the parameter.
+            shape: Shape of the parameter.
+            values: SNR of each measured candidate.
+            role: What the parameter is, where known.
+            part: Which part of a parameter it is.
+            batch_dims: Number of leading dimensions that count separate matrices.
+            fan_in: Dimensions that the forward pass sums over, where known.
+            all_names: Every name of the whole parameter, where known.
+
+        Raises:
+            ValueError: The parameter was recorded before with another shape.
+        """
+        shape = tuple(int(size) for size in shape)
+        parameter = self._parameters.setdefault(name, ParameterSNR(shape, role, part, batch_dims, fan_in))
+        if parameter.shape != shape:
+            raise ValueError(f"{name!r} was recorded with shape {parameter.shape}, now with {shape}")
+        if all_names:
+            parameter.all_names = tuple(all_names)
+        if values:
+            parameter.values.setdefault(int(step), {}).update(values)
+
+    def forget_if_reshaped(self, name: str, shape: Sequence[int]) -> None:
+        """Drop what was recorded under a name if the parameter has another shape now: it is another parameter."""
+        if name in self._parameters and self._parameters[name].shape != tuple(shape):
+            del self._parameters[name]
+
+    def rename(self, keys: Mapping[str, str]) -> None:
+        """Give parameters other names at once; what others were recorded under these, or places, is dropped."""
+        left = {name: found for name, found in self._parameters.items() if name not in keys and not is_position(name)}
+        self._parameters = left | {keys[name]: found for name, found in self._parameters.items() if name in keys}
+
+    def save_csv(self, path: str | Path) -> None:
+        """Write one row per measurement.
+
+        The columns are ``step,key,shape,compress_dims,snr`` and, where anything is known of them,
+        ``of,view,dim,start,batch_dims`` (parts), ``role`` and ``fan_in``.
+
+        Args:
+            path: The file to write.
+        """
+        known = any(
+            parameter.part or parameter.batch_dims or parameter.role or parameter.fan_in for parameter in self.values()
+        )
+        with Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.writer(file)
+            writer.writerow([*CSV_COLUMNS, *_PART_COLUMNS, *_LAYOUT_COLUMNS] if known else CSV_COLUMNS)
+            for name, parameter in self.items():
+                part = parameter.part
+                place = [part.of, part.view, part.dim, part.start] if part else [""] * 4
+                layout = [*place, parameter.batch_dims, parameter.role, parameter.fan_in or ""] if known else []
+                for step, measured in sorted(parameter.values.items()):
+                    for candidate, value in measured.items():
+                        writer.writerow([step, name, parameter.shape, candidate, repr(value), *layout])
+
+    @classmethod
+    def load_csv(cls, path: str | Path) -> SNRHistory:
+        """Read measurements written by :meth:`save_csv` or by the authors' own analysis code.
+
+        Args:
+            path: A CSV file with the columns ``step,key,shape,compress_dims,snr``; the further ones of
+                :meth:`save_csv` are read where they are there, others are ignored.
+
+        Raises:
+            PlanError: The file is not such a table; the message names the line.
+        """
+        path = Path(path)
+        history = cls()
+        try:
+            if path.stat().st_size > _MAX_CSV_BYTES:
+                raise PlanError(f"{path}: larger than 1 GiB, so it is no SNR history; pass the CSV of one run")
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file, strict=True)
+                missing = [column for column in CSV_COLUMNS if column not in (reader.fieldnames or ())]
+                if missing:
+                    raise PlanError(f"{path}: columns {missing} are missing; expected {','.join(CSV_COLUMNS)}")
+                for row in reader:
+                    try:
+                        _read_row(history, row)
+                    except ValueError as error:
+                        raise PlanError(f"{path}, line {reader.line_num}: {error}") from error
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise PlanError(f"{path}: cannot be read as CSV ({error})") from error
+        return history
+
+
+def _read_row(history: SNRHistory, row: Mapping[str, str | None]) -> None:
+    name, step, value = row["key"], row["step"], row["snr"]
+    if not name or len(name) > MAX_NAME_LENGTH:
+        raise ValueError(
+            f"key={shown(name)} must be a parameter's name, neither empty nor longer than {MAX_NAME_LENGTH} characters"
+        )
+    try:
+        shape, candidate = _shape_and_candidate(row["shape"], row["compress_dims"])
+        number, ratio = int(step or ""), float(value or "")
+        if not 0 <= number < _MAX_STEP or ratio < 0:
+            raise ValueError(f"step={shown(step)}, snr={shown(value)} must be >= 0, and the step below 2**53")
+        part, batch_dims = _part_and_batch_dims(name, shape, *map(row.get, _PART_COLUMNS))
+        role, fan_in = _role_and_fan_in(shape, *map(row.get, _LAYOUT_COLUMNS))
+        history.record(number, name, shape, {candidate: ratio}, role, part, batch_dims, fan_in)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape_and_candidate(shape_text: str | None, dims_text: str | None) -> tuple[tuple[int, ...], Candidate]:
+    shape = _integers("shape", shape_text)
+    dims = dims_text if dims_text == FACTORED else _integers("compress_dims", dims_text)
+    return shape, normalize_candidate(dims, len(shape))
+
+
+@functools.lru_cache(maxsize=1024)
+def _part_and_batch_dims(
+    name: str, shape: tuple[int, ...], of: str | None, view: str | None, dim: str | None, start: str | None,
+    batch_dims: str | None,
+) -> tuple[Part | None, int]:  # fmt: skip
+    leading = int(batch_dims or 0)
+    if not 0 <= leading <= max(0, len(shape) - 2):
+        raise ValueError(f"batch_dims={leading} leaves less than a matrix of shape {shape}")
+    if not of:
+        return None, leading
+    along, first = int(dim or ""), int(start or "")
+    label = name.rpartition("[")[2].removesuffix("]")
+    if not 0 <= along < len(shape) or not 0 <= first <= MAX_SIZE or not name.endswith(f"[{label}]"):
+        raise ValueError(f"dim={shown(dim)}, start={shown(start)} are not those of a part of shape {shape}")
+    part = Part(label, _integers("of", of), _integers("view", view), along, first, shape[along])
+    if along >= len(part.view) or part.shape != shape:
+        raise ValueError(f"view={part.view} has no part of shape {shape} along dimension {along}")
+    return part, leading
+
+
+@functools.lru_cache(maxsize=1024)
+def _role_and_fan_in(shape: tuple[int, ...], role: str | None, fan_in: str | None) -> tuple[str, tuple[int, ...]]:
+    if len(role or "") > MAX_NAME_LENGTH:
+        raise ValueError(f"role={shown(role)} must not be longer than {MAX_NAME_LENGTH} characters")
+    dims = _integers("fan_in", fan_in) if fan_in else ()
+    if any(dim >= len(shape) for dim in dims):
+        raise ValueError(f"fan_in={dims} must be dimensions of the shape {shape}")
+    return role or "", dims
+
+
+def _integers(column: str, text: str | None) -> tuple[int, ...]:
+    well_formed = text is not None and len(text) <= 200 and _INTEGER_TUPLE.fullmatch(text.strip())
+    numbers = tuple(map(int, re.findall(r"\d+", text or ""))) if well_formed else ()
+    if not well_formed or len(numbers) > MAX_NDIM or any(number > MAX_SIZE for number in numbers):
+        raise ValueError(f"{column}={shown(text)} must be a tuple of at most {MAX_NDIM} integers up to 2**62")
+    return numbers

@@ -1,0 +1,1 @@
+"""State dicts: write, read, convert."""

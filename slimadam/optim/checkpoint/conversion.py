@@ -1,0 +1,133 @@
+"""State dicts from one plan to another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimadam.distributed.all_reduce import distributed_moments
+from slimadam.distributed.sharded_rules import is_dtensor, place, whole
+from slimadam.optim.checkpoint.loading import as_kept
+from slimadam.optim.step.tensors import decoded
+from slimadam.plans.plan import CompressionPlan
+from slimadam.state import second_moment
+from slimadam.state.rule import Rule, fit_rules
+from slimadam.utils.errors import shown
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | None) -> dict[str, Any]:
+    """A state dict of SlimAdam as an optimizer with another plan would have saved it.
+
+    Second moments that the old plan averaged are spread out evenly again where the new plan needs more detail;
+    what was averaged away does not come back, but is learnt anew within about ``1 / (1 - beta2)`` steps.
+
+    Args:
+        state_dict: What :meth:`SlimAdam.state_dict` returned; it is not changed. With DTensors in it every rank must
+            call.
+        plan: The plan to convert to; None keeps every second moment in full.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: The state dict does not carry a plan, as that of AdamW (which needs no conversion).
+        PlanError: The plan does not fit the saved parameters.
+    """
+    if not (plan is None or isinstance(plan, CompressionPlan)):
+        raise TypeError(f"plan={shown(plan)} must be a CompressionPlan, such as CompressionPlan.load(path), or None")
+    second_moment.check_is_mapping(state_dict)
+    second_moment.check_layout(state_dict)
+    if second_moment.KEY not in state_dict:
+        raise ValueError(
+            "the state dict carries no plan: it is not SlimAdam's; one of Adam or AdamW is loaded as it is"
+        )
+    old = CompressionPlan.from_dict(state_dict[second_moment.KEY]["plan"])
+    new = {name: _rules_under(plan, name, rules) for name, rules in old.by_parameter().items()}
+    saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+    if len(saved_ids) != len(new):
+        raise ValueError(
+            f"the state dict has {len(saved_ids)} parameters, its plan {len(new)}; save it once all lazy modules have "
+            "had a forward pass, and convert it as it was saved"
+        )
+    state = {saved_id: dict(as_kept(saved)) for saved_id, saved in state_dict["state"].items()}
+    for saved_id, (name, rules) in zip(saved_ids, new.items(), strict=True):
+        before = old.by_parameter()[name]
+        if saved_id in state:
+            state[saved_id] = _with_rules(name, state[saved_id], before, rules)
+    own = {"format_version": second_moment.FORMAT_VERSION, "plan": CompressionPlan.of_parameters(new).to_dict()}
+    named = zip(saved_ids, new.values(), strict=True)
+    averaged = {saved_id for saved_id, rules in named if any(rule.form != "full" for rule in rules)}
+    groups = [  # as SlimAdam.state_dict()
+        {**group, "fused": None} if averaged.intersection(group["params"]) else group
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "state": state, "param_groups": groups, second_moment.KEY: own}
+
+
+def in_present_format(name: str, state: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Any]:
+    """A parameter's state as an earlier release kept it, under the keys of this one."""
+    return _with_rules(name, as_kept(state), rules, rules)
+
+
+def full_state(param: Tensor, rules: Sequence[Rule], state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as ``torch.optim.AdamW`` keeps it.
+
+    Args:
+        param: The parameter. With a DTensor every rank must call.
+        rules: Its rule, or one for each of its parts.
+        state: Its state.
+    """
+    made = decoded(param, state)
+    if not second_moment.is_made(state):
+        return made
+    made["exp_avg"] = made["exp_avg"].to(param.dtype, copy=True)
+    made["step"] = made["step"].clone()
+    for kind in second_moment.SECOND_MOMENTS:
+        stored = second_moment.moments_of(made, rules, kind)
+        if stored:
+            full = _expanded(stored, rules, param)
+            for key in second_moment.keys_of(rules, kind):
+                del made[key]
+            made[kind] = full.to(param.dtype)
+            if is_dtensor(param):
+                made[kind] = torch.zeros_like(param)
+                place(made[kind], full)
+    return made
+
+
+def _expanded(moments: Sequence[Tensor], rules: Sequence[Rule], param: Tensor) -> Tensor:
+    if len(moments) == 1 and moments[0].shape == param.shape:
+        return moments[0].clone()
+    return second_moment.expand([whole(moment) for moment in moments], rules, tuple(param.shape))
+
+
+def _rules_under(plan: CompressionPlan | None, name: str, old: Sequence[Rule]) -> list[Rule]:
+    shape = old[0].owner_shape or ()
+    keys = [] if plan is None else plan.keys_of(name)
+    if plan is None or not keys:
+        role = old[0].role if old[0].part is None else ""
+        return [Rule(shape=shape, role=role, reason="not in the plan" if plan else "plan=None: as AdamW")]
+    return fit_rules(name, [plan[key] for key in keys], shape)
+
+
+def _with_rules(name: str, state: Mapping[str, Any], before: Sequence[Rule], rules: Sequence[Rule]) -> dict[str, Any]:
+    """A parameter's saved state of any format as the present one holds it under other rules."""
+    alike = [rule.storage for rule in rules] == [rule.storage for rule in before]
+    kinds = {kind: second_moment.saved_moments(state, before, kind) for kind in second_moment.SECOND_MOMENTS}
+    changed = {
+        key: value
+        for key, value in state.items()
+        if not any(second_moment.is_key_of(key, kind) for kind in second_moment.SECOND_MOMENTS)
+    }
+    for kind, moments in kinds.items():
+        if not moments:
+            continue
+        if not alike:
+            full = second_moment.expand(list(map(whole, moments)), before, before[0].owner_shape or ())
+            moments = second_moment.average(full, rules)
+            stored = second_moment.first_moment(state)
+            if is_dtensor(stored):
+                moments = distributed_moments(name, rules, stored, moments)
+        changed.update(second_moment.by_key(moments, rules, kind))
+    return changed

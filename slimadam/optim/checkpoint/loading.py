@@ -1,0 +1,235 @@
+"""Taking over saved groups and state, all of it checked before any of it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from slimadam.distributed.all_reduce import distributed_moments, initial_moments
+from slimadam.distributed.sharded_rules import is_dtensor, local, place, whole
+from slimadam.kernels.reference import second_moment_dtype
+from slimadam.optim.step.dispatch import steps_on_device
+from slimadam.optim.step.options import check_group, normalize_group
+from slimadam.optim.step.tensors import decoded, encode, initial_first_moment, momentum_dtype, stores_codes
+from slimadam.state import int8, second_moment
+from slimadam.state.rule import Rule
+from slimadam.utils.errors import PlanError
+
+# What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on. How first moments
+# are stored is, like the plan, the choice of the optimizer that loads.
+_NOT_LOADED: Final = ("params", "decoupled_weight_decay", "fused", "momentum_dtype", "plan", "model")
+
+
+def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The saved options over the present ones, with the present parameters.
+
+    Raises:
+        ValueError: The groups do not correspond, or a saved option is out of range.
+    """
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved_groups)}, the optimizer has {len(groups)}"
+        )
+    merged = []
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                f"group {index} has {len(saved['params'])} parameters, the optimizer's {len(group['params'])}"
+            )
+        options = {key: value for key, value in saved.items() if key not in _NOT_LOADED}
+        merged.append({**group, **deepcopy(options), "params": group["params"]})
+        normalize_group(merged[-1])
+        check_group(merged[-1])
+    return merged
+
+
+def as_kept(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A parameter's saved state with its first moment once, under the key that an optimizer keeps it under."""
+    exp_avg, scales = saved.get("exp_avg"), saved.get("exp_avg_scale")
+    if "exp_avg_codes" not in saved:
+        is_coded = isinstance(exp_avg, Tensor) and exp_avg.dtype == torch.int8
+        return {"exp_avg_codes" if key == "exp_avg" and is_coded else key: value for key, value in saved.items()}
+    # torch leaves blank codes of the optimizer that loads beside a first moment that was saved without.
+    blank = exp_avg is not None and isinstance(scales, Tensor) and not local(scales).any()
+    left_out = ("exp_avg_codes", "exp_avg_scale") if blank else ("exp_avg",)
+    return {key: value for key, value in saved.items() if key not in left_out}
+
+
+def check_saved(
+    name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
+    """Refuse saved state that :func:`loaded_state` could not take over; no other rank is asked.
+
+    Args:
+        name: The parameter's name.
+        rules: Its rule, or one for each of its parts.
+        param: The parameter.
+        group: Its group.
+        saved: Its entry in the state dict.
+
+    Raises:
+        ValueError: An entry is missing or damaged.
+        PlanError: The second moment was saved under another plan.
+    """
+    if not any(map(second_moment.is_own, saved)):
+        return
+    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if _is_missing(saved, key)]
+    if missing:
+        raise ValueError(f"{name!r}: the state dict lacks {missing}; it is not of Adam, AdamW or SlimAdam")
+    if group["amsgrad"] and _is_missing(saved, "max_exp_avg_sq"):
+        raise ValueError(f"{name!r}: amsgrad=True, but the state dict has no max_exp_avg_sq; set amsgrad=False")
+    second_moment.check_tensors(name, saved, param)
+    _check_first_moment(name, saved, param)
+    for kind in second_moment.SECOND_MOMENTS:
+        moments = second_moment.saved_moments(saved, rules, kind)
+        if moments:
+            _check_second_moment(name, moments, param, rules)
+
+
+def loaded_state(
+    name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One parameter's saved state as its optimizer keeps it; every tensor is a copy.
+
+    With ``variance_init="gradient"`` state of no step is none: it is made anew from the first step's gradient.
+
+    Args:
+        name: The parameter's name.
+        rules: Its rule, or one for each of its parts; full second moments are averaged by them.
+        param: The parameter. With a DTensor every rank must call, and tensors that lie otherwise are gathered.
+        group: Its group.
+        saved: Its entry in the state dict, checked by :func:`check_saved`.
+    """
+    loaded = deepcopy({key: value for key, value in saved.items() if not second_moment.is_own(key)})
+    is_anew = group["variance_init"] == "gradient" and second_moment.is_of_no_step(saved)
+    if is_anew or not second_moment.is_made(saved):
+        return loaded
+    device = param.device if steps_on_device(param, group) else torch.device("cpu")
+    loaded["step"] = torch.as_tensor(saved["step"], dtype=second_moment.step_dtype()).to(device, copy=True)
+    loaded.update(_first_moment(param, group, saved))
+    for kind in second_moment.SECOND_MOMENTS:
+        moments = second_moment.saved_moments(saved, rules, kind)
+        if moments:
+            stored = _second_moment(name, moments, param, rules)
+            loaded.update(second_moment.by_key(stored, rules, kind))
+    return loaded
+
+
+def _is_missing(saved: Mapping[str, Any], key: str) -> bool:
+    if key in second_moment.SECOND_MOMENTS:
+        found = (value for own, value in saved.items() if second_moment.is_key_of(own, key))
+        return all(isinstance(value, (Mapping, list, tuple)) and not value for value in found)
+    return key not in saved and not (key == "exp_avg" and "exp_avg_codes" in saved)
+
+
+def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
+    exp_avg, scales = second_moment.first_moment(saved), saved.get("exp_avg_scale")
+    shape = tuple(param.shape)
+    if scales is None and "exp_avg_codes" in saved:
+        raise ValueError(
+            f"{name!r}: the state dict's exp_avg_codes holds {str(exp_avg.dtype).removeprefix('torch.')} codes, but it "
+            "has no exp_avg_scale for them"
+        )
+    if scales is not None:
+        count = int8.scale_count(exp_avg.numel())
+        if exp_avg.dtype != torch.int8:
+            raise ValueError(f"{name!r}: the state dict has an exp_avg_scale, but its exp_avg is {exp_avg.dtype}")
+        if scales.numel() != count or scales.dtype != torch.uint8:
+            raise ValueError(
+                f"{name!r}: the state dict's exp_avg_scale is {scales.dtype} of shape {tuple(scales.shape)}, "
+                f"{exp_avg.numel()} codes need torch.uint8 of shape {(count,)}"
+            )
+        shape = (*shape, 2) if param.is_complex() else shape
+    if exp_avg.shape != shape:
+        raise ValueError(
+            f"{name!r}: the state dict's exp_avg has shape {tuple(exp_avg.shape)}, the parameter {shape}; load the "
+            "state of the same model, or drop the parameter's entry from state_dict['state']: the rest loads"
+        )
+
+
+def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The saved first moment as the group stores it; codes that stay codes keep every bit."""
+    if is_dtensor(param):
+        return _sharded_first_moment(param, group, saved)
+    dtype = momentum_dtype(param, group)
+    given = {key: whole(value).to(param.device) for key, value in _as_stored(saved).items()}
+    if not stores_codes(param, group):
+        return {"exp_avg": decoded(param, given)["exp_avg"].to(dtype, copy=True)}
+    made = initial_first_moment(param, group)
+    codes = given.get("exp_avg_codes")
+    if codes is not None and codes.stride() == made["exp_avg_codes"].stride():
+        return {"exp_avg_codes": codes.clone(), "exp_avg_scale": given["exp_avg_scale"].flatten().clone()}
+    value = decoded(param, given)["exp_avg"].to(dtype)
+    encode(param, value, value, made)
+    return made
+
+
+def _as_stored(saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: saved[key] for key in second_moment.FIRST_MOMENTS if key in saved}
+
+
+def _saved_value(param: Tensor, saved: Mapping[str, Any]) -> Tensor:
+    """A saved first moment itself, gathered if its scales do not lie as its codes do."""
+    given = _as_stored(saved)
+    codes, scales = given.get("exp_avg_codes"), given.get("exp_avg_scale")
+    if codes is not None and scales is not None and is_dtensor(codes):
+        alike = is_dtensor(scales) and (scales.device_mesh, scales.placements) == (codes.device_mesh, codes.placements)
+        if not alike or tuple(scales.shape) != int8.scales_shape(codes):
+            given = {key: whole(value) for key, value in given.items()}
+    return decoded(param, given)["exp_avg"]  # type: ignore[no-any-return]
+
+
+def _sharded_first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    made = initial_first_moment(param, group)
+    scales = saved.get("exp_avg_scale")
+    if scales is not None and "exp_avg_scale" in made and saved["exp_avg_codes"].is_contiguous():
+        shape = made["exp_avg_scale"].shape
+        place(made["exp_avg_codes"], saved["exp_avg_codes"])
+        place(made["exp_avg_scale"], scales if scales.shape == shape else whole(scales).reshape(shape))
+    elif "exp_avg_scale" in made:
+        value = torch.zeros_like(param, dtype=torch.float32)
+        place(value, _saved_value(param, saved))
+        encode(param, value, value, made)
+    else:
+        place(made["exp_avg"], _saved_value(param, saved))
+    return made
+
+
+def _check_second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Sequence[Rule]) -> None:
+    shape = tuple(param.shape)
+    shapes = tuple(tuple(part.shape) for part in saved)
+    wanted = second_moment.state_shapes(rules, shape)
+    if shapes not in (wanted, (shape,)):
+        described = ", ".join(f"{rule.form}, dims={rule.dims}" for rule in rules)
+        raise PlanError(
+            f"{name!r}: the state dict holds a second moment of shape {' and '.join(map(str, shapes))}, this "
+            f"optimizer's plan ({described}) keeps {' and '.join(map(str, wanted))}; "
+            "convert it with slimadam.convert_state_dict(state_dict, optimizer.plan), or build the optimizer with the "
+            "plan it was saved under, slimadam.CompressionPlan.from_dict(state_dict['slimadam']['plan']) or, with a "
+            "distributed checkpoint, the one saved beside it (optimizer.plan.save)"
+        )
+
+
+def _second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Sequence[Rule]) -> Sequence[Tensor]:
+    """A saved second moment as the rules store it; a full one is averaged by them."""
+    shape = tuple(param.shape)
+    dtype = second_moment_dtype(param.dtype)
+    is_full = second_moment.state_shapes(rules, shape) != tuple(tuple(part.shape) for part in saved)
+    if is_dtensor(param) and not is_full:
+        made = initial_moments(name, rules, param, from_gradient=False)
+        for target, part in zip(made, saved, strict=True):
+            place(target, part)
+        return made
+    given = [whole(part).to(device=param.device, dtype=dtype, copy=True) for part in saved]
+    if not is_full:
+        return given
+    averaged = second_moment.average(given[0].contiguous(), rules)
+    if is_dtensor(param):
+        averaged = distributed_moments(name, rules, param, averaged)
+    return averaged

@@ -1,0 +1,123 @@
+"""What an optimizer's state costs in bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from slimadam.distributed.sharded_rules import kept_shapes, local
+from slimadam.kernels.reference import second_moment_dtype
+from slimadam.layers.splits import key_of
+from slimadam.optim.step.tensors import momentum_bytes
+from slimadam.report.labels import format_bytes
+from slimadam.state.rule import Rule
+from slimadam.state.second_moment import step_dtype
+
+if TYPE_CHECKING:
+    from slimadam.measurement.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class MemoryReport(Mapping[str, float]):
+    """Bytes of optimizer state, computed from shapes and the plan; readable as attributes or as a mapping.
+
+    Attributes:
+        exp_avg: First moments; the scales of int8 codes count too.
+        exp_avg_sq: Second moments.
+        max_exp_avg_sq: Their running maxima, with amsgrad.
+        step: Step counts.
+        total: All of it: what ``state`` holds.
+        monitor: Samples of full second moments that :meth:`SlimAdam.snr_check` needs; kept beside the state.
+        adamw_exp_avg_sq: Second moments of ``torch.optim.AdamW`` for the same parameters.
+        adamw_total: All of AdamW's state.
+        second_moments_saved: Share of AdamW's second-moment elements done without, in 0..1.
+        bytes_per_parameter: ``total`` over the number of parameter elements.
+    """
+
+    exp_avg: int
+    exp_avg_sq: int
+    max_exp_avg_sq: int
+    step: int
+    total: int
+    monitor: int
+    adamw_exp_avg_sq: int
+    adamw_total: int
+    second_moments_saved: float
+    bytes_per_parameter: float
+
+    def __str__(self) -> str:
+        parts = {"first moments": self.exp_avg, "second moments": self.exp_avg_sq, "maxima": self.max_exp_avg_sq}
+        counted = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+        beside = f"; samples beside it {format_bytes(self.monitor)}" if self.monitor else ""
+        return (
+            f"optimizer state {format_bytes(self.total)} (AdamW {format_bytes(self.adamw_total)}), "
+            f"{self.bytes_per_parameter:.2f} bytes per parameter: {counted or 'nothing'}; "
+            f"{self.second_moments_saved:.2%} of the elements of AdamW's second moments saved{beside}"
+        )
+
+    def __getitem__(self, key: str) -> float:
+        if key not in self:
+            raise KeyError(key)
+        value: float = getattr(self, key)
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        return any(field.name == key for field in dataclasses.fields(self))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(field.name for field in dataclasses.fields(self))
+
+    def __len__(self) -> int:
+        return len(dataclasses.fields(self))
+
+
+def memory_report(
+    parameters: Iterable[tuple[str, Tensor, Mapping[str, Any]]],
+    all_rules: Mapping[str, Sequence[Rule]],
+    states: Container[Tensor],
+    monitor: Monitor | None = None,
+) -> MemoryReport:
+    """Count what the state of these parameters costs, of DTensors this rank's shards.
+
+    Args:
+        parameters: Name, tensor and group of each.
+        all_rules: By name.
+        states: Those that have a state; frozen ones without are left out.
+        monitor: Keeps samples beside the state.
+    """
+    moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
+    samples: list[str] = []
+    for name, param, group in parameters:
+        if not (param.requires_grad or param in states):
+            continue
+        samples += [key_of(name, rule.part) for rule in all_rules[name]]
+        stored = sum(map(math.prod, kept_shapes(name, all_rules[name], param)))
+        moments += momentum_bytes(param, group)
+        param = local(param)
+        size = second_moment_dtype(param.dtype).itemsize
+        seconds += stored * size
+        maxima += stored * size if group["amsgrad"] else 0
+        steps += step_dtype().itemsize
+        native = param.numel() * param.dtype.itemsize
+        adamw_seconds += native
+        adamw_total += native * (3 if group["amsgrad"] else 2)
+        elements += param.numel()
+        kept += stored
+    total = moments + seconds + maxima + steps
+    return MemoryReport(
+        exp_avg=moments,
+        exp_avg_sq=seconds,
+        max_exp_avg_sq=maxima,
+        step=steps,
+        total=total,
+        monitor=0 if monitor is None else monitor.memory_of(samples),
+        adamw_exp_avg_sq=adamw_seconds,
+        adamw_total=adamw_total + steps,
+        second_moments_saved=1 - kept / elements if elements else 0.0,
+        bytes_per_parameter=total / elements if elements else 0.0,
+    )

@@ -1,0 +1,782 @@
+"""The optimizer: arguments, groups, state, ``step()``. Arithmetic lives in functional and the backends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from slimadam.distributed import grad_scaler
+from slimadam.distributed.sharded_rules import is_dtensor, local, on_any_rank
+from slimadam.kernels.reference import Scalar
+from slimadam.layers.names import is_position, renumbered
+from slimadam.layers.roles import canonical_name
+from slimadam.layers.splits import key_of
+from slimadam.measurement.monitor import Check, Monitor
+from slimadam.measurement.watching import watch_step
+from slimadam.optim.compression import Replanned
+from slimadam.optim.membership import (
+    Added,
+    Members,
+    check_tensors,
+    misfits_as_new,
+    refuse_one_for_many,
+    rules_for_another,
+)
+from slimadam.optim.memory import MemoryReport, memory_report
+from slimadam.optim.resizing import (
+    Index,
+    check_replacement,
+    checked_dim,
+    positions,
+    reset_all,
+    reset_slices,
+    resized_state,
+)
+from slimadam.optim.step.clipping import check_have_norm, checked_max_grad_norm, clip_factor, norm_in_step
+from slimadam.optim.step.direction import with_decay
+from slimadam.optim.step.dispatch import Backend
+from slimadam.optim.step.options import check_foreach, check_group, normalize_group
+from slimadam.optim.step.param_groups import Held, check_gradients, check_shards
+from slimadam.optim.step.pending import updates_without_decay
+from slimadam.optim.step.shard_direction import Shared, averages_after_step
+from slimadam.optim.step.stepper import Stepper
+from slimadam.optim.step.tasks import backend_of
+from slimadam.optim.step.tensors import check_lacks_all, hyperparameters, initial_state, tell_without_codes
+from slimadam.plans.auto import AutoPlan, Measuring
+from slimadam.plans.plan import CompressionPlan
+from slimadam.plans.resolver import DECIDED_BEFORE, MEASURING, PlanArgument, Resolver, refuse_factored_amsgrad
+from slimadam.state import second_moment
+from slimadam.state.rule import Rule, rule_of_whole
+from slimadam.utils import torch_private
+from slimadam.utils.errors import PlanError, did_you_mean, shown
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
+
+
+class SlimAdam(Replanned):
+    r"""AdamW whose second moments are stored only as finely as a plan says each parameter needs.
+
+    For a parameter whose second moment is averaged over the dimensions :math:`K` (arXiv 2503.01843)::
+
+        m_t = beta1 m_{t-1} + (1 - beta1) g_t
+        v_t = beta2 v_{t-1} + (1 - beta2) mean_K(g_t ** 2)        # kept with size 1 in K; K = () is AdamW
+        p_t = (1 - lr weight_decay) p_{t-1} - lr (m_t / (1 - beta1 ** t)) / (sqrt(v_t / (1 - beta2 ** t)) + eps)
+
+    A factored parameter keeps the averages ``r`` over all dimensions but the first and ``c`` over the first,
+    and uses ``r c / mean(r)`` for ``v`` (arXiv 1804.04235). ``eps`` is added outside the root, as in torch.
+
+    Differences from ``torch.optim.AdamW``: second moments are kept in float32 (float64 for float64
+    parameters) even where parameters have 16 bits, because a 16-bit second moment stops decaying at
+    ``beta2 = 0.999``; sparse gradients and bad options are refused before any parameter has changed.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs, parameter groups, or a module.
+        lr: Learning rate, a number or a 1-element tensor.
+        betas: Decay rates of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        amsgrad: Use the running maximum of the second moment (not with factored parameters).
+        plan: ``"auto"`` or an :class:`~slimadam.AutoPlan`: run as AdamW while measuring, then decide and free
+            the memory. ``"rules"``: the paper's table by layer role. ``"factored"``: row and column averages for
+            each matrix. A :class:`~slimadam.CompressionPlan` or the path of one: that. None: AdamW.
+        model: Module that owns the parameters, to learn their names and roles from. A plan may then name
+            parameters of the model that this optimizer does not hold.
+        variance_init: ``"zeros"``, or ``"gradient"`` to start second moments at the first squared
+            gradient, bias correction kept (GI-Adam, arXiv 2406.09405).
+        momentum_dtype: How the first moment is stored. None: in the parameter's precision, as AdamW.
+            ``torch.float32`` or ``torch.bfloat16``: in that (not that of complex parameters). ``"int8"``: in one
+            byte per element, and one for each 256, see :mod:`slimadam.state.int8`; the update works on float32, for
+            which one parameter at a time is decoded. It is this optimizer's choice, also after ``load_state_dict``.
+        bf16_stochastic_round: Round bfloat16 parameters up or down at random when they are written; the
+            randomness depends on nothing but the step and the parameter's name.
+        maximize: Ascend.
+        foreach: True: lists of tensors at once. False: one at a time, by the readable reference.
+        capturable: Keep step counts on the device.
+        differentiable: Let autograd follow the step.
+        fused: False: the readable reference. None: Triton kernels on CUDA, on a CPU one compiled pass; where that was
+            not built with the package and cannot be built now, one warning says why, and lists of tensors are taken.
+            True: as None, and refuses parameters that are not floating point. :meth:`backend` says what runs.
+        max_grad_norm: Clip the L2 norm of all gradients together (of all groups, of DTensors over all ranks), as
+            ``torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)`` before each step, but within the update:
+            gradients are read once for it and never written, so ``param.grad`` stays unclipped. ``inf`` only
+            measures. :attr:`grad_norm` is the norm before clipping. Where each parameter has an optimizer of its
+            own (optimizer-in-backward, ``ZeroRedundancyOptimizer``), it is the norm of that optimizer's alone.
+        monitor: Keep watching a sample of each compressed parameter, at most 1% of what was saved, for
+            :meth:`snr_check`. Steps under ``torch.compile`` and groups with ``capturable=True`` are not watched.
+
+    Everything after ``amsgrad`` but ``model``, ``max_grad_norm`` and ``monitor`` may be set per parameter group.
+
+    Raises:
+        ValueError: An option is out of range.
+        TypeError: An option has the wrong type or a misspelt name.
+        PlanError: The plan does not fit the parameters.
+        RuntimeError: The plan cannot be followed through the parameters' shards.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Scalar = 1e-3,
+        betas: tuple[Scalar, Scalar] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        plan: PlanArgument = "auto",
+        model: nn.Module | None = None,
+        variance_init: str = "zeros",
+        momentum_dtype: torch.dtype | str | None = None,
+        bf16_stochastic_round: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        monitor: bool = True,
+    ) -> None:
+        max_grad_norm = checked_max_grad_norm(max_grad_norm)
+        if not isinstance(monitor, bool):
+            raise TypeError(f"monitor={monitor!r} must be True or False")
+        if isinstance(params, nn.Module):
+            model = params if model is None else model
+            params = params.named_parameters()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "variance_init": variance_init,
+            "momentum_dtype": momentum_dtype,
+            "bf16_stochastic_round": bf16_stochastic_round,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        normalize_group(defaults)
+        check_group(defaults)
+        self._resolver = Resolver(plan, model)
+        # Names go by position, not by tensor: sharding replaces the tensors of a group in place.
+        self._names: list[list[str]] = []
+        self._members = Members()
+        self._rules: dict[str, list[Rule]] = {}
+        # With plan="auto": what each parameter is measured as. Until it has decided, each is stored as a whole.
+        self._measured: dict[str, list[Rule]] = {}
+        self._measuring = Measuring(self._resolver.plan) if isinstance(self._resolver.plan, AutoPlan) else None
+        self._monitor = Monitor(self._resolver.cutoff) if monitor else None
+        self._complete = False
+        # Made for a checkpoint to be loaded into, by a step of zero: no step was done.
+        self._state_is_blank = False
+        self._stepper = Stepper()
+        self._max_grad_norm = max_grad_norm
+        # In a dict, because torch.compile forgets what is assigned to attributes of an optimizer.
+        self._norms: dict[str, Tensor] = {}
+        super().__init__(params, defaults)
+        self._resolver.check_all_used()
+        self._resolver.forget_owners()
+        self._complete = True
+
+    # -- groups and plan ---------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group`; it may have its own ``plan``.
+
+        Raises:
+            ValueError, TypeError, PlanError, RuntimeError: As the constructor; the optimizer is then as it was.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        if self._complete:
+            self._follow_groups()
+        group = dict(param_group)
+        own_plan = self._resolver.take_arguments(group)
+        normalize_group(group)
+        check_group({**self.defaults, **group})
+        before = self._resolver.snapshot()
+        super().add_param_group(group)
+        try:
+            names = self._resolver.names(group, len(self.param_groups) - 1)
+            found = self._rules_of_new(group, names, own_plan)
+            if self._complete:
+                self._resolver.check_all_used()
+                self._resolver.forget_owners()
+        except Exception:
+            self.param_groups.pop()
+            self._resolver.restore(before)
+            raise
+        self._names.append(names)
+        self._members.add(self.param_groups[-1])
+        for name, param, rules in found:
+            self._admit(name, param, rules)
+
+    def _rules_of_new(
+        self, group: dict[str, Any], names: Sequence[str], own_plan: Mapping[str, Any]
+    ) -> list[tuple[str, Tensor, list[Rule]]]:
+        """Name, tensor and rules of what is to be added, checked; what has no shape yet is left out."""
+        ready = [index for index, param in enumerate(group["params"]) if not is_lazy(param)]
+        for index in set(range(len(names))) - set(ready):
+            self._resolver.note_without_shape(names[index], **own_plan)
+        shaped = {**group, "params": [group["params"][index] for index in ready]}
+        if "param_names" in group:
+            shaped["param_names"] = [group["param_names"][index] for index in ready]
+        own_names = [names[index] for index in ready]
+        if self._max_grad_norm is not None:
+            check_have_norm(zip(own_names, shaped["params"], strict=True))
+        rules = self._resolver.rules(shaped, own_names, **own_plan)
+        found = list(zip(own_names, shaped["params"], rules, strict=True))
+        for one in found:
+            check_shards(*one)
+        return found
+
+    def _admit(self, name: str, param: Tensor, rules: list[Rule]) -> None:
+        """Put a parameter's rules in force: those of its decision, or of ``plan="auto"`` while it measures."""
+        if rules[0].reason == MEASURING:
+            self._measured[name] = rules
+            rules = [rule_of_whole(rules, DECIDED_BEFORE if self._measuring is None else MEASURING)]
+        self._rules[name] = rules
+        if self._measuring is None:
+            self._monitor_parameter(name, param)
+
+    def _follow_groups(self) -> None:
+        """Take note of what has come to the groups, left them or was exchanged in them, as AdamW allows.
+
+        Raises:
+            PlanError, RuntimeError: No rule is known for a parameter; the optimizer is as it was.
+        """
+        if torch.compiler.is_compiling() or self._members.are_in(self.param_groups):
+            return
+        own_plans = [self._complete_group(group) for group in self.param_groups]
+        check_tensors(self.param_groups)
+        rules_in_force = {**self._rules, **self._measured}
+        changes = self._members.changes(self._names, self.param_groups, self._resolver.of_model)
+        changes = misfits_as_new(changes, self.param_groups, rules_in_force)
+        refuse_one_for_many(self._names, self.param_groups, changes, self._rules)
+        before = self._resolver.snapshot()
+        try:
+            admitted = [
+                (name, new, rules_for_another(name, rules_in_force[name], new))
+                for name, new in changes.exchanged
+                if name in rules_in_force
+            ]
+            owners = {id(param): group for group in self.param_groups for param in group["params"]}
+            for name, param, rules in admitted:
+                check_shards(name, param, rules)
+                refuse_factored_amsgrad(name, rules[0], owners[id(param)])
+            shaped = self._newly_shaped(changes.names)
+            if shaped:
+                self._resolver.read_model_again()
+            admitted += self._rules_of_added(shaped + changes.added, own_plans)
+        except Exception:
+            self._resolver.restore(before)
+            raise
+        self._resolver.forget_owners()
+        held = dict(self._members.named(self._names))
+        for name in changes.removed:
+            self._resolver.note(name, None)
+            if name in self._rules:
+                self._members.leave(name, held[name], self._rules[name])
+                for rule in self._rules.pop(name):
+                    if self._monitor is not None:
+                        self._monitor.drop(key_of(name, rule.part))
+            self._measured.pop(name, None)
+        self._names = changes.names
+        self._members.hold(self.param_groups)
+        self._stepper.forget()
+        for name, param, rules in admitted:
+            self._resolver.note(name, param)
+            self._admit(name, param, rules)
+        self._rename(renumbered(self._names))
+
+    def _rename(self, names: list[list[str]]) -> None:
+        """Call the parameters by other names, in the order of the groups."""
+        new = {
+            before: now
+            for own, shown in zip(self._names, names, strict=True)
+            for before, now in zip(own, shown, strict=True)
+        }
+        keys = {
+            key_of(name, rule.part): key_of(new[name], rule.part)
+            for name in new
+            for rule in (*self._rules.get(name, ()), *self._measured.get(name, ()))
+        }
+        self._names = names
+        self._rules = {now: self._rules[name] for name, now in new.items() if name in self._rules}
+        self._measured = {now: self._measured[name] for name, now in new.items() if name in self._measured}
+        self._resolver.rename(new)
+        if self._measuring is not None:
+            self._measuring.history.rename(keys)
+        if self._monitor is not None:
+            self._monitor.rename(keys)
+
+    def _complete_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Fill in the options that a group lacks which was put there by hand; returns its own plan, if it has one."""
+        own_plan = self._resolver.take_arguments(group)
+        for option, default in self.defaults.items():
+            group.setdefault(option, default)
+        normalize_group(group)
+        check_group(group)
+        return own_plan
+
+    def _newly_shaped(self, names: Sequence[Sequence[str]]) -> list[Added]:
+        return [
+            Added(name, group_index, index)
+            for group_index, (own, group) in enumerate(zip(names, self.param_groups, strict=True))
+            for index, (name, param) in enumerate(zip(own, group["params"], strict=True))
+            if not is_lazy(param) and name not in self._rules and self._is_known(param)
+        ]
+
+    def _is_known(self, param: Tensor) -> bool:
+        return any(known is param for _, known in self._members.named(self._names))
+
+    def _rules_of_added(
+        self, added: Iterable[Added], own_plans: Sequence[Mapping[str, Any]]
+    ) -> list[tuple[str, Tensor, list[Rule]]]:
+        found = []
+        new: dict[tuple[int, bool], dict[str, Tensor]] = defaultdict(dict)
+        for name, group_index, position in added:
+            param = self.param_groups[group_index]["params"][position]
+            before = self._members.of_before(param)
+            if before is not None and before[1][0].owner_shape == param.shape:
+                found.append((name, param, before[1]))
+            else:
+                new[group_index, is_position(name)][name] = param
+        for (group_index, is_unnamed), params in new.items():
+            names = list(params)
+            group = {**self.param_groups[group_index], "params": list(params.values()), "param_names": names}
+            if is_unnamed:
+                del group["param_names"]
+            try:
+                found += self._rules_of_new(group, names, own_plans[group_index])
+            except PlanError as error:
+                shapes = ", ".join(str(tuple(param.shape)) for param in params.values())
+                raise PlanError(
+                    f"{'a parameter of shape' if len(params) == 1 else 'parameters of shapes'} {shapes} was put into "
+                    f"param_groups[{group_index}]['params']: {error}; or add it by "
+                    "optimizer.add_param_group({'params': [(name, parameter)]})"
+                ) from error
+        return found
+
+    @property
+    def plan(self) -> CompressionPlan:
+        """The plan in force: one rule for each parameter of this optimizer, or for each of its parts."""
+        self._follow_groups()
+        return CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What the norm of all gradients is clipped to; may be set between steps."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        value = checked_max_grad_norm(value)
+        if value is not None:
+            check_have_norm((name, param) for name, param, _ in self._parameters())
+        self._max_grad_norm = value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """With ``max_grad_norm`` the norm of the last step's gradients before clipping; before the first step None.
+
+        0-dimensional, on the first gradient's device, new in each step (the same in each replay of a CUDA graph), and
+        of unscaled gradients under ``GradScaler``.
+        """
+        return self._norms.get("grad")
+
+    def __repr__(self) -> str:
+        clips = "" if self._max_grad_norm is None else f"max_grad_norm: {self._max_grad_norm}\n"
+        plan = CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff)  # never raises
+        return f"{super().__repr__()[:-1]}{clips}plan: {self._measuring or plan}\n)"
+
+    def backend(self, param: Tensor | str) -> Backend:
+        """The implementation that updates a parameter.
+
+        Args:
+            param: A parameter of this optimizer, or its name.
+
+        Raises:
+            KeyError: The optimizer does not hold it.
+        """
+        name, held, group = self._find(param)
+        return backend_of(name, held, group, self._rules[name])
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves unscaling, and leaving out a step, to the step itself, as with fused AdamW.
+
+        Not while gradients are also measured or watched, which must be unscaled. With DTensors only where ranks must
+        first agree whether to leave out the step.
+        """
+        params = [param for _, param, _ in self._parameters()]
+        if any(map(is_dtensor, params)):
+            return grad_scaler.may_differ(self._gradients())
+        if self._measuring is not None or self._monitor is not None:
+            return False
+        return any(self.backend(param) == "triton" for param in params)
+
+    def memory(self) -> MemoryReport:
+        """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`.
+
+        Of DTensors this rank's shards are counted, state and elements. Frozen parameters count once they have state.
+
+        ``total`` does not include the samples for :meth:`snr_check`; they come on top, as ``monitor``.
+        """
+        return memory_report(self._parameters(), self._rules, self.state, self._monitor)
+
+    # -- the step ----------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch_private.use_grad_for_differentiable
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            The closure's loss, if there is one.
+
+        Raises:
+            RuntimeError: A gradient is sparse; no parameter has changed then.
+        """
+        torch_private.check_graph_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        recalled = self._recalled_gradients()
+        if recalled is None:
+            check_gradients(self._parameters())
+            if not torch.compiler.is_compiling() and not self.state and self._only_makes_state():
+                for group in self.param_groups:
+                    self._init_group(group)
+                self._state_is_blank = True
+                return loss
+        scaled = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scaled != (None, None) and not self._takes_scaled_gradients():
+            if grad_scaler.unscale(list(self._gradients()), *scaled):
+                return loss
+            scaled = None, None
+        if recalled is None:
+            for group in self.param_groups:
+                self._init_group(group)
+        factor = self._measure_norm(scaled[0])
+        groups = list(zip(self._names, self.param_groups, strict=True))
+        self._stepper.update(groups, self._rules, self.state, recalled, *scaled, factor)
+        if recalled is None:
+            self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
+        if self._measuring is not None:
+            self._measure()
+        elif self._monitor is not None and not torch.compiler.is_compiling():
+            watch_step(self._monitor, groups, self._rules, self.state, factor)
+        return loss
+
+    def _recalled_gradients(self) -> list[list[Tensor]] | None:
+        """Return the gradients of all groups, if nothing has changed since a step that was checked."""
+        if torch.compiler.is_compiling() or len(self._names) != len(self.param_groups):
+            return None
+        groups = list(zip(self._names, self.param_groups, strict=True))
+        found = [grads for grads in self._stepper.recall(groups, self._rules, self.state) if grads is not None]
+        if len(found) < len(groups):
+            return None
+        for group in self.param_groups:
+            check_foreach(group)
+        return found
+
+    def _measure_norm(self, grad_scale: Tensor | None) -> Tensor | None:
+        """Find :attr:`grad_norm`, and return what the step multiplies gradients by once they are not scaled."""
+        if self._max_grad_norm is None:
+            self._norms.clear()
+            return None
+        norm = self._global_norm()
+        if grad_scale is not None:
+            norm = norm / grad_scale.to(norm.device)
+        self._norms["grad"] = norm.detach()
+        return clip_factor(norm, self._max_grad_norm)
+
+    def _global_norm(self) -> Tensor:
+        return norm_in_step((name, param) for name, param, _ in self._parameters() if param.grad is not None)
+
+    @torch.no_grad()
+    def clip_factor(self) -> Tensor | None:
+        """What the pending step multiplies gradients by: ``min(1, max_grad_norm / (norm + 1e-6))``.
+
+        Returns:
+            0-dimensional, on the first gradient's device; None without ``max_grad_norm``. With DTensors all ranks must
+            ask.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        check_gradients(self._parameters())
+        return None if self._max_grad_norm is None else clip_factor(self._global_norm(), self._max_grad_norm)
+
+    @torch.no_grad()
+    def update_direction(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pending update of each parameter that has a gradient, one at a time; nothing is changed.
+
+        Yields:
+            ``(parameter, D)`` with ``D`` of the parameter's shape, in at least float32, weight decay
+            included: a step with learning rate ``eta`` is ``parameter - eta * D``. That of a DTensor is one, laid
+            out alike; all ranks must iterate.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        for param, group, direction in self.updates_without_decay():
+            yield param, with_decay(direction, param, hyperparameters(group).weight_decay)
+
+    @torch.no_grad()
+    def averages_after_step(self) -> Shared:
+        """What the pending step would make of averages over several ranks, and how it clips: all that it asks others.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        return averages_after_step(
+            (
+                (name, param, group)
+                for name, param, group in self._parameters()
+                if is_dtensor(param) and param.grad is not None
+            ),
+            self._rules,
+            self._states_of_steps(),
+            self.clip_factor(),
+        )
+
+    @torch.no_grad()
+    def updates_without_decay(self, averages: Shared | None = None) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
+        """As :meth:`update_direction`, but of gradients and state alone: the parameters' values play no part.
+
+        Args:
+            averages: Of :meth:`averages_after_step`, for the same gradients and state; None: it is called.
+
+        Yields:
+            ``(parameter, group, m_hat / (sqrt(v_hat) + eps))``.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        check_gradients(self._parameters())
+        if averages is None:
+            averages = self.averages_after_step()
+        yield from updates_without_decay(self._parameters(), self._rules, self._states_of_steps(), averages)
+
+    def _states_of_steps(self) -> Mapping[Tensor, Any]:
+        """The state, but for what a step of zero has made."""
+        if not self._state_is_blank:
+            return self.state
+        return {param: state for param, state in self.state.items() if not second_moment.is_of_no_step(state)}
+
+    # -- parameters that change ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset_state(self, param: Tensor | str, index: Index | None = None, dim: int = 0) -> None:
+        """Reset a parameter's state, or that of some of its rows or columns, as when dead neurons are resampled.
+
+        All of it: moments and count of steps start anew. Some slices: their moments become zero and the count stays,
+        as where rows of AdamW's state are set to zero. A second moment that is averaged over ``dim`` stays, since it is
+        that of the other slices, too. Of an 8-bit first moment, a block of 256 elements that a NaN has reached becomes
+        zero as a whole. Without state there is nothing to do.
+
+        Args:
+            param: A parameter of this optimizer, or its name.
+            index: Positions along ``dim``, a mask, a slice or one number; None: everything.
+            dim: The dimension that ``index`` is for.
+
+        Raises:
+            KeyError: The optimizer does not hold the parameter.
+            IndexError: The parameter has no such dimension or position.
+            RuntimeError: ``index`` is given for a DTensor.
+        """
+        name, held, group = self._find(param)
+        state = self.state.get(held, {})
+        if not second_moment.is_made(state):
+            state = {}
+        if index is not None:
+            dim = checked_dim(dim, held)
+            found = positions(index, held, dim, "index")
+            if is_dtensor(held):
+                raise RuntimeError(
+                    f"{name!r}: slices of a DTensor's state cannot be reset; use index=None on every rank"
+                )
+            if state:
+                reset_slices(state, self._rules[name], held, found, dim)
+        elif state and group["variance_init"] == "gradient":
+            for key in list(filter(second_moment.is_own, state)):
+                del state[key]
+        elif state:
+            reset_all(state)
+        if self._measuring is None:
+            self._monitor_parameter(name, held)
+
+    @torch.no_grad()
+    def replace_param(
+        self, old: Tensor | str, new: Tensor, keep: Index | None = None, added: int = 0, dim: int = 0
+    ) -> None:
+        """Put a parameter in the place of another that has grown or been pruned, and carry its state over.
+
+        ``new`` has the kept slices of ``old`` along ``dim``, in the order of ``keep``, and ``added`` new ones after
+        them, whose moments are zero; the count of steps stays. So it is where AdamW's state is indexed and concatenated
+        with zeros. A second moment that is averaged over ``dim`` stays as it is. State is moved to ``new``'s device and
+        precision. With ``plan="factored"`` and ``"rules"``, what the size decides is decided anew.
+
+        Args:
+            old: A parameter of this optimizer, or its name.
+            new: Takes its place in the parameter group, and its name and rule.
+            keep: Positions along ``dim``, a mask or a slice, a position repeatedly where slices are split; None: all.
+            added: How many slices are new.
+            dim: The dimension along which the parameter has changed.
+
+        Raises:
+            KeyError: The optimizer does not hold ``old``.
+            IndexError: ``keep`` or ``dim`` do not fit ``old``.
+            ValueError: ``new`` does not have the shape that follows from ``keep`` and ``added``, is held already, or is
+                nothing that a step can update. Nothing has changed then, as after any error.
+            PlanError: ``new`` would be factored, which ``amsgrad=True`` cannot be.
+            RuntimeError: One of both is a DTensor, or ``old`` is a fused weight whose parts have rules of their own.
+        """
+        name, held, group = self._find(old)
+        dim = checked_dim(dim, held)
+        kept = positions(keep, held, dim, "keep")
+        check_replacement(name, held, new, kept, added, dim)
+        if any(param is new for _, param, _ in self._parameters()):
+            raise ValueError(f"new, of shape {tuple(new.shape)}, is a parameter of this optimizer already")
+        names = [name for name, param, _ in self._parameters() if param is held]  # several, if it is there repeatedly
+        rules = {name: rules_for_another(name, self._rules[name], new) for name in names}
+        measured = {
+            name: rules_for_another(name, self._measured[name], new) for name in names if name in self._measured
+        }
+        refuse_factored_amsgrad(name, rules[name][0], group)
+        state = self.state.get(held, {})
+        state = resized_state(state, self._rules[name], held, new, rules[name], group, kept, dim)
+        params = [new if param is held else param for param in group["params"]]
+        if isinstance(group["params"], list):
+            group["params"][:] = params
+        else:
+            group["params"] = params
+        if self.state.pop(held, None) is not None:
+            self.state[new] = state
+        self._rules.update(rules)
+        self._measured.update(measured)
+        self._members.hold(self.param_groups)
+        self._stepper.forget()
+        for name in names:
+            self._resolver.note(name, new)
+            if self._measuring is None:
+                self._monitor_parameter(name, new)
+
+    def _find(self, param: Tensor | str) -> Held:
+        for name, held, group in self._parameters():
+            if held is param or (isinstance(param, str) and name == canonical_name(param)):
+                return name, held, group
+        given = repr(param) if isinstance(param, str) else "the tensor"
+        owner = str(param).rpartition("[")[0]
+        if isinstance(param, str) and any(name == canonical_name(owner) for name in self._rules):
+            raise KeyError(
+                f"{given} is a part of a parameter; pass all of it, {owner!r}, and index for some of its rows"
+            )
+        raise KeyError(
+            f"{given} is not a parameter of this optimizer; pass one of its tensors, or a name that it knows: those of "
+            "SlimAdam(model) and of named_parameters()"
+        )
+
+    # -- does it still hold? -----------------------------------------------------------------------------
+
+    def snr_check(self) -> dict[str, Check]:
+        """Whether averaging still holds: the last SNR of a sample of each compressed parameter.
+
+        A few slices of each keep being tracked in full. Every 200 steps (``1 / (1 - beta2)`` where that is longer)
+        their SNR is taken, and where it has clearly fallen below the cutoff, one warning says so. Samples that start
+        at zero, as with every plan but ``"auto"``, are ready when that is next done after ``3 / (1 - beta2)`` steps.
+
+        Returns:
+            By parameter, or part: what was found, and what to make of it in words. Empty while ``plan="auto"``
+            measures. Before a sample is ready ``ready`` is False and ``snr`` NaN; so it stays, with the reason
+            "too small to monitor", where 1% of what was saved is too few elements for a sample.
+
+        Raises:
+            RuntimeError: The optimizer was built with ``monitor=False``.
+        """
+        if self._monitor is None:
+            raise RuntimeError("snr_check() needs samples, which monitor=False has switched off; use monitor=True")
+        return self._monitor.check()
+
+    @torch.no_grad()
+    def expand(self, name: str) -> None:
+        """Return a parameter, or one part of it, to a full second moment.
+
+        What its averages stand for is spread out; the rest is learnt anew within about ``1 / (1 - beta2)`` steps.
+        A checkpoint remembers it. With a DTensor every rank must call.
+
+        Args:
+            name: A parameter's name, or a part's (``"attn.c_attn.weight[query]"``), as in ``plan``.
+
+        Raises:
+            TypeError: ``name`` is no text.
+            KeyError: The optimizer holds no such parameter; the closest name is told.
+            RuntimeError: ``plan="auto"`` is still measuring, or shards end inside the part.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name={shown(name)} must be a parameter's name, one of those in optimizer.plan")
+        if self._measuring is not None:
+            raise RuntimeError(
+                f"expand({name!r}): nothing is compressed while plan='auto' measures; wait for its decision"
+            )
+        for held, param, _ in self._parameters():
+            keys = [key_of(held, rule.part) for rule in self._rules[held]]
+            if canonical_name(name) == held or canonical_name(name) in keys:
+                self._expand_pieces(held, param, set(keys) & {canonical_name(name)} or set(keys))
+                return
+        raise KeyError(f"{name!r} is not a parameter of this optimizer; {did_you_mean(name, self.plan)}".rstrip("; "))
+
+    def _only_makes_state(self) -> bool:
+        """Whether this first step is that of torch's ``get_optimizer_state_dict``: all rates and gradients are zero."""
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        grads = [local(param.grad) for _, param, _ in self._parameters() if param.grad is not None]
+        return not on_any_rank(any(bool(grad.any()) for grad in grads), (param for _, param, _ in self._parameters()))
+
+    def _takes_scaled_gradients(self) -> bool:
+        """Whether the kernels divide by GradScaler's scale, and leave a step out, for every parameter."""
+        if any(group["variance_init"] == "gradient" for group in self.param_groups):
+            return False
+        for group in self.param_groups:
+            self._init_group(group)
+        return all(
+            self._stepper.is_on_triton(names, group, self._rules, self.state)
+            for names, group in zip(self._names, self.param_groups, strict=True)
+        )
+
+    def _gradients(self) -> Iterator[Tensor]:
+        return (param.grad for _, param, _ in self._parameters() if param.grad is not None)
+
+    def _init_group(self, group: dict[str, Any]) -> None:
+        """Make missing state. ``torch.compile`` runs a method of this name and signature untraced, once."""
+        if self._state_is_blank:
+            self._state_is_blank = False
+            for param in [param for param, state in self.state.items() if second_moment.is_of_no_step(state)]:
+                del self.state[param]
+        missing = {param for param in group["params"] if param.grad is not None and "step" not in self.state[param]}
+        if missing:
+            check_lacks_all((name, self.state[param]) for name, param, _ in self._parameters() if param in missing)
+            factor = self.clip_factor() if group["variance_init"] == "gradient" else None
+            for name, param, owner in self._parameters():
+                if owner is group and param in missing:
+                    self.state[param].update(initial_state(name, self._rules[name], param, group, factor))
+            if group["variance_init"] == "gradient":
+                self._stepper.start_from_gradient(missing)
+            tell_without_codes(group, missing)

@@ -1,0 +1,1 @@
+"""One step: from parameter groups to the kernels."""

@@ -1,0 +1,133 @@
+"""A parameter group in which every parameter takes a step as it did before: what is checked is compared in lists.
+
+Checks of one parameter after the other cost more than the update of a small one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, compress
+from operator import attrgetter, is_, methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from slimadam.state.rule import Rule
+from slimadam.state.second_moment import is_own
+from slimadam.utils.torch_private import is_zero_tensor
+
+_DTYPE, _SHAPE, _GRAD, _LAYOUT = map(attrgetter, ("dtype", "shape", "grad", "layout"))
+_VALUES = methodcaller("values")
+
+
+class StandingGroup:
+    """What the steps of a group rest on. It keeps no gradient alive.
+
+    Args:
+        group_params: All of its parameters.
+        params: Those that have a gradient, in the same order.
+        rules: For each of these those of its parts.
+        options: The options that decide on implementations.
+        states: The state of each of these.
+
+    Attributes:
+        holds_nothing_else: Whether all tensors are plain ones; else there is nothing to compare with.
+    """
+
+    def __init__(
+        self,
+        group_params: Sequence[Tensor],
+        params: Sequence[Tensor],
+        rules: Sequence[list[Rule]],
+        options: tuple[Any, ...],
+        states: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self._group_params = list(group_params)
+        self._moves = [grad is not None for grad in map(_GRAD, group_params)]
+        self._params, self._rules, self._options, self._states = list(params), list(rules), options, list(states)
+        self._values = _values(states)
+        self._tensors = [*self._params, *(tensor for state in states for tensor in own_tensors(state))]
+        grads = list(map(_GRAD, params))
+        kinds = {type(tensor) for tensor in (*self._tensors, *grads)}
+        self.holds_nothing_else = kinds <= {Tensor, Parameter} and not any(map(is_marked, grads))
+        if self.holds_nothing_else:
+            self._addresses = _addresses(self._tensors)
+            self._layouts = layouts(self._tensors), layouts(grads)
+            self._have_memory = _have_memory(grads)
+
+    def gradients(
+        self,
+        group_params: Sequence[Tensor],
+        rules: Iterable[list[Rule] | None],
+        options: tuple[Any, ...],
+    ) -> list[Tensor] | None:
+        """Return the gradients of the step to take, or None if anything has changed that it rests on.
+
+        Args:
+            group_params: As above.
+            rules: Those of each.
+            options: As above. That the parameters' states are the very same has been seen to.
+        """
+        known = self._group_params
+        if len(group_params) != len(known) or not all(map(is_, group_params, known)) or options != self._options:
+            return None
+        if [grad is not None for grad in map(_GRAD, group_params)] != self._moves:
+            return None
+        grads, values = list(map(_GRAD, self._params)), _values(self._states)
+        same = (
+            set(map(type, grads)) <= {Tensor}
+            and set(map(_LAYOUT, grads)) <= {torch.strided}
+            and not any(map(Tensor.is_neg, grads))
+            and not any(map(is_zero_tensor, grads))
+            and len(values) == len(self._values)
+            and all(map(is_, values, self._values))
+            and all(map(is_, compress(rules, self._moves), self._rules))
+            and _addresses(self._tensors) == self._addresses
+            and (layouts(self._tensors), layouts(grads)) == self._layouts
+            and _have_memory(grads) == self._have_memory
+        )
+        return grads if same else None
+
+
+def is_marked(grad: Tensor) -> bool:
+    """Whether memory does not hold a gradient's values: it is negated when it is read, or zero without memory."""
+    return grad.is_neg() or is_zero_tensor(grad)
+
+
+class KnownStates:
+    """The states of all parameters, when a step was last taken that other steps may repeat."""
+
+    def __init__(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        self._params, self._states = list(states), list(states.values())
+
+    def are(self, states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Return whether the same parameters have the same states, whatever is in them."""
+        return (
+            len(states) == len(self._params)
+            and all(map(is_, states, self._params))
+            and all(map(is_, states.values(), self._states))
+        )
+
+
+def own_tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors of a state that are the optimizer's, not those that a user has put beside them."""
+    return [value for key, value in state.items() if is_own(key) and isinstance(value, Tensor)]
+
+
+def _values(states: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(_VALUES, states)))
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _have_memory(grads: Iterable[Tensor]) -> list[bool]:
+    return list(map(bool, _addresses(grads)))
+
+
+def layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Dtypes, shapes and strides."""
+    return list(map(_DTYPE, tensors)), list(map(_SHAPE, tensors)), list(map(Tensor.stride, tensors))

@@ -1,0 +1,1 @@
+"""Compression plans: choose, save, resolve for a model."""

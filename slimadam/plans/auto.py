@@ -1,0 +1,197 @@
+"""``plan="auto"``: measure on the optimizer's own second moments while it runs as AdamW, then decide.
+
+Source of the measurement and the rule: arXiv 2503.01843.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from slimadam.layers.splits import Part, Parts, check_declared
+from slimadam.measurement.history import SNRHistory
+from slimadam.measurement.recorder import record
+from slimadam.measurement.snr import FACTORED, normalize_candidate
+from slimadam.plans.plan import CompressionPlan
+from slimadam.plans.selection import Forms, applicable, check_choice, check_keep
+from slimadam.state.rule import Rule
+from slimadam.utils.errors import shown
+
+logger = logging.getLogger("slimadam")
+
+
+@dataclass(frozen=True)
+class AutoPlan:
+    """How ``plan="auto"`` measures and decides.
+
+    Attributes:
+        calibration_steps: Optimizer steps as AdamW, after which the second moments shrink.
+        measurements: How many times the SNR is measured in these steps, at equal distances, the last at their end.
+        cutoff: SNR that a candidate must exceed.
+        budget: Share of the measured second moments to save instead, at the least loss (elements over SNR).
+        forms: ``"best"``: averages and the factored form compete. ``"mean"``: averages only, as in the paper.
+        keep: Patterns of names or roles that stay in full.
+        parts: What parameters are made of, by pattern of their names, where their modules do not say, such as
+            ``{"*.qkv.weight": Parts({"query": 768, "key": 768, "value": 768})}``.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    calibration_steps: int = 200
+    measurements: int = 2
+    cutoff: float = 1.0
+    budget: float | None = None
+    forms: Forms = "best"
+    keep: tuple[str, ...] = ()
+    parts: Mapping[str, Parts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_steps", "measurements"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+        check_choice(self.cutoff, self.forms, self.budget)
+        if not isinstance(self.keep, tuple):
+            raise ValueError(f"keep={self.keep!r} must be a tuple of patterns, such as ('*norm*',)")
+        check_keep(self.keep)
+        check_declared(self.parts)
+
+    def measures(self, step: int) -> bool:
+        """Whether to measure after optimizer step ``step`` (from 1)."""
+        if step > self.calibration_steps:
+            return False
+        # Which of the equal intervals the step ends, if any.
+        count = min(self.measurements, self.calibration_steps)
+        number = round(step * count / self.calibration_steps)
+        return number >= 1 and round(number * self.calibration_steps / count) == step
+
+
+Moment = tuple[str, Rule, Tensor, Sequence[str]]
+
+
+class Measuring:
+    """The phase before the decision: what was measured so far, and after how many steps.
+
+    Args:
+        settings: How to measure and decide.
+
+    Attributes:
+        settings: As given.
+        history: The measurements.
+        steps: Optimizer steps done.
+    """
+
+    def __init__(self, settings: AutoPlan) -> None:
+        self.settings = settings
+        self.history = SNRHistory()
+        self.steps = 0
+
+    def __str__(self) -> str:
+        return f"auto, measures for {self.settings.calibration_steps} steps as AdamW, {self.steps} of them done"
+
+    def after_step(self, moments: Iterable[Moment], forms: Forms) -> CompressionPlan | None:
+        """Count a step, measure if it is time, and decide after the last. Without any moments it does not count.
+
+        Where more steps were done before than these settings ask for, the first step here measures and decides.
+
+        Args:
+            moments: For each piece of a parameter that has a second moment: its key and rule, the parameter's full
+                second moment, and all names of the parameter.
+            forms: The forms to choose among, as in :class:`AutoPlan`.
+
+        Returns:
+            The plan, once the steps are done.
+        """
+        moments = iter(moments)
+        first = next(moments, None)
+        if first is None:
+            return None
+        self.steps += 1
+        last = self.steps >= self.settings.calibration_steps
+        if last or self.settings.measures(self.steps):
+            for key, rule, second_moment, names in itertools.chain([first], moments):
+                record(self.history, self.steps, key, rule, second_moment, names)
+        if not last:
+            return None
+        choice = self.settings
+        keep = applicable(choice.keep, self.history)
+        for pattern in choice.keep:
+            if pattern not in keep:
+                logger.warning("plan='auto': keep: no parameter has the name or role %r", pattern)
+        try:
+            return CompressionPlan.from_snr(self.history, choice.cutoff, budget=choice.budget, forms=forms, keep=keep)
+        except ValueError as error:
+            logger.warning("plan='auto': %s; deciding by the cutoff %g instead", error, choice.cutoff)
+            return CompressionPlan.from_snr(self.history, choice.cutoff, forms=forms, keep=keep)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this phase, in plain numbers and text."""
+        measured = [
+            {
+                "name": name,
+                "role": parameter.role,
+                "part": _place(parameter.part),
+                "shape": list(parameter.shape),
+                "values": [
+                    [step, [[candidate if candidate == FACTORED else list(candidate), value]
+                            for candidate, value in values.items()]]
+                    for step, values in parameter.values.items()
+                ],
+            }
+            for name, parameter in self.history.items()
+        ]  # fmt: skip
+        return {"steps": self.steps, "measured": measured}
+
+    @classmethod
+    def from_dict(cls, settings: AutoPlan, data: Mapping[str, Any], plan: CompressionPlan) -> Measuring:
+        """The inverse of :meth:`to_dict`. Measurements of parts that are not parts now are left out, which is told.
+
+        Args:
+            settings: How to measure and decide.
+            data: What :meth:`to_dict` returned.
+            plan: Says what each parameter, or part of one, is.
+
+        Raises:
+            ValueError: The data is not what :meth:`to_dict` returned.
+        """
+        measuring = cls(settings)
+        if not isinstance(data, Mapping):
+            raise ValueError(f"the state dict's record of plan='auto' is damaged (it is {shown(data)})")
+        try:
+            measuring.steps = _step_count(data["steps"])
+            others = []
+            for parameter in data["measured"]:
+                name, shape = parameter["name"], tuple(parameter["shape"])
+                rule = plan.get(name, Rule())
+                if parameter["part"] != _place(rule.part):
+                    others.append(name)
+                    continue
+                measuring.history.record(0, name, shape, {}, parameter["role"], rule.part, rule.batch_dims, rule.fan_in)
+                for step, values in parameter["values"]:
+                    found = {normalize_candidate(candidate, len(shape)): float(value) for candidate, value in values}
+                    measuring.history.record(step, name, shape, found)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the state dict's record of plan='auto' is damaged ({error!r})") from error
+        if others:
+            logger.warning(
+                "plan='auto': the state dict's measurements of %s are left out: the parameter has other parts here",
+                ", ".join(map(repr, others)),
+            )
+        return measuring
+
+
+def _place(part: Part | None) -> list[object] | None:
+    """Where a part lies in its parameter."""
+    return None if part is None else [list(part.of), list(part.view), part.dim, part.start, part.size]
+
+
+def _step_count(steps: object) -> int:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"steps={shown(steps)} must be an integer >= 0")
+    return steps

@@ -1,0 +1,430 @@
+"""From the ``plan`` argument to one rule for each parameter of an optimizer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, Final, Literal
+from weakref import WeakValueDictionary
+
+from torch import Tensor, nn
+
+from slimadam.distributed.sharded_rules import refuse_flat
+from slimadam.layers.fused_weights import declared_parts, refuse_unmatched
+from slimadam.layers.names import NamedParameters, ToldApart, is_position, owning_modules, position_name, read_modules
+from slimadam.layers.roles import BIAS, NORM, UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
+from slimadam.layers.splits import Piece, key_of, owner_of, pieces
+from slimadam.plans.auto import AutoPlan
+from slimadam.plans.plan import CompressionPlan
+from slimadam.state.rule import NO_ELEMENTS, NO_RULE, Rule, factored_rule, fit_rules, full_rule, paper_rule
+from slimadam.utils.errors import PlanError, did_you_mean
+
+PlanArgument = str | Path | CompressionPlan | AutoPlan | None
+ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
+
+DECIDED_BEFORE: Final = "added after plan='auto' had decided"
+MEASURING: Final = "plan='auto' is still measuring: as AdamW until it has decided"
+NOT_IN_THE_PLAN: Final = "not in the plan"
+OF_THE_OPTIMIZER: Final = "the optimizer's"
+LARGEST_SHARE_WITHOUT_RULE: Final = 0.1
+NAMES_IN_WARNING: Final = 3
+logger = logging.getLogger("slimadam")
+_DEFAULT: Final = object()
+
+
+def read_plan(plan: object) -> ResolvedPlan:
+    """The ``plan`` argument, with files read.
+
+    Raises:
+        PlanError: A file is missing or holds no plan.
+        TypeError: The argument is none of the kinds that are taken.
+    """
+    if plan is None or plan == "none":  # as configuration files and the command line say it
+        return None
+    if isinstance(plan, CompressionPlan) or plan == "rules" or plan == "factored":
+        return plan
+    if isinstance(plan, AutoPlan):
+        return plan
+    if plan == "auto":
+        return AutoPlan()
+    if not isinstance(plan, (str, Path)):
+        raise TypeError(
+            f"plan={plan!r} must be None, 'auto', 'rules', 'factored', an AutoPlan, a CompressionPlan or "
+            "the path of one"
+        )
+    if not Path(plan).is_file():
+        hint = did_you_mean(str(plan), ("auto", "rules", "factored"))
+        hint = hint or "write one with slimadam calibrate or CompressionPlan.save"
+        raise PlanError(f"plan={str(plan)!r} is neither a file nor one of 'auto', 'rules' and 'factored'; {hint}")
+    return CompressionPlan.load(plan)
+
+
+class Resolver:
+    """Finds names and rules for the parameters of one optimizer, and remembers which plan entries were used.
+
+    Without a model, names are those that the optimizer was given; what the parameters are is then read off the
+    modules alive in the process that own these very tensors.
+
+    Args:
+        plan: The optimizer's ``plan`` argument.
+        model: Module that owns the parameters, if known.
+    """
+
+    def __init__(self, plan: object, model: nn.Module | None) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r} must be an nn.Module or None")
+        self._arguments = {"plan": plan, "model": model}
+        self.plan = read_plan(plan)
+        self._declared = self.plan.parts if isinstance(self.plan, AutoPlan) else {}
+        self._named = NamedParameters([] if model is None else [model], self._declared)
+        self._known = self._named
+        self._told_apart: ToldApart | None = None
+        self._matched = set(self._named.matched)
+        self._model_names = {name for names in ({} if model is None else names_of(model)).values() for name in names}
+        self._all_names: dict[str, list[str]] = {}
+        self._used: list[tuple[CompressionPlan, set[str]]] = []
+        self._owner: MutableMapping[str, Tensor] = WeakValueDictionary()
+        # With plan="rules", until it was said once what they leave in full.
+        self._by_role: dict[str, list[Rule]] | None = {}
+
+    @property
+    def cutoff(self) -> float:
+        """The SNR cutoff that the plan was or will be chosen with; 1 where it says none."""
+        return 1.0 if self.chosen_by_cutoff is None else self.chosen_by_cutoff
+
+    @property
+    def chosen_by_cutoff(self) -> float | None:
+        """The SNR cutoff that the plan was or will be chosen with; None where it is not chosen by one."""
+        if isinstance(self.plan, AutoPlan):
+            return self.plan.cutoff if self.plan.budget is None else None
+        return self.plan.cutoff if isinstance(self.plan, CompressionPlan) else None
+
+    def take_arguments(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Take plan and model from a group, and return its plan if that is its own.
+
+        ``ZeroRedundancyOptimizer`` puts the optimizer's arguments into each group, and what the group has then into its
+        state dict: there a word stands for a plan or a model.
+
+        Raises:
+            TypeError: The group has a model of its own.
+        """
+        own = {}
+        for key, argument in self._arguments.items():
+            if key in group:
+                value = group.pop(key)
+                if value is not argument and value != OF_THE_OPTIMIZER:
+                    own[key] = value
+                elif not isinstance(value, (str, NoneType)):
+                    group[key] = OF_THE_OPTIMIZER
+        if own.pop("model", None) is not None:
+            raise TypeError("model in a parameter group: it is for a whole optimizer; pass model=model to SlimAdam")
+        return own
+
+    def names(self, group: Mapping[str, Any], group_index: int) -> list[str]:
+        """A name for each parameter of a group: as given, else from the model, else its position.
+
+        A name that another parameter has already gets the position in front.
+        """
+        params: Sequence[Tensor] = group["params"]
+        names = []
+        for index, param in enumerate(params):
+            given = self._given_name(group, index)
+            name = given or position_name(group_index, index)
+            if self._owner.setdefault(name, param) is not param:
+                name = f"{position_name(group_index, index)}.{given}"
+            names.append(name)
+        return names
+
+    def rules(self, group: Mapping[str, Any], names: Sequence[str], plan: object = _DEFAULT) -> list[list[Rule]]:
+        """The rules of each parameter of a group: one, or one for each of its parts.
+
+        Args:
+            group: The parameter group.
+            names: A name for each of its parameters.
+            plan: The group's own plan, if it has one.
+
+        Raises:
+            PlanError: The plan does not fit.
+            RuntimeError: Another library has laid parameters end to end.
+        """
+        resolved = self.plan if plan is _DEFAULT else read_plan(plan)
+        if isinstance(resolved, AutoPlan) and plan is not _DEFAULT:
+            raise PlanError(
+                f"plan={plan!r} in a parameter group: 'auto' is for a whole optimizer; pass it to SlimAdam, and give "
+                "the groups that it should leave alone a plan of their own, such as None"
+            )
+        if resolved is not None and not isinstance(resolved, CompressionPlan):
+            self._look_for_owners(group["params"])
+        else:
+            self.forget_owners()
+            if self._arguments["model"] is None:
+                self._told_apart = self._tell_apart(group, names)
+        found = []
+        for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
+            self._all_names[name] = self._known.all_names(param)
+            if resolved is not None:
+                refuse_flat(name, param)
+            rules = self._rules_of(resolved, name, param, self._given_name(group, index))
+            if param.numel() == 0 and any(rule.form != "full" for rule in rules):
+                rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason=NO_ELEMENTS)]
+            rules = _readable_rules(name, param, group, rules, resolved)
+            for rule in rules:
+                refuse_factored_amsgrad(name, rule, group)
+            found.append(rules)
+        if resolved == "rules" and self._by_role is not None:
+            self._by_role.update(zip(names, found, strict=True))
+        if isinstance(resolved, CompressionPlan):
+            _tell_uncovered(names, found)
+        return found
+
+    def all_names(self, name: str) -> list[str]:
+        """Every name that the module has for the parameter of that name; none where it is not known."""
+        return self._all_names.get(name, [])
+
+    def of_model(self, param: Tensor) -> str | None:
+        """Return the name that the optimizer's model has for a parameter; None where it has none, or is not known."""
+        return self._named.name(param)
+
+    def note(self, name: str, param: Tensor | None) -> None:
+        """Take note that a parameter has a name, or that none has it any more."""
+        if param is None:
+            self._owner.pop(name, None)
+        else:
+            self._owner[name] = param
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Take note of other names of all parameters.
+
+        Args:
+            names: The names of now by those of before.
+        """
+        self._owner = WeakValueDictionary({names[name]: param for name, param in self._owner.items() if name in names})
+        self._all_names = {names[name]: known for name, known in self._all_names.items() if name in names}
+        if self._by_role is not None:
+            self._by_role = {names[name]: rules for name, rules in self._by_role.items() if name in names}
+
+    def read_model_again(self) -> None:
+        """Read names and layers of the model anew: shapes have become known."""
+        model = self._arguments["model"]
+        if isinstance(model, nn.Module):
+            self._named = self._known = NamedParameters([model], self._declared)
+            self._matched |= self._named.matched
+
+    def note_without_shape(self, name: str, plan: object = _DEFAULT) -> None:
+        """Take note that entries of a plan are for a parameter whose shape is not known yet."""
+        resolved = self.plan if plan is _DEFAULT else read_plan(plan)
+        if isinstance(resolved, CompressionPlan):
+            self._note_use(resolved, resolved.keys_of(name))
+
+    def _look_for_owners(self, params: Sequence[Tensor]) -> None:
+        if not all(self._known.owned(param) for param in params):
+            modules = owning_modules(params)
+            self._known = read_modules(modules, self._declared) if modules else self._named
+            self._matched |= self._known.matched
+
+    def forget_owners(self) -> None:
+        """Let go of the modules that :meth:`rules` has found, which keep other parameters alive."""
+        self._known = self._named
+        self._told_apart = None
+
+    def snapshot(self) -> tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]:
+        """What :meth:`names` and :meth:`rules` have taken note of, for :meth:`restore`."""
+        return dict(self._owner), [(plan, set(keys)) for plan, keys in self._used]
+
+    def restore(self, snapshot: tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]) -> None:
+        """Forget what was noted since the snapshot."""
+        self._owner, self._used = WeakValueDictionary(snapshot[0]), snapshot[1]
+        self.forget_owners()
+
+    def resume(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over parameters that an earlier resolver has named and found rules for."""
+        self._owner = WeakValueDictionary(named)
+        if isinstance(self.plan, CompressionPlan):
+            self._used = [(self.plan, set(self.plan))]
+
+    def check_all_used(self) -> None:
+        """Refuse a plan with an entry that matches no parameter of the optimizer, or of the model if known.
+
+        Where the paper's rules leave much in full, one warning says so.
+
+        Raises:
+            PlanError: Names the entry and the closest parameter.
+        """
+        unmatched = {pattern: parts for pattern, parts in self._declared.items() if pattern not in self._matched}
+        refuse_unmatched(unmatched, self._owner)
+        for plan, used in self._used:
+            others = (key for key in plan if key not in used)
+            unused = [key for key in others if canonical_name(owner_of(key, plan[key].part)) not in self._model_names]
+            if unused and all(map(is_position, plan)):
+                raise PlanError(
+                    f"the plan goes by positions such as {unused[0]!r}, since it was made by an optimizer without "
+                    "names, and the parameters of this one are others or have names; make it again with "
+                    "model.named_parameters() or model=model"
+                )
+            if unused:
+                known = sorted({key for _, keys in self._used for key in keys} | self._model_names)
+                hint = did_you_mean(unused[0], known)
+                raise PlanError(
+                    f"the plan's entry {unused[0]!r} matches no parameter of the optimizer "
+                    f"({len(unused)} of {len(plan)} entries do not). {hint + ' ' if hint else ''}Calibrate this "
+                    "model, or pass model=model if this optimizer holds only part of it"
+                )
+
+        if self._by_role is not None:
+            held = {name: rules for name, rules in self._by_role.items() if name in self._owner}
+            self._by_role = None if _tell_without_rule(held, bool(self._model_names)) else held
+
+    def _given_name(self, group: Mapping[str, Any], index: int) -> str | None:
+        if "param_names" in group:
+            return canonical_name(group["param_names"][index])
+        return self._named.name(group["params"][index])
+
+    def _rules_of(self, plan: ResolvedPlan, name: str, param: Tensor, given: str | None) -> list[Rule]:
+        shape = tuple(param.shape)
+        found = self._pieces(param, given)
+        if plan is None:
+            return [Rule(shape=shape, role=_whole_role(found), reason="plan=None: as AdamW")]
+        if isinstance(plan, AutoPlan):
+            return [full_rule(piece, MEASURING) for piece in found]
+        if plan == "factored":
+            return [factored_rule(piece) for piece in found]
+        if plan == "rules":
+            if given is None and not self._known.owned(param):
+                raise PlanError(_unnamed("plan='rules' goes by layer role"))
+            return [paper_rule(piece) for piece in found]
+        keys = self._keys(plan, name, param, given)
+        self._note_use(plan, keys)
+        if not keys:
+            return [Rule(shape=shape, role=_whole_role(found), reason=NOT_IN_THE_PLAN)]
+        return fit_rules(name, [plan[key] for key in keys], shape)
+
+    def _keys(self, plan: CompressionPlan, name: str, param: Tensor, given: str | None) -> list[str]:
+        told_apart = self._told_apart
+        if told_apart is not None and given in told_apart.shared and (told := told_apart.name(param, given)):
+            return plan.keys_of(told)
+        known_as = [name, *([given] if given else []), *self._named.all_names(param)]
+        keys = next((found for found in map(plan.keys_of, known_as) if found), [])
+        if keys:
+            return keys
+        told = None if told_apart is None else told_apart.name(param, given)
+        if told is None and given is None:
+            raise PlanError(_unnamed("the plan goes by parameter names"))
+        return [] if told is None else plan.keys_of(told)
+
+    def _tell_apart(self, group: Mapping[str, Any], names: Sequence[str]) -> ToldApart:
+        given = [self._given_name(group, index) for index in range(len(names))]
+        shared = {one for one, name in zip(given, names, strict=True) if one is not None and one != name}
+        return ToldApart([*self._owner.values(), *group["params"]], shared)
+
+    def _pieces(self, param: Tensor, given: str | None) -> list[Piece]:
+        declared = None if given is None else declared_parts(self._declared, [given])
+        if given is None or (self._known.owned(param) and declared is None):
+            return self._known.pieces(param)
+        role = self._known.role(param) or _role_by_name(given, param.dim())
+        return pieces(given, tuple(param.shape), role, declared)
+
+    def _note_use(self, plan: CompressionPlan, keys: Sequence[str]) -> None:
+        used = next((keys for known, keys in self._used if known is plan), None)
+        if used is None:
+            used = set()
+            self._used.append((plan, used))
+        used.update(keys)
+
+
+def refuse_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
+    """Refuse amsgrad where a second moment is factored.
+
+    Raises:
+        PlanError: The two are combined.
+    """
+    if group["amsgrad"] and rule.form == "factored":
+        raise PlanError(
+            f"{name!r}: amsgrad=True has no factored form, since the maximum of a product is not the "
+            "product of maxima; set amsgrad=False or give the parameter form 'mean' or 'full'"
+        )
+
+
+def _role_by_name(name: str, ndim: int) -> ParameterRole:
+    """A role guessed from a name, with the layout that Linear and Embedding use."""
+    role = role_from_name(name, ndim)
+    return ParameterRole(role, (1,), (0,)) if ndim == 2 else ParameterRole(role if ndim < 2 else UNKNOWN)
+
+
+def _whole_role(pieces: Sequence[Piece]) -> str:
+    return pieces[0].role.role if len(pieces) == 1 else ""
+
+
+def _readable_rules(
+    name: str, param: Tensor, group: Mapping[str, Any], rules: list[Rule], plan: ResolvedPlan
+) -> list[Rule]:
+    """The rules, or one for the whole parameter where it cannot be stored in parts that nobody asked for.
+
+    Raises:
+        PlanError: The plan asks for parts.
+    """
+    if rules[0].part is None or not (param.is_complex() or group["differentiable"]):
+        return rules
+    why = f"a {param.dtype} parameter" if param.is_complex() else "a group with differentiable=True"
+    if isinstance(plan, CompressionPlan):
+        raise PlanError(f"{name!r}: {why} cannot be stored in parts; give the parameter one rule in the plan")
+    whole = Piece(tuple(param.shape), ParameterRole(""))
+    logger.warning("%r counts as one matrix: %s cannot be stored in parts", name, why)
+    if isinstance(plan, AutoPlan):
+        return [full_rule(whole, MEASURING)]
+    return [factored_rule(whole) if plan == "factored" else paper_rule(whole)]
+
+
+def _unnamed(why: str) -> str:
+    return (
+        f"{why}, but these parameters have none: pass model=model, or params=model.named_parameters(), also those of "
+        "several modules, one after the other or in groups"
+    )
+
+
+def _tell_uncovered(names: Sequence[str], found: Sequence[Sequence[Rule]]) -> None:
+    missing = [
+        name
+        for name, (rule, *_) in zip(names, found, strict=True)
+        if rule.reason == NOT_IN_THE_PLAN and rule.shape is not None and len(rule.shape) > 1
+    ]
+    if missing:
+        logger.warning(
+            "the plan has no entry for %d parameters with two or more dimensions (%s, ...): "
+            "their second moments stay in full",
+            len(missing),
+            missing[0],
+        )
+
+
+def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]], knows_model: bool) -> bool:
+    """Warn if the paper's rules leave weights in full that are more than a small share of all elements."""
+    sized = [(name, rule, math.prod(rule.shape or ())) for name, rules in by_name.items() for rule in rules]
+    left = [
+        (key_of(name, rule.part), rule.role, elements)
+        for name, rule, elements in sized
+        if rule.reason.startswith(NO_RULE) and len(rule.shape or ()) > 1 and rule.role not in (NORM, BIAS)
+    ]
+    share = sum(elements for *_, elements in left) / max(1, sum(elements for *_, elements in sized))
+    if share <= LARGEST_SHARE_WITHOUT_RULE:
+        return False
+    unknown = [key for key, role, _ in left if role == UNKNOWN]
+    others = [key for key, role, _ in left if role != UNKNOWN]
+    reasons = [f"the paper has no rule for {_weights(others)}"] if others else []
+    if unknown:
+        tells = "neither name nor model tells" if knows_model else "without model=model nothing tells"
+        reasons.append(f"{tells} what these are: {_weights(unknown)}")
+    logger.warning(
+        "plan='rules' leaves the second moments of these weights in full, %.0f%% of all elements: %s; plan='auto' "
+        "measures them, plan='factored' averages their rows and columns, a plan of yours may do either",
+        100 * share,
+        "; ".join(reasons),
+    )
+    return True
+
+
+def _weights(keys: Sequence[str]) -> str:
+    shown_keys = ", ".join(keys[:NAMES_IN_WARNING]) + (", ..." if len(keys) > NAMES_IN_WARNING else "")
+    return f"{len(keys)} {'weight' if len(keys) == 1 else 'weights'} ({shown_keys})"

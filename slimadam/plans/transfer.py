@@ -1,0 +1,139 @@
+"""Carrying a plan to another model of the same family: by layer role, averaged over depth (arXiv 2503.01843)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from torch import nn
+
+from slimadam.layers.fused_weights import pieces_of_target
+from slimadam.layers.name_patterns import MATRIX_ROLES
+from slimadam.layers.roles import UNKNOWN, canonical_name, names_of, role_from_name
+from slimadam.layers.splits import Part, Parts, Piece, key_of
+from slimadam.measurement.snr import FACTORED, average_snr
+from slimadam.plans.selection import Forms, asked_for, choose_by_cutoff, keep_full
+from slimadam.state.rule import Rule, full_rule
+from slimadam.utils.errors import PlanError
+
+NO_COUNTERPART: Final = "the plan has no "
+
+Kind = tuple[str, int]
+
+
+def rules_for_model(
+    rules: Mapping[str, Rule], cutoff: float | None, model: nn.Module, parts: Mapping[str, Parts] | None
+) -> dict[str, Rule]:
+    """A rule for each logical matrix of a model, from rules that were chosen for another.
+
+    Layers of the same role and number of dimensions count as one kind; those of unknown role by their name without
+    layer numbers. With a cutoff, the SNR of each candidate is averaged over the layers of a kind and decides anew;
+    without one (chosen by budget, or not measured) the most common rule of the kind holds. What was kept in full, or
+    returned to it, because somebody asked for it stays so under the same name.
+
+    Args:
+        rules: The rules to carry over, by key.
+        cutoff: SNR cutoff that they were chosen with, if any.
+        model: The model to carry them to.
+        parts: What its parameters are made of, where the model does not say.
+
+    Raises:
+        PlanError: Nothing carries over, or a pattern of ``parts`` matches nothing.
+    """
+    found = pieces_of_target(model, parts)
+    kinds: dict[Kind, list[Rule]] = {}
+    kept: dict[str, Rule] = {}
+    for key, rule in rules.items():
+        kinds.setdefault(_kind(key, rule.role, _ndim(key, rule), rule.part), []).append(rule)
+        if asked_for(rule):
+            kept[canonical_name(key)] = rule
+    all_names, parameters = names_of(model), dict(model.named_parameters())
+    carried = {}
+    for name, pieces in found.items():
+        names = all_names[parameters[name]]
+        for piece in pieces:
+            keys = [key for key in (key_of(one, piece.part) for one in names) if key in kept]
+            rule = full_rule(piece, kept[keys[0]].reason) if keys else _carried(names, piece, kinds, cutoff)
+            carried[key_of(name, piece.part)] = rule
+    matrices = [rule for rule in carried.values() if len(rule.shape or ()) > 1]
+    if matrices and all(rule.reason.startswith(NO_COUNTERPART) for rule in matrices):
+        raise PlanError(
+            f"the plan has no kind of layer in common with {type(model).__name__}; calibrate a model of its family"
+        )
+    return carried
+
+
+def _ndim(key: str, rule: Rule) -> int:
+    """Number of dimensions; rules that fit any shape are taken to be for matrices."""
+    return len(rule.shape) if rule.shape is not None else max([2, *(dim + 1 for dim in rule.dims)])
+
+
+def _kind(key: str, role: str, ndim: int, part: Part | None) -> Kind:
+    role = role or role_from_name(key, ndim)
+    says_nothing = role == UNKNOWN if part is None else role not in MATRIX_ROLES  # a label may be any word
+    return (re.sub(r"(?<![^.])\d+(?![^.])", "*", canonical_name(key)) if says_nothing else role), ndim
+
+
+def _kinds_of(names: Sequence[str], piece: Piece) -> list[Kind]:
+    """What kind a piece of a parameter may count as, the best first: for a tied one, by each of its names."""
+    ndim, keys = len(piece.shape), [key_of(name, piece.part) for name in names]
+    found = [_kind(keys[0], piece.role.role, ndim, piece.part)]
+    if piece.part is None:
+        return found + [_kind(key, "", ndim, None) for key in keys[1:]]
+    found += [_kind(key, piece.role.role, ndim, piece.part) for key in keys[1:]]
+    if piece.part.view == piece.part.of:
+        found += [_kind(name, "", ndim, None) for name in names]  # rules for the weight as a whole
+    return found
+
+
+def _carried(names: Sequence[str], piece: Piece, kinds: Mapping[Kind, Sequence[Rule]], cutoff: float | None) -> Rule:
+    possible = _kinds_of(names, piece)
+    kind = next((kind for kind in possible if kind in kinds), possible[0])
+    empty = full_rule(piece, f"{NO_COUNTERPART}{kind[0].replace('_', ' ')}")
+    found = [_in_layout_of(piece, rule) for rule in kinds.get(kind, [])]
+    kept = keep_full(empty, None)
+    if kept is not None or not found:
+        return kept or empty
+    matrices = "matrix" if len(found) == 1 else "matrices"
+    origin = f"carried over from {len(found)} {matrices} ({kind[0].replace('_', ' ')})"
+    kept_count = sum(map(asked_for, found))
+    if kept_count:
+        origin += f" ({kept_count} of {len(found)} were kept in full as asked)"
+    if all(rule.form == "full" for rule in found):
+        return replace(empty, snr=average_snr(rule.snr for rule in found), reason=f"{origin}, all in full")
+    if cutoff is None or not any(rule.snr for rule in found):
+        return _most_common(empty, found, origin)
+    forms: Forms = "best" if any(rule.form == FACTORED for rules in kinds.values() for rule in rules) else "mean"
+    chosen = choose_by_cutoff({"": replace(empty, snr=average_snr(rule.snr for rule in found))}, cutoff, forms)[""]
+    return replace(chosen, reason=f"{origin}: {chosen.reason}")
+
+
+def _in_layout_of(piece: Piece, rule: Rule) -> Rule:
+    """The rule for a matrix that is stored the other way round, where both ways are known."""
+    if not rule.fan_in or not piece.role.fan_in or rule.fan_in == piece.role.fan_in or rule.shape is None:
+        return rule
+    dims = range(rule.batch_dims, len(rule.shape))
+    before = [*rule.fan_in, *(dim for dim in dims if dim not in rule.fan_in)]
+    after = [*piece.role.fan_in, *(dim for dim in dims if dim not in piece.role.fan_in)]
+    if len(rule.fan_in) != len(piece.role.fan_in) or sorted(before) != sorted(after):
+        return rule
+    moved = dict(zip(before, after, strict=True))
+
+    def move(candidate: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(moved.get(dim, dim) for dim in candidate))
+
+    snr = {key if key == FACTORED else move(key): value for key, value in rule.snr.items()}
+    return replace(rule, dims=move(rule.dims), snr=snr)
+
+
+def _most_common(empty: Rule, found: Sequence[Rule], origin: str) -> Rule:
+    ((form, dims), count), *_ = Counter((rule.form, rule.dims) for rule in found).most_common()
+    rule = replace(empty, form=form, dims=dims, reason=f"{origin}: the rule of {count} of them")
+    shape = empty.shape or ()
+    if rule.stored_elements(shape) >= math.prod(shape):
+        return replace(empty, reason=f"{origin}, whose rule saves nothing here")
+    return rule

@@ -1,0 +1,1 @@
+"""Rules and the tensors that they prescribe."""

@@ -1,0 +1,246 @@
+"""The state: its format in memory and in state dicts, and what stored second moments stand for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from slimadam.kernels.reference import stand_in
+from slimadam.state.rule import Rule
+from slimadam.utils.errors import shown
+
+KEY: Final = "slimadam"
+FORMAT_VERSION: Final = 3
+"""1: second moments of several tensors were saved as lists; 2: as dicts by number. Both are still read."""
+SECOND_MOMENTS: Final = ("exp_avg_sq", "max_exp_avg_sq")
+FIRST_MOMENTS: Final = ("exp_avg", "exp_avg_codes", "exp_avg_scale")
+
+
+def step_dtype() -> torch.dtype:
+    """The precision torch counts steps in."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def is_of_no_step(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state was made by a step of zero, which counts none."""
+    return "step" in state and not state["step"] > 0
+
+
+def is_made(state: Mapping[str, Any]) -> bool:
+    """Whether there is a parameter's state, and not only what a user has put there before the first step."""
+    return "step" in state
+
+
+def keys_of(rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[str]:
+    """Return the keys in a parameter's state of the tensors that its second moment is stored in.
+
+    One ``exp_avg_sq`` in full or averaged, ``exp_avg_sq_row`` and ``exp_avg_sq_col`` if factored; each part of a fused
+    weight has its own, such as ``exp_avg_sq[query]``.
+
+    Args:
+        rules: The parameter's rule, or one for each of its parts.
+        kind: One of :data:`SECOND_MOMENTS`.
+    """
+    found = []
+    for rule in rules:
+        part = "" if rule.part is None else f"[{rule.part.label}]"
+        found += [f"{kind}{form}{part}" for form in (("_row", "_col") if rule.form == "factored" else ("",))]
+    return found
+
+
+def moments_of(state: Mapping[str, Any], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[Tensor]:
+    """Return the tensors that a parameter's second moment is stored in; none where the state lacks one."""
+    keys = keys_of(rules, kind)
+    return [state[key] for key in keys] if all(key in state for key in keys) else []
+
+
+def by_key(moments: Sequence[Tensor], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> dict[str, Tensor]:
+    """Return the entries of a state that hold a second moment; the opposite of :func:`moments_of`."""
+    return dict(zip(keys_of(rules, kind), moments, strict=True))
+
+
+def exchange(
+    state: MutableMapping[str, Any], before: Sequence[Rule], after: Sequence[Rule], moments: Sequence[Tensor], kind: str
+) -> None:
+    """Replace a second moment in a state by one that is stored by other rules."""
+    for key in keys_of(before, kind):
+        del state[key]
+    state.update(by_key(moments, after, kind))
+
+
+def first_moment(state: Mapping[str, Any]) -> Tensor:
+    """Return what a first moment is stored in: itself, or its codes."""
+    stored: Tensor = state["exp_avg_codes"] if "exp_avg_codes" in state else state["exp_avg"]
+    return stored
+
+
+def saved_moments(saved: Mapping[str, Any], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[Tensor]:
+    """Return the tensors of a saved second moment, in whatever format and under whatever rules it was saved.
+
+    Args:
+        saved: A parameter's entry in a state dict.
+        rules: The rules whose order and keys are looked for first.
+        kind: One of :data:`SECOND_MOMENTS`.
+    """
+    keys = keys_of(rules, kind)
+    if all(isinstance(saved.get(key), Tensor) for key in keys):
+        return [saved[key] for key in keys]
+    whole = saved.get(kind)
+    if isinstance(whole, Tensor):
+        return [whole]
+    if isinstance(whole, Mapping):
+        return [whole[str(index)] for index in range(len(whole))]
+    if isinstance(whole, (list, tuple)):
+        return list(whole)
+    return [value for key, value in saved.items() if is_key_of(key, kind)]
+
+
+def is_own(key: object) -> bool:
+    """Return whether an entry of a state is the optimizer's, and not one that a user has put beside it."""
+    return key == "step" or key in FIRST_MOMENTS or any(is_key_of(key, kind) for kind in SECOND_MOMENTS)
+
+
+def written(param: Tensor, state: Mapping[str, Any], amsgrad: bool) -> list[Tensor]:
+    """Return a parameter and the tensors of its state that a step changes: not those that a user has put there."""
+    own = (key for key in state if is_own(key) and (amsgrad or not is_key_of(key, "max_exp_avg_sq")))
+    return [param, *(state[key] for key in own)]
+
+
+def is_key_of(key: object, kind: str) -> bool:
+    """Return whether an entry of a state holds a second moment, or some of it."""
+    return isinstance(key, str) and re.fullmatch(rf"{kind}(_row|_col)?(\[.*\])?", key) is not None
+
+
+def check_is_mapping(state_dict: object) -> None:
+    """Refuse what is no dict.
+
+    Raises:
+        TypeError: Says what it should be.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict={shown(state_dict)} must be what an optimizer's state_dict() returned")
+
+
+def check_layout(state_dict: Mapping[str, Any]) -> None:
+    """Refuse what is no optimizer state dict, or one that a later release wrote.
+
+    Raises:
+        ValueError: Names what is missing or wrong.
+    """
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"the state dict's {key!r} is {type(state_dict.get(key)).__name__}; pass an optimizer's")
+    if not isinstance(state_dict.get(KEY, {}), Mapping):
+        raise ValueError(f"the state dict's {KEY!r} is {state_dict[KEY]!r}; pass what SlimAdam.state_dict() returned")
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(
+                f"the state dict's param_groups[{index}]={shown(group)} is no dict with a list of 'params'; pass an "
+                "optimizer's"
+            )
+    own = state_dict.get(KEY)
+    if own and not isinstance(own.get("plan"), Mapping):
+        raise ValueError(
+            f"the state dict's {KEY!r} has plan={shown(own.get('plan'))}; pass what SlimAdam.state_dict() returned, or "
+            f"remove {KEY!r} to load it as that of AdamW"
+        )
+    for saved_id, saved in state_dict["state"].items():
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"the state dict's state of parameter {saved_id!r} is {type(saved).__name__}, not a dict")
+    check_version(state_dict)
+
+
+def check_tensors(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
+    """Refuse saved state that would fail only in the next step.
+
+    Raises:
+        ValueError: Names the parameter and the entry.
+    """
+    step = saved["step"]
+    is_one = isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta)
+    if not is_one or not 0 <= step < 2**53:
+        raise ValueError(f"{name!r}: the state dict's step is {shown(step)}; it must be one number >= 0")
+    for key, value in saved.items():
+        if key in FIRST_MOMENTS or any(is_key_of(key, kind) for kind in SECOND_MOMENTS):
+            _check_tensor_entry(name, key, value, param)
+
+
+def _check_tensor_entry(name: str, key: str, value: Any, param: Tensor) -> None:
+    if key in SECOND_MOMENTS and isinstance(value, Mapping):
+        if set(value) != {str(index) for index in range(len(value))}:
+            raise ValueError(f"{name!r}: the state dict's {key} has the keys {list(value)}, not '0', '1', ...")
+        value = list(value.values())
+    for tensor in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"{name!r}: the state dict's {key} holds {type(tensor).__name__}, not a dense tensor")
+        if tensor.is_meta and not param.is_meta:
+            raise ValueError(f"{name!r}: the state dict's {key} has no values (device='meta'); pass it as it was saved")
+        codes = key in ("exp_avg_codes", "exp_avg_scale") or (key == "exp_avg" and tensor.dtype == torch.int8)
+        if not codes and tensor.is_complex() != param.is_complex():
+            raise ValueError(f"{name!r}: the state dict's {key} is {tensor.dtype}, the parameter {param.dtype}")
+    if not isinstance(value, Tensor) and key not in SECOND_MOMENTS:
+        raise ValueError(f"{name!r}: the state dict's {key} holds {type(value).__name__}, not a dense tensor")
+
+
+def check_version(state_dict: Mapping[str, Any]) -> None:
+    """Refuse state that a later release wrote.
+
+    Raises:
+        ValueError: Names the version found and the one that is read.
+    """
+    version = state_dict.get(KEY, {}).get("format_version", FORMAT_VERSION)
+    known = isinstance(version, int) and not isinstance(version, bool) and 1 <= version <= FORMAT_VERSION
+    if not known:
+        raise ValueError(
+            f"the state dict has format version {shown(version)}; this release reads 1 to "
+            f"{FORMAT_VERSION}: update slimadam"
+        )
+
+
+def by_rule(rules: Sequence[Rule], moments: Sequence[Tensor], ndim: int) -> list[tuple[Rule, Sequence[Tensor]]]:
+    """The stored tensors of a parameter, rule by rule."""
+    found, start = [], 0
+    for rule in rules:
+        end = start + len(rule.averaged_dims(ndim))
+        found.append((rule, moments[start:end]))
+        start = end
+    return found
+
+
+def state_shapes(rules: Sequence[Rule], shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Shapes of all tensors that a second moment is stored in, for a parameter of the given shape."""
+    return tuple(kept for rule in rules for kept in rule.state_shapes(shape if rule.part is None else rule.part.shape))
+
+
+def average(full: Tensor, rules: Sequence[Rule]) -> list[Tensor]:
+    """A full second moment averaged to what the rules of a parameter store.
+
+    Args:
+        full: Second moment of the parameter's shape; complex ones average real and imaginary parts apart.
+        rules: The parameter's rule, or one for each of its parts.
+    """
+    stored = []
+    for rule in rules:
+        piece = rule.take(full)
+        stored += [
+            piece.mean(dims, keepdim=True) if dims else piece.clone() for dims in rule.averaged_dims(piece.dim())
+        ]
+    return stored
+
+
+def expand(moments: Sequence[Tensor], rules: Sequence[Rule], shape: tuple[int, ...]) -> Tensor:
+    """The full second moment, of the parameter's shape, that stored tensors stand for."""
+    whole = torch.empty(shape, dtype=moments[0].dtype, device=moments[0].device)
+    for rule, stored in by_rule(rules, moments, len(shape)):
+        piece = rule.take(whole)
+        dims = rule.averaged_dims(piece.dim())
+        if whole.is_complex():
+            real = stand_in([torch.view_as_real(part) for part in stored], dims)
+            piece.copy_(torch.view_as_complex(real.contiguous()))
+        else:
+            piece.copy_(stand_in(stored, dims))
+    return whole

@@ -1,0 +1,1 @@
+"""Errors, files, formatting and the private interfaces of torch."""

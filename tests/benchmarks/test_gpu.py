@@ -1,0 +1,451 @@
+"""The GPU run on a CPU with tiny sizes, and that what it relies on can tell right from wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu.checks import CHECKS, NotOnThisDeviceError
+from benchmarks.gpu.page import page
+from benchmarks.gpu.stages import RULES, STAGES, NotApplicable, Settings, Stage, missing_rows, speed_bars
+from benchmarks.gpu.training import GPT2, TrainingSettings
+from benchmarks.harness import comparison, machine, stopwatch
+from benchmarks.harness.contenders import Contender, ours, torch_own
+from benchmarks.harness.exactness import WrongStepError
+from benchmarks.harness.formula import Hyperparameters, follow
+from benchmarks.speed import memory, throughput
+from benchmarks.workloads.shapes import gpt2_small, tiny
+from slimadam import Rule, SlimAdam
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = Settings("cpu", quick=True)
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """The models that are timed are too small to share out: on a busy machine threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs Python in a copy of the repository, beside all that is installed here but the package itself."""
+    repository, others = (tmp_path_factory.mktemp(name) for name in ("repository", "others"))
+    for folder in ("benchmarks", "slimadam", "kernels"):
+        left_out = shutil.ignore_patterns("kernels", "results", "__pycache__")
+        shutil.copytree(ROOT / folder, repository / folder, ignore=left_out)
+    folders = [Path(entry) for entry in sys.path if entry.endswith("site-packages")]
+    for installed in {one.name: one for folder in reversed(folders) for one in folder.iterdir()}.values():
+        if "slimadam" not in installed.name.lower():
+            (others / installed.name).symlink_to(installed)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (repository, others)))}
+    environment["OMP_NUM_THREADS"] = "1"  # models are tiny: on a busy machine threads would only wait for each other
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        # Without site, nothing that an editable installation has set up is there.
+        command = [sys.executable, "-S", "-W", "error", *arguments]
+        return subprocess.run(
+            command, cwd=repository, env={**environment, **variables}, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.mark.timeout(600)
+def test_the_repository_alone_is_enough(bare: Run, tmp_path: Path) -> None:
+    ran = bare("-m", "benchmarks.gpu", "--quick", "--device", "cpu", "--out", str(tmp_path))
+    assert (ran.returncode, ran.stdout.splitlines()[-1:]) == (0, ["everything passed"]), ran.stdout + ran.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["machine"]["versions"]["slimadam"] is None, "the package is installed there"
+    stages = results["stages"]
+    assert list(stages) == list(STAGES)
+    for item in stages["throughput"].values():
+        assert (set(item["rows"]), item["left_out"]) == ({"AdamW (fused)", RULES}, {})
+    rows = stages["throughput"]["tiny, float32"]["rows"]
+    assert rows["AdamW (fused)"]["moved_bytes_per_parameter"] == pytest.approx(28, abs=0.01)
+    (item,) = stages["memory"].values()
+    measured = [(row["optimizer"], row["in_backward"]) for row in item["rows"] if row["held"]]
+    ways = ["rules", "rules, bfloat16 momentum", "rules, int8 momentum", "rules, int8 momentum, no monitor"]
+    labels = ["AdamW", *(f"SlimAdam ({way})" for way in ways)]
+    assert (measured, item["left_out"]) == ([(label, late) for label in labels for late in (False, True)], {})
+    losses = {label: item["losses"] for label, item in stages["training"].items()}
+    assert losses["SlimAdam (auto)"][:3] == pytest.approx(losses["AdamW (fused)"][:3], rel=1e-4)
+    page = (tmp_path / "results.md").read_text()
+    assert "Everything passed." in page
+    assert all(f"## {name.capitalize()}" in page for name in STAGES)
+
+
+IDENTITY = """
+import sys
+from benchmarks.speed import launch_settings
+import slimadam
+from slimadam import kernels
+from slimadam.optim.step import dispatch
+from slimadam.kernels.triton import launch
+import slimadam.kernels.triton.launch as imported
+import slimadam.kernels.layout as layout
+
+assert launch_settings.launch is launch is imported is dispatch._triton()
+assert launch is sys.modules[launch_settings.TritonStep.__module__] is kernels.triton.launch
+assert launch_settings.TritonStep is dispatch._triton().TritonStep
+assert slimadam.kernels is kernels is sys.modules["slimadam.kernels"]
+assert slimadam.kernels.reference is sys.modules["slimadam.kernels.reference"]
+assert not [name for name in sys.modules if name.partition(".")[0] == "kernels"]
+print(layout.__file__)
+"""
+
+
+def test_the_repository_alone_has_each_kernel_once(bare: Run) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    ran = bare("-c", IDENTITY)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert Path(ran.stdout.strip()).parent.name == "kernels"
+    assert Path(ran.stdout.strip()).parent.parent.name.startswith("repository")
+
+
+def test_launch_settings_say_that_they_need_a_gpu(
+    bare: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning = _launch_settings()
+    ran = bare("-m", "benchmarks.launch_settings", CUDA_VISIBLE_DEVICES="")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "error: --device cuda: this needs a GPU, and torch" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit):
+        tuning.main(["--device", "cpu"])
+    assert "error: --device cpu: launch settings are measured on a GPU" in capsys.readouterr().err
+
+
+def _launch_settings() -> Any:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return importlib.import_module("benchmarks.speed.launch_settings")
+
+
+def _cuda_row(**figures: float) -> dict[str, Any]:
+    usual = {"milliseconds": 10.0, "ratio": 0.7, "gigabytes_per_second": 3000.0, "share_of_copy_bandwidth": 0.95}
+    usual |= {"state_bytes_per_parameter": 4.0, "peak_bytes_per_parameter": 4.1}
+    return {**usual, "host_milliseconds": 0.5, "launches": 4, **figures}
+
+
+@pytest.mark.parametrize(
+    ("figures", "missed"),
+    [
+        ({}, []),
+        ({"ratio": 0.76}, ["time of AdamW fused: 0.760, bar <= 0.75"]),
+        ({"launches": 7}, ["launches a step: 7, bar <= 6"]),
+        ({"host_milliseconds": 1.5}, ["host milliseconds: 1.500, bar < 1.000, AdamW fused"]),
+        ({"share_of_copy_bandwidth": 0.89}, ["copy bandwidth: 0.890, bar >= 0.9"]),
+    ],
+)
+def test_figures_from_a_gpu_are_held_against_the_bars_and_shown(figures: dict[str, float], missed: list[str]) -> None:
+    rows = {"AdamW (fused)": _cuda_row(ratio=1.0, host_milliseconds=1.0), RULES: _cuda_row(**figures)}
+    item = {"rows": rows, "elements": 1_235_814_400, "left_out": {"optimi AdamW": "not installed"}}
+    items = {"llama-1b, float32": {**item, "bars": speed_bars(rows, "llama-1b", "float32")}}
+    lines = gpu.failures({"throughput": items})
+    assert lines == [f"throughput: llama-1b, float32: {line}" for line in missed]
+    run = {"machine": machine.describe(), "device": "cuda", "quick": False, "seconds": 400, "missed": lines}
+    text = page(run, {"throughput": items, "training": {"SlimAdam (auto)": {"failed": "RuntimeError: broken"}}})
+    assert text.count("- FAIL: ") == len(missed)
+    assert "- left out: optimi AdamW: not installed" in text
+    assert "SlimAdam (auto) FAILED:" in text
+
+
+def test_without_cuda_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert "finds no CUDA device; use --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["throughput", "memory"])
+def test_a_run_without_rows_of_ours_fails(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Contender, "missing", lambda self: None if self.settings is None else "not to be had here")
+    monkeypatch.setattr(gpu, "STAGES", {stage: STAGES[stage]})
+    assert gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    missed = json.loads((tmp_path / "results.json").read_text())["missed"]
+    items = {"throughput": ["tiny, float32", "tiny, bfloat16"], "memory": ["tiny, pure bfloat16"]}[stage]
+    assert {f"{stage}: {item}: {RULES}: not to be had here, bar a row" for item in items} <= set(missed)
+    assert [f"FAIL {line}" for line in missed] == capsys.readouterr().out.splitlines()[-len(missed) :]
+    assert f"- FAIL: {RULES}: not to be had here (bar: a row)" in (tmp_path / "results.md").read_text()
+
+
+def test_ours_that_were_not_even_chosen_are_missed() -> None:
+    other = Contender("SlimAdam (x)", SlimAdam, settings={"plan": "x"})
+    (bar,) = missing_rows(torch_own(), {"AdamW (fused)"}, {})
+    assert (bar["name"], bar["value"], bar["passed"]) == (RULES, "not measured", False)
+    assert missing_rows(torch_own(), {RULES}, {}) == []
+    (bar,) = missing_rows([other], {RULES}, {"SlimAdam (x)": "the time budget was used up"})
+    assert (bar["name"], bar["value"]) == ("SlimAdam (x)", "the time budget was used up")
+
+
+def test_launch_settings_that_a_gpu_cannot_take_are_reported_and_what_is_measured_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning, errors = _launch_settings(), importlib.import_module("triton.runtime.errors")
+    most = tuning.SETTINGS["full", 256].lines
+
+    class Step:
+        def __init__(self, entries: Any, hyper: Any) -> None:
+            if entries[0].param.dtype == torch.bfloat16:
+                raise KeyboardInterrupt
+            self.lines = tuning.SETTINGS["full", 256].lines
+
+        def run(self, hyper: Any) -> None:
+            if self.lines > most:
+                raise errors.OutOfResources(1024, 512, "threads")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tuning, "TritonStep", Step)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    figures = json.loads((tmp_path / "launch_settings.json").read_text())
+    del figures["machine"]
+    assert list(figures) == [f"{kind} {columns}, torch.float32" for kind, columns in tuning.SETTINGS]
+    why = "OutOfResources: out of resource: threads, Required: 1024, Hardware limit: 512."
+    printed = capsys.readouterr().out
+    for settings in tuning.candidates("full", 256):
+        label = f"{settings.lines} x 256, {settings.num_warps} warps"
+        value = figures["full 256, torch.float32"][label]
+        assert str(value).startswith(why) if settings.lines > most else value > 0
+        assert (f"\n  cannot be launched: {label}: {why}" in printed) == (settings.lines > most)
+
+
+def test_launch_settings_in_the_table_that_cannot_be_launched_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning = _launch_settings()
+
+    def fails(entries: Any, hyper: Any) -> Any:
+        raise RuntimeError("Triton Error [CUDA]: out of resources")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tuning, "TritonStep", fails)
+    assert tuning.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "full 256, torch.float32: none can be launched; FAIL the present " in capsys.readouterr().out
+    found = json.loads((tmp_path / "launch_settings.json").read_text())["full 256, torch.bfloat16"]
+    assert set(found.values()) == {"RuntimeError: Triton Error [CUDA]: out of resources"}
+
+
+def test_each_launch_setting_is_used_by_the_kernel_and_tile_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning = _launch_settings()
+    seen = []
+
+    class Step(tuning.TritonStep):  # type: ignore[misc,name-defined]
+        def run(self, hyper: Any) -> None:
+            seen.append([(launch.key.kind, launch.key.columns, launch.settings) for launch in self._launches])
+
+    monkeypatch.setattr(tuning, "TritonStep", Step)
+    for kind, columns in tuning.SETTINGS:
+        seen.clear()
+        tuning.measure(kind, columns, torch.float32, "cpu", copies=1, rounds=1)
+        assert seen == 2 * [[(kind, columns, settings)] for settings in tuning.candidates(kind, columns)]
+
+
+def _broken() -> dict[str, Any]:
+    raise ValueError("broken on purpose")
+
+
+def _not_applicable() -> dict[str, Any]:
+    raise NotApplicable("not on this device")
+
+
+def test_what_fails_or_is_late_is_recorded_and_the_rest_kept(tmp_path: Path) -> None:
+    bar = {"name": "speed", "value": 0.9, "limit": "<= 0.75", "passed": False}
+    items = {"wrong": _broken, "absent": _not_applicable, "slow": lambda: {"bars": [bar]}}
+    found = gpu.run_stage("checks", Stage(60, lambda settings, deadline: items), QUICK, tmp_path)
+    assert json.loads((tmp_path / "checks.json").read_text())["items"] == found
+    assert found["absent"]["not_applicable"] == "not on this device"
+    assert gpu.failures({"checks": found}) == [
+        "checks: wrong: ValueError: broken on purpose",
+        "checks: slow: speed: 0.900, bar <= 0.75",
+    ]
+    late = gpu.run_stage("checks", Stage(-1, lambda settings, deadline: items), QUICK, tmp_path)
+    assert len(gpu.failures({"checks": late})) == 3
+
+
+def test_a_stage_in_its_own_process_is_read_back_and_ended_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = gpu.run_isolated("training", STAGES["training"], QUICK, tmp_path)
+    assert [item["settings"]["steps"] for item in found.values()] == [12, 12, 12]
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.0)
+    ended = gpu.run_isolated("training", Stage(0.1, STAGES["training"].items), QUICK, tmp_path)
+    assert ended == {"training": {"failed": "the stage wrote nothing; its process was ended after 0 s"}}
+
+
+@pytest.mark.parametrize("name", sorted(CHECKS.keys() - {"whole_models", "grad_scaler", "as_adamw"}))
+def test_checks_pass_on_a_cpu(name: str) -> None:
+    try:
+        report = CHECKS[name]("cpu")
+    except (NotOnThisDeviceError, NotImplementedError) as reason:
+        pytest.skip(str(reason))
+    assert 0 < report.worst <= 1
+
+
+WRONG = {"betas": (0.8, 0.96), "weight_decay": 0.11, "eps": 2e-3, "lr": 3.002e-3, "maximize": True}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_step_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = SlimAdam.__init__
+
+    def wrong(self: SlimAdam, *args: Any, **options: Any) -> None:
+        right(self, *args, **{**options, name: WRONG[name]})
+
+    monkeypatch.setattr(SlimAdam, "__init__", wrong)
+    with pytest.raises(WrongStepError, match="times what rounding explains"):
+        CHECKS["forms"]("cpu")
+
+
+def test_int8_first_moments_round_to_the_nearest_code_or_down_without_gradient() -> None:
+    # With beta1 = 0.5 the second step's first moment is half of what was stored plus half of the gradient, here 0.
+    hyper = Hyperparameters(lr=1.0, betas=(0.5, 0.0), eps=1.0, weight_decay=0.0)
+    grads = [torch.tensor([2.0, 0.3, 0.0]), torch.zeros(3)]
+    exact = [1.0, 0.15, 0.0]
+    # Codes of 1, 0.15 and 0 with scale 1: 127, round(127 sqrt(0.15)) = 49, 0.
+    stored = [1.0, (49 / 127) ** 2, 0.0]
+    first = [-2 * moment / (grad + 1) for moment, grad in zip(exact, [2.0, 0.3, 0.0], strict=True)]
+    expected = [update - moment * 0.5 / 0.75 for update, moment in zip(first, stored, strict=True)]
+    followed = follow(torch.zeros(3), grads, [Rule()], hyper, "int8").param
+    torch.testing.assert_close(followed, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
+    # Without gradient codes are rounded down: 127 sqrt(1/2) = 89.8 becomes 89 relative to a scale of 1.
+    decaying = [torch.tensor([2.0, 2.0]), torch.tensor([1.0, 0.0]), torch.zeros(2)]
+    followed = follow(torch.zeros(2), decaying, [Rule()], hyper, "int8").param[1]
+    updates = [2.0 / 3.0, 0.5 / 0.75, (89 / 127) ** 2 * 0.5 / 0.875]
+    assert followed.item() == pytest.approx(-sum(updates), rel=1e-7)
+
+
+def test_bytes_of_shared_and_nested_tensors_count_once() -> None:
+    weight = torch.zeros(10)
+    nested = {"a": [weight, weight[:5]], "b": (torch.zeros(3, dtype=torch.int8), None), "c": {"d": "text", "e": 1}}
+    assert stopwatch.tensor_bytes(nested) == 43
+
+
+def test_the_trained_model_has_the_shapes_of_gpt2() -> None:
+    with torch.device("meta"):
+        model = GPT2(TrainingSettings())
+    assert {name: tuple(param.shape) for name, param in model.named_parameters()} == gpt2_small()
+
+
+def test_throughput_lists_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "tiny", "--rounds", "1", "--only", "AdamW (default)", "SlimAdam (rules)", "*Flash*"]
+    assert throughput.main([*arguments, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: FlashOptim FlashAdamW: " in printed
+    figures = json.loads((tmp_path / "throughput_tiny_cpu_float32.json").read_text())
+    assert set(figures["ratios"]) == {"AdamW (default)", "AdamW (fused)", "SlimAdam (rules)"}
+    assert figures["ratios"]["AdamW (default)"] == 1
+    assert (tmp_path / "throughput_tiny_cpu_float32.png").stat().st_size > 0
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize(("room_for", "sets", "left_out"), [(9, 1, 0), (1, 3, 0), (0, 3, 3)])
+def test_where_memory_is_short_contenders_are_timed_in_several_sets(
+    room_for: int, sets: int, left_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [one for one in torch_own() if not one.compiled]
+    in_set = 0
+    timed = comparison._time
+
+    def fits(*_: Any) -> bool:
+        nonlocal in_set
+        in_set += 1
+        return in_set <= room_for
+
+    def time_and_begin_anew(*arguments: Any) -> None:
+        nonlocal in_set
+        in_set = 0
+        timed(*arguments)
+
+    monkeypatch.setattr(comparison._Bench, "fits", fits)
+    monkeypatch.setattr(comparison, "_time", time_and_begin_anew)
+    found = comparison.compare(tiny(), chosen, rounds=2)
+    assert (found.batches, len(found.left_out)) == (sets, left_out)
+    assert len(found.rows) == len(chosen) - left_out
+    others = [row for label, row in found.rows.items() if label != "AdamW (fused)"]
+    assert all(len(row["laps"]) == len(row["ratios"]) == 2 for row in others)
+    assert all(row["ratio"] == pytest.approx(sum(row["ratios"]) / 2, rel=1e-3) for row in others)
+
+
+class _Scripted(torch.optim.AdamW):
+    """AdamW that sleeps, or dies, in one of its steps."""
+
+    def __init__(self, model: torch.nn.Module, at: int, dies: bool) -> None:
+        super().__init__(model.parameters(), fused=True)
+        self._left, self._dies = at, dies
+
+    def step(self, closure: Any = None) -> Any:
+        self._left -= 1
+        if self._left == 0 and self._dies:
+            raise RuntimeError("died")
+        time.sleep(0.2 if self._left == 0 else 0)
+        return super().step(closure)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("at", [4, 7], ids=["while warming up", "while timed"])
+def test_one_stall_makes_no_contender_slow(at: int) -> None:
+    stalls = Contender("stalls", lambda model: _Scripted(model, at, dies=False))
+    chosen = [*(one for one in torch_own() if one.label == "AdamW (fused)"), stalls]
+    found = comparison.compare(tiny(), chosen, rounds=6)
+    assert len(found.rows["stalls"]["ratios"]) == len(found.rows["AdamW (fused)"]["laps"]) == 6
+    assert max(found.rows["stalls"]["ratios"]) > 4 * found.rows["stalls"]["ratio"] or at == 4
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_what_fails_while_it_is_timed_is_left_out_alone() -> None:
+    dies = Contender("dies", lambda model: _Scripted(model, 5, dies=True))
+    others = [one for one in torch_own() if one.label in ("AdamW (fused)", "AdamW (default)")]
+    found = comparison.compare(tiny(), [dies, *others], rounds=4)
+    assert found.left_out == {"dies": "RuntimeError: died"}
+    assert len(found.rows["AdamW (default)"]["ratios"]) == 4
+
+
+def test_a_wrong_optimizer_gets_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (rules,) = (one for one in ours() if one.label == "SlimAdam (rules)")
+    right = SlimAdam.__init__
+
+    def wrong(self: SlimAdam, *args: Any, **options: Any) -> None:
+        right(self, *args, **{**options, "weight_decay": 0.2})
+
+    monkeypatch.setattr(SlimAdam, "__init__", wrong)
+    assert throughput.main(["--model", "tiny", "--rounds", "1", "--only", rules.label, "--out", str(tmp_path)]) == 1
+    figures = json.loads((tmp_path / "throughput_tiny_cpu_float32.json").read_text())
+    assert list(figures["rows"]) == ["AdamW (fused)"]
+    assert "times what rounding explains" in figures["refused"][rules.label]
+
+
+def test_memory_is_what_shapes_say(tmp_path: Path) -> None:
+    assert memory.main(["--models", "tiny", "--peers", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "memory.json").read_text())["models"]["tiny"]["rows"]
+    by_label = {(row["recipe"], row["optimizer"], row["in_backward"]): row for row in rows}
+    adamw = by_label["float32", "AdamW", False]
+    assert adamw["held"] == adamw["computed"] == pytest.approx(16, abs=0.01)
+    # The table of 384 tokens is the largest of 27,104 parameters: its gradient is what is alive at once.
+    largest = 4 * 384 * 32 / 27104
+    freed = by_label["float32", "AdamW", True]
+    assert freed["peak"] - freed["held"] == pytest.approx(largest)
+    assert freed["held"] == pytest.approx(adamw["held"] - 4)
+    assert by_label["pure bfloat16", "SlimAdam (rules)", False]["held"] < 6.3

@@ -1,0 +1,106 @@
+"""``plan="auto"`` and SNR recorders on sharded parameters measure the whole tensors: the same plan on every rank."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimadam import AutoPlan, SlimAdam, SNRRecorder, every
+from tests.distributed.test_step import full
+from tests.ranks import on_ranks
+from tests.versions import shards
+
+MEASURED, AFTER = 4, 6
+
+
+class Attending(nn.Module):
+    """Query, key and value in one weight, which two ranks cut inside the key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A bias of the key has no gradient but rounding, which Adam makes steps of.
+        self.attention = nn.MultiheadAttention(6, 2, bias=False, batch_first=True)
+        self.out = nn.Linear(6, 13)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 13))
+
+
+def _train(make: Any, forms: str) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    torch.manual_seed(1)
+    alone = make()
+    torch.manual_seed(1)
+    together = make()
+    for layer in (*together.children(), together):
+        fully_shard(layer)
+    warned: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("slimadam").addHandler(handler)
+    settings = AutoPlan(calibration_steps=MEASURED, forms=forms, cutoff=0.01)  # type: ignore[arg-type]
+    optimizers = [SlimAdam(model, lr=1e-2, plan=settings) for model in (alone, together)]
+    recorder = SNRRecorder(optimizers[1], together, every(1))
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(MEASURED + AFTER):
+        batch = torch.randn(12, 3, 6, generator=generator)
+        for model, optimizer, data in (
+            (alone, optimizers[0], batch),
+            (together, optimizers[1], batch.chunk(ranks)[rank]),
+        ):
+            optimizer.zero_grad()
+            model(data).square().mean().backward()
+            optimizer.step()
+        if len(recorder.history.steps) == MEASURED:
+            recorder.detach()
+    pairs = zip(alone.parameters(), together.parameters(), strict=True)
+    return {
+        "worst": max(float((full(one) - full(other)).abs().max()) for one, other in pairs),
+        "plans": [optimizer.plan.to_dict()["parameters"] for optimizer in optimizers],
+        "saved": [optimizer.plan.second_moments_saved for optimizer in optimizers],
+        "warned": warned,
+    }
+
+
+def _train_mlp() -> list[dict[str, Any]]:
+    return [_train(_mlp, forms) for forms in ("mean", "best")]
+
+
+def _train_attending() -> dict[str, Any]:
+    return _train(Attending, "best")
+
+
+def _storage(plan: dict[str, Any]) -> dict[str, Any]:
+    return {name: (rule.get("form"), rule.get("dims")) for name, rule in plan.items()}
+
+
+@shards
+def test_decides_and_trains_as_one_process(tmp_path: Path) -> None:
+    for ranks in (2, 3):
+        (tmp_path / str(ranks)).mkdir()
+        for of_rank in on_ranks(ranks, tmp_path / str(ranks), _train_mlp):
+            for found in of_rank:
+                assert found["worst"] <= 2e-5
+                alone, together = map(_storage, found["plans"])
+                assert alone == together
+                assert found["saved"][0] == found["saved"][1] > 0.5
+                assert not found["warned"]
+
+
+@shards
+def test_parts_that_shards_cut_are_followed_or_said_to_stay_in_full(tmp_path: Path) -> None:
+    for found in on_ranks(2, tmp_path, _train_attending):
+        kept_whole = [message for message in found["warned"] if "keeps the second moment of" in message]
+        followed = _storage(found["plans"][0]) == _storage(found["plans"][1])
+        assert followed != bool(kept_whole)
+        assert not followed or found["worst"] <= 2e-5

@@ -1,0 +1,80 @@
+"""A step by Triton's kernels belongs to the device of its tensors, whichever is the current one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is only installed on Linux")
+
+import slimadam.kernels.triton.launch as triton_update
+from slimadam import CompressionPlan, Rule, SlimAdam
+from slimadam.kernels.triton import kernels
+from slimadam.optim.step import dispatch
+
+RULES = {"full": Rule(), "rows": Rule((1,), "mean"), "columns": Rule((0,), "mean"), "factored": Rule(form="factored")}
+
+
+class Watched:
+    """A kernel that notes the device that is current at each launch."""
+
+    def __init__(self, kernel: Any, current: list[torch.device], launches: list[torch.device | None]) -> None:
+        self._kernel, self._current, self._launches = kernel, current, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._launches.append(self._current[-1] if self._current else None)
+        return self._kernel[grid]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[torch.device | None]:
+    """The device that was made the current one, at each launch, table and copy."""
+    current: list[torch.device] = []
+    found: list[torch.device | None] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def copied(*arguments: Any) -> Any:
+        found.append(current[-1] if current else None)
+        return pinned(*arguments)
+
+    pinned = triton_update._pinned
+    monkeypatch.setattr(triton_update, "_on", on)
+    monkeypatch.setattr(triton_update, "_pinned", copied)
+    for name in ("advance_steps", "sum_squares", "finish_sums", "finish_slices"):
+        monkeypatch.setattr(kernels, name, Watched(getattr(kernels, name), current, found))
+    for kind, kernel in triton_update._KERNELS.items():
+        monkeypatch.setitem(triton_update._KERNELS, kind, Watched(kernel, current, found))
+    monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
+    return found
+
+
+def test_everything_happens_on_the_tensors_device(launches: list[torch.device | None]) -> None:
+    params = {name: torch.randn(6, 5).requires_grad_() for name in RULES}
+    optimizer = SlimAdam(params.items(), plan=CompressionPlan(RULES))
+    for _ in range(3):  # gradients move from step to step, and tables follow
+        kept = [param.grad for param in params.values()]
+        for param in params.values():
+            param.grad = torch.randn_like(param)
+        before = len(launches)
+        optimizer.step()
+        assert len(launches) > before
+        del kept
+    assert set(launches) == {torch.device("cpu")}
+    assert optimizer.backend("factored") == "triton"
+
+
+def test_the_device_is_made_the_current_one() -> None:
+    guard = triton_update._on(torch.device("cuda", 1))
+    assert isinstance(guard, torch.cuda.device)
+    assert guard.idx == 1
+    with triton_update._on(torch.device("cpu")):
+        pass

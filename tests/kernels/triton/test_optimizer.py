@@ -1,0 +1,151 @@
+"""The optimizer on the Triton kernels, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is only installed on Linux")
+
+from slimadam import CompressionPlan, Parts, Rule, SlimAdam
+from slimadam.optim.step import dispatch
+from tests.reference import gradients, slim_adamw_float64
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer takes the kernels on a CPU, where the interpreter runs them."""
+    monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"variance_init": "gradient"}, {"maximize": True}], ids=str)
+def test_the_optimizer_on_triton(options: dict[str, Any]) -> None:
+    shapes = {"a": (7, 5), "b": (7, 5), "c": (5, 7), "d": (9,), "e": (3, 4, 5)}
+    rules: dict[str, Any] = {"a": (1,), "b": (0,), "c": "factored", "d": (), "e": (1, 2)}
+    if "amsgrad" in options:
+        rules["c"] = (0, 1)
+    plan = CompressionPlan(
+        {name: Rule(form="factored") if dims == "factored" else Rule(dims, "mean" if dims else "full")
+         for name, dims in rules.items()}
+    )  # fmt: skip
+    hyper: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, **options}
+    start = {name: torch.randn(shape) for name, shape in shapes.items()}
+    grads = {name: gradients(shape, 5) for name, shape in shapes.items()}
+    params = {name: value.clone().requires_grad_() for name, value in start.items()}
+    optimizer = SlimAdam(list(params.items()), plan=plan, **hyper)
+    assert {optimizer.backend(param) for param in params.values()} == {"triton"}
+    for step in range(5):
+        for name, param in params.items():
+            param.grad = grads[name][step].float()
+        optimizer.step()
+    for name, param in params.items():
+        singles = [grad.float().double().numpy() for grad in grads[name]]
+        expected = slim_adamw_float64(start[name].double().numpy(), singles, rules[name], **hyper)
+        np.testing.assert_allclose(param.detach().double().numpy(), expected, rtol=1e-5, atol=1e-5)
+        assert optimizer.state[param]["step"] == 5
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_what_the_kernels_do_not_take_is_visible_and_right() -> None:
+    """Averages over dimensions that are not adjacent."""
+    shape, dims = (3, 4, 5), (0, 2)
+    param = torch.randn(shape).requires_grad_()
+    start = param.detach().double().numpy().copy()
+    optimizer = SlimAdam([("w", param)], plan=CompressionPlan({"w": Rule(dims, "mean")}), lr=1e-2, weight_decay=0.1)
+    assert optimizer.backend("w") != "triton"
+    grads = gradients(shape, 3)
+    for grad in grads:
+        param.grad = grad.float()
+        optimizer.step()
+    singles = [grad.float().double().numpy() for grad in grads]
+    expected = slim_adamw_float64(start, singles, dims, lr=1e-2, weight_decay=0.1)
+    np.testing.assert_allclose(param.detach().double().numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("momentum_dtype", [None, torch.bfloat16, "int8"], ids=str)
+def test_resumes_to_the_last_bit_and_follows_new_gradients(momentum_dtype: Any) -> None:
+    def build(params: dict[str, Tensor]) -> SlimAdam:
+        return SlimAdam(
+            list(params.items()), plan="factored", momentum_dtype=momentum_dtype, bf16_stochastic_round=True, lr=1e-2
+        )
+
+    def step(params: dict[str, Tensor], optimizer: SlimAdam, index: int) -> None:
+        generator = torch.Generator().manual_seed(index)
+        for param in params.values():
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        optimizer.step()
+
+    shapes = {"a": (16, 48), "b": (300,), "c": (7, 5)}
+    params = {name: torch.randn(shape).to(torch.bfloat16).requires_grad_() for name, shape in shapes.items()}
+    optimizer = build(params)
+    for index in range(3):
+        step(params, optimizer, index)
+    copies = {name: param.detach().clone().requires_grad_() for name, param in params.items()}
+    resumed = build(copies)
+    resumed.load_state_dict(optimizer.state_dict())
+    for index in range(3, 5):
+        step(params, optimizer, index)
+        step(copies, resumed, index)
+    for name, param in params.items():
+        assert torch.equal(param, copies[name])
+        held, again = optimizer.state[param], resumed.state[copies[name]]
+        assert list(held) == list(again)
+        assert all(torch.equal(held[key], again[key]) for key in held)
+    assert {optimizer.backend(param) for param in params.values()} == {"triton"}
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_parts_of_a_fused_weight() -> None:
+    """Query by rows, key by columns, value in full: one parameter, one step count."""
+    weight = torch.randn(12, 8).requires_grad_()
+    start = weight.detach().double().numpy().copy()
+    sizes = {"query": 4, "key": 4, "value": 4}
+    parts = Parts(sizes).divide("w", (12, 8))
+    dims: list[tuple[int, ...]] = [(1,), (0,), ()]
+    plan = CompressionPlan(
+        {f"w[{part.label}]": Rule(each, "mean" if each else "full", part.shape, part=part)
+         for part, each in zip(parts, dims, strict=True)}
+    )  # fmt: skip
+    optimizer = SlimAdam([("w", weight)], plan=plan, lr=1e-2, weight_decay=0.1)
+    assert optimizer.backend("w") == "triton"
+    grads = gradients((12, 8), 4)
+    for grad in grads:
+        weight.grad = grad.float()
+        optimizer.step()
+    assert optimizer.state[weight]["step"] == 4
+    for part, each in zip(parts, dims, strict=True):
+        rows = slice(part.start, part.start + part.size)
+        singles = [grad.float().double().numpy()[rows] for grad in grads]
+        expected = slim_adamw_float64(start[rows], singles, each, lr=1e-2, weight_decay=0.1)
+        np.testing.assert_allclose(weight.detach().double().numpy()[rows], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_grad_scaler_leaves_scaling_to_the_step() -> None:
+    param = torch.ones(4, 8).requires_grad_()
+    optimizer = SlimAdam([("w", param)], plan="factored", monitor=False)
+    assert optimizer._step_supports_amp_scaling
+    assert not SlimAdam([("w", param)], plan="factored")._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale((param * torch.tensor(math.inf)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(param, torch.ones(4, 8))
+    assert optimizer.state[param]["step"] == 0
+    optimizer.zero_grad()
+    weight = torch.arange(32.0).view(4, 8)
+    scaler.scale((param * weight).sum()).backward()
+    scaler.step(optimizer)
+    expected = torch.ones(4, 8).requires_grad_()
+    unscaled = SlimAdam([("w", expected)], plan="factored", monitor=False)
+    expected.grad = weight.clone()
+    unscaled.step()
+    torch.testing.assert_close(param, expected, rtol=0, atol=1e-7)
+    assert optimizer.state[param]["step"] == 1
