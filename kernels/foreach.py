@@ -10,16 +10,8 @@ from typing import cast
 
 import torch
 
-from .reference import (
-    Entry,
-    Hyperparameters,
-    bias_corrections,
-    running_maximum,
-    second_moment_dtype,
-    stand_in,
-    update_first_moment,
-    update_second_moment,
-)
+from .interface import Entry, Hyperparameters, second_moment_dtype
+from .reference import bias_corrections, reconstruct, running_maximum, update_first_moment, update_second_moment
 
 
 def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
@@ -48,7 +40,7 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         for exp_avg, grad in zip(exp_avgs, grads, strict=True):
             update_first_moment(exp_avg, grad, hyper.beta1)
     for entry, grad in zip(entries, grads, strict=True):
-        if not entry.is_given:
+        if not entry.precomputed:
             update_second_moment(entry.exp_avg_sq, grad, entry.averaged_dims, hyper.beta2)
     used = [
         running_maximum(entry.max_exp_avg_sq, entry.exp_avg_sq) if entry.max_exp_avg_sq else entry.exp_avg_sq
@@ -56,7 +48,9 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     ]
 
     # update
-    stored = [stand_in(part, entry.averaged_dims, entry.is_given) for part, entry in zip(used, entries, strict=True)]
+    stored = [
+        reconstruct(part, entry.averaged_dims, entry.precomputed) for part, entry in zip(used, entries, strict=True)
+    ]
     denominators = list(torch._foreach_sqrt(stored))
     if hyper.keeps_tensors(steps[0]):
         step_sizes = [hyper.lr / (1 - hyper.beta1**step) * -1 for step in steps]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .reference import Entry
+from .interface import Entry
+
+is_zero_tensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
+"""Return whether a tensor is a zero without memory of its own."""
 
 
 class Layout(NamedTuple):
@@ -204,3 +207,8 @@ def _extent(tensor: Tensor) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
+
+
+def is_marked(grad: Tensor) -> bool:
+    """Whether memory does not hold a gradient's values: it is negated when it is read, or zero without memory."""
+    return grad.is_neg() or is_zero_tensor(grad)

@@ -8,67 +8,12 @@ the same order, so that the results agree to the last bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-Scalar = float | Tensor
-Dims = tuple[int, ...]
-
-
-class Hyperparameters(NamedTuple):
-    """What a step needs beside tensors; names and meanings as in ``torch.optim.AdamW``.
-
-    Gradients are multiplied by ``clip_factor``, 0-dimensional, where there is one.
-    """
-
-    lr: Scalar = 1e-3
-    beta1: Scalar = 0.9
-    beta2: Scalar = 0.999
-    eps: float = 1e-8
-    weight_decay: Scalar = 1e-2
-    amsgrad: bool = False
-    maximize: bool = False
-    capturable: bool = False
-    differentiable: bool = False
-    stochastic_round: bool = False
-    clip_factor: Tensor | None = None
-
-    def keeps_tensors(self, step: Tensor) -> bool:
-        """Whether bias corrections stay tensors: to be traced, or not to make the host wait for a device."""
-        on_device = self.capturable and step.device.type != "cpu"
-        return on_device or self.differentiable or torch.compiler.is_compiling()
-
-
-class Entry(NamedTuple):
-    """The tensors of one parameter's step; none of them a copy.
-
-    Attributes:
-        param: The parameter.
-        grad: Its gradient, of the same shape.
-        exp_avg: First moment, of the same shape; codes where ``exp_avg_scale`` is a tensor.
-        exp_avg_sq: Second moment: one tensor (full, or size 1 in the averaged dimensions) or two (factored).
-        max_exp_avg_sq: With amsgrad the running maxima, shaped as ``exp_avg_sq``; else empty.
-        step: Steps taken, this one included, 0-dimensional.
-        averaged_dims: For each tensor in ``exp_avg_sq`` the dimensions it is averaged over.
-        seed: Seed of this step's stochastic rounding.
-        exp_avg_scale: The scales of an ``exp_avg`` that holds codes, as uint8 exponents. None: it holds the first
-            moment itself, which is all that most implementations take.
-        is_given: ``exp_avg_sq`` is what this step divides by, and is not updated: averages over several ranks. Of two
-            the first is ``r / mean(r)``, and ``max_exp_avg_sq`` is empty also with amsgrad.
-    """
-
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Sequence[Tensor]
-    max_exp_avg_sq: Sequence[Tensor]
-    step: Tensor
-    averaged_dims: Sequence[Dims]
-    seed: int = 0
-    exp_avg_scale: Tensor | None = None
-    is_given: bool = False
+from .interface import Dims, Entry, Hyperparameters, Scalar, second_moment_dtype
 
 
 def slim_adamw(
@@ -123,8 +68,8 @@ def slim_adamw(
 def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     """Update each parameter in place, one after the other. Step counts have been advanced before."""
     for entry in entries:
-        param, grad, exp_avg, parts, maxima, step, dims, seed, _, is_given = entry
-        grad = clipped(grad, hyper.clip_factor)
+        param, grad, exp_avg, parts, maxima, step, dims, seed, _, precomputed = entry
+        grad = scale_grad(grad, hyper.clip_factor)
         grad = -grad if hyper.maximize else grad
         if param.is_complex():
             param, grad, exp_avg = map(torch.view_as_real, (param, grad, exp_avg))
@@ -139,7 +84,7 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         # first and second moment
         update_first_moment(exp_avg, grad, hyper.beta1)
         used = parts
-        if not is_given:
+        if not precomputed:
             update_second_moment(parts, grad, dims, hyper.beta2)
             used = running_maximum(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
 
@@ -149,17 +94,17 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
                 step, exp_avg, used = step.clone(), exp_avg.clone(), [part.clone() for part in used]
             negative_step_size = hyper.lr / (1 - hyper.beta1**step) * -1
             scale = (1 - hyper.beta2**step) ** 0.5 * negative_step_size
-            denominator = (stand_in(used, dims, is_given).sqrt() / scale).add_(hyper.eps / negative_step_size)
+            denominator = (reconstruct(used, dims, precomputed).sqrt() / scale).add_(hyper.eps / negative_step_size)
             target.addcdiv_(exp_avg, denominator)
         else:
             step_size, root = bias_corrections(step, hyper)
-            denominator = (stand_in(used, dims, is_given).sqrt() / root).add_(hyper.eps)
+            denominator = (reconstruct(used, dims, precomputed).sqrt() / root).add_(hyper.eps)
             target.addcdiv_(exp_avg, denominator, value=-step_size)
         if rounds:
             param.copy_(stochastic_round(target, seed))
 
 
-def clipped(grad: Tensor, factor: Tensor | None) -> Tensor:
+def scale_grad(grad: Tensor, factor: Tensor | None) -> Tensor:
     """A gradient times the factor that clips it, in at least float32; without one as it is."""
     if factor is None:
         return grad
@@ -212,7 +157,7 @@ def running_maximum(
     return maxima
 
 
-def stand_in(parts: Sequence[Tensor], averaged_dims: Sequence[Dims], is_relative: bool = False) -> Tensor:
+def reconstruct(parts: Sequence[Tensor], averaged_dims: Sequence[Dims], is_relative: bool = False) -> Tensor:
     """The second moment that the stored tensors stand for, broadcastable to the parameter.
 
     For row and column averages that is ``r c / mean(r)`` (arXiv 1804.04235, equation 4).
@@ -245,11 +190,6 @@ def stochastic_round(value: Tensor, seed: int) -> Tensor:
     bits = value.contiguous().view(torch.int32)
     rounded = (bits + noise).bitwise_and_(-65536).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
-
-
-def second_moment_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision second moments are kept in: float32, or wider where the parameter is wider."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def initial_second_moment(grad: Tensor, dims: Dims) -> Tensor:

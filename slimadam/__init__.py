@@ -6,16 +6,17 @@ from slimadam.curvature.logger import SharpnessLogger
 from slimadam.curvature.mixing.advice import MixAdvice
 from slimadam.curvature.mixing.advise import advise_mix
 from slimadam.curvature.records import SharpnessRow
-from slimadam.curvature.stability import Regime, regimes
-from slimadam.curvature.thresholds import edge_of_stability
-from slimadam.layers.splits import Parts
+from slimadam.curvature.stability import Regime, edge_of_stability, regimes
+from slimadam.layers import splits
+from slimadam.layers.splits import Split
 from slimadam.lr_scheduler import CatapultWarmup, PersistentCatapultWarmup, critical_lr
 from slimadam.measurement.history import SNRHistory
+from slimadam.measurement.recorder import SNRRecorder, every, paper_schedule
 from slimadam.measurement.snr import snr
 from slimadam.optim.checkpoint.conversion import convert_state_dict
 from slimadam.optim.slimadam import SlimAdam
 from slimadam.plans.auto import AutoPlan
-from slimadam.plans.calibrate import SNRRecorder, calibrate, every, paper_schedule
+from slimadam.plans.calibrate import calibrate
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state.rule import Rule
 from slimadam.utils.errors import PlanError
@@ -29,7 +30,6 @@ __all__ = [
     "CriticalSharpness",
     "HessianSharpness",
     "MixAdvice",
-    "Parts",
     "PersistentCatapultWarmup",
     "PlanError",
     "Regime",
@@ -40,6 +40,7 @@ __all__ = [
     "SharpnessMeasurement",
     "SharpnessRow",
     "SlimAdam",
+    "Split",
     "advise_mix",
     "calibrate",
     "convert_state_dict",
@@ -54,3 +55,9 @@ __all__ = [
 ]
 
 find_moved_modules()
+
+
+def __getattr__(name: str) -> type[Split]:
+    if name == "Parts":
+        return splits.__getattr__(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,13 +9,12 @@ from contextlib import suppress
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.calibration.grid import Grid
-from benchmarks.calibration.runs import WORKLOADS, Runs, Setting, UnfinishedError
+from benchmarks.calibration.runs import WORKLOADS, Grid, Runs, Setting, UnfinishedError
 from benchmarks.calibration.statistics import Measurements
 from slimadam import CompressionPlan, SNRHistory
 from slimadam.measurement.history import ParameterSNR
-from slimadam.measurement.snr import FACTORED, Candidate
 from slimadam.plans.selection import Forms
+from slimadam.state.rule import FACTORED, Candidate
 
 PAPER_DIMS = {
     "token_embedding": (1,),

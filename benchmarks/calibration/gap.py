@@ -11,12 +11,11 @@ from itertools import groupby
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.calibration.grid import Grid
 from benchmarks.calibration.predictors import Fit, Point, fit, predictors, root_mean_square
-from benchmarks.calibration.runs import Outcome, Runs, Setting, UnfinishedError, workload
+from benchmarks.calibration.runs import Grid, Outcome, Runs, Setting, UnfinishedError, workload
 from slimadam import CompressionPlan, Rule, SNRHistory
-from slimadam.measurement.snr import FACTORED
 from slimadam.plans.selection import Forms
+from slimadam.state.rule import FACTORED
 
 AVERAGES, BEST = "averages, cutoff 1", "best form, cutoff 1"
 FACTORED_ALL, WORSE = "all matrices factored", "all averaged, worse dimension"

@@ -13,7 +13,7 @@ from scipy import stats
 
 from benchmarks.calibration.statistics import Change, Measurements
 from slimadam import CompressionPlan, Rule
-from slimadam.measurement.snr import FACTORED, Candidate
+from slimadam.state.rule import FACTORED, Candidate
 
 NOISE = "1/SNR"
 

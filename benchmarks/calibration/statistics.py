@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from slimadam.layers.roles import roles_of
 from slimadam.measurement.history import SNRHistory
-from slimadam.measurement.snr import FACTORED, Candidate, measure
-from slimadam.plans.calibrate import Schedule
+from slimadam.measurement.recorder import Schedule
+from slimadam.measurement.snr import measure
+from slimadam.state.rule import FACTORED, Candidate
 
 _CHANGE_COLUMNS = ("log_mean", "log_square", "update_square", "compressed_square", "product")
 

@@ -8,9 +8,8 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any, get_args
 
-from benchmarks.calibration.grid import Grid
 from benchmarks.calibration.predictors import NOISE, predictors
-from benchmarks.calibration.runs import Runs, Setting, UnfinishedError
+from benchmarks.calibration.runs import Grid, Runs, Setting, UnfinishedError
 from benchmarks.calibration.statistics import Measurements
 from slimadam import AutoPlan, CompressionPlan, SNRHistory
 from slimadam.plans.selection import Forms

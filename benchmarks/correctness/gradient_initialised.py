@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness.exactness import compare, gradients, momentum_of
 from benchmarks.harness.formula import Hyperparameters, follow
-from slimadam import CompressionPlan, Parts, Rule, SlimAdam
+from slimadam import CompressionPlan, Rule, SlimAdam, Split
 from slimadam.optim.step import dispatch
 
 if not torch.cuda.is_available():
@@ -34,7 +34,7 @@ _PARTS = tuple(
     Rule(rule.dims, rule.form, piece.shape, part=piece)
     for rule, piece in zip(
         (Rule((1,), "mean"), Rule((0,), "mean"), Rule(form="factored"), Rule()),
-        Parts({"query": 6, "key": 6, "value": 6, "gate": 6}).divide("w", _MATRIX),
+        Split({"query": 6, "key": 6, "value": 6, "gate": 6}).divide("w", _MATRIX),
         strict=True,
     )
 )

@@ -15,7 +15,7 @@ import torch
 from benchmarks.harness import machine
 from benchmarks.harness.formula import Hyperparameters, follow
 from slimadam import CompressionPlan, Rule, SlimAdam
-from slimadam.measurement.snr import dimension_subsets
+from slimadam.state.rule import dimension_subsets
 
 ADAMW_SHAPES = [(), (1,), (0,), (7, 5), (3, 4, 5, 2)]
 SHAPES = [(9,), (7, 5), (33, 1), (3, 5, 4), (2, 3, 4, 5)]

@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks.harness import machine
 from slimadam import CompressionPlan, Rule, SlimAdam
-from slimadam.distributed.sharded_rules import whole
+from slimadam.utils.dtensor import full_tensor
 
 STEPS = 10
 LARGEST_DIFFERENCE = 2e-5
@@ -100,7 +100,7 @@ def _compared(backend: str, sharded: int) -> dict[str, Any]:
             optimizers[1].step()
         sent.add(sum(counted.get_comm_counts().values()))
     difference = max(
-        float((whole(a.detach()) - whole(b.detach())).abs().max())
+        float((full_tensor(a.detach()) - full_tensor(b.detach())).abs().max())
         for one, other in zip(alone, split, strict=True)
         for a, b in zip(_tensors(optimizers[0], one), _tensors(optimizers[1], other), strict=True)
     )

@@ -29,9 +29,10 @@ from benchmarks.harness import machine
 from benchmarks.workloads.shapes import MODELS, Shapes, elements
 from benchmarks.workloads.skeleton import skeleton
 from slimadam import SlimAdam
-from slimadam.distributed.sharded_rules import LocalRule, local, local_rules
+from slimadam.distributed.sharded_rules import LocalRule, local_rules
 from slimadam.state.rule import Dims
 from slimadam.state.second_moment import first_moment
+from slimadam.utils.dtensor import local
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RANKS = (8, 64, 256, 512)

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from benchmarks.harness.exactness import Report, WrongStepError, compare, gradients, run, set_gradients, step_through
 from benchmarks.harness.formula import Hyperparameters, follow
-from benchmarks.workloads.shapes import Shapes, gpt2
+from benchmarks.workloads.shapes import ODD_MODEL
 from benchmarks.workloads.skeleton import skeleton
-from slimadam import CompressionPlan, Parts, Rule, SlimAdam
-from slimadam.measurement.snr import dimension_subsets
+from slimadam import CompressionPlan, Rule, SlimAdam, Split
+from slimadam.state.rule import dimension_subsets
 
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (9,), (7, 5), (33, 1), (1, 40), (257, 130), (3, 5, 4), (2, 3, 4, 5))
-ODD_MODEL: Shapes = gpt2(width=36, layers=1, vocabulary=389, context=65)
 FUSED: tuple[dict[str, Any], ...] = ({}, {"fused": True})
 
 
@@ -266,7 +265,7 @@ def _with_parts(device: str, momenta: tuple[torch.dtype | str | None, ...]) -> R
     reports = []
     for rows, columns, stored in itertools.product((16, 5), (64, 33), momenta):
         shape = (3 * rows, columns)
-        pieces = Parts({"query": rows, "key": rows, "value": rows}).divide("w", shape)
+        pieces = Split({"query": rows, "key": rows, "value": rows}).divide("w", shape)
         plan = CompressionPlan(
             {
                 f"w[{piece.label}]": Rule(rule.dims, rule.form, piece.shape, part=piece)

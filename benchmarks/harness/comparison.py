@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from benchmarks.gpu.checks import ODD_MODEL
 from benchmarks.harness import exactness, stopwatch
 from benchmarks.harness.contenders import DEFAULT, FUSED, Contender
-from benchmarks.workloads.shapes import Shapes, elements
+from benchmarks.workloads.shapes import ODD_MODEL, Shapes, elements
 from benchmarks.workloads.skeleton import skeleton
 from slimadam import SlimAdam
 

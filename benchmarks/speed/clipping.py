@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.gpu.checks import ODD_MODEL
 from benchmarks.harness import exactness, machine, stopwatch
-from benchmarks.workloads.shapes import MODELS, Shapes, elements
+from benchmarks.workloads.shapes import MODELS, ODD_MODEL, Shapes, elements
 from benchmarks.workloads.skeleton import skeleton
 from slimadam import SlimAdam
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import machine, stopwatch
-from slimadam.kernels.reference import Dims, Entry, Hyperparameters
+from slimadam.kernels.interface import Dims, Entry, Hyperparameters
 from slimadam.kernels.triton import launch
 from slimadam.kernels.triton.launch import SETTINGS, Settings, TritonStep
 from slimadam.kernels.triton.tiling import Kind

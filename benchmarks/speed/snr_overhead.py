@@ -23,7 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.harness import machine
 from slimadam import AutoPlan, SlimAdam
 from slimadam.demo.training import DemoSettings
-from slimadam.measurement.snr import FACTORED, Candidate, measure
+from slimadam.measurement.snr import measure
+from slimadam.state.rule import FACTORED, Candidate
 
 BAR = 0.01
 TOLERANCE = 1e-6

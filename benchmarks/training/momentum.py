@@ -24,7 +24,7 @@ from benchmarks.harness import machine
 from slimadam import CompressionPlan, SlimAdam
 from slimadam.demo.data import ByteData, load
 from slimadam.demo.training import DemoSettings, Trainee, calibrate, learning_rate, optimizer_bytes, train
-from slimadam.kernels.reference import stand_in
+from slimadam.kernels.reference import reconstruct
 from slimadam.state import int8
 from slimadam.state.second_moment import moments_of
 
@@ -127,7 +127,7 @@ def compare_codes(settings: DemoSettings, data: ByteData, plan: CompressionPlan)
 def _inverse_denominator(optimizer: SlimAdam, plan: CompressionPlan, name: str, param: Tensor, step: int) -> Tensor:
     group = optimizer.param_groups[0]
     stored = moments_of(optimizer.state[param], [plan[name]])
-    second = stand_in(stored, plan[name].averaged_dims(param.dim()))
+    second = reconstruct(stored, plan[name].averaged_dims(param.dim()))
     denominator: Tensor = (second / (1 - group["betas"][1] ** step)).sqrt() + group["eps"]
     return 1 / denominator
 

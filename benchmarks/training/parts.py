@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from benchmarks.harness import machine
 from benchmarks.workloads.language import Bytes
 from benchmarks.workloads.training import calibration_rate, held_out_loss, train, training_rate
-from slimadam import CompressionPlan, Parts, SlimAdam, SNRHistory, SNRRecorder, every
+from slimadam import CompressionPlan, SlimAdam, SNRHistory, SNRRecorder, Split, every
 from slimadam.demo.model import Block, ByteGPT
 from slimadam.demo.training import DemoSettings
 from slimadam.plans.selection import Forms
@@ -27,10 +27,10 @@ from slimadam.plans.selection import Forms
 SETTINGS = DemoSettings()
 WIDTH, HEADS = SETTINGS.width, SETTINGS.heads
 FUSED = "*.qkv_proj.weight"
-READINGS: dict[str, Mapping[str, Parts]] = {
-    "one matrix": {FUSED: Parts({"qkv": 3 * WIDTH})},
+READINGS: dict[str, Mapping[str, Split]] = {
+    "one matrix": {FUSED: Split({"qkv": 3 * WIDTH})},
     "three matrices": {},
-    "heads": {FUSED: Parts({"qkv": 3 * HEADS}, view=(3 * HEADS, WIDTH // HEADS, WIDTH), batch_dims=1)},
+    "heads": {FUSED: Split({"qkv": 3 * HEADS}, view=(3 * HEADS, WIDTH // HEADS, WIDTH), batch_dims=1)},
 }
 FORMS: tuple[Forms, ...] = ("mean", "best")
 

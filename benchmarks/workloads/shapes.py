@@ -150,3 +150,6 @@ MODELS = {
     "mixtral-small": mixtral_small,
     "tiny": tiny,
 }
+
+
+ODD_MODEL: Shapes = gpt2(width=36, layers=1, vocabulary=389, context=65)

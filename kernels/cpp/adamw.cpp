@@ -54,7 +54,7 @@ struct Entry {  // one row of the table
   int64_t pre, red, post;
   int64_t pitch;  // elements from one row to the next; a row has post elements, or red where post is 1
   uint64_t seed;
-  int64_t is_given;  // second moments have been updated, and of factored ones the rows are relative to their mean
+  int64_t precomputed;  // second moments have been updated, and of factored ones the rows are relative to their mean
   int64_t counts;    // the step count goes up first; of a parameter in parts, with one of them
 };
 
@@ -230,7 +230,7 @@ struct Full {
 };
 
 template <class A>
-struct FullGiven {
+struct FullPrecomputed {
   Numbers<A> x;
   const A* second;
   A operator()(A exp_avg, A, int64_t k) const { return x.coefficient(second[k]) * exp_avg; }
@@ -288,8 +288,8 @@ class Update {
     for (int64_t from = first; from < last; from = stop) {
       stop = pitch_ == width_ ? last : std::min(last, (from / width_ + 1) * width_);
       over(from, stop, [&](int64_t start, int64_t end, Moment* exp_avg) {
-        if (entry_.is_given) {
-          run(start, end, exp_avg, FullGiven<A>{x_, second_ + start});
+        if (entry_.precomputed) {
+          run(start, end, exp_avg, FullPrecomputed<A>{x_, second_ + start});
         } else if (largest_) {
           run(start, end, exp_avg, FullMaximum<A>{x_, second_ + start, largest_ + start});
         } else {
@@ -302,7 +302,7 @@ class Update {
   // Units [first, last), each read while it is in cache.
   void units(int64_t first, int64_t last) const {
     if constexpr (!kCodes && !std::is_same_v<P, bfloat16>) {
-      if (post_ == 1 && !columns_ && !entry_.is_given && red_ >= kSumBlock / 4) return long_rows(first, last);
+      if (post_ == 1 && !columns_ && !entry_.precomputed && red_ >= kSumBlock / 4) return long_rows(first, last);
     }
     const int64_t size = red_ * post_;
     const int64_t aligned = kCodes ? kCodeBlock / std::gcd(size, kCodeBlock) : 1;  // blocks of codes stay whole
@@ -313,7 +313,7 @@ class Update {
       A* row_roots = columns_ ? scratch<A>(1, (end - start) * red_) : nullptr;
       for (int64_t unit = start; unit < end; ++unit) {
         A* own = coefficients + (unit - start) * post_;
-        if (!entry_.is_given) sums(unit, 0, red_, own);
+        if (!entry_.precomputed) sums(unit, 0, red_, own);
         if (columns_) {
           factors(unit, own, row_roots + (unit - start) * red_);
         } else {
@@ -368,7 +368,7 @@ class Update {
   void coefficients_of(int64_t unit, int64_t first, int64_t last, const A* partial, A* coefficients,
                        A* row_roots) const {
     const int64_t rows = rows_in_block(red_, post_);
-    const int64_t blocks = entry_.is_given ? 0 : (red_ + rows - 1) / rows;
+    const int64_t blocks = entry_.precomputed ? 0 : (red_ + rows - 1) / rows;
     for (int64_t start = first; start < last; start += kColumnsInTurn) {
       const int64_t end = std::min(last, start + kColumnsInTurn);
       std::fill(coefficients + start, coefficients + end, A(0));
@@ -525,7 +525,7 @@ class Update {
     const int64_t start = unit * post_ + first, count = last - first;
     A* __restrict second = second_ + start;
     const A* used = second;
-    if (!entry_.is_given) {
+    if (!entry_.precomputed) {
       const A rows = static_cast<A>(red_);
 #pragma omp simd
       for (int64_t k = 0; k < count; ++k)
@@ -553,11 +553,11 @@ class Update {
     A* columns = columns_ + unit * post_;
     const A height = static_cast<A>(red_);
     for (int64_t k = 0; k < post_; ++k) {
-      if (!entry_.is_given) columns[k] = columns[k] * x_.beta2 + x_.second_weight * x_.mean_square(sums[k], height);
+      if (!entry_.precomputed) columns[k] = columns[k] * x_.beta2 + x_.second_weight * x_.mean_square(sums[k], height);
       sums[k] = std::sqrt(columns[k]) / x_.root;
     }
     const A* rows = second_ + unit * red_;
-    const double total = entry_.is_given ? static_cast<double>(red_) : std::accumulate(rows, rows + red_, 0.0);
+    const double total = entry_.precomputed ? static_cast<double>(red_) : std::accumulate(rows, rows + red_, 0.0);
     A mean = static_cast<A>(total / static_cast<double>(red_));
     mean = mean < std::numeric_limits<A>::min() ? std::numeric_limits<A>::min() : mean;
     for (int64_t row = 0; row < red_; ++row) row_roots[row] = std::sqrt(rows[row] / mean);
@@ -674,7 +674,7 @@ class Work {
 
   void share(const Entry& entry) {
     const int64_t rows = Update<float, float>::rows_in_block(entry.red, entry.post), unit = unit_of(entry);
-    const int64_t blocks = (entry.red + rows - 1) / rows, sums = entry.is_given ? 0 : blocks;
+    const int64_t blocks = (entry.red + rows - 1) / rows, sums = entry.precomputed ? 0 : blocks;
     const int64_t columns = entry.columns ? entry.post : std::max(kFewColumns, entry.post / 32);
     elements += unit * entry.pre;
     for (Memory& one : memory_) {

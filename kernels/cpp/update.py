@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..interface import Dims, Entry, Hyperparameters
 from ..layout import geometry, geometry_of, overlap
-from ..reference import Dims, Entry, Hyperparameters
 from .build import library as library
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}
@@ -33,7 +33,7 @@ class _Hyper(ctypes.Structure):
     )
 
 
-def takes(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dims]) -> bool:
+def supports(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dims]) -> bool:
     """Whether the compiled step takes a parameter, if its library is to be had.
 
     Args:
@@ -47,7 +47,7 @@ def takes(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dim
 
 
 def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
-    """Update every parameter in place. For each, :func:`takes` must have said yes, and all must lie as it does."""
+    """Update every parameter in place. For each, :func:`supports` must have said yes, and all must lie as it does."""
     Table(entries).run([entry.grad for entry in entries], [entry.seed for entry in entries], hyper)
 
 
@@ -55,7 +55,7 @@ class Table:
     """Where tensors lie, as the compiled step reads it.
 
     Args:
-        entries: The tensors of parameters for which :func:`takes` has said yes; gradients and seeds are given later.
+        entries: The tensors of parameters for which :func:`supports` has said yes; gradients and seeds are given later.
         counts: Whether a step of it adds to the step counts, to each once.
 
     Attributes:
@@ -116,7 +116,7 @@ def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]], counts: bool) -> tupl
         aside: Gets second moments to copy back.
         counts: Whether the step count goes up with this one.
     """
-    param, _, exp_avg, parts, maxima, step, _, _, scale, is_given = entry
+    param, _, exp_avg, parts, maxima, step, _, _, scale, precomputed = entry
     order, pre, red, post, pitch = geometry(entry)
     simple = not order and len(parts) == 1 and not maxima and parts[0].is_contiguous()
     if not simple and (order or not all(moment.is_contiguous() for moment in (*parts, *maxima))):
@@ -139,7 +139,7 @@ def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]], counts: bool) -> tupl
         post,
         pitch,
         0,
-        is_given,
+        precomputed,
         counts,
     )
 

@@ -11,8 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..interface import Dims, Entry, Hyperparameters, Scalar
 from ..layout import layout
-from ..reference import Dims, Entry, Hyperparameters, Scalar
 from . import kernels, table
 from .tiling import STRIP, Geometry, Kind, geometry
 
@@ -27,7 +27,7 @@ DTYPES = frozenset(_DTYPES) - {torch.int8}
 """Precisions of parameters and gradients."""
 
 
-def takes(param: Tensor, averaged_dims: Sequence[Dims], codes: bool) -> bool:
+def supports(param: Tensor, averaged_dims: Sequence[Dims], codes: bool) -> bool:
     """Whether the kernels take a parameter.
 
     Args:
@@ -38,12 +38,12 @@ def takes(param: Tensor, averaged_dims: Sequence[Dims], codes: bool) -> bool:
     return param.dtype in DTYPES and geometry(param, averaged_dims, codes) is not None
 
 
-def lies_beside(entry: Entry) -> bool:
+def same_layout(entry: Entry) -> bool:
     """Whether the step count and the second moments lie where the kernels look for them."""
     found = layout(entry.param, ())
     moments = [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
     in_order = found is None or all(moment.permute(found.order).is_contiguous() for moment in moments)
-    seen = geometry(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None, entry.is_given)
+    seen = geometry(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None, entry.precomputed)
     return seen is not None and in_order and entry.step.device == entry.param.device
 
 
@@ -113,7 +113,7 @@ class LaunchKey(NamedTuple):
     whole: bool
     wide: bool
     sums_aligned: bool
-    is_given: bool
+    precomputed: bool
 
 
 class Member(NamedTuple):
@@ -191,7 +191,7 @@ class TritonStep:
                 STEP_DTYPE=self.step_dtype, BLOCK=STEPS_AT_ONCE,
             )  # fmt: skip
             for launch in self._launches:
-                if not launch.key.is_given:
+                if not launch.key.precomputed:
                     launch.run(self, values, hyper, grad_scale, found_inf)
 
     def run_given(self, hyper: Hyperparameters, grad_scale: Tensor | None = None) -> None:
@@ -204,7 +204,7 @@ class TritonStep:
         values = _numbers(hyper, self.device)
         with _on(self.device):
             for launch in self._launches:
-                if launch.key.is_given:
+                if launch.key.precomputed:
                     launch.run(self, values, hyper, grad_scale, None)
 
 
@@ -216,7 +216,7 @@ class _Launch:
         self.settings = SETTINGS[key.kind, key.columns]
         self.compute = tl.float64 if key.param == torch.float64 else tl.float32
         self.programs = _programs(members, lambda found: _tiles(found, self.settings), device)
-        if key.kind == "spread" and not key.is_given:
+        if key.kind == "spread" and not key.precomputed:
             self.summing = _programs(members, lambda found: _tiles_summed(found), device)
             self.finishing = _programs(members, lambda found: _finishing(found), device)
             self.slices = _programs(members, lambda found: found.pre if found.by_row else 0, device)
@@ -230,7 +230,7 @@ class _Launch:
         found_inf: Tensor | None,
     ) -> None:
         key, settings = self.key, self.settings
-        if key.kind == "spread" and not key.is_given:
+        if key.kind == "spread" and not key.precomputed:
             self._sum(step, values, hyper, grad_scale, found_inf)
         options: dict[str, Any] = {
             "PARAM_DTYPE": _DTYPES[key.param],
@@ -238,7 +238,7 @@ class _Launch:
             "MOMENT_DTYPE": _DTYPES[key.exp_avg],
             "COMPUTE": self.compute,
             "STEP_DTYPE": step.step_dtype,
-            "AMSGRAD": hyper.amsgrad and not key.is_given,
+            "AMSGRAD": hyper.amsgrad and not key.precomputed,
             "MAXIMIZE": hyper.maximize,
             "ROUNDS": hyper.stochastic_round and key.param == torch.bfloat16,
             "ALIGNED": key.aligned,
@@ -333,7 +333,7 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _geometry(entry: Entry) -> Geometry:
-    found = geometry(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None, entry.is_given)
+    found = geometry(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None, entry.precomputed)
     assert found is not None
     return found
 
@@ -356,7 +356,7 @@ def _key(member: Member) -> LaunchKey:
         whole=found.kind == "rows" and found.red <= _row_tile(found.red),
         wide=found.kind == "spread" and max(found.width, found.red) >= 1 << 30,
         sums_aligned=found.kind == "spread" and entry.grad.data_ptr() % 16 == 0 and found.is_summed_aligned,
-        is_given=entry.is_given,
+        precomputed=entry.precomputed,
     )
 
 
@@ -374,7 +374,7 @@ def _table_row(member: Member, hyper: Hyperparameters) -> list[int]:
     row[table.EXP_AVG.value] = entry.exp_avg.data_ptr()
     row[table.EXP_AVG_SCALE.value] = 0 if entry.exp_avg_scale is None else entry.exp_avg_scale.data_ptr()
     row[table.ROWS_SQ.value], row[table.COLUMNS_SQ.value] = by_row, by_column
-    if hyper.amsgrad and not entry.is_given:
+    if hyper.amsgrad and not entry.precomputed:
         row[table.ROWS_MAX.value], row[table.COLUMNS_MAX.value] = _split(entry.max_exp_avg_sq, found)
     row[table.STEP.value] = entry.step.data_ptr()
     row[table.PRE.value] = found.pre
@@ -401,7 +401,7 @@ def _allocate_scratch(members: Sequence[Member], rows: list[list[int]], device: 
     scratch = []
     for member, row in zip(members, rows, strict=True):
         found = member.geometry
-        if found.kind != "spread" or member.entry.is_given:
+        if found.kind != "spread" or member.entry.precomputed:
             continue
         dtype = torch.float64 if member.entry.param.dtype == torch.float64 else torch.float32
         row_tiles, column_tiles = _ceil(found.red, SUMS.lines), _ceil(found.post, SUMS.columns)

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from ..interface import Dims
 from ..layout import Rows, geometry_of, layout
-from ..reference import Dims
 
 Kind = Literal["full", "rows", "columns", "spread"]
 
@@ -75,7 +75,7 @@ class Geometry(NamedTuple):
 
 
 def geometry(
-    param: Tensor, averaged_dims: Sequence[Dims], codes: bool = False, is_given: bool = False
+    param: Tensor, averaged_dims: Sequence[Dims], codes: bool = False, precomputed: bool = False
 ) -> Geometry | None:
     """How the kernels see a parameter, or None if none of them can take it.
 
@@ -83,7 +83,7 @@ def geometry(
         param: A real parameter, or a part of one.
         averaged_dims: For each of its second moments, the dimensions it is averaged over.
         codes: Whether its first moment is kept as 8-bit codes.
-        is_given: Its second moments are made already, and only read.
+        precomputed: Its second moments are made already, and only read.
     """
     if codes and not param.is_contiguous():
         return None
@@ -95,7 +95,7 @@ def geometry(
     pre, red, post, pitch = found
     if len(averaged_dims) == 2:
         return Geometry("spread", pre, red, post, pitch, red * post, post, True, True)
-    if is_given:
+    if precomputed:
         return _given(averaged_dims[0], pre, red, post, pitch)
     if not any(averaged_dims):
         return Geometry("full", pre, red, post, pitch, red * post, post, False, False)

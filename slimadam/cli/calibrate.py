@@ -24,12 +24,21 @@ from rich.progress import (
 )
 
 from slimadam.cli.children import Children
-from slimadam.cli.console import finite, finite_or_none, is_main_rank, output_path, percent, status_console
-from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
+from slimadam.cli.console import (
+    DONE,
+    NOTHING_DONE,
+    SCRIPT_FAILED,
+    finite,
+    finite_or_none,
+    is_main_rank,
+    output_path,
+    percent,
+    status_console,
+)
 from slimadam.cli.script.observer import Observer
 from slimadam.cli.script.runner import SCRIPT_SETTINGS, SIGTERM_EXIT, Outcome, Script, script_arguments
 from slimadam.measurement.history import SNRHistory
-from slimadam.plans.calibrate import every, paper_schedule
+from slimadam.measurement.recorder import every, paper_schedule
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.selection import Forms, applicable, idle_patterns
 

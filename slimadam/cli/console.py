@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Final
 
 import click
 from rich.console import Console
@@ -56,3 +57,12 @@ def finite_or_none(ctx: click.Context, parameter: click.Parameter, value: float 
 def percent(share: float) -> str:
     """``0.9943`` as ``99.4%``."""
     return f"{100 * share:.1f}%"
+
+
+DONE: Final = 0
+
+
+SCRIPT_FAILED: Final = 1
+
+
+NOTHING_DONE: Final = 3

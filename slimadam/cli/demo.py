@@ -18,7 +18,8 @@ from slimadam.demo.plot import draw
 from slimadam.demo.summary import facts, layer_rows, to_dict
 from slimadam.demo.training import DemoResult, DemoSettings, DivergedError, Phase, run_demo
 from slimadam.report import write_report
-from slimadam.report.labels import dims_label, format_bytes
+from slimadam.report.labels import dims_label
+from slimadam.utils.formatting import format_bytes
 
 _DEFAULTS = DemoSettings()
 

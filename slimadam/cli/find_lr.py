@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from slimadam.cli.children import Children
-from slimadam.cli.console import finite, is_main_rank, status_console
-from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
+from slimadam.cli.console import DONE, NOTHING_DONE, SCRIPT_FAILED, finite, is_main_rank, status_console
 from slimadam.cli.script.runner import SCRIPT_SETTINGS, Script, StopScript, script_arguments
 from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.curvature.probe.line import LineProbe

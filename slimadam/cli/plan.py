@@ -16,11 +16,10 @@ from torch import nn
 from slimadam.cli.console import output_path, percent
 from slimadam.cli.script.builder import call
 from slimadam.layers.roles import names_of
-from slimadam.measurement.snr import FACTORED, Candidate
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.serialization import rule_to_dict
 from slimadam.plans.transfer import NO_COUNTERPART
-from slimadam.state.rule import Rule, fit_rules
+from slimadam.state.rule import FACTORED, Candidate, Rule, fit_rules
 from slimadam.utils.errors import PlanError
 
 _PLAN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -10,8 +10,7 @@ import click
 from rich.console import Console
 
 from slimadam.cli.children import Children
-from slimadam.cli.console import percent, status_console
-from slimadam.cli.exit_codes import DONE, NOTHING_DONE, SCRIPT_FAILED
+from slimadam.cli.console import DONE, NOTHING_DONE, SCRIPT_FAILED, percent, status_console
 from slimadam.cli.script.runner import SCRIPT_SETTINGS, Script, script_arguments
 from slimadam.cli.script.substitution import NamedPlan, ScriptPlan, Substitution
 from slimadam.plans.auto import AutoPlan

@@ -17,13 +17,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from slimadam.curvature.probe.bracketing import Crossing, Search, Status
+from slimadam.curvature.probe.bracketing import Crossing, RoughSearch, Search, Status
 from slimadam.curvature.probe.directions import reference_lr, unwrapped
 from slimadam.curvature.probe.displacement import Memory
 from slimadam.curvature.probe.line import Closure, LineProbe
-from slimadam.curvature.probe.rough_search import RoughSearch
 from slimadam.curvature.probe.snapshot import ROUGHNESS
-from slimadam.curvature.thresholds import edge_of_stability
+from slimadam.curvature.stability import edge_of_stability
 from slimadam.utils.errors import shown
 
 _CHECKS_NOISE_EVERY = 16

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from slimadam.curvature.preconditioner import scales_of
 from slimadam.curvature.probe.directions import pending_directions, unwrapped
-from slimadam.distributed.sharded_rules import is_dtensor
+from slimadam.utils.dtensor import is_dtensor
 from slimadam.utils.errors import shown
 
 Vector = NDArray[np.float64]

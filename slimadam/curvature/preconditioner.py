@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from slimadam.curvature.probe.directions import unwrapped
-from slimadam.kernels.reference import second_moment_dtype
+from slimadam.kernels.interface import second_moment_dtype
 from slimadam.optim.slimadam import SlimAdam
 from slimadam.state import second_moment
 from slimadam.utils.errors import shown

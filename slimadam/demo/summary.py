@@ -15,8 +15,8 @@ import torch
 
 from slimadam.demo.data import ByteData
 from slimadam.demo.training import DemoResult, OptimizerResult
-from slimadam.measurement.snr import Candidate
 from slimadam.plans.plan import CompressionPlan
+from slimadam.state.rule import Candidate
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from slimadam.demo.data import ByteData
 from slimadam.demo.model import ByteGPT
 from slimadam.measurement.history import SNRHistory
+from slimadam.measurement.recorder import SNRRecorder, every
 from slimadam.optim.slimadam import SlimAdam
-from slimadam.plans.calibrate import SNRRecorder, every
 from slimadam.plans.plan import CompressionPlan
 
 Phase = Literal["calibration", "AdamW", "SlimAdam", "SlimAdam, best form"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from slimadam.distributed.sharded_rules import groups_of, is_dtensor, local
+from slimadam.utils.dtensor import groups_of, is_dtensor, local
 
 
 @torch.no_grad()

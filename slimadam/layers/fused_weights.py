@@ -1,7 +1,7 @@
 """Which parameters of a model are several logical matrices in one, read off its modules.
 
 Taken only where the module says where one matrix ends and the next begins; elsewhere a parameter counts as one, and a
-plan or ``parts={"pattern": Parts(...)}`` can declare what it is made of.
+plan or ``parts={"pattern": Split(...)}`` can declare what it is made of.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from slimadam.layers.name_patterns import WRAPPERS
 from slimadam.layers.roles import ParameterRole, canonical_name, names_of, roles_of
-from slimadam.layers.splits import Parts, Piece, check_declared, pieces
+from slimadam.layers.splits import Piece, Split, check_declared, pieces
 from slimadam.utils.errors import PlanError, shown
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
@@ -23,7 +23,7 @@ _ORDER_UNKNOWN = ("Falcon", "CodeGen")
 
 
 def pieces_of(
-    model: nn.Module, parts: Mapping[str, Parts], roles: Mapping[str, ParameterRole] | None = None
+    model: nn.Module, parts: Mapping[str, Split], roles: Mapping[str, ParameterRole] | None = None
 ) -> dict[str, list[Piece]]:
     """The logical matrices of each parameter.
 
@@ -51,7 +51,7 @@ def pieces_of(
     return found
 
 
-def declared_parts(parts: Mapping[str, Parts], names: Sequence[str]) -> Parts | None:
+def declared_parts(parts: Mapping[str, Split], names: Sequence[str]) -> Split | None:
     """The parts declared by the first pattern that one of a parameter's names matches; None without one."""
     return next((found for pattern, found in parts.items() if matches_any(pattern, names)), None)
 
@@ -61,22 +61,22 @@ def matches_any(pattern: str, names: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def pieces_of_target(model: nn.Module, parts: Mapping[str, Parts] | None) -> dict[str, list[Piece]]:
+def pieces_of_target(model: nn.Module, parts: Mapping[str, Split] | None) -> dict[str, list[Piece]]:
     """:func:`pieces_of` the model that a plan is made for, after checking both arguments.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``parts`` is no mapping from patterns to :class:`~slimadam.Parts`.
+        ValueError: ``parts`` is no mapping from patterns to :class:`~slimadam.Split`.
         PlanError: A pattern matches nothing, or declared parts do not fit a parameter.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={shown(model)} must be an nn.Module, the one that the plan is for")
     parts = check_declared(parts)
-    refuse_unmatched(parts, (name for names in names_of(model).values() for name in names))
+    check_all_matched(parts, (name for names in names_of(model).values() for name in names))
     return pieces_of(model, parts)
 
 
-def refuse_unmatched(parts: Mapping[str, Parts], names: Iterable[str]) -> None:
+def check_all_matched(parts: Mapping[str, Split], names: Iterable[str]) -> None:
     """Refuse a pattern that matches no name.
 
     Raises:
@@ -90,7 +90,7 @@ def refuse_unmatched(parts: Mapping[str, Parts], names: Iterable[str]) -> None:
 
 def _parts_from_modules(
     modules: Mapping[str, nn.Module], name: str, shape: tuple[int, ...], role: ParameterRole
-) -> Parts | None:
+) -> Split | None:
     if role.role not in ("fused_qkv", "fused_gate_up") or len(role.fan_out) != 1:
         return None
     path = name.split(".")[:-1]
@@ -105,7 +105,7 @@ def _parts_from_modules(
     return _query_key_value(owner, parent, shape, role)
 
 
-def _gate_up(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...], role: ParameterRole) -> Parts | None:
+def _gate_up(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...], role: ParameterRole) -> Split | None:
     (dim,) = role.fan_out
     if shape[dim] % 2:
         return None
@@ -113,11 +113,11 @@ def _gate_up(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...], role: 
     half = shape[dim] // 2
     if any(type(module).__name__.startswith("GptOss") for module in (owner, parent)):
         view = (*shape[:dim], half, 2, *shape[dim + 1 :])
-        return Parts({"mlp_gate": 1, "mlp_up": 1}, dim + 1, view, batch_dims)
-    return Parts({"mlp_gate": half, "mlp_up": half}, dim, None, batch_dims)
+        return Split({"mlp_gate": 1, "mlp_up": 1}, dim + 1, view, batch_dims)
+    return Split({"mlp_gate": half, "mlp_up": half}, dim, None, batch_dims)
 
 
-def _query_key_value(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...], role: ParameterRole) -> Parts | None:
+def _query_key_value(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...], role: ParameterRole) -> Split | None:
     (dim,) = role.fan_out
     size = shape[dim]
     if isinstance(owner, nn.MultiheadAttention):
@@ -127,7 +127,7 @@ def _query_key_value(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...]
         if heads is None or size % (3 * heads) or dim != 0 or len(shape) != 2:
             return None
         view = (heads, 3, size // (3 * heads), shape[1])
-        return Parts({"query": 1, "key": 1, "value": 1}, 1, view, 2)
+        return Split({"query": 1, "key": 1, "value": 1}, 1, view, 2)
     if type(parent).__name__.startswith(_ORDER_UNKNOWN):
         return None
     key_value_heads = _integer_attribute(parent, _KEY_VALUE_HEADS) or heads
@@ -136,15 +136,15 @@ def _query_key_value(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...]
     head_size = size // (heads + 2 * key_value_heads)
     if (_integer_attribute(parent, ("head_dim",)) or head_size) != head_size:
         return None
-    return Parts(
+    return Split(
         {"query": heads * head_size, "key": key_value_heads * head_size, "value": key_value_heads * head_size}, dim
     )
 
 
-def _thirds(size: int, dim: int) -> Parts | None:
+def _thirds(size: int, dim: int) -> Split | None:
     if size % 3:
         return None
-    return Parts({"query": size // 3, "key": size // 3, "value": size // 3}, dim)
+    return Split({"query": size // 3, "key": size // 3, "value": size // 3}, dim)
 
 
 def _integer_attribute(module: nn.Module, names: tuple[str, ...]) -> int | None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from slimadam.layers.fused_weights import matches_any, pieces_of, refuse_unmatched
+from slimadam.layers.fused_weights import check_all_matched, matches_any, pieces_of
 from slimadam.layers.roles import ParameterRole, canonical_name, class_name, names_of, roles_of
-from slimadam.layers.splits import Parts, Piece, check_declared, pieces
+from slimadam.layers.splits import Piece, Split, check_declared, pieces
 from slimadam.utils.errors import PlanError
 from slimadam.utils.torch_private import HAS_WEAK_TENSORS, by_tensor
 
@@ -67,7 +67,7 @@ class NamedParameters:
         PlanError: Declared parts do not fit a parameter.
     """
 
-    def __init__(self, models: Iterable[nn.Module] = (), parts: Mapping[str, Parts] | None = None) -> None:
+    def __init__(self, models: Iterable[nn.Module] = (), parts: Mapping[str, Split] | None = None) -> None:
         self._names: MutableMapping[Tensor, str] = by_tensor()
         self._pieces: MutableMapping[Tensor, list[Piece]] = by_tensor()
         self._roles: MutableMapping[Tensor, ParameterRole] = by_tensor()
@@ -91,7 +91,7 @@ class NamedParameters:
 
     @staticmethod
     def _layout_of(
-        model: nn.Module, parts: Mapping[str, Parts]
+        model: nn.Module, parts: Mapping[str, Split]
     ) -> tuple[Mapping[str, ParameterRole], Mapping[str, list[Piece]]]:
         if any(map(is_lazy, model.parameters())):
             return {}, {}  # read again once all shapes are known
@@ -143,7 +143,7 @@ class NamedParameters:
 
     @classmethod
     def of_optimizer(
-        cls, optimizer: Optimizer, model: nn.Module | None = None, parts: Mapping[str, Parts] | None = None
+        cls, optimizer: Optimizer, model: nn.Module | None = None, parts: Mapping[str, Split] | None = None
     ) -> NamedParameters:
         """Names of everything an optimizer updates.
 
@@ -165,7 +165,7 @@ class NamedParameters:
         else:
             named = cls(owning_modules(parameters), parts)
         unmatched = {pattern: found for pattern, found in (parts or {}).items() if pattern not in named.matched}
-        refuse_unmatched(unmatched, named._names.values())
+        check_all_matched(unmatched, named._names.values())
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
                 if named.name(parameter) is None:
@@ -256,7 +256,7 @@ class _Last:
         self._key: list[tuple[int, list[tuple[str, int]]]] = []
         self._named = NamedParameters()
 
-    def read(self, modules: Sequence[nn.Module], parts: Mapping[str, Parts]) -> NamedParameters:
+    def read(self, modules: Sequence[nn.Module], parts: Mapping[str, Split]) -> NamedParameters:
         """Return what :class:`NamedParameters` finds in the modules."""
         if parts or not HAS_WEAK_TENSORS:  # else it would keep the parameters alive
             return NamedParameters(modules, parts)
@@ -270,7 +270,7 @@ class _Last:
 _last = _Last()
 
 
-def read_modules(modules: Sequence[nn.Module], parts: Mapping[str, Parts]) -> NamedParameters:
+def read_modules(modules: Sequence[nn.Module], parts: Mapping[str, Split]) -> NamedParameters:
     """Return the names and layers of modules, read once for all optimizers that follow each other over the same ones.
 
     Args:

@@ -7,6 +7,7 @@ goes by the parameter's name with its label in brackets, ``"attn.c_attn.weight[q
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,7 +52,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Split:
     """How a stored parameter falls into logical matrices.
 
     Attributes:
@@ -114,20 +115,20 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_declared(parts: object) -> Mapping[str, Parts]:
+def check_declared(parts: object) -> Mapping[str, Split]:
     """The ``parts`` argument: what parameters are made of, by pattern of their names; None is nothing.
 
     Raises:
-        ValueError: It is no mapping from patterns to :class:`Parts`.
+        ValueError: It is no mapping from patterns to :class:`Split`.
     """
     if parts is None:
         return {}
     if not isinstance(parts, Mapping) or not all(
-        isinstance(pattern, str) and isinstance(value, Parts) for pattern, value in parts.items()
+        isinstance(pattern, str) and isinstance(value, Split) for pattern, value in parts.items()
     ):
         raise ValueError(
-            f"parts={shown(parts)} must give a slimadam.Parts for each pattern of names, such as "
-            "{'*.qkv.weight': Parts({'query': 768, 'key': 768, 'value': 768})}"
+            f"parts={shown(parts)} must give a slimadam.Split for each pattern of names, such as "
+            "{'*.qkv.weight': Split({'query': 768, 'key': 768, 'value': 768})}"
         )
     return parts
 
@@ -158,7 +159,7 @@ def owner_of(key: str, part: Part | None) -> str:
     return key if part is None else key.removesuffix(f"[{part.label}]")
 
 
-def pieces(name: str, shape: Shape, role: ParameterRole, parts: Parts | None) -> list[Piece]:
+def pieces(name: str, shape: Shape, role: ParameterRole, parts: Split | None) -> list[Piece]:
     """The pieces of one parameter.
 
     Args:
@@ -235,3 +236,10 @@ def split_dims(name: str, shape: Shape, view: Shape) -> list[tuple[int, ...]]:
                               for group, size in zip(groups, shape, strict=True)):  # fmt: skip
         raise PlanError(f"{name!r}: view={view} must split dimensions of the parameter's shape {shape}")
     return groups
+
+
+def __getattr__(name: str) -> type[Split]:
+    if name == "Parts":
+        warnings.warn("slimadam.Parts is now called slimadam.Split", DeprecationWarning, stacklevel=2)
+        return Split
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from slimadam.layers.names import is_position
 from slimadam.layers.splits import Part
-from slimadam.measurement.snr import FACTORED, MAX_NDIM, Candidate, average_snr, normalize_candidate
+from slimadam.measurement.snr import average_snr
+from slimadam.state.rule import FACTORED, MAX_NDIM, Candidate, normalize_candidate
 from slimadam.utils.errors import PlanError, shown
 
 CSV_COLUMNS = ("step", "key", "shape", "compress_dims", "snr")

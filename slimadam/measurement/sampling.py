@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from slimadam.measurement.sampling_shards import Index, SampleShard
-from slimadam.measurement.snr import FACTORED, snr
-from slimadam.state.rule import Rule
+from slimadam.measurement.snr import snr
+from slimadam.state.rule import FACTORED, Rule
 from slimadam.utils.errors import shown
 
 LARGEST_SHARE: Final = 0.01

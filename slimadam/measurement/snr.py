@@ -6,36 +6,19 @@ Source: Kalra et al., "When Can You Get Away with Low Memory Adam?" (arXiv 2503.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from slimadam.utils.errors import shown
+from slimadam.state.rule import FACTORED, MAX_NDIM, Candidate, dimension_subsets, normalize_candidate
 
-Candidate = tuple[int, ...] | Literal["factored"]
-"""Dimensions to average over, or ``"factored"`` for row and column averages."""
-
-FACTORED: Final = "factored"
 CONSTANT_RELATIVE_VARIANCE = 1e-28
-MAX_NDIM = 8
 # 4 MB in float64, which a processor's cache holds; an accelerator needs more to be busy.
 _CHUNK_ELEMENTS = 1 << 19
 _CHUNK_ELEMENTS_ON_ACCELERATORS = 1 << 23
-
-
-def dimension_subsets(ndim: int) -> list[tuple[int, ...]]:
-    """All non-empty subsets of ``range(ndim)``, smallest first.
-
-    Example:
-        >>> dimension_subsets(2)
-        [(0,), (1,), (0, 1)]
-    """
-    dims = range(ndim)
-    return [subset for size in range(1, ndim + 1) for subset in itertools.combinations(dims, size)]
 
 
 def snr(v: Tensor, dims: int | Sequence[int] | Literal["factored"], batch_dims: int = 0) -> float:
@@ -92,29 +75,6 @@ def measure(v: Tensor, batch_dims: int = 0) -> dict[Candidate, float]:
     if v.dim() >= batch_dims + 2:
         wanted.append(FACTORED)
     return _ratios(v, wanted, batch_dims)
-
-
-def normalize_candidate(dims: object, ndim: int) -> Candidate:
-    """``dims`` as a sorted tuple of non-negative dimensions, or ``"factored"``.
-
-    Raises:
-        ValueError: ``dims`` is not a non-empty set of dimensions of an ``ndim``-dimensional tensor.
-    """
-    if dims == FACTORED:
-        if ndim < 2:
-            raise ValueError(f"dims='factored' needs at least two dimensions, the tensor has {ndim}")
-        return FACTORED
-    if isinstance(dims, int) and not isinstance(dims, bool):
-        dims = (dims,)
-    if not isinstance(dims, Sequence) or isinstance(dims, str) or not dims:
-        raise ValueError(f"dims={shown(dims)} must be a dimension, a non-empty sequence of them, or 'factored'")
-    for dim in dims:
-        if not isinstance(dim, int) or isinstance(dim, bool) or not -ndim <= dim < ndim:
-            raise ValueError(f"dims={shown(dims)}: {shown(dim)} is not a dimension of a {ndim}-dimensional tensor")
-    subset = tuple(sorted(dim % ndim for dim in dims))
-    if len(set(subset)) != len(subset):
-        raise ValueError(f"dims={shown(dims)} names a dimension twice")
-    return subset
 
 
 def _check_batch_dims(batch_dims: int) -> None:

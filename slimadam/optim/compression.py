@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimadam.distributed.all_reduce import distributed_moments, rules_that_shards_allow
-from slimadam.distributed.sharded_rules import is_dtensor, local_rules, whole
+from slimadam.distributed.sharded_moments import distributed_moments, rules_that_shards_allow
+from slimadam.distributed.sharded_rules import local_rules
 from slimadam.layers.splits import key_of
-from slimadam.measurement.watching import watch_parameter
+from slimadam.measurement.monitor import watch_parameter
 from slimadam.optim.checkpoint.state_dict import Checkpointed
 from slimadam.optim.memory import memory_report
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import MEASURING
 from slimadam.plans.selection import EXPANDED
-from slimadam.report.labels import format_bytes
 from slimadam.state import second_moment
 from slimadam.state.rule import Rule
+from slimadam.utils.dtensor import full_tensor, is_dtensor
+from slimadam.utils.formatting import format_bytes
 from slimadam.utils.torch_private import disable_dynamo
 
 logger = logging.getLogger("slimadam")
@@ -87,7 +88,7 @@ def _compress(name: str, param: Tensor, rules: Sequence[Rule], state: MutableMap
     """Replace full second moments in a parameter's state by what its rules keep of them."""
     for kind in second_moment.SECOND_MOMENTS:
         if kind in state:
-            averaged = second_moment.average(whole(state.pop(kind)), rules)
+            averaged = second_moment.average(full_tensor(state.pop(kind)), rules)
             if is_dtensor(param):
                 averaged = distributed_moments(name, rules, param, averaged)
             state.update(second_moment.by_key(averaged, rules, kind))
@@ -114,7 +115,7 @@ def _expand(
     if is_dtensor(param):
         local_rules(name, after, param)
     for kind in second_moment.SECOND_MOMENTS:
-        stored = [whole(moment) for moment in second_moment.moments_of(state, before, kind)]
+        stored = [full_tensor(moment) for moment in second_moment.moments_of(state, before, kind)]
         if stored:
             full = second_moment.expand(stored, before, tuple(param.shape))
             kept = [

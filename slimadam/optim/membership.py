@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from slimadam.distributed.sharded_rules import FLAT
 from slimadam.layers.names import position_name
 from slimadam.layers.roles import canonical_name
 from slimadam.plans.resolver import MEASURING
 from slimadam.state.rule import Rule, resized_rule
+from slimadam.utils.dtensor import FLAT
 from slimadam.utils.errors import shown
 from slimadam.utils.torch_private import by_tensor, reference
 
 
-class Exchange(NamedTuple):
+class Replacement(NamedTuple):
     """A parameter in whose place another one stands."""
 
     name: str
@@ -44,7 +44,7 @@ class Changes(NamedTuple):
     """
 
     names: list[list[str]]
-    exchanged: list[Exchange]
+    exchanged: list[Replacement]
     added: list[Added]
     removed: list[str]
 
@@ -128,7 +128,7 @@ class Members:
                 if name is None and in_place in vacant and of_model(param) in (None, in_place):
                     name = in_place
                     vacant.discard(name)
-                    found.exchanged.append(Exchange(name, param))
+                    found.exchanged.append(Replacement(name, param))
                 elif name is None:
                     name = self.new_name(group, group_index, index, taken, of_model(param))
                     found.added.append(Added(name, group_index, index))
@@ -236,7 +236,7 @@ def misfits_as_new(
     )
 
 
-def refuse_one_for_many(
+def check_one_for_each(
     names: Sequence[Sequence[str]], groups: Sequence[Mapping[str, Any]], changes: Changes, rules: Mapping[str, Any]
 ) -> None:
     """Refuse one vector in the place of several parameters that a plan has rules for.

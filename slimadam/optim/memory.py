@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from slimadam.distributed.sharded_rules import kept_shapes, local
-from slimadam.kernels.reference import second_moment_dtype
+from slimadam.distributed.sharded_rules import kept_shapes
+from slimadam.kernels.interface import second_moment_dtype
 from slimadam.layers.splits import key_of
-from slimadam.optim.step.tensors import momentum_bytes
-from slimadam.report.labels import format_bytes
+from slimadam.state.first_moment import momentum_bytes
 from slimadam.state.rule import Rule
 from slimadam.state.second_moment import step_dtype
+from slimadam.utils.dtensor import local
+from slimadam.utils.formatting import format_bytes
 
 if TYPE_CHECKING:
     from slimadam.measurement.monitor import Monitor

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimadam.distributed.sharded_rules import is_dtensor
-from slimadam.kernels.reference import second_moment_dtype
+from slimadam.kernels.interface import second_moment_dtype
 from slimadam.optim.step.dispatch import steps_on_device
-from slimadam.optim.step.tensors import decoded, encode, initial_first_moment
 from slimadam.state import int8, second_moment
+from slimadam.state.first_moment import decoded, encode, initial_first_moment
 from slimadam.state.rule import Rule
+from slimadam.utils.dtensor import is_dtensor
 from slimadam.utils.errors import shown
 
 Index = Tensor | Sequence[int] | Sequence[bool] | slice | int

@@ -11,20 +11,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from slimadam.distributed import grad_scaler
-from slimadam.distributed.sharded_rules import is_dtensor, local, on_any_rank
-from slimadam.kernels.reference import Scalar
+from slimadam.kernels.interface import Scalar
 from slimadam.layers.names import is_position, renumbered
 from slimadam.layers.roles import canonical_name
 from slimadam.layers.splits import key_of
-from slimadam.measurement.monitor import Check, Monitor
-from slimadam.measurement.watching import watch_step
+from slimadam.measurement.monitor import Check, Monitor, watch_step
 from slimadam.optim.compression import Replanned
 from slimadam.optim.membership import (
     Added,
     Members,
+    check_one_for_each,
     check_tensors,
     misfits_as_new,
-    refuse_one_for_many,
     rules_for_another,
 )
 from slimadam.optim.memory import MemoryReport, memory_report
@@ -38,21 +36,20 @@ from slimadam.optim.resizing import (
     resized_state,
 )
 from slimadam.optim.step.clipping import check_have_norm, checked_max_grad_norm, clip_factor, norm_in_step
-from slimadam.optim.step.direction import with_decay
+from slimadam.optim.step.direction import Shared, averages_after_step, updates_without_decay, with_decay
 from slimadam.optim.step.dispatch import Backend
 from slimadam.optim.step.options import check_foreach, check_group, normalize_group
 from slimadam.optim.step.param_groups import Held, check_gradients, check_shards
-from slimadam.optim.step.pending import updates_without_decay
-from slimadam.optim.step.shard_direction import Shared, averages_after_step
 from slimadam.optim.step.stepper import Stepper
-from slimadam.optim.step.tasks import backend_of
-from slimadam.optim.step.tensors import check_lacks_all, hyperparameters, initial_state, tell_without_codes
+from slimadam.optim.step.tasks import backend_of, check_lacks_all, hyperparameters, initial_state
 from slimadam.plans.auto import AutoPlan, Measuring
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.resolver import DECIDED_BEFORE, MEASURING, PlanArgument, Resolver, refuse_factored_amsgrad
+from slimadam.plans.resolver import DECIDED_BEFORE, MEASURING, PlanArgument, Resolver, check_factored_amsgrad
 from slimadam.state import second_moment
+from slimadam.state.first_moment import tell_without_codes
 from slimadam.state.rule import Rule, rule_of_whole
 from slimadam.utils import torch_private
+from slimadam.utils.dtensor import is_dtensor, local, on_any_rank
 from slimadam.utils.errors import PlanError, did_you_mean, shown
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
@@ -258,7 +255,7 @@ class SlimAdam(Replanned):
         rules_in_force = {**self._rules, **self._measured}
         changes = self._members.changes(self._names, self.param_groups, self._resolver.of_model)
         changes = misfits_as_new(changes, self.param_groups, rules_in_force)
-        refuse_one_for_many(self._names, self.param_groups, changes, self._rules)
+        check_one_for_each(self._names, self.param_groups, changes, self._rules)
         before = self._resolver.snapshot()
         try:
             admitted = [
@@ -269,7 +266,7 @@ class SlimAdam(Replanned):
             owners = {id(param): group for group in self.param_groups for param in group["params"]}
             for name, param, rules in admitted:
                 check_shards(name, param, rules)
-                refuse_factored_amsgrad(name, rules[0], owners[id(param)])
+                check_factored_amsgrad(name, rules[0], owners[id(param)])
             shaped = self._newly_shaped(changes.names)
             if shaped:
                 self._resolver.read_model_again()
@@ -660,7 +657,7 @@ class SlimAdam(Replanned):
         measured = {
             name: rules_for_another(name, self._measured[name], new) for name in names if name in self._measured
         }
-        refuse_factored_amsgrad(name, rules[name][0], group)
+        check_factored_amsgrad(name, rules[name][0], group)
         state = self.state.get(held, {})
         state = resized_state(state, self._rules[name], held, new, rules[name], group, kept, dim)
         params = [new if param is held else param for param in group["params"]]

@@ -13,13 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from slimadam.layers.splits import Part, Parts, check_declared
+from slimadam.layers.splits import Part, Split, check_declared
 from slimadam.measurement.history import SNRHistory
 from slimadam.measurement.recorder import record
-from slimadam.measurement.snr import FACTORED, normalize_candidate
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.selection import Forms, applicable, check_choice, check_keep
-from slimadam.state.rule import Rule
+from slimadam.state.rule import FACTORED, Rule, normalize_candidate
 from slimadam.utils.errors import shown
 
 logger = logging.getLogger("slimadam")
@@ -37,7 +36,7 @@ class AutoPlan:
         forms: ``"best"``: averages and the factored form compete. ``"mean"``: averages only, as in the paper.
         keep: Patterns of names or roles that stay in full.
         parts: What parameters are made of, by pattern of their names, where their modules do not say, such as
-            ``{"*.qkv.weight": Parts({"query": 768, "key": 768, "value": 768})}``.
+            ``{"*.qkv.weight": Split({"query": 768, "key": 768, "value": 768})}``.
 
     Raises:
         ValueError: A setting is out of range.
@@ -49,7 +48,7 @@ class AutoPlan:
     budget: float | None = None
     forms: Forms = "best"
     keep: tuple[str, ...] = ()
-    parts: Mapping[str, Parts] = field(default_factory=dict)
+    parts: Mapping[str, Split] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("calibration_steps", "measurements"):

@@ -11,8 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from slimadam.measurement.snr import FACTORED
-from slimadam.state.rule import Rule
+from slimadam.state.rule import FACTORED, Rule
 
 OBSERVED: Final = (
     (0.1, -0.0052, 0.0076),

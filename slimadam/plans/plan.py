@@ -15,19 +15,19 @@ from torch import nn
 from slimadam.layers.fused_weights import pieces_of_target
 from slimadam.layers.names import is_position
 from slimadam.layers.roles import canonical_name
-from slimadam.layers.splits import Parts, Piece, key_of, owner_of
+from slimadam.layers.splits import Piece, Split, key_of, owner_of
 from slimadam.measurement.history import SNRHistory
 from slimadam.plans.expected_loss import Expectation, expectation
 from slimadam.plans.selection import (
     Forms,
     check_choice,
     check_keep,
+    check_patterns_match,
     choose_by_budget,
     choose_by_cutoff,
     keep_full,
     keeps,
     measured_rules,
-    refuse_idle,
 )
 from slimadam.plans.serialization import (
     is_nonnegative_number,
@@ -204,7 +204,7 @@ class CompressionPlan(Mapping[str, Rule]):
         if not history:
             raise ValueError("the SNR history is empty: no Adam-like optimizer was measured")
         measured = measured_rules(history)
-        refuse_idle(keep, history)
+        check_patterns_match(keep, history)
         undecided, kept = {}, {}
         for key, rule in measured.items():
             names = history[key].all_names
@@ -242,7 +242,7 @@ class CompressionPlan(Mapping[str, Rule]):
 
     @classmethod
     def by_piece(
-        cls, model: nn.Module, rule: Callable[[Piece], Rule], parts: Mapping[str, Parts] | None = None
+        cls, model: nn.Module, rule: Callable[[Piece], Rule], parts: Mapping[str, Split] | None = None
     ) -> CompressionPlan:
         """A plan with a rule for each logical matrix of a model.
 
@@ -254,7 +254,7 @@ class CompressionPlan(Mapping[str, Rule]):
         found = pieces_of_target(model, parts)
         return cls({key_of(name, piece.part): rule(piece) for name, pieces in found.items() for piece in pieces})
 
-    def for_model(self, model: nn.Module, parts: Mapping[str, Parts] | None = None) -> CompressionPlan:
+    def for_model(self, model: nn.Module, parts: Mapping[str, Split] | None = None) -> CompressionPlan:
         """This plan carried over to another depth or width of the same family of models.
 
         Layers are matched by role. With a cutoff each candidate's SNR is averaged over the layers of a role and decides
@@ -271,7 +271,7 @@ class CompressionPlan(Mapping[str, Rule]):
         return CompressionPlan(rules_for_model(self._rules, self.cutoff, model, parts), cutoff=self.cutoff)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON (schema: ``slimadam/plan.schema.json``). Replaces the file in one move.
+        """Write the plan as JSON (schema: ``slimadam/plans/plan.schema.json``). Replaces the file in one move.
 
         One warning says if the names in it are only places in an optimizer that was given no names.
         """

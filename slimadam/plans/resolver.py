@@ -12,14 +12,14 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from slimadam.distributed.sharded_rules import refuse_flat
-from slimadam.layers.fused_weights import declared_parts, refuse_unmatched
+from slimadam.layers.fused_weights import check_all_matched, declared_parts
 from slimadam.layers.names import NamedParameters, ToldApart, is_position, owning_modules, position_name, read_modules
 from slimadam.layers.roles import BIAS, NORM, UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
 from slimadam.layers.splits import Piece, key_of, owner_of, pieces
 from slimadam.plans.auto import AutoPlan
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state.rule import NO_ELEMENTS, NO_RULE, Rule, factored_rule, fit_rules, full_rule, paper_rule
+from slimadam.utils.dtensor import check_not_flat
 from slimadam.utils.errors import PlanError, did_you_mean
 
 PlanArgument = str | Path | CompressionPlan | AutoPlan | None
@@ -166,13 +166,13 @@ class Resolver:
         for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
             self._all_names[name] = self._known.all_names(param)
             if resolved is not None:
-                refuse_flat(name, param)
+                check_not_flat(name, param)
             rules = self._rules_of(resolved, name, param, self._given_name(group, index))
             if param.numel() == 0 and any(rule.form != "full" for rule in rules):
                 rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason=NO_ELEMENTS)]
             rules = _readable_rules(name, param, group, rules, resolved)
             for rule in rules:
-                refuse_factored_amsgrad(name, rule, group)
+                check_factored_amsgrad(name, rule, group)
             found.append(rules)
         if resolved == "rules" and self._by_role is not None:
             self._by_role.update(zip(names, found, strict=True))
@@ -254,7 +254,7 @@ class Resolver:
             PlanError: Names the entry and the closest parameter.
         """
         unmatched = {pattern: parts for pattern, parts in self._declared.items() if pattern not in self._matched}
-        refuse_unmatched(unmatched, self._owner)
+        check_all_matched(unmatched, self._owner)
         for plan, used in self._used:
             others = (key for key in plan if key not in used)
             unused = [key for key in others if canonical_name(owner_of(key, plan[key].part)) not in self._model_names]
@@ -334,7 +334,7 @@ class Resolver:
         used.update(keys)
 
 
-def refuse_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
+def check_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
     """Refuse amsgrad where a second moment is factored.
 
     Raises:

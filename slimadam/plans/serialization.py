@@ -9,8 +9,7 @@ from typing import Any
 
 from slimadam.layers.splits import Part
 from slimadam.measurement.history import MAX_NAME_LENGTH, MAX_SIZE
-from slimadam.measurement.snr import FACTORED, MAX_NDIM, Candidate, normalize_candidate
-from slimadam.state.rule import Rule
+from slimadam.state.rule import FACTORED, MAX_NDIM, Candidate, Rule, normalize_candidate
 from slimadam.utils.errors import PlanError, shown
 
 _MAX_SHAPE_LENGTH = 64

@@ -14,10 +14,10 @@ from torch import nn
 from slimadam.layers.fused_weights import pieces_of_target
 from slimadam.layers.name_patterns import MATRIX_ROLES
 from slimadam.layers.roles import UNKNOWN, canonical_name, names_of, role_from_name
-from slimadam.layers.splits import Part, Parts, Piece, key_of
-from slimadam.measurement.snr import FACTORED, average_snr
+from slimadam.layers.splits import Part, Piece, Split, key_of
+from slimadam.measurement.snr import average_snr
 from slimadam.plans.selection import Forms, asked_for, choose_by_cutoff, keep_full
-from slimadam.state.rule import Rule, full_rule
+from slimadam.state.rule import FACTORED, Rule, full_rule
 from slimadam.utils.errors import PlanError
 
 NO_COUNTERPART: Final = "the plan has no "
@@ -26,7 +26,7 @@ Kind = tuple[str, int]
 
 
 def rules_for_model(
-    rules: Mapping[str, Rule], cutoff: float | None, model: nn.Module, parts: Mapping[str, Parts] | None
+    rules: Mapping[str, Rule], cutoff: float | None, model: nn.Module, parts: Mapping[str, Split] | None
 ) -> dict[str, Rule]:
     """A rule for each logical matrix of a model, from rules that were chosen for another.
 

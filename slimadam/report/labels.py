@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 from slimadam.layers.roles import BIAS, NORM, UNKNOWN, role_from_name
-from slimadam.measurement.snr import FACTORED, Candidate
 from slimadam.plans.plan import CompressionPlan
-from slimadam.state.rule import Rule
+from slimadam.state.rule import FACTORED, Candidate, Rule
 
 LEGEND: Mapping[str, str] = {
     "full": "full, as in AdamW",
@@ -113,29 +112,6 @@ def format_snr(value: float) -> str:
         return f"{value:.0e}"
     decimals = 3 if 0 < value < 0.01 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:,.{decimals}f}"
-
-
-def format_bytes(count: int) -> str:
-    """A number of bytes with a decimal unit."""
-    if count < 1000:
-        return f"{count} B"
-    size, units = count / 1000, ["kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.3g} {units[0]}" if size < 999.5 else f"{size:,.0f} {units[0]}"
-
-
-def format_shape(shape: tuple[int, ...] | None) -> str:
-    """A shape as sizes joined by ``×``."""
-    if shape is None:
-        return "unknown"
-    return " × ".join(map(str, shape)) if shape else "scalar"
-
-
-def format_percent(share: float) -> str:
-    """A share in 0..1 as a percentage."""
-    return f"{100 * share:.2f}%"
 
 
 def _nan_last(value: float) -> float:

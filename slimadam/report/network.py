@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from slimadam.plans.plan import CompressionPlan
 from slimadam.report import labels
 from slimadam.state.rule import Rule
+from slimadam.utils import formatting
 
 WIDTH = 1120.0
 LABEL_WIDTH = 168.0
@@ -96,7 +97,7 @@ def _cells(plan: CompressionPlan, layer: str, names: Sequence[str], scale: float
     for name in names:
         rule = plan[name]
         width = minimum + scale * _side(rule)
-        hover = f"{name}\n{labels.format_shape(rule.shape)}: {labels.decision_label(rule)}"
+        hover = f"{name}\n{formatting.format_shape(rule.shape)}: {labels.decision_label(rule)}"
         label = _fitting_label(name.removeprefix(layer + "."), width)
         cells.append(Cell(x, width, labels.decision_kind(rule), label, hover))
         x += width + minimum

@@ -12,6 +12,7 @@ from slimadam.measurement.history import ParameterSNR
 from slimadam.plans.plan import CompressionPlan
 from slimadam.report import labels, network, tables
 from slimadam.report.plots import DEPTH_COLOURS, MAX_ROLES, RolePlot
+from slimadam.utils import formatting
 
 
 def basic_facts(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> dict[str, str]:
@@ -55,7 +56,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(breakable=_breakable, bytes=labels.format_bytes, percent=labels.format_percent)
+    environment.filters.update(breakable=_breakable, bytes=formatting.format_bytes, percent=formatting.format_percent)
     rows = tables.parameter_rows(plan)
     kinds = {decision.kind for row in rows for decision in row.decisions}
     return environment.get_template("report.html.j2").render(

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from slimadam.measurement.history import ParameterSNR
-from slimadam.measurement.snr import Candidate
 from slimadam.plans.plan import CompressionPlan
 from slimadam.report import labels
+from slimadam.state.rule import Candidate
 
 Item = TypeVar("Item")
 

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from slimadam.measurement.snr import FACTORED, Candidate
 from slimadam.plans.plan import CompressionPlan
 from slimadam.report import labels
-from slimadam.state.rule import Rule
+from slimadam.state.rule import FACTORED, Candidate, Rule
+from slimadam.utils import formatting
 
 BYTES_PER_ELEMENT = 4
 _COLUMNS: tuple[Candidate, ...] = ((0,), (1,), (0, 1), FACTORED)
@@ -69,7 +69,7 @@ class Row:
         """Share of the elements saved."""
         if not self.before or self.after is None:
             return "–"
-        return labels.format_percent(1 - self.after / self.before)
+        return formatting.format_percent(1 - self.after / self.before)
 
 
 def headline(plan: CompressionPlan) -> list[Quantity]:
@@ -88,7 +88,7 @@ def role_rows(plan: CompressionPlan) -> list[Row]:
     rows = []
     for role, names in labels.names_by_role(plan).items():
         rules = [plan[name] for name in names]
-        shapes = {labels.format_shape(rule.shape) for rule in rules}
+        shapes = {formatting.format_shape(rule.shape) for rule in rules}
         shape = shapes.pop() if len(shapes) == 1 else "various"
         rows.append(_row(plan, role, role, shape, rules))
     return rows
@@ -97,7 +97,7 @@ def role_rows(plan: CompressionPlan) -> list[Row]:
 def parameter_rows(plan: CompressionPlan) -> list[Row]:
     """One row per parameter, in the plan's order."""
     return [
-        _row(plan, name, labels.known_role(name, rule), labels.format_shape(rule.shape), [rule])
+        _row(plan, name, labels.known_role(name, rule), formatting.format_shape(rule.shape), [rule])
         for name, rule in plan.items()
     ]
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from slimadam.distributed.sharded_rules import is_dtensor, laid_out_as, local
+from slimadam.utils.dtensor import is_dtensor, laid_out_as, local
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from slimadam.layers.roles import BIAS, NORM, ParameterRole, recommended_dims
 from slimadam.layers.splits import Part, Piece, check_parts, owner_of
-from slimadam.measurement.snr import FACTORED, MAX_NDIM, Candidate
 from slimadam.utils.errors import PlanError, shown
 
 NO_RULE: Final = "the paper has no rule for"
@@ -22,6 +22,12 @@ NO_ELEMENTS: Final = "no elements"
 
 Dims = tuple[int, ...]
 Form = Literal["full", "mean", "factored"]
+
+
+Candidate = tuple[int, ...] | Literal["factored"]
+"""Dimensions to average over, or ``"factored"`` for row and column averages."""
+FACTORED: Final = "factored"
+MAX_NDIM = 8
 
 
 @dataclass(frozen=True)
@@ -217,3 +223,37 @@ def check_rule(name: str, rule: Rule) -> None:
         raise PlanError(f"{name!r}: batch_dims={rule.batch_dims} leaves less than a matrix of shape {rule.shape}")
     if rule.form == FACTORED and ndim < 2:
         raise PlanError(f"{name!r}: form='factored' needs two dimensions, the shape is {rule.shape}; use 'full'")
+
+
+def dimension_subsets(ndim: int) -> list[tuple[int, ...]]:
+    """All non-empty subsets of ``range(ndim)``, smallest first.
+
+    Example:
+        >>> dimension_subsets(2)
+        [(0,), (1,), (0, 1)]
+    """
+    dims = range(ndim)
+    return [subset for size in range(1, ndim + 1) for subset in itertools.combinations(dims, size)]
+
+
+def normalize_candidate(dims: object, ndim: int) -> Candidate:
+    """``dims`` as a sorted tuple of non-negative dimensions, or ``"factored"``.
+
+    Raises:
+        ValueError: ``dims`` is not a non-empty set of dimensions of an ``ndim``-dimensional tensor.
+    """
+    if dims == FACTORED:
+        if ndim < 2:
+            raise ValueError(f"dims='factored' needs at least two dimensions, the tensor has {ndim}")
+        return FACTORED
+    if isinstance(dims, int) and not isinstance(dims, bool):
+        dims = (dims,)
+    if not isinstance(dims, Sequence) or isinstance(dims, str) or not dims:
+        raise ValueError(f"dims={shown(dims)} must be a dimension, a non-empty sequence of them, or 'factored'")
+    for dim in dims:
+        if not isinstance(dim, int) or isinstance(dim, bool) or not -ndim <= dim < ndim:
+            raise ValueError(f"dims={shown(dims)}: {shown(dim)} is not a dimension of a {ndim}-dimensional tensor")
+    subset = tuple(sorted(dim % ndim for dim in dims))
+    if len(set(subset)) != len(subset):
+        raise ValueError(f"dims={shown(dims)} names a dimension twice")
+    return subset

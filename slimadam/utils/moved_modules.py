@@ -1,10 +1,9 @@
-"""Import paths of earlier versions: they keep working, with a deprecation warning."""
+"""Import paths of earlier versions, which keep working."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
@@ -45,12 +44,10 @@ class _Moved(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Put the new module in the place of the one that is being imported."""
-        new = MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} has moved to {new}", DeprecationWarning, stacklevel=2)
-        sys.modules[module.__name__] = importlib.import_module(new)
+        sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
 
 
 def find_moved_modules() -> None:
     """Let imports find modules under the names of earlier versions."""
     if not any(finder.__name__ == "_Moved" for finder in sys.meta_path if isinstance(finder, type)):
-        sys.meta_path.append(_Moved)
+        sys.meta_path.insert(0, _Moved)  # before a folder that an earlier version left behind

@@ -21,3 +21,4 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
 }
 COLOURS = ("#2166ac", "#d1662a", "#1b7837", "#7b3294", "#b2182b", "#8c6d1f")
+REFERENCE_COLOUR = "#5a5a5a"

@@ -39,7 +39,6 @@ __all__ = [
     "global_step_hooks",
     "intercepts_operations",
     "is_autocast_entered",
-    "is_zero_tensor",
     "local_shape_and_offset",
     "local_tensor",
     "neg_view",
@@ -91,10 +90,6 @@ def disable_dynamo(function: _Function) -> _Function:
 def version(tensor: Tensor) -> int:
     """Return how often autograd knows a tensor to have been changed in place."""
     return tensor._version
-
-
-is_zero_tensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
-"""Return whether a tensor is zero without having memory."""
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

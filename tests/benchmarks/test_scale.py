@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.distributed import scale
 from benchmarks.harness.stopwatch import tensor_bytes
 from benchmarks.workloads.shapes import MODELS
-from slimadam.distributed.sharded_rules import local
+from slimadam.utils.dtensor import local
 from tests.ranks import on_ranks
 
 RANKS = 3

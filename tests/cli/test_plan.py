@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from slimadam import CompressionPlan, Parts, Rule, __version__
+from slimadam import CompressionPlan, Rule, Split, __version__
 from slimadam.cli import cli
 from tests.command_line import CliRunner
 
@@ -162,7 +162,7 @@ def test_help_lists_every_command_without_loading_any() -> None:
 
 
 def test_check_refuses_parts_that_are_not_the_whole_parameter() -> None:
-    divided = Parts({"a": 4, "b": 4}).divide("w", (8, 6))
+    divided = Split({"a": 4, "b": 4}).divide("w", (8, 6))
     rules = {f"w[{part.label}]": Rule((1,), "mean", part.shape, part=part) for part in divided}
     CompressionPlan(rules).save("whole.json")
     assert plan("check", "whole.json").exit_code == 0
@@ -197,7 +197,7 @@ def test_check_against_a_model_knows_both_names_of_a_tied_weight(monkeypatch: py
 
 def test_diff_says_how_parts_and_stacks_differ() -> None:
     for file, sizes in (("ab.json", {"a": 4, "b": 4}), ("ba.json", {"b": 4, "a": 4})):
-        rules = [Rule((1,), "mean", part.shape, part=part) for part in Parts(sizes).divide("w", (8, 6))]
+        rules = [Rule((1,), "mean", part.shape, part=part) for part in Split(sizes).divide("w", (8, 6))]
         CompressionPlan.of_parameters({"w": rules}).save(file)
     lines = plan("diff", "ab.json", "ba.json").stdout.splitlines()
     assert lines[0] == (

@@ -131,7 +131,7 @@ def _log_of_a_step() -> tuple[list[str], list[int]]:
 
     def logged(backend: Any) -> Any:
         def update(entries: Any, hyper: Any) -> None:
-            log.append("given" if all(entry.is_given for entry in entries) else "local")
+            log.append("given" if all(entry.precomputed for entry in entries) else "local")
             updates[backend](entries, hyper)
 
         return update

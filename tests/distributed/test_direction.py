@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimadam import CompressionPlan
 from slimadam.curvature.probe.directions import pending_directions
-from slimadam.distributed.sharded_rules import local
+from slimadam.utils.dtensor import local
 from tests.distributed.test_splits import PLANS
 from tests.distributed.test_step import MESHES, mesh_of, named, sharded, train
 from tests.ranks import on_ranks

@@ -12,7 +12,7 @@ from torch import nn
 
 from slimadam import CompressionPlan, Rule, SlimAdam
 from slimadam.optim.step import dispatch
-from slimadam.optim.step.tensors import decoded
+from slimadam.state.first_moment import decoded
 from tests.distributed.test_step import BACKENDS, MESHES, TOLERANCE, full, mesh_of, moments, named, sharded
 from tests.ranks import on_ranks
 from tests.versions import shards

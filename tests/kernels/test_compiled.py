@@ -15,8 +15,8 @@ from torch import Tensor
 
 from slimadam import CompressionPlan, Rule, SlimAdam
 from slimadam.kernels.cpp.update import compiled_update
+from slimadam.kernels.interface import Dims, Entry, Hyperparameters, second_moment_dtype
 from slimadam.kernels.layout import layout
-from slimadam.kernels.reference import Dims, Entry, Hyperparameters, second_moment_dtype
 from tests.reference import gradients, slim_adamw_float64, train
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")

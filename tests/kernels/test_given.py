@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from slimadam.kernels.cpp.build import library
-from slimadam.kernels.reference import Entry, Hyperparameters
-from slimadam.optim.step.dispatch import UPDATES, choose_backend, fits
+from slimadam.kernels.interface import Entry, Hyperparameters
+from slimadam.optim.step.dispatch import UPDATES, choose_backend, supports
 
 HYPER = Hyperparameters(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1)
 STEP = 3
@@ -45,7 +45,7 @@ def _entry(shape: tuple[int, ...], dims: Any, dtype: torch.dtype) -> Entry:
     wide = torch.promote_types(dtype, torch.float32)
     second = [torch.rand(sizes).add(0.1).to(wide) for sizes in kept]
     param, grad, exp_avg = (torch.randn(shape).to(dtype) for _ in range(3))
-    return Entry(param, grad, exp_avg, second, (), torch.tensor(float(STEP)), averaged, is_given=True)
+    return Entry(param, grad, exp_avg, second, (), torch.tensor(float(STEP)), averaged, precomputed=True)
 
 
 def _expected(entry: Entry, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def test_a_step_from_given_second_moments(backend: Any, dtype: torch.dtype, amsg
     for shape, dims in CASES:
         entry = _entry(shape, dims, dtype)
         assert choose_backend(entry.param, dtype, entry.averaged_dims, group) == backend
-        assert fits(backend, entry)
+        assert supports(backend, entry)
         _check(entry, hyper, lambda entry=entry: UPDATES[backend]([entry], hyper))
 
 
@@ -117,7 +117,7 @@ def test_triton_takes_a_part_with_gaps_from_given_second_moments() -> None:
     whole = [torch.randn(6, 2, 20) for _ in range(3)]
     for dims, kept in (((0,), (1, 20)), ((1,), (6, 1))):
         param, grad, exp_avg = (tensor.clone()[:, 1] for tensor in whole)
-        entry = Entry(param, grad, exp_avg, [torch.rand(kept) + 0.1], (), torch.tensor(2.0), (dims,), is_given=True)
+        entry = Entry(param, grad, exp_avg, [torch.rand(kept) + 0.1], (), torch.tensor(2.0), (dims,), precomputed=True)
         expected = _expected(entry, HYPER)
         prepared = TritonStep([entry], HYPER)
         prepared.run(HYPER)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import AutoPlan, CompressionPlan, Parts, PlanError, Rule, SlimAdam, SNRRecorder
+from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam, SNRRecorder, Split
 from slimadam.layers.fused_weights import pieces_of
 from slimadam.plans import resolver
 
@@ -30,10 +30,10 @@ class Holder(nn.Module):
 
 
 HALVES = {
-    "transposed": (Conv1D(6, 8), Parts({"key": 4, "value": 4}, dim=1), (0,)),
-    "linear": (nn.Linear(6, 8, bias=False), Parts({"key": 4, "value": 4}), (1,)),
-    "convolution": (nn.Conv2d(3, 8, 3, bias=False), Parts({"key": 4, "value": 4}), (1, 2, 3)),
-    "heads": (nn.Linear(6, 8, bias=False), Parts({"heads": 2}, view=(2, 4, 6), batch_dims=1), (2,)),
+    "transposed": (Conv1D(6, 8), Split({"key": 4, "value": 4}, dim=1), (0,)),
+    "linear": (nn.Linear(6, 8, bias=False), Split({"key": 4, "value": 4}), (1,)),
+    "convolution": (nn.Conv2d(3, 8, 3, bias=False), Split({"key": 4, "value": 4}), (1, 2, 3)),
+    "heads": (nn.Linear(6, 8, bias=False), Split({"heads": 2}, view=(2, 4, 6), batch_dims=1), (2,)),
 }
 
 
@@ -59,7 +59,7 @@ def test_declared_parts_have_the_layout_of_their_module(case: str, how: str) -> 
 
 def test_without_a_module_the_layout_is_guessed() -> None:
     optimizer = SlimAdam(
-        [("w", torch.ones(8, 6, requires_grad=True))], plan=AutoPlan(parts={"w": Parts({"a": 4, "b": 4})})
+        [("w", torch.ones(8, 6, requires_grad=True))], plan=AutoPlan(parts={"w": Split({"a": 4, "b": 4})})
     )
     assert [rule.fan_in for rule in optimizer._measured["w"]] == [(1,), (1,)]
 
@@ -117,7 +117,7 @@ def test_a_tied_weight_goes_by_each_of_its_names() -> None:
         "kept in full as asked (keep='lm_head.weight')",
     )
     assert plan["mid.weight"].form != "full"
-    halves = {"lm_head.*": Parts({"a": 20, "b": 20})}
+    halves = {"lm_head.*": Split({"a": 20, "b": 20})}
     assert {key for key in _decided(Tied(), parts=halves) if "wte" in key} == {"wte.weight[a]", "wte.weight[b]"}
     assert "wte.weight[a]" in CompressionPlan.by_piece(
         Tied(), lambda piece: Rule(shape=piece.shape, part=piece.part), halves
@@ -177,7 +177,7 @@ def test_brackets_at_the_end_of_a_pattern_are_those_of_a_part(pattern: str, expe
 def test_the_same_parts_argument_is_wrong_everywhere() -> None:
     model = Attending()
     plan = CompressionPlan.factored(model)
-    for wrong in ([1], "abc", {"a": 1}, {"a": {"q": 1}}, 5, {3: Parts({"a": 1})}):
+    for wrong in ([1], "abc", {"a": 1}, {"a": {"q": 1}}, 5, {3: Split({"a": 1})}):
         for use in (
             lambda: AutoPlan(parts=wrong),  # type: ignore[arg-type]  # noqa: B023
             lambda: plan.for_model(model, parts=wrong),  # type: ignore[arg-type]  # noqa: B023
@@ -185,11 +185,11 @@ def test_the_same_parts_argument_is_wrong_everywhere() -> None:
             lambda: SNRRecorder(torch.optim.AdamW(model.parameters()), model, parts=wrong),  # type: ignore[arg-type]  # noqa: B023
         ):
             with pytest.raises(
-                ValueError, match=r"parts=.* must give a slimadam.Parts for each pattern of names, such"
+                ValueError, match=r"parts=.* must give a slimadam.Split for each pattern of names, such"
             ):
                 use()
 
 
 def test_parts_that_match_no_name_of_a_tied_weight_are_refused() -> None:
     with pytest.raises(PlanError, match=r"the pattern 'head.\*' matches no parameter"):
-        CompressionPlan.factored(Tied()).for_model(Tied(), parts={"head.*": Parts({"a": 20, "b": 20})})
+        CompressionPlan.factored(Tied()).for_model(Tied(), parts={"head.*": Split({"a": 20, "b": 20})})

@@ -16,11 +16,11 @@ from torch import nn
 from slimadam import (
     AutoPlan,
     CompressionPlan,
-    Parts,
     PlanError,
     SlimAdam,
     SNRHistory,
     SNRRecorder,
+    Split,
     convert_state_dict,
     every,
 )
@@ -150,17 +150,17 @@ def test_gate_and_up_projections_and_stacked_experts() -> None:
     assert [(piece.role.role, piece.shape, piece.batch_dims) for piece in down] == [("mlp_down", (3, 16, 24), 1)]
 
 
-CASES: dict[str, tuple[tuple[int, ...], Parts, list[tuple[str, tuple[int, ...]]]]] = {
-    "rows": ((9, 5), Parts({"a": 2, "b": 3, "c": 4}), [("mean", (1,)), ("mean", (0,)), ("factored", ())]),
-    "columns": ((6, 10), Parts({"a": 4, "b": 6}, dim=1), [("mean", (0,)), ("full", ())]),
-    "heads": ((12, 5), Parts({"heads": 3}, view=(3, 4, 5), batch_dims=1), [("factored", ())]),
-    "heads, averaged": ((12, 5), Parts({"heads": 3}, view=(3, 4, 5), batch_dims=1), [("mean", (1, 2))]),
-    "interleaved": ((24, 5), Parts({"q": 1, "k": 1}, 1, (3, 2, 4, 5), 2), [("factored", ()), ("mean", (0, 2))]),
-    "experts": ((3, 8, 5), Parts({"gate": 4, "up": 4}, 1, None, 1), [("factored", ()), ("mean", (0, 1))]),
+CASES: dict[str, tuple[tuple[int, ...], Split, list[tuple[str, tuple[int, ...]]]]] = {
+    "rows": ((9, 5), Split({"a": 2, "b": 3, "c": 4}), [("mean", (1,)), ("mean", (0,)), ("factored", ())]),
+    "columns": ((6, 10), Split({"a": 4, "b": 6}, dim=1), [("mean", (0,)), ("full", ())]),
+    "heads": ((12, 5), Split({"heads": 3}, view=(3, 4, 5), batch_dims=1), [("factored", ())]),
+    "heads, averaged": ((12, 5), Split({"heads": 3}, view=(3, 4, 5), batch_dims=1), [("mean", (1, 2))]),
+    "interleaved": ((24, 5), Split({"q": 1, "k": 1}, 1, (3, 2, 4, 5), 2), [("factored", ()), ("mean", (0, 2))]),
+    "experts": ((3, 8, 5), Split({"gate": 4, "up": 4}, 1, None, 1), [("factored", ()), ("mean", (0, 1))]),
 }  # fmt: skip
 
 
-def _plan(shape: tuple[int, ...], parts: Parts, forms: list[tuple[str, tuple[int, ...]]]) -> CompressionPlan:
+def _plan(shape: tuple[int, ...], parts: Split, forms: list[tuple[str, tuple[int, ...]]]) -> CompressionPlan:
     rules = [
         Rule(dims, form, part.shape, part=part, batch_dims=parts.batch_dims)  # type: ignore[arg-type]
         for part, (form, dims) in zip(parts.divide("w", shape), forms, strict=True)
@@ -329,7 +329,7 @@ def test_auto_with_parts_resumes_bitwise(interrupted_at: int) -> None:
 def test_declared_heads_are_measured_head_by_head() -> None:
     model = nn.Sequential(nn.Linear(6, 8, bias=False))
     optimizer = torch.optim.AdamW(model.parameters())
-    heads = Parts({"heads": 4}, view=(4, 2, 6), batch_dims=1)
+    heads = Split({"heads": 4}, view=(4, 2, 6), batch_dims=1)
     recorder = SNRRecorder(optimizer, model, every(1), parts={"0.weight": heads})
     model[0].weight.grad = torch.arange(1.0, 5).repeat_interleave(2)[:, None] * torch.tensor([1.0, -1] * 3)
     optimizer.step()
@@ -347,15 +347,15 @@ def test_rules_of_the_paper_apply_to_each_part() -> None:
     } == {"query]": (1,), "key]": (1,), "value]": (0,)}
 
 
-WRONG: dict[str, tuple[Parts, str]] = {
-    "too short": (Parts({"a": 3, "b": 4}), "'w': its parts cover 7 of 8 along dimension 0"),
-    "no such dimension": (Parts({"a": 8}, dim=2), "dim=2 of its parts is out of range"),
-    "merging view": (Parts({"a": 48}, view=(48,)), r"view=\(48,\) must split dimensions of the parameter's shape"),
-    "other size": (Parts({"a": 8}, view=(8, 7)), r"view=\(8, 7\) must split"),
-    "empty part": (Parts({"a": 8, "b": 0}), "its part 'b' starts at 8 with size 0"),
-    "nothing": (Parts({}), "its parts cover 0 of 8"),
-    "label": (Parts({"a[0]": 8}), r"the label 'a\[0\]' of its parts must be a word without brackets"),
-    "batch": (Parts({"a": 8}, batch_dims=1), "batch_dims=1 of its parts must leave a matrix of the view"),
+WRONG: dict[str, tuple[Split, str]] = {
+    "too short": (Split({"a": 3, "b": 4}), "'w': its parts cover 7 of 8 along dimension 0"),
+    "no such dimension": (Split({"a": 8}, dim=2), "dim=2 of its parts is out of range"),
+    "merging view": (Split({"a": 48}, view=(48,)), r"view=\(48,\) must split dimensions of the parameter's shape"),
+    "other size": (Split({"a": 8}, view=(8, 7)), r"view=\(8, 7\) must split"),
+    "empty part": (Split({"a": 8, "b": 0}), "its part 'b' starts at 8 with size 0"),
+    "nothing": (Split({}), "its parts cover 0 of 8"),
+    "label": (Split({"a[0]": 8}), r"the label 'a\[0\]' of its parts must be a word without brackets"),
+    "batch": (Split({"a": 8}, batch_dims=1), "batch_dims=1 of its parts must leave a matrix of the view"),
 }  # fmt: skip
 
 
@@ -367,7 +367,7 @@ def test_parts_that_do_not_fit_are_refused(case: str) -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
-    plan = AutoPlan(parts={"v": Parts({"a": 8})})
+    plan = AutoPlan(parts={"v": Split({"a": 8})})
     with pytest.raises(PlanError, match="parts: the pattern 'v' matches no parameter"):
         SlimAdam([("w", torch.ones(8, 6, requires_grad=True))], plan=plan)
     with pytest.raises(PlanError, match="parts: the pattern 'v' matches no parameter"):
@@ -517,11 +517,11 @@ def test_unusual_modules_do_not_get_in_the_way(caplog: pytest.LogCaptureFixture)
 
 def test_declared_parts_of_one_of_two_groups_and_of_a_submodule() -> None:
     first, second = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
-    plan = AutoPlan(parts={"a.weight": Parts({"x": 4, "y": 4})})
+    plan = AutoPlan(parts={"a.weight": Split({"x": 4, "y": 4})})
     groups = [{"params": [("a.weight", first.weight)]}, {"params": [("b.weight", second.weight)]}]
     assert list(SlimAdam(groups, plan=plan)._measured["a.weight"]) != []
     model = Block(Attention(25, num_heads=5))
-    plan = AutoPlan(parts={"qkv_proj.weight": Parts({"x": 5, "y": 20})})
+    plan = AutoPlan(parts={"qkv_proj.weight": Split({"x": 5, "y": 20})})
     optimizer = SlimAdam(model.attn.named_parameters(), plan=plan)
     assert [rule.part.label for rule in optimizer._measured["qkv_proj.weight"]] == ["x", "y"]
 

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slimadam import AutoPlan, CompressionPlan, PlanError, SlimAdam, SNRHistory, SNRRecorder, snr
-from slimadam.measurement.snr import dimension_subsets, measure
-from slimadam.plans.calibrate import every
+from slimadam.measurement.recorder import every
+from slimadam.measurement.snr import measure
+from slimadam.state.rule import dimension_subsets
 
 # The package has a function of the same name.
 SNR_MODULE = importlib.import_module("slimadam.measurement.snr")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimadam import AutoPlan, CompressionPlan, Parts, Rule, SlimAdam
+from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam, Split
 from slimadam.optim.step import dispatch
 from tests.ranks import on_ranks
 from tests.versions import needs_torch
@@ -111,7 +111,7 @@ def test_complex_amsgrad_and_large_parameters(implementation: str) -> None:
 @pytest.mark.parametrize("momentum_dtype", MOMENTA, ids=str)
 def test_parts_of_a_fused_weight(implementation: str, momentum_dtype: Any) -> None:
     weight = nn.Parameter(torch.randn(24, 16))
-    parts = Parts({"query": 8, "key": 8, "value": 8}).divide("w", (24, 16))
+    parts = Split({"query": 8, "key": 8, "value": 8}).divide("w", (24, 16))
     forms = (Rule((1,), "mean"), Rule((0,), "mean"), Rule(form="factored"))
     rules = [replace(form, part=part, shape=part.shape) for part, form in zip(parts, forms, strict=True)]
     plan = CompressionPlan({f"w[{rule.part.label}]": rule for rule in rules if rule.part is not None})

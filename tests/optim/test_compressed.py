@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slimadam import CompressionPlan, PlanError, Rule, SlimAdam
 from slimadam.kernels.reference import slim_adamw
-from slimadam.measurement.snr import dimension_subsets
+from slimadam.state.rule import dimension_subsets
 from tests.reference import gradients, second_moments, slim_adamw_float64, train
 
 STEPS = 12

@@ -124,15 +124,15 @@ WRONG_USES = [
     _use(TypeError, "model='gpt' must be an nn.Module, the one that the plan is for",
          lambda model: CompressionPlan.from_rules(model).for_model("gpt")),  # type: ignore[arg-type]
     _use(TypeError, "model=None must be an nn.Module", lambda model: CompressionPlan.factored(None)),  # type: ignore[arg-type]
-    _use(ValueError, r"parts=5 must give a slimadam.Parts for each pattern",
+    _use(ValueError, r"parts=5 must give a slimadam.Split for each pattern",
          lambda model: slimadam.calibrate(model, lambda: torch.ones(()), 1, parts=5)),  # type: ignore[arg-type]
-    _use(ValueError, r"sizes=\{1: 4\} must give each part's label", lambda model: slimadam.Parts({1: 4})),  # type: ignore[dict-item]
-    _use(ValueError, r"sizes=\{'a': True\} must give each part's label", lambda model: slimadam.Parts({"a": True})),
-    _use(ValueError, "dim='0' must be an integer", lambda model: slimadam.Parts({"a": 4}, "0")),  # type: ignore[arg-type]
-    _use(ValueError, "dim=False must be an integer", lambda model: slimadam.Parts({"a": 4}, False)),
-    _use(ValueError, "batch_dims=None must be an integer", lambda model: slimadam.Parts({"a": 4}, batch_dims=None)),  # type: ignore[arg-type]
-    _use(ValueError, "view=5 must be a tuple of integers", lambda model: slimadam.Parts({"a": 4}, view=5)),  # type: ignore[arg-type]
-    _use(ValueError, r"view=\(4.0, 2\) must be a tuple of integers", lambda model: slimadam.Parts({"a": 4}, view=(4.0, 2))),  # type: ignore[arg-type]
+    _use(ValueError, r"sizes=\{1: 4\} must give each part's label", lambda model: slimadam.Split({1: 4})),  # type: ignore[dict-item]
+    _use(ValueError, r"sizes=\{'a': True\} must give each part's label", lambda model: slimadam.Split({"a": True})),
+    _use(ValueError, "dim='0' must be an integer", lambda model: slimadam.Split({"a": 4}, "0")),  # type: ignore[arg-type]
+    _use(ValueError, "dim=False must be an integer", lambda model: slimadam.Split({"a": 4}, False)),
+    _use(ValueError, "batch_dims=None must be an integer", lambda model: slimadam.Split({"a": 4}, batch_dims=None)),  # type: ignore[arg-type]
+    _use(ValueError, "view=5 must be a tuple of integers", lambda model: slimadam.Split({"a": 4}, view=5)),  # type: ignore[arg-type]
+    _use(ValueError, r"view=\(4.0, 2\) must be a tuple of integers", lambda model: slimadam.Split({"a": 4}, view=(4.0, 2))),  # type: ignore[arg-type]
     # state dicts
     _use(TypeError, "plan='rules' must be a CompressionPlan",
          lambda model: slimadam.convert_state_dict(SlimAdam(model).state_dict(), "rules")),  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import AutoPlan, CompressionPlan, Parts, PlanError, SlimAdam
+from slimadam import AutoPlan, CompressionPlan, PlanError, SlimAdam, Split
 from slimadam.measurement.snr import measure
 from tests.reference import second_moments
 
@@ -332,7 +332,7 @@ def test_a_wrong_count_of_steps_is_refused(steps: Any) -> None:
 @pytest.mark.parametrize("now", [{"b": 8, "a": 8}, {"a": 4, "b": 12}, {"c": 16}, None])
 def test_measurements_of_other_parts_are_left_out(now: dict[str, int] | None, caplog: pytest.LogCaptureFixture) -> None:
     def settings(sizes: dict[str, int] | None) -> AutoPlan:
-        return AutoPlan(6, measurements=6, parts={"0.weight": Parts(sizes)} if sizes else {})
+        return AutoPlan(6, measurements=6, parts={"0.weight": Split(sizes)} if sizes else {})
 
     model = _model()
     optimizer = SlimAdam(model, plan=settings({"a": 8, "b": 8}))

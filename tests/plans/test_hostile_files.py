@@ -22,7 +22,7 @@ from torch import nn
 
 from slimadam import CompressionPlan, PlanError, Rule, SlimAdam, SNRHistory
 from slimadam.layers.splits import Part
-from slimadam.measurement.snr import Candidate, dimension_subsets
+from slimadam.state.rule import Candidate, dimension_subsets
 
 FILES = 250
 SECONDS = 2.0

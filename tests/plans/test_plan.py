@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from slimadam import CompressionPlan, PlanError, Rule, SNRHistory
-from slimadam.plans.knapsack import least_loss
 from slimadam.plans.plan import SCHEMA_PATH
+from slimadam.plans.selection import least_loss
 
 SCHEMA = json.loads(SCHEMA_PATH.read_text())
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimadam import CompressionPlan, Parts, PlanError, Rule, SlimAdam
+from slimadam import CompressionPlan, PlanError, Rule, SlimAdam, Split
 from slimadam.cli import cli
 from slimadam.demo.model import ByteGPT
 from slimadam.layers.splits import Piece
@@ -215,8 +215,8 @@ def test_labels_that_are_no_roles_are_not_mixed() -> None:
             self.x = nn.Linear(width, 2 * width, bias=False)
             self.y = nn.Linear(width, 2 * width, bias=False)
 
-    def parts(width: int) -> dict[str, Parts]:
-        return {"*.weight": Parts({"a": width, "key": width})}
+    def parts(width: int) -> dict[str, Split]:
+        return {"*.weight": Split({"a": width, "key": width})}
 
     def rule(piece: Piece) -> Rule:
         return replace(full_rule(piece, ""), form="mean", dims=(next(dims),))

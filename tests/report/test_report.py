@@ -13,9 +13,10 @@ import pytest
 
 import slimadam
 from slimadam import CompressionPlan, PlanError, Rule, SNRHistory
-from slimadam.measurement.snr import Candidate, dimension_subsets
 from slimadam.report import labels, network, tables, write_report
 from slimadam.report.plots import MAX_LINES, MAX_ROLES, role_plots
+from slimadam.state.rule import Candidate, dimension_subsets
+from slimadam.utils import formatting
 
 VOID = {"meta", "wbr", "br", "link", "img"}
 HOSTILE = "<script>alert(1)</script>.$\\frac{\"&'.\ud800weight"
@@ -335,7 +336,7 @@ def test_layer_of(name: str, layer: str) -> None:
      (2 * 10**15, "2,000 TB")],
 )  # fmt: skip
 def test_format_bytes(count: int, text: str) -> None:
-    assert labels.format_bytes(count) == text
+    assert formatting.format_bytes(count) == text
 
 
 @pytest.mark.parametrize(

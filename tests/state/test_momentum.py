@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import slimadam.optim.step.stepper
-from slimadam import AutoPlan, CompressionPlan, Parts, Rule, SlimAdam
-from slimadam.kernels.reference import Entry, Hyperparameters, reference_update
+from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam, Split
+from slimadam.kernels.interface import Entry, Hyperparameters
+from slimadam.kernels.reference import reference_update
 from slimadam.state import int8
 from tests.reference import Array, gradients, train
 from tests.state.test_int8 import encoded, oracle_decoded
@@ -78,7 +79,7 @@ def test_trajectory_is_that_of_a_float64_reference_with_the_oracles_code(form: s
 def _parts_plan(model: nn.Module) -> CompressionPlan:
     """Two parts of the weight; with 32 columns 16 rows are two blocks, with 5 columns they are not."""
     rows = model.weight.shape[0]
-    parts = Parts({"query": 16, "key": rows - 16}).divide("weight", tuple(model.weight.shape))
+    parts = Split({"query": 16, "key": rows - 16}).divide("weight", tuple(model.weight.shape))
     forms: Any = [{"dims": (1,), "form": "mean"}, {"form": "factored"}]
     rules = {
         f"weight[{part.label}]": Rule(shape=part.shape, part=part, **form)

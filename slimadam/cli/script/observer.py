@@ -18,7 +18,7 @@ from slimadam.cli.script.lr_scale import LearningRateScale
 from slimadam.cli.script.names import prefix_of, prefixed
 from slimadam.cli.script.runner import StopScript, Terminated
 from slimadam.measurement.history import SNRHistory
-from slimadam.plans.calibrate import Schedule, SNRRecorder
+from slimadam.measurement.recorder import Schedule, SNRRecorder
 from slimadam.utils.torch_private import disable_dynamo
 
 

@@ -166,7 +166,7 @@ class MixAdvice:
         Raises:
             ImportError: matplotlib is missing; the extra ``slimadam[cli]`` brings it.
         """
-        from slimadam.curvature.plots import draw_mix
+        from slimadam.curvature.mixing.plots import draw_mix
 
         draw_mix(self, path)
 

@@ -23,8 +23,8 @@ from slimadam.curvature.mixing.settled_momentum import Momentum, SettledMomentum
 from slimadam.curvature.probe.directions import unwrapped
 from slimadam.curvature.probe.displacement import Memory
 from slimadam.curvature.probe.snapshot import Buffers, RandomState
-from slimadam.distributed.sharded_rules import is_dtensor
 from slimadam.layers.names import owning_modules
+from slimadam.utils.dtensor import is_dtensor
 
 BatchLoss = Callable[[int], Tensor]
 """The mean loss of a task on its batch of a number, with a graph; the same number gives the same batch."""

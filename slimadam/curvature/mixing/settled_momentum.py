@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from slimadam.curvature.probe.directions import LINEAR_IN_LR, coupled_decay, unwrapped
-from slimadam.kernels.reference import clipped
+from slimadam.kernels.reference import scale_grad
 from slimadam.optim.slimadam import SlimAdam
 
 Momentum = Literal["settled", "kept"]
@@ -53,7 +53,7 @@ class SettledMomentum:
         factor = self._optimizer.clip_factor() if isinstance(self._optimizer, SlimAdam) else None
         for param, group, moment, _ in self._kept:
             if param.grad is not None:
-                moment.copy_(_settled(self._optimizer, group, param, clipped(param.grad, factor)))
+                moment.copy_(_settled(self._optimizer, group, param, scale_grad(param.grad, factor)))
 
     @torch.no_grad()
     def restore(self) -> None:

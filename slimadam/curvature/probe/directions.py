@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from slimadam.distributed.sharded_rules import is_dtensor, laid_out_as, local, local_gradient
-from slimadam.kernels.reference import Scalar, second_moment_dtype
+from slimadam.kernels.interface import Scalar, second_moment_dtype
 from slimadam.optim.slimadam import SlimAdam
-from slimadam.optim.step.direction import row_blocks, with_decay
-from slimadam.optim.step.shard_direction import Shared
+from slimadam.optim.step.direction import Shared, row_blocks, with_decay
 from slimadam.utils import torch_private
+from slimadam.utils.dtensor import is_dtensor, laid_out_as, local, local_gradient
 
 # Their step on a parameter is linear in lr, and depends on the parameter's value through weight decay alone.
 LINEAR_IN_LR = tuple(

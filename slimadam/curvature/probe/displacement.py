@@ -16,10 +16,9 @@ from slimadam.curvature.probe.directions import (
     pending_updates,
     unwrapped,
 )
-from slimadam.distributed.sharded_rules import local
-from slimadam.kernels.reference import second_moment_dtype
-from slimadam.optim.step.direction import row_blocks
-from slimadam.optim.step.shard_direction import nbytes_of
+from slimadam.kernels.interface import second_moment_dtype
+from slimadam.optim.step.direction import nbytes_of, row_blocks
+from slimadam.utils.dtensor import local
 
 Memory = Literal["copy", "lean", "offload"]
 MEMORY_MODES = ("copy", "lean", "offload")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimadam.distributed.sharded_rules import is_dtensor
 from slimadam.utils import torch_private
+from slimadam.utils.dtensor import is_dtensor
 
 
 class Sharding:

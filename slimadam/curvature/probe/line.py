@@ -20,9 +20,9 @@ from slimadam.curvature.probe.directions import check_pending, unwrapped
 from slimadam.curvature.probe.displacement import MOVES, Memory, Moves, held
 from slimadam.curvature.probe.fsdp import Sharding
 from slimadam.curvature.probe.signals import HeldSignals
-from slimadam.curvature.probe.snapshot import Buffers, Gradients, Precision, RandomState, refuse_shared_memory
-from slimadam.distributed.sharded_rules import local, whole
+from slimadam.curvature.probe.snapshot import Buffers, Gradients, Precision, RandomState, check_no_shared_memory
 from slimadam.layers.names import owning_modules
+from slimadam.utils.dtensor import full_tensor, local
 from slimadam.utils.torch_private import version
 
 Closure = Callable[[], "Tensor | float"]
@@ -89,7 +89,7 @@ class LineProbe:
         self._precision = Precision(params, self._sharding.is_narrow)
         self._params = params
         if self.memory == "lean":
-            refuse_shared_memory([held(param) for param in params], self._buffers.tensors)
+            check_no_shared_memory([held(param) for param in params], self._buffers.tensors)
         with torch.no_grad():
             moves = MOVES[self.memory](self.optimizer)
         try:
@@ -198,7 +198,7 @@ def _is_written(before: tuple[int, int], after: tuple[int, int]) -> bool:
 def _read(loss: Any, device: torch.device) -> float:
     """The one read that the host waits for; the mean over all ranks."""
     if isinstance(loss, Tensor):
-        loss = whole(loss)
+        loss = full_tensor(loss)
         if loss.numel() != 1 or loss.is_complex():
             raise TypeError(f"the closure returned a {loss.dtype} tensor of shape {tuple(loss.shape)}, not one number")
     elif not isinstance(loss, (int, float, np.number)) and not (isinstance(loss, np.ndarray) and loss.ndim == 0):

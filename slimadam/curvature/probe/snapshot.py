@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from slimadam.distributed.sharded_rules import local
 from slimadam.utils import torch_private
+from slimadam.utils.dtensor import local
 
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 """Differences of a loss below some units in its last place are rounding."""
@@ -137,7 +137,7 @@ class Precision:
             torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
-def refuse_shared_memory(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
+def check_no_shared_memory(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
     """Refuse parameters that share memory with one another or with a buffer.
 
     Raises:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimadam.distributed.all_reduce import distributed_moments
-from slimadam.distributed.sharded_rules import is_dtensor, place, whole
+from slimadam.distributed.sharded_moments import distributed_moments
+from slimadam.optim.checkpoint import format
 from slimadam.optim.checkpoint.loading import as_kept
-from slimadam.optim.step.tensors import decoded
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state import second_moment
+from slimadam.state.first_moment import decoded
 from slimadam.state.rule import Rule, fit_rules
+from slimadam.utils.dtensor import full_tensor, is_dtensor, place
 from slimadam.utils.errors import shown
 
 
@@ -36,13 +37,13 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
     """
     if not (plan is None or isinstance(plan, CompressionPlan)):
         raise TypeError(f"plan={shown(plan)} must be a CompressionPlan, such as CompressionPlan.load(path), or None")
-    second_moment.check_is_mapping(state_dict)
-    second_moment.check_layout(state_dict)
-    if second_moment.KEY not in state_dict:
+    format.check_is_mapping(state_dict)
+    format.check_layout(state_dict)
+    if format.KEY not in state_dict:
         raise ValueError(
             "the state dict carries no plan: it is not SlimAdam's; one of Adam or AdamW is loaded as it is"
         )
-    old = CompressionPlan.from_dict(state_dict[second_moment.KEY]["plan"])
+    old = CompressionPlan.from_dict(state_dict[format.KEY]["plan"])
     new = {name: _rules_under(plan, name, rules) for name, rules in old.by_parameter().items()}
     saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
     if len(saved_ids) != len(new):
@@ -55,14 +56,14 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
         before = old.by_parameter()[name]
         if saved_id in state:
             state[saved_id] = _with_rules(name, state[saved_id], before, rules)
-    own = {"format_version": second_moment.FORMAT_VERSION, "plan": CompressionPlan.of_parameters(new).to_dict()}
+    own = {"format_version": format.FORMAT_VERSION, "plan": CompressionPlan.of_parameters(new).to_dict()}
     named = zip(saved_ids, new.values(), strict=True)
     averaged = {saved_id for saved_id, rules in named if any(rule.form != "full" for rule in rules)}
     groups = [  # as SlimAdam.state_dict()
         {**group, "fused": None} if averaged.intersection(group["params"]) else group
         for group in state_dict["param_groups"]
     ]
-    return {**state_dict, "state": state, "param_groups": groups, second_moment.KEY: own}
+    return {**state_dict, "state": state, "param_groups": groups, format.KEY: own}
 
 
 def in_present_format(name: str, state: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def full_state(param: Tensor, rules: Sequence[Rule], state: Mapping[str, Any]) -
 def _expanded(moments: Sequence[Tensor], rules: Sequence[Rule], param: Tensor) -> Tensor:
     if len(moments) == 1 and moments[0].shape == param.shape:
         return moments[0].clone()
-    return second_moment.expand([whole(moment) for moment in moments], rules, tuple(param.shape))
+    return second_moment.expand([full_tensor(moment) for moment in moments], rules, tuple(param.shape))
 
 
 def _rules_under(plan: CompressionPlan | None, name: str, old: Sequence[Rule]) -> list[Rule]:
@@ -124,7 +125,7 @@ def _with_rules(name: str, state: Mapping[str, Any], before: Sequence[Rule], rul
         if not moments:
             continue
         if not alike:
-            full = second_moment.expand(list(map(whole, moments)), before, before[0].owner_shape or ())
+            full = second_moment.expand(list(map(full_tensor, moments)), before, before[0].owner_shape or ())
             moments = second_moment.average(full, rules)
             stored = second_moment.first_moment(state)
             if is_dtensor(stored):

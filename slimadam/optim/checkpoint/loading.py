@@ -9,14 +9,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from slimadam.distributed.all_reduce import distributed_moments, initial_moments
-from slimadam.distributed.sharded_rules import is_dtensor, local, place, whole
-from slimadam.kernels.reference import second_moment_dtype
+from slimadam.distributed.sharded_moments import distributed_moments, initial_moments
+from slimadam.kernels.interface import second_moment_dtype
+from slimadam.optim.checkpoint import format
 from slimadam.optim.step.dispatch import steps_on_device
 from slimadam.optim.step.options import check_group, normalize_group
-from slimadam.optim.step.tensors import decoded, encode, initial_first_moment, momentum_dtype, stores_codes
 from slimadam.state import int8, second_moment
+from slimadam.state.first_moment import decoded, encode, initial_first_moment, momentum_dtype, stores_codes
 from slimadam.state.rule import Rule
+from slimadam.utils.dtensor import full_tensor, is_dtensor, local, place
 from slimadam.utils.errors import PlanError
 
 # What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on. How first moments
@@ -84,7 +85,7 @@ def check_saved(
         raise ValueError(f"{name!r}: the state dict lacks {missing}; it is not of Adam, AdamW or SlimAdam")
     if group["amsgrad"] and _is_missing(saved, "max_exp_avg_sq"):
         raise ValueError(f"{name!r}: amsgrad=True, but the state dict has no max_exp_avg_sq; set amsgrad=False")
-    second_moment.check_tensors(name, saved, param)
+    format.check_tensors(name, saved, param)
     _check_first_moment(name, saved, param)
     for kind in second_moment.SECOND_MOMENTS:
         moments = second_moment.saved_moments(saved, rules, kind)
@@ -158,7 +159,7 @@ def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, A
     if is_dtensor(param):
         return _sharded_first_moment(param, group, saved)
     dtype = momentum_dtype(param, group)
-    given = {key: whole(value).to(param.device) for key, value in _as_stored(saved).items()}
+    given = {key: full_tensor(value).to(param.device) for key, value in _as_stored(saved).items()}
     if not stores_codes(param, group):
         return {"exp_avg": decoded(param, given)["exp_avg"].to(dtype, copy=True)}
     made = initial_first_moment(param, group)
@@ -181,7 +182,7 @@ def _saved_value(param: Tensor, saved: Mapping[str, Any]) -> Tensor:
     if codes is not None and scales is not None and is_dtensor(codes):
         alike = is_dtensor(scales) and (scales.device_mesh, scales.placements) == (codes.device_mesh, codes.placements)
         if not alike or tuple(scales.shape) != int8.scales_shape(codes):
-            given = {key: whole(value) for key, value in given.items()}
+            given = {key: full_tensor(value) for key, value in given.items()}
     return decoded(param, given)["exp_avg"]  # type: ignore[no-any-return]
 
 
@@ -191,7 +192,7 @@ def _sharded_first_moment(param: Tensor, group: Mapping[str, Any], saved: Mappin
     if scales is not None and "exp_avg_scale" in made and saved["exp_avg_codes"].is_contiguous():
         shape = made["exp_avg_scale"].shape
         place(made["exp_avg_codes"], saved["exp_avg_codes"])
-        place(made["exp_avg_scale"], scales if scales.shape == shape else whole(scales).reshape(shape))
+        place(made["exp_avg_scale"], scales if scales.shape == shape else full_tensor(scales).reshape(shape))
     elif "exp_avg_scale" in made:
         value = torch.zeros_like(param, dtype=torch.float32)
         place(value, _saved_value(param, saved))
@@ -226,7 +227,7 @@ def _second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Seq
         for target, part in zip(made, saved, strict=True):
             place(target, part)
         return made
-    given = [whole(part).to(device=param.device, dtype=dtype, copy=True) for part in saved]
+    given = [full_tensor(part).to(device=param.device, dtype=dtype, copy=True) for part in saved]
     if not is_full:
         return given
     averaged = second_moment.average(given[0].contiguous(), rules)

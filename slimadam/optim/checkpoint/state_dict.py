@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from slimadam.distributed.sharded_rules import differing, on_any_rank
 from slimadam.layers.splits import key_of
 from slimadam.measurement.monitor import Monitor
+from slimadam.optim.checkpoint import format
 from slimadam.optim.checkpoint.conversion import full_state, in_present_format
 from slimadam.optim.checkpoint.loading import as_kept, check_saved, loaded_state, merged_groups
 from slimadam.optim.membership import Members
@@ -23,10 +23,11 @@ from slimadam.optim.step.param_groups import named_parameters
 from slimadam.optim.step.stepper import Stepper
 from slimadam.plans.auto import AutoPlan, Measuring
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.resolver import DECIDED_BEFORE, Resolver, refuse_factored_amsgrad
+from slimadam.plans.resolver import DECIDED_BEFORE, Resolver, check_factored_amsgrad
 from slimadam.plans.selection import EXPANDED
 from slimadam.state import second_moment
 from slimadam.state.rule import Rule, fit_rules
+from slimadam.utils.dtensor import differing, on_any_rank
 from slimadam.utils.torch_private import disable_dynamo
 
 # Torch's Adam has the option, and AdamW's groups the key, from 2.7 on.
@@ -101,14 +102,14 @@ class Checkpointed(Optimizer):
                 group["fused"] = None
             if isinstance(group.get("momentum_dtype"), torch.dtype):
                 group["momentum_dtype"] = str(group["momentum_dtype"])  # torch gathers and broadcasts no dtypes
-        saved[second_moment.KEY] = {
-            "format_version": second_moment.FORMAT_VERSION,
+        saved[format.KEY] = {
+            "format_version": format.FORMAT_VERSION,
             "plan": CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff).to_dict(),
         }
         if self._measuring is not None:
-            saved[second_moment.KEY]["measuring"] = self._measuring.to_dict()
+            saved[format.KEY]["measuring"] = self._measuring.to_dict()
         elif self._monitor is not None:
-            saved[second_moment.KEY]["monitor"] = self._monitor.state_dict()
+            saved[format.KEY]["monitor"] = self._monitor.state_dict()
         return saved
 
     def adamw_state_dict(self) -> dict[str, Any]:
@@ -184,11 +185,11 @@ class Checkpointed(Optimizer):
 
     def _checked(self, state_dict: dict[str, Any]) -> _Taken:
         """All that is taken over from a state dict; nothing has changed, and no other rank been asked."""
-        second_moment.check_is_mapping(state_dict)
+        format.check_is_mapping(state_dict)
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        second_moment.check_layout(state_dict)
+        format.check_layout(state_dict)
         saved_state = {
             key: as_kept(value) if isinstance(value, Mapping) else value for key, value in state_dict["state"].items()
         }
@@ -199,7 +200,7 @@ class Checkpointed(Optimizer):
             for names, group, saved in zip(self._names, groups, state_dict["param_groups"], strict=True)
             for name, param, saved_id in zip(names, group["params"], saved["params"], strict=True)
         }
-        own = state_dict.get(second_moment.KEY) or {}
+        own = state_dict.get(format.KEY) or {}
         rules, measuring = self._phase_of(own)
         for saved_id, (name, param, _) in owners.items():
             if is_lazy(param) and saved_state.get(saved_id):
@@ -210,7 +211,7 @@ class Checkpointed(Optimizer):
         owners = {saved_id: held for saved_id, held in owners.items() if not is_lazy(held[1])}
         for saved_id, (name, param, group) in owners.items():
             for rule in rules[name]:
-                refuse_factored_amsgrad(name, rule, group)
+                check_factored_amsgrad(name, rule, group)
             check_saved(name, rules[name], param, group, saved_state.get(saved_id, {}))
         monitor = self._loaded_monitor(rules, measuring, own)
         return _Taken(groups, owners, saved_state, rules, measuring, monitor)

@@ -6,23 +6,41 @@ Checks of one parameter after the other cost more than the update of a small one
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, compress
-from operator import attrgetter, is_, methodcaller
-from typing import Any
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from slimadam.kernels.layout import is_marked
+from slimadam.optim.step.tasks import (
+    UpdateTask,
+)
+from slimadam.state.rule import Rule
+from slimadam.utils.dtensor import local
+
+if TYPE_CHECKING:
+    pass
+
+
+from itertools import chain, compress
+from operator import attrgetter, methodcaller
+
 from torch.nn import Parameter
 
-from slimadam.state.rule import Rule
+from slimadam.kernels.layout import is_zero_tensor
 from slimadam.state.second_moment import is_own
-from slimadam.utils.torch_private import is_zero_tensor
 
 _DTYPE, _SHAPE, _GRAD, _LAYOUT = map(attrgetter, ("dtype", "shape", "grad", "layout"))
 _VALUES = methodcaller("values")
 
 
-class StandingGroup:
+_OPTIONS = (
+    "amsgrad", "foreach", "fused", "capturable", "differentiable", "momentum_dtype", "bf16_stochastic_round",
+)  # fmt: skip
+
+
+class GroupCache:
     """What the steps of a group rest on. It keeps no gradient alive.
 
     Args:
@@ -91,12 +109,7 @@ class StandingGroup:
         return grads if same else None
 
 
-def is_marked(grad: Tensor) -> bool:
-    """Whether memory does not hold a gradient's values: it is negated when it is read, or zero without memory."""
-    return grad.is_neg() or is_zero_tensor(grad)
-
-
-class KnownStates:
+class StateIdentities:
     """The states of all parameters, when a step was last taken that other steps may repeat."""
 
     def __init__(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -131,3 +144,64 @@ def _have_memory(grads: Iterable[Tensor]) -> list[bool]:
 def layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
     """Dtypes, shapes and strides."""
     return list(map(_DTYPE, tensors)), list(map(_SHAPE, tensors)), list(map(Tensor.stride, tensors))
+
+
+class Prepared(NamedTuple):
+    """A parameter's pieces, and what they rest on. Their gradients are those of no step: nothing keeps one alive."""
+
+    param: Tensor
+    rules: list[Rule]
+    options: tuple[Any, ...]
+    address: int
+    shape: torch.Size
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    grad_is_marked: bool
+    grad_has_memory: bool
+    stride: tuple[int, ...]
+    grad_stride: tuple[int, ...]
+    state: tuple[Any, ...]
+    state_layouts: tuple[list[Any], ...]
+    pieces: list[UpdateTask]
+    supports_codes: bool
+    counts_itself: bool
+
+    def holds(
+        self,
+        param: Tensor,
+        own: Tensor,
+        grad: Tensor,
+        rules: list[Rule],
+        options: tuple[Any, ...],
+        state: Mapping[str, Any],
+    ) -> bool:
+        """Whether nothing has changed that the pieces rest on; ``own`` and ``grad`` are what this rank holds."""
+        shape = param.shape
+        return (
+            self.param is param
+            and self.rules is rules
+            and len(state) == len(self.state)
+            and all(map(is_, state.values(), self.state))
+            and self.address == own.data_ptr()
+            and self.stride == own.stride()
+            and self.grad_stride == grad.stride()
+            and self.shape == shape
+            and grad.shape == (shape if own is param else own.shape)
+            and self.grad_dtype is grad.dtype
+            and self.grad_is_marked == is_marked(grad)
+            and self.grad_has_memory == bool(grad.data_ptr())
+            and self.dtype is param.dtype
+            and self.options == options
+            and self.state_layouts == state_layouts(state)
+        )
+
+
+def options_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the options of a group that decide on implementations."""
+    return (torch.compiler.is_compiling(), *(group[option] for option in _OPTIONS))
+
+
+def state_layouts(state: Mapping[str, Any]) -> tuple[list[Any], ...]:
+    """Return dtypes, shapes, strides and addresses of the optimizer's tensors in a state."""
+    tensors = own_tensors(state)
+    return *layouts(tensors), [local(tensor).data_ptr() for tensor in tensors]

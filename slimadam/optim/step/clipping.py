@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from slimadam.distributed.sharded_rules import groups_of, is_dtensor, is_flat, local_gradient, refuse_elsewhere
-from slimadam.kernels.reference import second_moment_dtype
+from slimadam.kernels.interface import second_moment_dtype
 from slimadam.optim.step.options import number_in
+from slimadam.utils.dtensor import check_placement, groups_of, is_dtensor, is_flat, local_gradient
 from slimadam.utils.errors import shown
 from slimadam.utils.torch_private import disable_dynamo
 
@@ -66,7 +66,7 @@ def _check_has_norm(name: str, param: Tensor) -> None:
         )
     if is_dtensor(param):
         try:
-            refuse_elsewhere(name, param)
+            check_placement(name, param)
         except RuntimeError as error:
             raise RuntimeError(f"max_grad_norm: {error}, or use max_grad_norm=None") from None
 

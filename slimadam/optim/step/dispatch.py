@@ -14,9 +14,9 @@ from torch import Tensor
 
 from slimadam.kernels.cpp import update
 from slimadam.kernels.foreach import foreach_update
-from slimadam.kernels.layout import has_gaps
-from slimadam.kernels.reference import Dims, Entry, Hyperparameters, reference_update, second_moment_dtype
-from slimadam.optim.step.cache import is_marked
+from slimadam.kernels.interface import Dims, Entry, Hyperparameters, second_moment_dtype
+from slimadam.kernels.layout import has_gaps, is_marked
+from slimadam.kernels.reference import reference_update
 
 if TYPE_CHECKING:
     from slimadam.kernels.triton.launch import TritonStep
@@ -64,7 +64,7 @@ def choose_backend(
         return "triton"
     if param.device.type != "cpu":
         return "foreach" if listable else "reference"
-    if group["capturable"] or not update.takes(param, exp_avg_dtype, averaged_dims):
+    if group["capturable"] or not update.supports(param, exp_avg_dtype, averaged_dims):
         return "reference"
     if update.library() is not None:
         return "compiled"
@@ -108,7 +108,7 @@ def _triton() -> ModuleType:
     return launch
 
 
-def fits(backend: Backend, entry: Entry) -> bool:
+def supports(backend: Backend, entry: Entry) -> bool:
     """Whether an implementation takes these tensors, whose memory it reads as the parameter's lies.
 
     Args:
@@ -120,8 +120,8 @@ def fits(backend: Backend, entry: Entry) -> bool:
     if not _dtypes_fit(backend, entry) or any(map(is_marked, (entry.param, entry.grad, entry.exp_avg))):
         return False
     if backend == "triton":
-        return _lies_alike(entry, has_gaps=False) and bool(_triton().lies_beside(entry))
-    return _lies_alike(entry, has_gaps(entry.param))
+        return _same_layout(entry, has_gaps=False) and bool(_triton().same_layout(entry))
+    return _same_layout(entry, has_gaps(entry.param))
 
 
 def _dtypes_fit(backend: Backend, entry: Entry) -> bool:
@@ -146,7 +146,7 @@ def _are_codes(codes: Tensor, scales: Tensor) -> bool:
     return codes.dtype == torch.int8 and scales.dtype == torch.uint8 and scales.is_contiguous()
 
 
-def _lies_alike(entry: Entry, has_gaps: bool) -> bool:
+def _same_layout(entry: Entry, has_gaps: bool) -> bool:
     """Whether gradient and moments lie as the parameter does; where that has gaps, second moments have none."""
     param, second = entry.param, (*entry.exp_avg_sq, *entry.max_exp_avg_sq)
     same_shape = [entry.grad, entry.exp_avg]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimadam.kernels.reference import Scalar
+from slimadam.kernels.interface import Scalar
 from slimadam.utils.errors import did_you_mean, shown
 
 logger = logging.getLogger("slimadam")

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimadam.distributed.sharded_rules import is_dtensor, local_rules, refuse_elsewhere, warn_of_old_torch
+from slimadam.distributed.sharded_rules import local_rules, warn_of_old_torch
 from slimadam.optim.step.options import check_foreach
 from slimadam.plans.resolver import MEASURING
 from slimadam.state.rule import Rule
+from slimadam.utils.dtensor import check_placement, is_dtensor
 
 Held = tuple[str, Tensor, dict[str, Any]]
 """Name, tensor and group of a parameter."""
@@ -39,7 +40,7 @@ def check_shards(name: str, param: Tensor, rules: Sequence[Rule]) -> None:
     if is_dtensor(param):
         warn_of_old_torch()
     if is_dtensor(param) and any(rule.reason == MEASURING or rule.form != "full" for rule in rules):
-        refuse_elsewhere(name, param)
+        check_placement(name, param)
     if is_dtensor(param) and rules[0].reason != MEASURING:
         local_rules(name, rules, param)
 

@@ -7,85 +7,48 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from slimadam.distributed.all_reduce import Exchange, SharedPiece
-from slimadam.distributed.sharded_rules import is_dtensor, local, local_gradient
+from slimadam.distributed.all_reduce import BucketedAllReduce
+from slimadam.distributed.sharded_moments import SharedPiece
 from slimadam.kernels.cpp.update import Table
-from slimadam.kernels.reference import Entry, Hyperparameters, Scalar
-from slimadam.optim.step.cache import KnownStates, StandingGroup, is_marked, layouts, own_tensors
+from slimadam.kernels.interface import Entry, Hyperparameters, Scalar
+from slimadam.kernels.layout import is_marked
+from slimadam.optim.step.cache import (
+    GroupCache,
+    Prepared,
+    StateIdentities,
+    options_of,
+    state_layouts,
+)
 from slimadam.optim.step.dispatch import TAKES_CODES, UPDATES, Backend, triton_step
-from slimadam.optim.step.tasks import Piece, own_gradient, pieces_of_step, seed_of, with_gradient
-from slimadam.optim.step.tensors import check_first_moment, check_memory, check_shapes, decoded, encode, hyperparameters
+from slimadam.optim.step.tasks import (
+    UpdateTask,
+    check_first_moment,
+    check_memory,
+    check_shapes,
+    hyperparameters,
+    own_gradient,
+    seed_of,
+    tasks_of_step,
+    with_gradient,
+)
 from slimadam.state import second_moment
+from slimadam.state.first_moment import decoded, encode
 from slimadam.state.rule import Rule
+from slimadam.utils.dtensor import is_dtensor, local, local_gradient
 from slimadam.utils.torch_private import disable_dynamo, intercepts_operations
 
 if TYPE_CHECKING:
     from slimadam.kernels.triton.launch import TritonStep
 
-_OPTIONS = (
-    "amsgrad", "foreach", "fused", "capturable", "differentiable", "momentum_dtype", "bf16_stochastic_round",
-)  # fmt: skip
-
-
-class _Prepared(NamedTuple):
-    """A parameter's pieces, and what they rest on. Their gradients are those of no step: nothing keeps one alive."""
-
-    param: Tensor
-    rules: list[Rule]
-    options: tuple[Any, ...]
-    address: int
-    shape: torch.Size
-    dtype: torch.dtype
-    grad_dtype: torch.dtype
-    grad_is_marked: bool
-    grad_has_memory: bool
-    stride: tuple[int, ...]
-    grad_stride: tuple[int, ...]
-    state: tuple[Any, ...]
-    state_layouts: tuple[list[Any], ...]
-    pieces: list[Piece]
-    takes_codes: bool
-    counts_itself: bool
-
-    def holds(
-        self,
-        param: Tensor,
-        own: Tensor,
-        grad: Tensor,
-        rules: list[Rule],
-        options: tuple[Any, ...],
-        state: Mapping[str, Any],
-    ) -> bool:
-        """Whether nothing has changed that the pieces rest on; ``own`` and ``grad`` are what this rank holds."""
-        shape = param.shape
-        return (
-            self.param is param
-            and self.rules is rules
-            and len(state) == len(self.state)
-            and all(map(is_, state.values(), self.state))
-            and self.address == own.data_ptr()
-            and self.stride == own.stride()
-            and self.grad_stride == grad.stride()
-            and self.shape == shape
-            and grad.shape == (shape if own is param else own.shape)
-            and self.grad_dtype is grad.dtype
-            and self.grad_is_marked == is_marked(grad)
-            and self.grad_has_memory == bool(grad.data_ptr())
-            and self.dtype is param.dtype
-            and self.options == options
-            and self.state_layouts == _state_layouts(state)
-        )
-
 
 # A parameter with a gradient: its name, itself, the gradient and the state that this rank holds, and how it is updated.
-_OfStep = tuple[str, Tensor, Tensor, MutableMapping[str, Any], _Prepared]
+_OfStep = tuple[str, Tensor, Tensor, MutableMapping[str, Any], Prepared]
 
 _Coded = tuple[str, Tensor, Mapping[str, Any], list[Rule], Mapping[str, Any], list[SharedPiece | None]]
 
@@ -131,7 +94,7 @@ class _Tabled(NamedTuple):
         self.table.run(self.grads, self.seeds, hyper)
 
 
-class _Standing(NamedTuple):
+class _CachedGroup(NamedTuple):
     """How a group has taken its last step, to be repeated while that stands.
 
     Attributes:
@@ -143,8 +106,8 @@ class _Standing(NamedTuple):
         written: What the step changes.
     """
 
-    rests_on: StandingGroup
-    pieces: list[tuple[int, Piece]]
+    rests_on: GroupCache
+    pieces: list[tuple[int, UpdateTask]]
     are_whole: bool
     steps: list[Tensor]
     table: Table | None
@@ -171,11 +134,11 @@ class Stepper:
     """The step of every parameter group of an optimizer."""
 
     def __init__(self) -> None:
-        self._prepared: dict[int, _Prepared] = {}
+        self._prepared: dict[int, Prepared] = {}
         self._triton: dict[tuple[int, torch.device, torch.dtype], TritonStep] = {}
-        self._standing: dict[int, _Standing] = {}
-        self._known: KnownStates | None = None
-        self._exchange: Exchange | None = None
+        self._caches: dict[int, _CachedGroup] = {}
+        self._known: StateIdentities | None = None
+        self._exchange: BucketedAllReduce | None = None
         self._starting: set[int] = set()
 
     def start_from_gradient(self, params: Iterable[Tensor]) -> None:
@@ -185,7 +148,7 @@ class Stepper:
     def forget(self) -> None:
         """Let go of the state's tensors, which are about to be replaced."""
         self._prepared.clear()
-        self._standing.clear()
+        self._caches.clear()
         self._known = None
         self._exchange = None
         self._triton.clear()
@@ -196,7 +159,7 @@ class Stepper:
         if len(self._prepared) > len(params):
             known = set(map(id, params))
             self._prepared = {key: prepared for key, prepared in self._prepared.items() if key in known}
-            self._standing.clear()
+            self._caches.clear()
             self._triton.clear()
 
     def is_on_triton(
@@ -207,7 +170,7 @@ class Stepper:
         states: Mapping[Tensor, MutableMapping[str, Any]],
     ) -> bool:
         """Whether Triton updates every parameter of a group that has a gradient; arguments as in :meth:`update`."""
-        options = _options(group)
+        options = options_of(group)
         return all(
             not is_dtensor(param)
             and self._prepare(name, param, param.grad, group, options, all_rules[name], states[param]).counts_itself
@@ -229,12 +192,12 @@ class Stepper:
             return [None] * len(groups)
         if self._known is None or not self._known.are(states):
             self._known = None
-            self._standing.clear()
+            self._caches.clear()
         found = []
         for names, group in groups:
-            standing = self._standing.get(id(group))
+            standing = self._caches.get(id(group))
             rules = map(all_rules.get, names)
-            same = None if standing is None else standing.rests_on.gradients(group["params"], rules, _options(group))
+            same = None if standing is None else standing.rests_on.gradients(group["params"], rules, options_of(group))
             found.append(same)
         return found
 
@@ -271,7 +234,7 @@ class Stepper:
         ]
         if not torch.compiler.is_compiling():
             if any(grads is None for grads in recalled):
-                self._known = KnownStates(states)
+                self._known = StateIdentities(states)
             # Before the step: an interrupted one has changed them, too.
             _tell_autograd([tensor for work in works for tensor in work.written])
         exchange = self._exchange_of([piece for work in works for piece, _, _ in work.shared])
@@ -297,9 +260,9 @@ class Stepper:
                 for backend, entries in work.given.items():
                     UPDATES[backend](entries, work.hyper)
         self._starting.clear()
-        if len(self._standing) > len(groups):
+        if len(self._caches) > len(groups):
             present = {id(group) for _, group in groups}
-            self._standing = {key: standing for key, standing in self._standing.items() if key in present}
+            self._caches = {key: standing for key, standing in self._caches.items() if key in present}
 
     @disable_dynamo
     def _update_untraced(self, *arguments: Any) -> None:
@@ -314,7 +277,7 @@ class Stepper:
         states: Mapping[Tensor, MutableMapping[str, Any]],
     ) -> list[_OfStep]:
         """Check every parameter of a group that has a gradient, and prepare its step."""
-        options, held = _options(group), []
+        options, held = options_of(group), []
         for name, param in zip(names, group["params"], strict=True):
             if param.grad is not None:
                 rules, state, grad = all_rules[name], states[param], local_gradient(name, param)
@@ -334,15 +297,15 @@ class Stepper:
         hyper = hyperparameters(group, clip_factor)
         traced = torch.compiler.is_compiling()
         if recalled is not None:
-            return self._standing[id(group)].work(group, hyper, recalled)
+            return self._caches[id(group)].work(group, hyper, recalled)
         if not traced:
-            self._standing.pop(id(group), None)
+            self._caches.pop(id(group), None)
         written = [] if traced else _written(((param, state) for _, param, _, state, _ in held), group["amsgrad"])
         work = _Work(group, hyper, defaultdict(list), defaultdict(list), [], [], [], written=written)
         steps = [state["step"] for _, _, _, state, prepared in held if not prepared.counts_itself]
         _advance(steps)
         for name, param, grad, state, prepared in held:
-            decodes = not prepared.takes_codes and "exp_avg_scale" in state
+            decodes = not prepared.supports_codes and "exp_avg_scale" in state
             if decodes:
                 averages = [piece.shared for piece in prepared.pieces]
                 coded = work.to_decode_given if any(averages) else work.to_decode
@@ -362,11 +325,11 @@ class Stepper:
     def _keep(
         self,
         group: Mapping[str, Any],
-        held: Sequence[tuple[Tensor, list[Rule], Mapping[str, Any], _Prepared]],
+        held: Sequence[tuple[Tensor, list[Rule], Mapping[str, Any], Prepared]],
     ) -> None:
         """Remember how a group takes its step, if nothing but plain tensors take part."""
         params, rules, states, prepared = (list(kind) for kind in zip(*held, strict=True)) if held else ([], [], [], [])
-        rests_on = StandingGroup(group["params"], params, rules, _options(group), states)
+        rests_on = GroupCache(group["params"], params, rules, options_of(group), states)
         if not rests_on.holds_nothing_else:
             return
         pieces = [(number, piece) for number, one in enumerate(prepared) for piece in one.pieces]
@@ -382,14 +345,14 @@ class Stepper:
             written = _written(zip(params, states, strict=True), group["amsgrad"])
             whole = all(piece.rule.part is None and piece.slice_index is None for _, piece in pieces)
             are_whole = whole and [number for number, _ in pieces] == list(range(len(params)))
-            self._standing[id(group)] = _Standing(rests_on, pieces, are_whole, steps, table, written)
+            self._caches[id(group)] = _CachedGroup(rests_on, pieces, are_whole, steps, table, written)
 
-    def _exchange_of(self, pieces: list[SharedPiece]) -> Exchange | None:
+    def _exchange_of(self, pieces: list[SharedPiece]) -> BucketedAllReduce | None:
         """What takes the averages of these pieces, made once for as long as they stay the same."""
         if not pieces:
             return None
         if self._exchange is None or not self._exchange.fits(pieces):
-            self._exchange = Exchange(pieces)
+            self._exchange = BucketedAllReduce(pieces)
         return self._exchange
 
     def _prepare(
@@ -401,7 +364,7 @@ class Stepper:
         options: tuple[Any, ...],
         rules: list[Rule],
         state: Mapping[str, Any],
-    ) -> _Prepared:
+    ) -> Prepared:
         own = local(param)
         traced = torch.compiler.is_compiling()
         found = None if traced else self._prepared.get(id(param))
@@ -416,10 +379,10 @@ class Stepper:
                 f"{name!r}: amsgrad=True was set after steps without it, which kept no maxima; set it back, or begin "
                 "the parameter's state anew by optimizer.state.pop(param)"
             )
-        pieces = list(pieces_of_step(name, param, grad, group, rules, state))
+        pieces = list(tasks_of_step(name, param, grad, group, rules, state))
         if not traced:
             pieces = [piece._replace(entry=piece.entry._replace(grad=piece.entry.param)) for piece in pieces]
-        made = _Prepared(
+        made = Prepared(
             param=param,
             rules=rules,
             options=options,
@@ -431,10 +394,12 @@ class Stepper:
             grad_has_memory=not traced and bool(grad.data_ptr()),
             stride=own.stride(),
             grad_stride=grad.stride(),
-            state_layouts=([],) if traced else _state_layouts(state),
+            state_layouts=([],) if traced else state_layouts(state),
             state=tuple(state.values()),
             pieces=pieces,
-            takes_codes=all(piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces),
+            supports_codes=all(
+                piece.backend in TAKES_CODES and piece.entry.exp_avg_scale is not None for piece in pieces
+            ),
             counts_itself={piece.backend for piece in pieces if piece.entry.param.numel()} == {"triton"},
         )
         if not traced:
@@ -490,17 +455,8 @@ def _advance(steps: list[Tensor]) -> None:
         torch._foreach_add_(steps, 1)
 
 
-def _all_compiled(pieces: Sequence[tuple[int, Piece]]) -> bool:
+def _all_compiled(pieces: Sequence[tuple[int, UpdateTask]]) -> bool:
     return bool(pieces) and all(piece.backend == "compiled" for _, piece in pieces)
-
-
-def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (torch.compiler.is_compiling(), *(group[option] for option in _OPTIONS))
-
-
-def _state_layouts(state: Mapping[str, Any]) -> tuple[list[Any], ...]:
-    tensors = own_tensors(state)
-    return *layouts(tensors), [local(tensor).data_ptr() for tensor in tensors]
 
 
 def _update_decoded(
@@ -514,7 +470,7 @@ def _update_decoded(
 ) -> None:
     """Update a parameter whose codes its implementation does not read, one at a time so that little is decoded."""
     own, grad = decoded(param, state), local_gradient(name, param)
-    for piece in pieces_of_step(name, param, grad, group, rules, own, averages, counted=True):
+    for piece in tasks_of_step(name, param, grad, group, rules, own, averages, counted=True):
         if piece.entry.param.numel():
             UPDATES[piece.backend]([with_gradient(piece, grad, hyper)], hyper)
     encode(param, own["exp_avg"], grad, state)

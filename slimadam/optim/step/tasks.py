@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from slimadam.distributed.all_reduce import SharedPiece, shared_pieces
-from slimadam.distributed.sharded_rules import is_dtensor, local, local_rules, local_state
-from slimadam.kernels.reference import Entry, Hyperparameters
+from slimadam.distributed.sharded_moments import SharedPiece, initial_moments, shared_pieces
+from slimadam.distributed.sharded_rules import local_rules, local_state
+from slimadam.kernels.interface import Entry, Hyperparameters, Scalar, second_moment_dtype
+from slimadam.kernels.layout import is_marked
+from slimadam.kernels.reference import initial_second_moment, scale_grad
 from slimadam.layers.splits import key_of
-from slimadam.optim.step.dispatch import Backend, choose_backend, fits
-from slimadam.optim.step.tensors import entries_of, momentum_dtype, rounding_seed, slices_of
+from slimadam.optim.step.dispatch import Backend, choose_backend, steps_on_device, supports
+from slimadam.state import int8, second_moment
+from slimadam.state.first_moment import initial_first_moment, momentum_dtype
 from slimadam.state.rule import Rule
+from slimadam.utils.dtensor import is_dtensor, local
 
 WORTH_SLICING = 1 << 14
 """Elements from which on a slice is worth an update of its own."""
 
 
-class Piece(NamedTuple):
+_ZERO = "ZeroRedundancyOptimizer's state dict has no plan: pass the one it was saved with"
+_ANEW = "load all of it with load_state_dict, or take all of it out, optimizer.state.pop(parameter), to start anew"
+
+
+class UpdateTask(NamedTuple):
     """A parameter, or a part of one, and how it is updated.
 
     Attributes:
@@ -41,29 +50,29 @@ class Piece(NamedTuple):
     slice_index: int | None = None
 
 
-def with_gradient(piece: Piece, grad: Tensor, hyper: Hyperparameters) -> Entry:
+def with_gradient(piece: UpdateTask, grad: Tensor, hyper: Hyperparameters) -> Entry:
     """A piece's tensors for a step, of its parameter's gradient."""
-    param, _, exp_avg, second, largest, step, dims, seed, scale, is_given = piece.entry
+    param, _, exp_avg, second, largest, step, dims, seed, scale, precomputed = piece.entry
     if hyper.stochastic_round:
         seed = seed_of(piece)
     # Neither _replace nor a slice: they are slow, and Dynamo of torch 2.6 does not trace them.
-    return Entry(param, own_gradient(piece, grad), exp_avg, second, largest, step, dims, seed, scale, is_given)
+    return Entry(param, own_gradient(piece, grad), exp_avg, second, largest, step, dims, seed, scale, precomputed)
 
 
-def own_gradient(piece: Piece, grad: Tensor) -> Tensor:
+def own_gradient(piece: UpdateTask, grad: Tensor) -> Tensor:
     """A piece's own of a parameter's gradient."""
     if piece.rule.part is not None:
         grad = piece.rule.take(grad)
     return grad if piece.slice_index is None else grad[piece.slice_index]
 
 
-def seed_of(piece: Piece) -> int:
+def seed_of(piece: UpdateTask) -> int:
     """Of this step's stochastic rounding."""
     counts = piece.backend == "triton"
     return zlib.crc32(piece.key.encode()) if counts else rounding_seed(piece.entry.step, piece.key)
 
 
-def pieces_of_step(
+def tasks_of_step(
     name: str,
     param: Tensor,
     grad: Tensor,
@@ -72,7 +81,7 @@ def pieces_of_step(
     state: Mapping[str, Any],
     averages: list[SharedPiece | None] | None = None,
     counted: bool = False,
-) -> Iterator[Piece]:
+) -> Iterator[UpdateTask]:
     """A parameter, or each of its parts, with the implementation that updates it; or slices, if that takes those alone.
 
     Triton's counts the step itself: it takes all parts of a parameter that have elements here, or none.
@@ -84,19 +93,22 @@ def pieces_of_step(
         state = local_state(name, on_shard, param, state)
         shared = shared_pieces(on_shard, param, state) if averages is None else averages
         rules, param = [one.rule for one in on_shard], local(param)
-    found: list[Piece] = []
+    found: list[UpdateTask] = []
     for rule, entry, of_all in zip(rules, entries_of(rules, param, grad, group, state), shared, strict=True):
         key = key_of(name, rule.part)
         backend, in_slices = _backend_of(rule, param, exp_avg_dtype, group)
         if in_slices and of_all is None:
             slices = list(slices_of(entry, state))
-            if all(fits(backend, one) for one in slices):
+            if all(supports(backend, one) for one in slices):
                 found += (
-                    Piece(f"{key}[{index}]", rule, backend, one, slice_index=index) for index, one in enumerate(slices)
+                    UpdateTask(f"{key}[{index}]", rule, backend, one, slice_index=index)
+                    for index, one in enumerate(slices)
                 )
                 continue
         own = entry if of_all is None else of_all.given(entry)
-        found.append(Piece(key, rule, backend if not in_slices and fits(backend, own) else "reference", own, of_all))
+        found.append(
+            UpdateTask(key, rule, backend if not in_slices and supports(backend, own) else "reference", own, of_all)
+        )
     used = {piece.backend for piece in found if piece.entry.param.numel()}
     if "triton" in {piece.backend for piece in found} and (counted or used != {"triton"}):
         found = [piece._replace(backend="reference") for piece in found]
@@ -125,3 +137,212 @@ def _backend_of(
         if of_slice not in ("reference", "foreach"):
             return of_slice, True
     return backend, False
+
+
+def entries_of(
+    rules: Sequence[Rule], param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> Iterator[Entry]:
+    """The tensors of a parameter's step, or of one for each of its parts; none of them a copy.
+
+    A part that does not consist of whole blocks of codes has no ``exp_avg_scale``: :func:`decoded` first.
+    """
+    ndim = param.dim()
+    if rules[0].part is None:
+        second = second_moment.moments_of(state, rules)
+        maxima = second_moment.moments_of(state, rules, "max_exp_avg_sq") if group["amsgrad"] else []
+        dims = rules[0].averaged_dims(ndim)
+        scales = state.get("exp_avg_scale")
+        exp_avg = second_moment.first_moment(state)
+        yield Entry(param, grad, exp_avg, second, maxima, state["step"], dims, exp_avg_scale=scales)
+        return
+    whole = second_moment.first_moment(state)
+    moments = second_moment.by_rule(rules, second_moment.moments_of(state, rules), ndim)
+    maxima = second_moment.moments_of(state, rules, "max_exp_avg_sq") if group["amsgrad"] else []
+    for (rule, parts), (_, largest) in zip(moments, second_moment.by_rule(rules, maxima, ndim), strict=True):
+        piece = rule.take(param)
+        own_grad, exp_avg = rule.take(grad), rule.take(whole)
+        scales = state.get("exp_avg_scale")
+        if scales is not None:
+            scales = int8.scales_of(exp_avg, whole, scales)
+        dims = rule.averaged_dims(piece.dim())
+        yield Entry(piece, own_grad, exp_avg, parts, largest, state["step"], dims, exp_avg_scale=scales)
+
+
+def slices_of(entry: Entry, state: Mapping[str, Any]) -> Iterator[Entry]:
+    """An entry for each slice of the first dimension, along which nothing is averaged.
+
+    Args:
+        entry: Of a parameter or a part of one; with codes but no scales where they are no whole blocks.
+        state: The parameter's state.
+    """
+    dims = [tuple(dim - 1 for dim in one) for one in entry.averaged_dims]
+    scales = state.get("exp_avg_scale")
+    for index in range(entry.param.shape[0]):
+        exp_avg = entry.exp_avg[index]
+        yield Entry(
+            entry.param[index],
+            entry.grad[index],
+            exp_avg,
+            [moment[index] for moment in entry.exp_avg_sq],
+            [moment[index] for moment in entry.max_exp_avg_sq],
+            entry.step,
+            dims,
+            exp_avg_scale=None if scales is None else int8.scales_of(exp_avg, state["exp_avg_codes"], scales),
+        )
+
+
+def assembled(param: Tensor, rules: Sequence[Rule], pieces: Iterator[Tensor]) -> Tensor:
+    """A tensor of the parameter's shape from one for each of its rules."""
+    if rules[0].part is None:
+        return next(pieces)
+    whole = torch.empty_like(param, dtype=second_moment_dtype(param.dtype))
+    for rule, piece in zip(rules, pieces, strict=True):
+        rule.take(whole).copy_(piece)
+    return whole
+
+
+def check_lacks_all(states: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuse state of which only some is there; what users have put beside it does not count.
+
+    Args:
+        states: Names and states of parameters that lack a count of steps.
+
+    Raises:
+        RuntimeError: Names the parameter.
+    """
+    for name, state in states:
+        own = [key for key in state if second_moment.is_own(key)]
+        if own:
+            raise RuntimeError(f"{name!r}: its state has {own}, but no step; {_ANEW}")
+
+
+def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Sequence[Tensor]) -> None:
+    """Refuse state that is not what the rules keep for the parameter.
+
+    Raises:
+        RuntimeError: Names the parameter and both shapes.
+    """
+    if not moments:
+        raise RuntimeError(f"{name!r}: its state lacks one of {second_moment.keys_of(rules)}; {_ANEW}; {_ZERO}")
+    kept = tuple(tuple(part.shape) for part in moments)
+    wanted = second_moment.state_shapes(rules, tuple(param.shape))
+    if kept != wanted:
+        raise RuntimeError(
+            f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
+            f"{tuple(param.shape)} keeps {wanted}; exchange a parameter for one of another size by "
+            f"optimizer.replace_param(old, new, keep=..., added=...), which carries its state over; {_ZERO}"
+        )
+
+
+def check_memory(name: str, param: Tensor, grad: Tensor, state: Mapping[str, Any]) -> None:
+    """Refuse tensors without memory, which offloading or FSDP may have let go, or on another device.
+
+    Args:
+        name: The parameter's name.
+        param: What this rank holds of it.
+        grad: What this rank holds of its gradient; it may be one of those zeros that have no memory.
+        state: Its state; the step count may lie elsewhere.
+
+    Raises:
+        RuntimeError: Names the parameter and the tensor.
+    """
+    if param.device.type == "meta":
+        return
+    state = {key: local(value) for key, value in state.items() if second_moment.is_own(key) and key != "step"}
+    for what, tensor in {"values": param, "gradient": grad, **state}.items():
+        if type(tensor) not in (Tensor, Parameter) or (tensor is grad and is_marked(grad)):
+            continue
+        if tensor.device != param.device:
+            raise RuntimeError(f"{name!r}: its {what} is on {tensor.device}, the parameter on {param.device}; move it")
+        if tensor.numel() and not tensor.data_ptr():
+            raise RuntimeError(f"{name!r}: the memory of its {what} has been let go; bring it back before the step")
+
+
+def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
+    """Refuse a first moment of another shape than the parameter.
+
+    Raises:
+        RuntimeError: Names the parameter and both shapes.
+    """
+    if "exp_avg" not in state and "exp_avg_codes" not in state:
+        raise RuntimeError(f"{name!r}: its state lacks exp_avg; {_ANEW}")
+    exp_avg, scales = second_moment.first_moment(state), state.get("exp_avg_scale")
+    if scales is not None and tuple(scales.shape) != int8.scales_shape(exp_avg):
+        raise RuntimeError(
+            f"{name!r}: its exp_avg_scale has shape {tuple(scales.shape)}, its exp_avg needs "
+            f"{int8.scales_shape(exp_avg)}; load both from one state dict with load_state_dict"
+        )
+    wanted = (*param.shape, 2) if "exp_avg_scale" in state and param.is_complex() else tuple(param.shape)
+    if tuple(exp_avg.shape) != wanted:
+        raise RuntimeError(
+            f"{name!r}: its exp_avg has shape {tuple(exp_avg.shape)}, the parameter {tuple(param.shape)}; exchange a "
+            "parameter for one of another size by optimizer.replace_param(old, new, keep=..., added=...)"
+        )
+
+
+def initial_state(
+    name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], clip_factor: Tensor | None = None
+) -> dict[str, Any]:
+    """A parameter's state before its first step; second moments start at zero, or at the first squared gradient.
+
+    Args:
+        name: The parameter's name.
+        rules: Its rules.
+        param: The parameter.
+        group: Its group.
+        clip_factor: What its gradient is multiplied by.
+    """
+    dtype = second_moment_dtype(param.dtype)
+    parts: Sequence[Tensor]
+    if is_dtensor(param):
+        from_gradient = group["variance_init"] == "gradient" and param.grad is not None
+        parts = initial_moments(name, rules, param, from_gradient, clip_factor)
+    elif group["variance_init"] == "gradient" and param.grad is not None:
+        grads = ((rule, scale_grad(rule.take(param.grad), clip_factor)) for rule in rules)
+        parts = [initial_second_moment(grad, dims) for rule, grad in grads for dims in rule.averaged_dims(grad.dim())]
+    elif rules[0].part is None and rules[0].form == "full":
+        parts = [torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)]
+    else:
+        shapes = second_moment.state_shapes(rules, tuple(param.shape))
+        parts = [torch.zeros(shape, dtype=dtype, device=param.device) for shape in shapes]
+    made = {
+        "step": torch.zeros(
+            (),
+            dtype=second_moment.step_dtype(),
+            device=param.device if steps_on_device(param, group) else torch.device("cpu"),
+        ),
+        **initial_first_moment(param, group),
+        **second_moment.by_key(parts, rules),
+    }
+    if group["amsgrad"]:
+        made.update(second_moment.by_key([torch.zeros_like(part) for part in parts], rules, "max_exp_avg_sq"))
+    return made
+
+
+def hyperparameters(group: Mapping[str, Any], clip_factor: Tensor | None = None) -> Hyperparameters:
+    """The options of a parameter group as an update takes them, and what it multiplies gradients by."""
+    beta1, beta2 = group["betas"]
+    return Hyperparameters(
+        lr=_scalar(group["lr"]),
+        beta1=_scalar(beta1),
+        beta2=_scalar(beta2),
+        eps=group["eps"],
+        weight_decay=_scalar(group["weight_decay"]),
+        amsgrad=bool(group["amsgrad"]),
+        maximize=bool(group["maximize"]),  # kernels take no 1, which may have been assigned since the group was made
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        stochastic_round=group["bf16_stochastic_round"],
+        clip_factor=clip_factor,
+    )
+
+
+def _scalar(value: Scalar) -> Scalar:
+    return value.squeeze() if isinstance(value, Tensor) and value.dim() else value
+
+
+def rounding_seed(step: Tensor, name: str) -> int:
+    """A seed that only the step and the parameter's name decide, so that a resumed run repeats it."""
+    mixed = (int(step.item()) * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode()) * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
+    mixed ^= mixed >> 31
+    return mixed * 0x94D049BB133111EB >> 2 & (1 << 62) - 1

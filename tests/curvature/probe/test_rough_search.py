@@ -18,8 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from slimadam import CriticalSharpness, PersistentCatapultWarmup, critical_lr
 from slimadam.cli import cli
-from slimadam.curvature.probe.bracketing import Crossing
-from slimadam.curvature.probe.rough_search import RoughSearch
+from slimadam.curvature.probe.bracketing import Crossing, RoughSearch
 from tests.command_line import CliRunner
 
 NARROW = [torch.bfloat16, torch.float16]

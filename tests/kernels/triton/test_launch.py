@@ -19,7 +19,8 @@ pytest.importorskip("triton", reason="Triton is only installed on Linux")
 import slimadam.kernels.triton.launch as triton_update
 import slimadam.kernels.triton.tiling as triton_geometry
 from benchmarks.speed import launch_settings
-from slimadam.kernels.reference import Entry, Hyperparameters, reference_update, second_moment_dtype
+from slimadam.kernels.interface import Entry, Hyperparameters, second_moment_dtype
+from slimadam.kernels.reference import reference_update
 from slimadam.kernels.triton.launch import TritonStep
 from slimadam.kernels.triton.tiling import geometry
 

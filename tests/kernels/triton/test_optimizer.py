@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is only installed on Linux")
 
-from slimadam import CompressionPlan, Parts, Rule, SlimAdam
+from slimadam import CompressionPlan, Rule, SlimAdam, Split
 from slimadam.optim.step import dispatch
 from tests.reference import gradients, slim_adamw_float64
 
@@ -107,7 +107,7 @@ def test_parts_of_a_fused_weight() -> None:
     weight = torch.randn(12, 8).requires_grad_()
     start = weight.detach().double().numpy().copy()
     sizes = {"query": 4, "key": 4, "value": 4}
-    parts = Parts(sizes).divide("w", (12, 8))
+    parts = Split(sizes).divide("w", (12, 8))
     dims: list[tuple[int, ...]] = [(1,), (0,), ()]
     plan = CompressionPlan(
         {f"w[{part.label}]": Rule(each, "mean" if each else "full", part.shape, part=part)

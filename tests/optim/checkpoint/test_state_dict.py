@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimadam import AutoPlan, CompressionPlan, Parts, PlanError, Rule, SlimAdam, convert_state_dict
+from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam, Split, convert_state_dict
 from slimadam.layers.splits import Part
 from tests.reference import second_moments
 
@@ -374,7 +374,7 @@ def _in_order(state: Any) -> list[Tensor]:
     return first + [one for value in values for one in (value if isinstance(value, list) else [value])]
 
 
-FUSED = {"0.weight": Parts({"query": 3, "value": 4})}
+FUSED = {"0.weight": Split({"query": 3, "value": 4})}
 FORMS: dict[str, tuple[Any, list[str]]] = {
     "full": (None, [""]),
     "mean": (PLANS["mean"], [""]),

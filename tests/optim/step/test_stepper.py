@@ -350,7 +350,7 @@ def test_groups_that_were_replaced_are_let_go(fused: bool | None) -> None:
         replaced.append(optimizer.param_groups[0])
         optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.1 / (step + 1)}
         _step(param, optimizer, step)
-    assert len(optimizer._stepper._standing) == 1
+    assert len(optimizer._stepper._caches) == 1
 
 
 def test_states_that_were_exchanged_are_the_ones_that_move(fused: bool | None) -> None:
