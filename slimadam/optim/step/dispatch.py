@@ -60,7 +60,7 @@ def choose_backend(
         return "foreach" if listable else "reference"
     if (group["foreach"] is False and not group["fused"]) or group["fused"] is False:
         return "reference"
-    if runs_triton(param.device) and _triton().takes(param, averaged_dims, group["momentum_dtype"] == "int8"):
+    if runs_triton(param.device) and _triton().supports(param, averaged_dims, group["momentum_dtype"] == "int8"):
         return "triton"
     if param.device.type != "cpu":
         return "foreach" if listable else "reference"
