@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from slimadam.distributed.sharded_moments import distributed_moments, rules_that_shards_allow
 from slimadam.distributed.sharded_rules import local_rules
 from slimadam.layers.splits import key_of
-from slimadam.measurement.monitor import watch_parameter
-from slimadam.optim.checkpoint.state_dict import Checkpointed
 from slimadam.optim.memory import memory_report
+from slimadam.optim.registry import Registry
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import MEASURING
 from slimadam.plans.selection import EXPANDED
@@ -23,65 +21,91 @@ from slimadam.state import second_moment
 from slimadam.state.rule import Rule
 from slimadam.utils.dtensor import full_tensor, is_dtensor
 from slimadam.utils.formatting import format_bytes
-from slimadam.utils.torch_private import disable_dynamo
 
 logger = logging.getLogger("slimadam")
 
 
-class Replanned(Checkpointed):
-    """The part of :class:`~slimadam.SlimAdam` that changes the plan in force, and the state with it."""
+def decision(
+    registry: Registry, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Mapping[str, Any]]
+) -> CompressionPlan | None:
+    """Measure one step of ``plan="auto"``, and return the plan once it has decided.
 
-    @disable_dynamo
-    @torch.no_grad()
-    def _measure(self) -> None:
-        """One step of ``plan="auto"`` before its decision, and the decision."""
-        assert self._measuring is not None
-        moments = (
-            (key_of(name, rule.part), rule, self.state[param]["exp_avg_sq"], self._resolver.all_names(name))
-            for name, param, _ in self._parameters()
-            if self._rules[name][0].reason == MEASURING and "exp_avg_sq" in self.state.get(param, {})
-            for rule in self._measured[name]
-        )
-        factorable = not any(group["amsgrad"] for group in self.param_groups)
-        plan = self._measuring.after_step(moments, self._measuring.settings.forms if factorable else "mean")
-        if plan is not None:
-            self._compress(plan)
+    Args:
+        registry: Names and rules.
+        groups: The parameter groups.
+        states: The optimizer's state.
+    """
+    assert registry.measuring is not None
+    moments = (
+        (key_of(name, rule.part), rule, states[param]["exp_avg_sq"], registry.resolver.all_names(name))
+        for name, param, _ in registry.parameters(groups)
+        if registry.rules[name][0].reason == MEASURING and "exp_avg_sq" in states.get(param, {})
+        for rule in registry.measured[name]
+    )
+    factorable = not any(group["amsgrad"] for group in groups)
+    return registry.measuring.after_step(moments, registry.measuring.settings.forms if factorable else "mean")
 
-    def _compress(self, plan: CompressionPlan) -> None:
-        """Put a decided plan in force: second moments shrink in place, the rest of their memory is freed."""
-        before = memory_report(self._parameters(), self._rules, self.state)
-        for name, param, _ in self._parameters():
-            if self._rules[name][0].reason != MEASURING:
-                continue
-            unmeasured = "no gradient while plan='auto' measured"
-            decided = [
-                plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured)) for rule in self._measured[name]
-            ]
-            self._rules[name] = decided if not is_dtensor(param) else rules_that_shards_allow(name, decided, param)
-            self._monitor_parameter(name, param)
-            _compress(name, param, self._rules[name], self.state.get(param, {}))
-        self._stepper.forget()
-        self._measuring = None
-        after = memory_report(self._parameters(), self._rules, self.state)
-        logger.info(
-            "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %s -> %s",
-            100 * after.second_moments_saved,
-            format_bytes(before.total),
-            format_bytes(after.total),
-        )
 
-    def _expand_pieces(self, name: str, param: Tensor, keys: set[str]) -> None:
-        after = _expanded_rules(name, self._rules[name], keys)
-        _expand(name, param, self._rules[name], after, self.state.get(param, {}))
-        self._rules[name] = after
-        self._stepper.forget()
-        if self._monitor is not None:
-            for key in keys:
-                self._monitor.drop(key)
+def compress(
+    registry: Registry,
+    plan: CompressionPlan,
+    groups: Sequence[dict[str, Any]],
+    states: Mapping[Tensor, MutableMapping[str, Any]],
+) -> None:
+    """Put a decided plan in force: second moments shrink in place, and the rest of their memory is freed.
 
-    def _monitor_parameter(self, name: str, param: Tensor) -> None:
-        if self._monitor is not None:
-            watch_parameter(self._monitor, name, param, self._rules[name], self.state.get(param, {}))
+    Args:
+        registry: Names and rules; those of the plan afterwards.
+        plan: The decision.
+        groups: The parameter groups.
+        states: The optimizer's state.
+    """
+    before = memory_report(registry.parameters(groups), registry.rules, states)
+    registry.measuring = None
+    for name, param, _ in registry.parameters(groups):
+        if registry.rules[name][0].reason != MEASURING:
+            continue
+        unmeasured = "no gradient while plan='auto' measured"
+        decided = [
+            plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured)) for rule in registry.measured[name]
+        ]
+        registry.rules[name] = decided if not is_dtensor(param) else rules_that_shards_allow(name, decided, param)
+        registry.sample(name, param, states)
+        _compress(name, param, registry.rules[name], states.get(param, {}))
+    after = memory_report(registry.parameters(groups), registry.rules, states)
+    logger.info(
+        "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %s -> %s",
+        100 * after.second_moments_saved,
+        format_bytes(before.total),
+        format_bytes(after.total),
+    )
+
+
+def expand(
+    registry: Registry,
+    name: str,
+    param: Tensor,
+    keys: Collection[str],
+    states: Mapping[Tensor, MutableMapping[str, Any]],
+) -> None:
+    """Return a parameter, or some of its parts, to full second moments.
+
+    Args:
+        registry: Names and rules.
+        name: The parameter's name.
+        param: The parameter.
+        keys: Its name, or names of its parts.
+        states: The optimizer's state.
+
+    Raises:
+        RuntimeError: Shards end inside a part; nothing has changed then.
+    """
+    after = _expanded_rules(name, registry.rules[name], keys)
+    _expand(name, param, registry.rules[name], after, states.get(param, {}))
+    registry.rules[name] = after
+    if registry.monitor is not None:
+        for key in keys:
+            registry.monitor.drop(key)
 
 
 def _compress(name: str, param: Tensor, rules: Sequence[Rule], state: MutableMapping[str, Any]) -> None:

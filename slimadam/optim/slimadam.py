@@ -1,31 +1,26 @@
-"""The optimizer: arguments, groups, state, ``step()``. Arithmetic lives in functional and the backends."""
+"""The optimizer: arguments, groups, state, ``step()``."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from slimadam.distributed import grad_scaler
 from slimadam.kernels.interface import Scalar
-from slimadam.layers.names import is_position, renumbered
 from slimadam.layers.roles import canonical_name
 from slimadam.layers.splits import key_of
-from slimadam.measurement.monitor import Check, Monitor, watch_step
-from slimadam.optim.compression import Replanned
-from slimadam.optim.membership import (
-    Added,
-    Members,
-    check_one_for_each,
-    check_tensors,
-    misfits_as_new,
-    rules_for_another,
-)
+from slimadam.measurement.monitor import Check, watch_step
+from slimadam.optim.checkpoint import format
+from slimadam.optim.checkpoint.conversion import in_present_format
+from slimadam.optim.checkpoint.state_dict import add_plan, as_adamw, taken_over
+from slimadam.optim.compression import compress, decision, expand
+from slimadam.optim.membership import rules_for_another
 from slimadam.optim.memory import MemoryReport, memory_report
+from slimadam.optim.registry import Registry
 from slimadam.optim.resizing import (
     Index,
     check_replacement,
@@ -38,24 +33,22 @@ from slimadam.optim.resizing import (
 from slimadam.optim.step.clipping import check_have_norm, checked_max_grad_norm, clip_factor, norm_in_step
 from slimadam.optim.step.direction import Shared, averages_after_step, updates_without_decay, with_decay
 from slimadam.optim.step.dispatch import Backend
-from slimadam.optim.step.options import check_foreach, check_group, normalize_group
-from slimadam.optim.step.param_groups import Held, check_gradients, check_shards
+from slimadam.optim.step.options import check_group, normalize_group
+from slimadam.optim.step.param_groups import Held, check_gradients
 from slimadam.optim.step.stepper import Stepper
 from slimadam.optim.step.tasks import backend_of, check_lacks_all, hyperparameters, initial_state
-from slimadam.plans.auto import AutoPlan, Measuring
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.resolver import DECIDED_BEFORE, MEASURING, PlanArgument, Resolver, check_factored_amsgrad
+from slimadam.plans.resolver import PlanArgument, check_factored_amsgrad
 from slimadam.state import second_moment
 from slimadam.state.first_moment import tell_without_codes
-from slimadam.state.rule import Rule, rule_of_whole
 from slimadam.utils import torch_private
 from slimadam.utils.dtensor import is_dtensor, local, on_any_rank
-from slimadam.utils.errors import PlanError, did_you_mean, shown
+from slimadam.utils.errors import did_you_mean, shown
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
 
 
-class SlimAdam(Replanned):
+class SlimAdam(Optimizer):
     r"""AdamW whose second moments are stored only as finely as a plan says each parameter needs.
 
     For a parameter whose second moment is averaged over the dimensions :math:`K` (arXiv 2503.01843)::
@@ -160,15 +153,7 @@ class SlimAdam(Replanned):
         }
         normalize_group(defaults)
         check_group(defaults)
-        self._resolver = Resolver(plan, model)
-        # Names go by position, not by tensor: sharding replaces the tensors of a group in place.
-        self._names: list[list[str]] = []
-        self._members = Members()
-        self._rules: dict[str, list[Rule]] = {}
-        # With plan="auto": what each parameter is measured as. Until it has decided, each is stored as a whole.
-        self._measured: dict[str, list[Rule]] = {}
-        self._measuring = Measuring(self._resolver.plan) if isinstance(self._resolver.plan, AutoPlan) else None
-        self._monitor = Monitor(self._resolver.cutoff) if monitor else None
+        self._registry = Registry(plan, model, monitor)
         self._complete = False
         # Made for a checkpoint to be loaded into, by a step of zero: no step was done.
         self._state_is_blank = False
@@ -177,8 +162,8 @@ class SlimAdam(Replanned):
         # In a dict, because torch.compile forgets what is assigned to attributes of an optimizer.
         self._norms: dict[str, Tensor] = {}
         super().__init__(params, defaults)
-        self._resolver.check_all_used()
-        self._resolver.forget_owners()
+        self._registry.resolver.check_all_used()
+        self._registry.resolver.forget_owners()
         self._complete = True
 
     # -- groups and plan ---------------------------------------------------------------------------------
@@ -193,179 +178,39 @@ class SlimAdam(Replanned):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         if self._complete:
             self._follow_groups()
-        group = dict(param_group)
-        own_plan = self._resolver.take_arguments(group)
+        group, resolver = dict(param_group), self._registry.resolver
+        own_plan = resolver.take_arguments(group)
         normalize_group(group)
         check_group({**self.defaults, **group})
-        before = self._resolver.snapshot()
+        before = resolver.snapshot()
         super().add_param_group(group)
         try:
-            names = self._resolver.names(group, len(self.param_groups) - 1)
-            found = self._rules_of_new(group, names, own_plan)
+            names = resolver.names(group, len(self.param_groups) - 1)
+            ruled = self._registry.rules_of_new(group, names, own_plan, self._max_grad_norm is not None)
             if self._complete:
-                self._resolver.check_all_used()
-                self._resolver.forget_owners()
+                resolver.check_all_used()
+                resolver.forget_owners()
         except Exception:
             self.param_groups.pop()
-            self._resolver.restore(before)
+            resolver.restore(before)
             raise
-        self._names.append(names)
-        self._members.add(self.param_groups[-1])
-        for name, param, rules in found:
-            self._admit(name, param, rules)
-
-    def _rules_of_new(
-        self, group: dict[str, Any], names: Sequence[str], own_plan: Mapping[str, Any]
-    ) -> list[tuple[str, Tensor, list[Rule]]]:
-        """Name, tensor and rules of what is to be added, checked; what has no shape yet is left out."""
-        ready = [index for index, param in enumerate(group["params"]) if not is_lazy(param)]
-        for index in set(range(len(names))) - set(ready):
-            self._resolver.note_without_shape(names[index], **own_plan)
-        shaped = {**group, "params": [group["params"][index] for index in ready]}
-        if "param_names" in group:
-            shaped["param_names"] = [group["param_names"][index] for index in ready]
-        own_names = [names[index] for index in ready]
-        if self._max_grad_norm is not None:
-            check_have_norm(zip(own_names, shaped["params"], strict=True))
-        rules = self._resolver.rules(shaped, own_names, **own_plan)
-        found = list(zip(own_names, shaped["params"], rules, strict=True))
-        for one in found:
-            check_shards(*one)
-        return found
-
-    def _admit(self, name: str, param: Tensor, rules: list[Rule]) -> None:
-        """Put a parameter's rules in force: those of its decision, or of ``plan="auto"`` while it measures."""
-        if rules[0].reason == MEASURING:
-            self._measured[name] = rules
-            rules = [rule_of_whole(rules, DECIDED_BEFORE if self._measuring is None else MEASURING)]
-        self._rules[name] = rules
-        if self._measuring is None:
-            self._monitor_parameter(name, param)
+        self._registry.add_group(self.param_groups[-1], names, ruled, self.state)
 
     def _follow_groups(self) -> None:
-        """Take note of what has come to the groups, left them or was exchanged in them, as AdamW allows.
+        """Take note of groups that were edited by hand."""
+        if self._registry.follow(self.param_groups, self.defaults, self.state, self._max_grad_norm is not None):
+            self._stepper.forget()
 
-        Raises:
-            PlanError, RuntimeError: No rule is known for a parameter; the optimizer is as it was.
-        """
-        if torch.compiler.is_compiling() or self._members.are_in(self.param_groups):
-            return
-        own_plans = [self._complete_group(group) for group in self.param_groups]
-        check_tensors(self.param_groups)
-        rules_in_force = {**self._rules, **self._measured}
-        changes = self._members.changes(self._names, self.param_groups, self._resolver.of_model)
-        changes = misfits_as_new(changes, self.param_groups, rules_in_force)
-        check_one_for_each(self._names, self.param_groups, changes, self._rules)
-        before = self._resolver.snapshot()
-        try:
-            admitted = [
-                (name, new, rules_for_another(name, rules_in_force[name], new))
-                for name, new in changes.exchanged
-                if name in rules_in_force
-            ]
-            owners = {id(param): group for group in self.param_groups for param in group["params"]}
-            for name, param, rules in admitted:
-                check_shards(name, param, rules)
-                check_factored_amsgrad(name, rules[0], owners[id(param)])
-            shaped = self._newly_shaped(changes.names)
-            if shaped:
-                self._resolver.read_model_again()
-            admitted += self._rules_of_added(shaped + changes.added, own_plans)
-        except Exception:
-            self._resolver.restore(before)
-            raise
-        self._resolver.forget_owners()
-        held = dict(self._members.named(self._names))
-        for name in changes.removed:
-            self._resolver.note(name, None)
-            if name in self._rules:
-                self._members.leave(name, held[name], self._rules[name])
-                for rule in self._rules.pop(name):
-                    if self._monitor is not None:
-                        self._monitor.drop(key_of(name, rule.part))
-            self._measured.pop(name, None)
-        self._names = changes.names
-        self._members.hold(self.param_groups)
-        self._stepper.forget()
-        for name, param, rules in admitted:
-            self._resolver.note(name, param)
-            self._admit(name, param, rules)
-        self._rename(renumbered(self._names))
-
-    def _rename(self, names: list[list[str]]) -> None:
-        """Call the parameters by other names, in the order of the groups."""
-        new = {
-            before: now
-            for own, shown in zip(self._names, names, strict=True)
-            for before, now in zip(own, shown, strict=True)
-        }
-        keys = {
-            key_of(name, rule.part): key_of(new[name], rule.part)
-            for name in new
-            for rule in (*self._rules.get(name, ()), *self._measured.get(name, ()))
-        }
-        self._names = names
-        self._rules = {now: self._rules[name] for name, now in new.items() if name in self._rules}
-        self._measured = {now: self._measured[name] for name, now in new.items() if name in self._measured}
-        self._resolver.rename(new)
-        if self._measuring is not None:
-            self._measuring.history.rename(keys)
-        if self._monitor is not None:
-            self._monitor.rename(keys)
-
-    def _complete_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Fill in the options that a group lacks which was put there by hand; returns its own plan, if it has one."""
-        own_plan = self._resolver.take_arguments(group)
-        for option, default in self.defaults.items():
-            group.setdefault(option, default)
-        normalize_group(group)
-        check_group(group)
-        return own_plan
-
-    def _newly_shaped(self, names: Sequence[Sequence[str]]) -> list[Added]:
-        return [
-            Added(name, group_index, index)
-            for group_index, (own, group) in enumerate(zip(names, self.param_groups, strict=True))
-            for index, (name, param) in enumerate(zip(own, group["params"], strict=True))
-            if not is_lazy(param) and name not in self._rules and self._is_known(param)
-        ]
-
-    def _is_known(self, param: Tensor) -> bool:
-        return any(known is param for _, known in self._members.named(self._names))
-
-    def _rules_of_added(
-        self, added: Iterable[Added], own_plans: Sequence[Mapping[str, Any]]
-    ) -> list[tuple[str, Tensor, list[Rule]]]:
-        found = []
-        new: dict[tuple[int, bool], dict[str, Tensor]] = defaultdict(dict)
-        for name, group_index, position in added:
-            param = self.param_groups[group_index]["params"][position]
-            before = self._members.of_before(param)
-            if before is not None and before[1][0].owner_shape == param.shape:
-                found.append((name, param, before[1]))
-            else:
-                new[group_index, is_position(name)][name] = param
-        for (group_index, is_unnamed), params in new.items():
-            names = list(params)
-            group = {**self.param_groups[group_index], "params": list(params.values()), "param_names": names}
-            if is_unnamed:
-                del group["param_names"]
-            try:
-                found += self._rules_of_new(group, names, own_plans[group_index])
-            except PlanError as error:
-                shapes = ", ".join(str(tuple(param.shape)) for param in params.values())
-                raise PlanError(
-                    f"{'a parameter of shape' if len(params) == 1 else 'parameters of shapes'} {shapes} was put into "
-                    f"param_groups[{group_index}]['params']: {error}; or add it by "
-                    "optimizer.add_param_group({'params': [(name, parameter)]})"
-                ) from error
-        return found
+    def _parameters(self) -> Iterator[Held]:
+        """Yield name, tensor and group of each parameter that has a shape."""
+        self._follow_groups()
+        return self._registry.parameters(self.param_groups)
 
     @property
     def plan(self) -> CompressionPlan:
         """The plan in force: one rule for each parameter of this optimizer, or for each of its parts."""
         self._follow_groups()
-        return CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff)
+        return self._registry.plan
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -390,8 +235,8 @@ class SlimAdam(Replanned):
 
     def __repr__(self) -> str:
         clips = "" if self._max_grad_norm is None else f"max_grad_norm: {self._max_grad_norm}\n"
-        plan = CompressionPlan.of_parameters(self._rules, self._resolver.chosen_by_cutoff)  # never raises
-        return f"{super().__repr__()[:-1]}{clips}plan: {self._measuring or plan}\n)"
+        plan = self._registry.measuring or self._registry.plan  # follows no groups, so that it never raises
+        return f"{super().__repr__()[:-1]}{clips}plan: {plan}\n)"
 
     def backend(self, param: Tensor | str) -> Backend:
         """The implementation that updates a parameter.
@@ -403,7 +248,7 @@ class SlimAdam(Replanned):
             KeyError: The optimizer does not hold it.
         """
         name, held, group = self._find(param)
-        return backend_of(name, held, group, self._rules[name])
+        return backend_of(name, held, group, self._registry.rules[name])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -415,7 +260,7 @@ class SlimAdam(Replanned):
         params = [param for _, param, _ in self._parameters()]
         if any(map(is_dtensor, params)):
             return grad_scaler.may_differ(self._gradients())
-        if self._measuring is not None or self._monitor is not None:
+        if self._registry.measuring is not None or self._registry.monitor is not None:
             return False
         return any(self.backend(param) == "triton" for param in params)
 
@@ -426,7 +271,7 @@ class SlimAdam(Replanned):
 
         ``total`` does not include the samples for :meth:`snr_check`; they come on top, as ``monitor``.
         """
-        return memory_report(self._parameters(), self._rules, self.state, self._monitor)
+        return memory_report(self._parameters(), self._registry.rules, self.state, self._registry.monitor)
 
     # -- the step ----------------------------------------------------------------------------------------
 
@@ -471,27 +316,32 @@ class SlimAdam(Replanned):
             for group in self.param_groups:
                 self._init_group(group)
         factor = self._measure_norm(scaled[0])
-        groups = list(zip(self._names, self.param_groups, strict=True))
-        self._stepper.update(groups, self._rules, self.state, recalled, *scaled, factor)
+        groups = list(zip(self._registry.names, self.param_groups, strict=True))
+        self._stepper.update(groups, self._registry.rules, self.state, recalled, *scaled, factor)
         if recalled is None:
             self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
-        if self._measuring is not None:
+        if self._registry.measuring is not None:
             self._measure()
-        elif self._monitor is not None and not torch.compiler.is_compiling():
-            watch_step(self._monitor, groups, self._rules, self.state, factor)
+        elif self._registry.monitor is not None and not torch.compiler.is_compiling():
+            watch_step(self._registry.monitor, groups, self._registry.rules, self.state, factor)
         return loss
+
+    @torch_private.disable_dynamo
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """Take one measurement of ``plan="auto"``, and put its decision in force."""
+        plan = decision(self._registry, self.param_groups, self.state)
+        if plan is not None:
+            compress(self._registry, plan, self.param_groups, self.state)
+            self._stepper.forget()
 
     def _recalled_gradients(self) -> list[list[Tensor]] | None:
         """Return the gradients of all groups, if nothing has changed since a step that was checked."""
-        if torch.compiler.is_compiling() or len(self._names) != len(self.param_groups):
+        if torch.compiler.is_compiling() or len(self._registry.names) != len(self.param_groups):
             return None
-        groups = list(zip(self._names, self.param_groups, strict=True))
-        found = [grads for grads in self._stepper.recall(groups, self._rules, self.state) if grads is not None]
-        if len(found) < len(groups):
-            return None
-        for group in self.param_groups:
-            check_foreach(group)
-        return found
+        groups = list(zip(self._registry.names, self.param_groups, strict=True))
+        found = [grads for grads in self._stepper.recall(groups, self._registry.rules, self.state) if grads is not None]
+        return found if len(found) == len(groups) else None
 
     def _measure_norm(self, grad_scale: Tensor | None) -> Tensor | None:
         """Find :attr:`grad_norm`, and return what the step multiplies gradients by once they are not scaled."""
@@ -549,7 +399,7 @@ class SlimAdam(Replanned):
                 for name, param, group in self._parameters()
                 if is_dtensor(param) and param.grad is not None
             ),
-            self._rules,
+            self._registry.rules,
             self._states_of_steps(),
             self.clip_factor(),
         )
@@ -570,7 +420,7 @@ class SlimAdam(Replanned):
         check_gradients(self._parameters())
         if averages is None:
             averages = self.averages_after_step()
-        yield from updates_without_decay(self._parameters(), self._rules, self._states_of_steps(), averages)
+        yield from updates_without_decay(self._parameters(), self._registry.rules, self._states_of_steps(), averages)
 
     def _states_of_steps(self) -> Mapping[Tensor, Any]:
         """The state, but for what a step of zero has made."""
@@ -611,14 +461,13 @@ class SlimAdam(Replanned):
                     f"{name!r}: slices of a DTensor's state cannot be reset; use index=None on every rank"
                 )
             if state:
-                reset_slices(state, self._rules[name], held, found, dim)
+                reset_slices(state, self._registry.rules[name], held, found, dim)
         elif state and group["variance_init"] == "gradient":
             for key in list(filter(second_moment.is_own, state)):
                 del state[key]
         elif state:
             reset_all(state)
-        if self._measuring is None:
-            self._monitor_parameter(name, held)
+        self._registry.sample(name, held, self.state)
 
     @torch.no_grad()
     def replace_param(
@@ -653,13 +502,15 @@ class SlimAdam(Replanned):
         if any(param is new for _, param, _ in self._parameters()):
             raise ValueError(f"new, of shape {tuple(new.shape)}, is a parameter of this optimizer already")
         names = [name for name, param, _ in self._parameters() if param is held]  # several, if it is there repeatedly
-        rules = {name: rules_for_another(name, self._rules[name], new) for name in names}
+        rules = {name: rules_for_another(name, self._registry.rules[name], new) for name in names}
         measured = {
-            name: rules_for_another(name, self._measured[name], new) for name in names if name in self._measured
+            name: rules_for_another(name, self._registry.measured[name], new)
+            for name in names
+            if name in self._registry.measured
         }
         check_factored_amsgrad(name, rules[name][0], group)
         state = self.state.get(held, {})
-        state = resized_state(state, self._rules[name], held, new, rules[name], group, kept, dim)
+        state = resized_state(state, self._registry.rules[name], held, new, rules[name], group, kept, dim)
         params = [new if param is held else param for param in group["params"]]
         if isinstance(group["params"], list):
             group["params"][:] = params
@@ -667,29 +518,97 @@ class SlimAdam(Replanned):
             group["params"] = params
         if self.state.pop(held, None) is not None:
             self.state[new] = state
-        self._rules.update(rules)
-        self._measured.update(measured)
-        self._members.hold(self.param_groups)
+        self._registry.rules.update(rules)
+        self._registry.measured.update(measured)
+        self._registry.hold(self.param_groups)
         self._stepper.forget()
         for name in names:
-            self._resolver.note(name, new)
-            if self._measuring is None:
-                self._monitor_parameter(name, new)
+            self._registry.resolver.note(name, new)
+            self._registry.sample(name, new, self.state)
 
     def _find(self, param: Tensor | str) -> Held:
-        for name, held, group in self._parameters():
-            if held is param or (isinstance(param, str) and name == canonical_name(param)):
-                return name, held, group
-        given = repr(param) if isinstance(param, str) else "the tensor"
-        owner = str(param).rpartition("[")[0]
-        if isinstance(param, str) and any(name == canonical_name(owner) for name in self._rules):
-            raise KeyError(
-                f"{given} is a part of a parameter; pass all of it, {owner!r}, and index for some of its rows"
-            )
-        raise KeyError(
-            f"{given} is not a parameter of this optimizer; pass one of its tensors, or a name that it knows: those of "
-            "SlimAdam(model) and of named_parameters()"
-        )
+        self._follow_groups()
+        return self._registry.find(param, self.param_groups)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dict of :meth:`torch.optim.Optimizer.state_dict` with the plan under ``"slimadam"``.
+
+        The keys of a parameter's state are those of ``optimizer.state[param]``. A group with second moments that are
+        not kept in full says ``fused=None``: AdamW's fused kernels would take the state for its own, and write past it.
+        """
+        self._follow_groups()
+        saved = super().state_dict()
+        add_plan(saved, self._registry)
+        return saved
+
+    def adamw_state_dict(self) -> dict[str, Any]:
+        """Return a state dict that ``torch.optim.AdamW`` loads, with every second moment in full.
+
+        Averages are broadcast back, factored ones multiplied out; moments take the parameter's dtype. Those of
+        DTensors lie as their parameters do, and every rank must call.
+        """
+        self._follow_groups()
+        return as_adamw(super().state_dict(), self._registry, self.param_groups)
+
+    @torch_private.disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of SlimAdam, ``torch.optim.AdamW`` or ``torch.optim.Adam``.
+
+        Full second moments are averaged by this optimizer's plan; none is cast to the parameter's dtype.
+        First moments are stored as this optimizer's ``momentum_dtype`` says, whatever they were saved in.
+        Tensors are copied. Options that the saved groups lack keep their present values. With DTensors among the
+        parameters every rank must call; tensors of the state dict may lie otherwise, or be full on every rank.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            ValueError: Groups or shapes do not match, or a later release wrote it.
+            PlanError: It was saved under another plan.
+            RuntimeError: Another rank that holds shards of the same parameters has refused its state dict, or was
+                given another one.
+                The optimizer is as it was after any error.
+        """
+        try:
+            format.check_is_mapping(state_dict)
+            state_dict = dict(state_dict)
+            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                state_dict = pre_hook(self, state_dict) or state_dict
+            self._follow_groups()
+            taken = taken_over(state_dict, self._registry, self.param_groups)
+        except Exception:
+            on_any_rank(True, (param for _, param, _ in self._parameters()))
+            raise
+        taken.check_on_all_ranks()
+        state = taken.loaded_state()
+        registry = self._registry
+        registry.rules, registry.measuring, registry.monitor = taken.rules, taken.measuring, taken.monitor
+        self._state_is_blank = False
+        self.__setstate__({"state": state, "param_groups": taken.groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._follow_groups()  # names and rules are those of the groups as they are
+        kept = ("_complete", "_state_is_blank", "_max_grad_norm", "_norms")
+        return {**super().__getstate__(), **self._registry.to_pickle(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        resumed = "_names" in state
+        if resumed:
+            self._registry = Registry.from_pickle(state)
+            state = {"_max_grad_norm": None, "_norms": {}, **state}  # a pickle of an earlier release lacks them
+        self._stepper = Stepper()
+        super().__setstate__(state)
+        self._registry.hold(self.param_groups)
+        if resumed:
+            self._registry.resume(self.param_groups)
+            for name, param, _ in self._parameters():
+                if self.state.get(param):  # of an earlier release, perhaps
+                    self.state[param] = in_present_format(name, self.state[param], self._registry.rules[name])
 
     # -- does it still hold? -----------------------------------------------------------------------------
 
@@ -708,9 +627,9 @@ class SlimAdam(Replanned):
         Raises:
             RuntimeError: The optimizer was built with ``monitor=False``.
         """
-        if self._monitor is None:
+        if self._registry.monitor is None:
             raise RuntimeError("snr_check() needs samples, which monitor=False has switched off; use monitor=True")
-        return self._monitor.check()
+        return self._registry.monitor.check()
 
     @torch.no_grad()
     def expand(self, name: str) -> None:
@@ -729,14 +648,15 @@ class SlimAdam(Replanned):
         """
         if not isinstance(name, str):
             raise TypeError(f"name={shown(name)} must be a parameter's name, one of those in optimizer.plan")
-        if self._measuring is not None:
+        if self._registry.measuring is not None:
             raise RuntimeError(
                 f"expand({name!r}): nothing is compressed while plan='auto' measures; wait for its decision"
             )
         for held, param, _ in self._parameters():
-            keys = [key_of(held, rule.part) for rule in self._rules[held]]
+            keys = [key_of(held, rule.part) for rule in self._registry.rules[held]]
             if canonical_name(name) == held or canonical_name(name) in keys:
-                self._expand_pieces(held, param, set(keys) & {canonical_name(name)} or set(keys))
+                expand(self._registry, held, param, set(keys) & {canonical_name(name)} or set(keys), self.state)
+                self._stepper.forget()
                 return
         raise KeyError(f"{name!r} is not a parameter of this optimizer; {did_you_mean(name, self.plan)}".rstrip("; "))
 
@@ -754,8 +674,8 @@ class SlimAdam(Replanned):
         for group in self.param_groups:
             self._init_group(group)
         return all(
-            self._stepper.is_on_triton(names, group, self._rules, self.state)
-            for names, group in zip(self._names, self.param_groups, strict=True)
+            self._stepper.is_on_triton(names, group, self._registry.rules, self.state)
+            for names, group in zip(self._registry.names, self.param_groups, strict=True)
         )
 
     def _gradients(self) -> Iterator[Tensor]:
@@ -773,7 +693,7 @@ class SlimAdam(Replanned):
             factor = self.clip_factor() if group["variance_init"] == "gradient" else None
             for name, param, owner in self._parameters():
                 if owner is group and param in missing:
-                    self.state[param].update(initial_state(name, self._rules[name], param, group, factor))
+                    self.state[param].update(initial_state(name, self._registry.rules[name], param, group, factor))
             if group["variance_init"] == "gradient":
                 self._stepper.start_from_gradient(missing)
             tell_without_codes(group, missing)

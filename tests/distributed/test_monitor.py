@@ -34,8 +34,8 @@ def _trained(place: Any, plan: Any, steps: int) -> SlimAdam:
     sizes = {name: torch.rand(shape, generator=generator) for name, (shape, _) in SHAPES.items()}
     params = {name: nn.Parameter(place(size)) for name, size in sizes.items()}
     optimizer = SlimAdam(params.items(), lr=1e-3, plan=plan, betas=(0.9, 0.9))
-    assert optimizer._monitor is not None
-    optimizer._monitor._shortest_interval = INTERVAL
+    assert optimizer._registry.monitor is not None
+    optimizer._registry.monitor._shortest_interval = INTERVAL
     for _ in range(steps):
         for name, param in params.items():
             grad = torch.randn(sizes[name].shape, generator=generator) * sizes[name]
@@ -45,7 +45,7 @@ def _trained(place: Any, plan: Any, steps: int) -> SlimAdam:
 
 
 def _as_found(optimizer: SlimAdam) -> dict[str, Any]:
-    monitor = optimizer._monitor
+    monitor = optimizer._registry.monitor
     assert monitor is not None
     return {
         "checks": {name: (one.snr, one.sampled, one.ready, one.reason) for name, one in optimizer.snr_check().items()},
@@ -71,7 +71,7 @@ def _found(name: str) -> dict[str, Any]:
         for one, other in zip(alone.state, together.state, strict=True):
             pairs = zip(moments(alone, one), moments(together, other), strict=True)
             assert all(torch.allclose(held, split, rtol=1e-5) for held, split in pairs), (name, plan)
-    of_one, of_many = alone._monitor, together._monitor
+    of_one, of_many = alone._registry.monitor, together._registry.monitor
     assert of_one is not None
     assert of_many is not None
     of_many.load_state_dict(of_one.state_dict())

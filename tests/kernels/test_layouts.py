@@ -51,7 +51,7 @@ def test_declared_parts_have_the_layout_of_their_module(case: str, how: str) -> 
         "alive": model.parameters(),
     }[how]
     optimizer = SlimAdam(params, plan=settings)
-    (measured,) = optimizer._measured.values()
+    (measured,) = optimizer._registry.measured.values()
     expected = pieces_of(model, {"c_attn.weight": parts})["c_attn.weight"]
     assert [rule.fan_in for rule in measured] == [piece.role.fan_in for piece in expected] == [fan_in] * len(measured)
     assert [rule.role for rule in measured] == list(parts.sizes)
@@ -61,7 +61,7 @@ def test_without_a_module_the_layout_is_guessed() -> None:
     optimizer = SlimAdam(
         [("w", torch.ones(8, 6, requires_grad=True))], plan=AutoPlan(parts={"w": Split({"a": 4, "b": 4})})
     )
-    assert [rule.fan_in for rule in optimizer._measured["w"]] == [(1,), (1,)]
+    assert [rule.fan_in for rule in optimizer._registry.measured["w"]] == [(1,), (1,)]
 
 
 def test_the_modules_of_many_groups_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

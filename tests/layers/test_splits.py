@@ -519,11 +519,11 @@ def test_declared_parts_of_one_of_two_groups_and_of_a_submodule() -> None:
     first, second = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
     plan = AutoPlan(parts={"a.weight": Split({"x": 4, "y": 4})})
     groups = [{"params": [("a.weight", first.weight)]}, {"params": [("b.weight", second.weight)]}]
-    assert list(SlimAdam(groups, plan=plan)._measured["a.weight"]) != []
+    assert list(SlimAdam(groups, plan=plan)._registry.measured["a.weight"]) != []
     model = Block(Attention(25, num_heads=5))
     plan = AutoPlan(parts={"qkv_proj.weight": Split({"x": 5, "y": 20})})
     optimizer = SlimAdam(model.attn.named_parameters(), plan=plan)
-    assert [rule.part.label for rule in optimizer._measured["qkv_proj.weight"]] == ["x", "y"]
+    assert [rule.part.label for rule in optimizer._registry.measured["qkv_proj.weight"]] == ["x", "y"]
 
 
 def test_a_wrapped_model_has_the_same_parts(caplog: pytest.LogCaptureFixture) -> None:

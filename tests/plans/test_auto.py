@@ -168,8 +168,8 @@ def test_amsgrad_chooses_among_averages_only() -> None:
 def test_default_is_auto_with_200_steps() -> None:
     model = _model()
     optimizer = SlimAdam(model)
-    assert optimizer._measuring is not None
-    assert optimizer._measuring.settings == AutoPlan()
+    assert optimizer._registry.measuring is not None
+    assert optimizer._registry.measuring.settings == AutoPlan()
     assert [step for step in range(1, 1001) if AutoPlan().measures(step)] == [100, 200]
     assert "measuring" in optimizer.plan["0.weight"].reason
 
@@ -309,7 +309,7 @@ def test_resuming_with_fewer_steps_decides_in_the_next_one() -> None:
     model = _model()
     optimizer = SlimAdam(model, plan=AutoPlan(calibration_steps=200))
     _train(model, optimizer, range(60))
-    assert not any(parameter.values for parameter in optimizer._measuring.history.values())  # type: ignore[union-attr]
+    assert not any(parameter.values for parameter in optimizer._registry.measuring.history.values())  # type: ignore[union-attr]
     fewer = SlimAdam(model, plan=AutoPlan(calibration_steps=50))
     fewer.load_state_dict(optimizer.state_dict())
     _train(model, fewer, range(60, 61))
@@ -341,7 +341,7 @@ def test_measurements_of_other_parts_are_left_out(now: dict[str, int] | None, ca
     other.load_state_dict(optimizer.state_dict())
     (message,) = (record.getMessage() for record in caplog.records)
     assert "'0.weight[a]', '0.weight[b]' are left out" in message
-    history = other._measuring.history  # type: ignore[union-attr]
+    history = other._registry.measuring.history  # type: ignore[union-attr]
     assert not any(key.startswith("0.weight[") for key in history)
     assert len(history["2.weight"].values) == 4
     _train(model, other, range(4, 6))

@@ -178,7 +178,7 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
 
         def _account(self) -> None:
             substitution.memory[self._index] = self.memory()
-            if self._measuring is None:
+            if self._registry.measuring is None:
                 substitution.undecided.discard(self._index)
             else:
                 substitution.undecided.add(self._index)
