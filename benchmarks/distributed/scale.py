@@ -30,8 +30,8 @@ from benchmarks.workloads.shapes import MODELS, Shapes, elements
 from benchmarks.workloads.skeleton import skeleton
 from slimadam import SlimAdam
 from slimadam.distributed.sharded_rules import LocalRule, local_rules
+from slimadam.state.first_moment import stored_first_moment
 from slimadam.state.rule import Dims
-from slimadam.state.second_moment import first_moment
 from slimadam.utils.dtensor import local
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -113,7 +113,7 @@ def cost(optimizer: SlimAdam) -> Cost:
     told = optimizer.memory()
     held = list(_held(optimizer))
     rows = sum(math.prod(rule.stored_shape(dims[0])) for _, rule, dims in held if len(dims) == 2 and _asks(rule, dims))
-    moved = sum(_moved(param, rule, dims, first_moment(optimizer.state[param])) for param, rule, dims in held)
+    moved = sum(_moved(param, rule, dims, stored_first_moment(optimizer.state[param])) for param, rule, dims in held)
     return Cost(
         elements=sum(local(param).numel() for param, _, _ in held),
         state=told.total,

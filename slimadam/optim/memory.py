@@ -13,7 +13,7 @@ from torch import Tensor
 from slimadam.distributed.sharded_rules import kept_shapes
 from slimadam.kernels.interface import second_moment_dtype
 from slimadam.layers.splits import key_of
-from slimadam.state.first_moment import momentum_bytes
+from slimadam.state.first_moment import momentum_of
 from slimadam.state.rule import Rule
 from slimadam.state.second_moment import step_dtype
 from slimadam.utils.dtensor import local
@@ -98,7 +98,7 @@ def memory_report(
             continue
         samples += [key_of(name, rule.part) for rule in all_rules[name]]
         stored = sum(map(math.prod, kept_shapes(name, all_rules[name], param)))
-        moments += momentum_bytes(param, group)
+        moments += momentum_of(param, group).nbytes(param)
         param = local(param)
         size = second_moment_dtype(param.dtype).itemsize
         seconds += stored * size

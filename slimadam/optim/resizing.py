@@ -10,8 +10,8 @@ from torch import Tensor
 
 from slimadam.kernels.interface import second_moment_dtype
 from slimadam.optim.step.dispatch import steps_on_device
-from slimadam.state import int8, second_moment
-from slimadam.state.first_moment import decoded, encode, initial_first_moment
+from slimadam.state import second_moment
+from slimadam.state.first_moment import momentum_in, momentum_of
 from slimadam.state.rule import Rule
 from slimadam.utils.dtensor import is_dtensor
 from slimadam.utils.errors import shown
@@ -110,10 +110,7 @@ def reset_slices(state: Mapping[str, Any], rules: Sequence[Rule], param: Tensor,
         found: Positions along ``dim``.
         dim: The dimension.
     """
-    if "exp_avg_scale" in state:
-        int8.reset(state["exp_avg_codes"], state["exp_avg_scale"], found, dim)
-    else:
-        state["exp_avg"].index_fill_(dim, found, 0)
+    momentum_in(state).zero(state, found, dim)
     for kind in second_moment.SECOND_MOMENTS:
         stored = second_moment.moments_of(state, rules, kind)
         if stored and all(rule.form != "factored" and rule.part is None for rule in rules):
@@ -158,14 +155,10 @@ def resized_state(
     if not second_moment.is_made(state):
         return of_users
     size = new.shape[dim] if new.dim() else 1
-    made = initial_first_moment(new, group)
-    dtype = torch.float32 if "exp_avg_scale" in made else made["exp_avg"].dtype
-    dtype = torch.complex64 if "exp_avg_scale" in made and new.is_complex() else dtype
-    value = _resized(decoded(old, state)["exp_avg"], kept, dim, size).to(new.device, dtype)
-    if "exp_avg_scale" in made:
-        encode(new, value, value, made)
-    else:
-        made["exp_avg"].copy_(value)
+    momentum = momentum_of(new, group)
+    made = momentum.init(new)
+    value = _resized(momentum_in(state).read(old, state), kept, dim, size).to(new.device, momentum.dtype)
+    momentum.write(new, value, value, made)
     second_dtype = second_moment_dtype(new.dtype)
     for kind in second_moment.SECOND_MOMENTS:
         stored = second_moment.moments_of(state, rules, kind)

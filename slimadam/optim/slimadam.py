@@ -40,7 +40,7 @@ from slimadam.optim.step.tasks import backend_of, check_lacks_all, hyperparamete
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import PlanArgument, check_factored_amsgrad
 from slimadam.state import second_moment
-from slimadam.state.first_moment import tell_without_codes
+from slimadam.state.first_moment import warn_of_other_formats
 from slimadam.utils import torch_private
 from slimadam.utils.dtensor import is_dtensor, local, on_any_rank
 from slimadam.utils.errors import did_you_mean, shown
@@ -696,4 +696,4 @@ class SlimAdam(Optimizer):
                     self.state[param].update(initial_state(name, self._registry.rules[name], param, group, factor))
             if group["variance_init"] == "gradient":
                 self._stepper.start_from_gradient(missing)
-            tell_without_codes(group, missing)
+            warn_of_other_formats(group, missing)

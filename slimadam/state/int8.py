@@ -37,9 +37,6 @@ from slimadam.utils.dtensor import is_dtensor, laid_out_as, local
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-INT8 = "int8"
-"""The ``momentum_dtype`` that asks for codes."""
-
 BLOCK = 256
 """Elements that share a scale."""
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from slimadam.kernels.reference import reconstruct
+from slimadam.state.first_moment import FIRST_MOMENTS
 from slimadam.state.rule import Rule
 
 SECOND_MOMENTS: Final = ("exp_avg_sq", "max_exp_avg_sq")
-FIRST_MOMENTS: Final = ("exp_avg", "exp_avg_codes", "exp_avg_scale")
 
 
 def step_dtype() -> torch.dtype:
@@ -66,12 +66,6 @@ def exchange(
     for key in keys_of(before, kind):
         del state[key]
     state.update(by_key(moments, after, kind))
-
-
-def first_moment(state: Mapping[str, Any]) -> Tensor:
-    """Return what a first moment is stored in: itself, or its codes."""
-    stored: Tensor = state["exp_avg_codes"] if "exp_avg_codes" in state else state["exp_avg"]
-    return stored
 
 
 def saved_moments(saved: Mapping[str, Any], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[Tensor]:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from slimadam.distributed.sharded_moments import distributed_moments
 from slimadam.optim.checkpoint import format
-from slimadam.optim.checkpoint.loading import as_kept
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state import second_moment
-from slimadam.state.first_moment import decoded
+from slimadam.state.first_moment import decoded, stored_first_moment, with_own_keys
 from slimadam.state.rule import Rule, fit_rules
 from slimadam.utils.dtensor import full_tensor, is_dtensor, place
 from slimadam.utils.errors import shown
@@ -51,7 +50,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
             f"the state dict has {len(saved_ids)} parameters, its plan {len(new)}; save it once all lazy modules have "
             "had a forward pass, and convert it as it was saved"
         )
-    state = {saved_id: dict(as_kept(saved)) for saved_id, saved in state_dict["state"].items()}
+    state = {saved_id: dict(with_own_keys(saved)) for saved_id, saved in state_dict["state"].items()}
     for saved_id, (name, rules) in zip(saved_ids, new.items(), strict=True):
         before = old.by_parameter()[name]
         if saved_id in state:
@@ -68,7 +67,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
 
 def in_present_format(name: str, state: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Any]:
     """A parameter's state as an earlier release kept it, under the keys of this one."""
-    return _with_rules(name, as_kept(state), rules, rules)
+    return _with_rules(name, with_own_keys(state), rules, rules)
 
 
 def full_state(param: Tensor, rules: Sequence[Rule], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def _with_rules(name: str, state: Mapping[str, Any], before: Sequence[Rule], rul
         if not alike:
             full = second_moment.expand(list(map(full_tensor, moments)), before, before[0].owner_shape or ())
             moments = second_moment.average(full, rules)
-            stored = second_moment.first_moment(state)
+            stored = stored_first_moment(state)
             if is_dtensor(stored):
                 moments = distributed_moments(name, rules, stored, moments)
         changed.update(second_moment.by_key(moments, rules, kind))

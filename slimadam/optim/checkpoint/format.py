@@ -8,7 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from slimadam.state.second_moment import FIRST_MOMENTS, SECOND_MOMENTS, is_key_of
+from slimadam.state.first_moment import FIRST_MOMENTS
+from slimadam.state.second_moment import SECOND_MOMENTS, is_key_of
 from slimadam.utils.errors import shown
 
 KEY: Final = "slimadam"

@@ -14,10 +14,10 @@ from slimadam.kernels.interface import second_moment_dtype
 from slimadam.optim.checkpoint import format
 from slimadam.optim.step.dispatch import steps_on_device
 from slimadam.optim.step.options import check_group, normalize_group
-from slimadam.state import int8, second_moment
-from slimadam.state.first_moment import decoded, encode, initial_first_moment, momentum_dtype, stores_codes
+from slimadam.state import second_moment
+from slimadam.state.first_moment import FIRST_MOMENTS, momentum_in, momentum_of
 from slimadam.state.rule import Rule
-from slimadam.utils.dtensor import full_tensor, is_dtensor, local, place
+from slimadam.utils.dtensor import full_tensor, is_dtensor, place
 from slimadam.utils.errors import PlanError
 
 # What only Adam and AdamW keep in a group; "fused" there says how they were run, not how to go on. How first moments
@@ -50,18 +50,6 @@ def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mappi
     return merged
 
 
-def as_kept(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A parameter's saved state with its first moment once, under the key that an optimizer keeps it under."""
-    exp_avg, scales = saved.get("exp_avg"), saved.get("exp_avg_scale")
-    if "exp_avg_codes" not in saved:
-        is_coded = isinstance(exp_avg, Tensor) and exp_avg.dtype == torch.int8
-        return {"exp_avg_codes" if key == "exp_avg" and is_coded else key: value for key, value in saved.items()}
-    # torch leaves blank codes of the optimizer that loads beside a first moment that was saved without.
-    blank = exp_avg is not None and isinstance(scales, Tensor) and not local(scales).any()
-    left_out = ("exp_avg_codes", "exp_avg_scale") if blank else ("exp_avg",)
-    return {key: value for key, value in saved.items() if key not in left_out}
-
-
 def check_saved(
     name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> None:
@@ -86,7 +74,7 @@ def check_saved(
     if group["amsgrad"] and _is_missing(saved, "max_exp_avg_sq"):
         raise ValueError(f"{name!r}: amsgrad=True, but the state dict has no max_exp_avg_sq; set amsgrad=False")
     format.check_tensors(name, saved, param)
-    _check_first_moment(name, saved, param)
+    momentum_in(saved).check_saved(name, param, saved)
     for kind in second_moment.SECOND_MOMENTS:
         moments = second_moment.saved_moments(saved, rules, kind)
         if moments:
@@ -113,7 +101,7 @@ def loaded_state(
         return loaded
     device = param.device if steps_on_device(param, group) else torch.device("cpu")
     loaded["step"] = torch.as_tensor(saved["step"], dtype=second_moment.step_dtype()).to(device, copy=True)
-    loaded.update(_first_moment(param, group, saved))
+    loaded.update(momentum_of(param, group).load(param, saved))
     for kind in second_moment.SECOND_MOMENTS:
         moments = second_moment.saved_moments(saved, rules, kind)
         if moments:
@@ -126,80 +114,7 @@ def _is_missing(saved: Mapping[str, Any], key: str) -> bool:
     if key in second_moment.SECOND_MOMENTS:
         found = (value for own, value in saved.items() if second_moment.is_key_of(own, key))
         return all(isinstance(value, (Mapping, list, tuple)) and not value for value in found)
-    return key not in saved and not (key == "exp_avg" and "exp_avg_codes" in saved)
-
-
-def _check_first_moment(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
-    exp_avg, scales = second_moment.first_moment(saved), saved.get("exp_avg_scale")
-    shape = tuple(param.shape)
-    if scales is None and "exp_avg_codes" in saved:
-        raise ValueError(
-            f"{name!r}: the state dict's exp_avg_codes holds {str(exp_avg.dtype).removeprefix('torch.')} codes, but it "
-            "has no exp_avg_scale for them"
-        )
-    if scales is not None:
-        count = int8.scale_count(exp_avg.numel())
-        if exp_avg.dtype != torch.int8:
-            raise ValueError(f"{name!r}: the state dict has an exp_avg_scale, but its exp_avg is {exp_avg.dtype}")
-        if scales.numel() != count or scales.dtype != torch.uint8:
-            raise ValueError(
-                f"{name!r}: the state dict's exp_avg_scale is {scales.dtype} of shape {tuple(scales.shape)}, "
-                f"{exp_avg.numel()} codes need torch.uint8 of shape {(count,)}"
-            )
-        shape = (*shape, 2) if param.is_complex() else shape
-    if exp_avg.shape != shape:
-        raise ValueError(
-            f"{name!r}: the state dict's exp_avg has shape {tuple(exp_avg.shape)}, the parameter {shape}; load the "
-            "state of the same model, or drop the parameter's entry from state_dict['state']: the rest loads"
-        )
-
-
-def _first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The saved first moment as the group stores it; codes that stay codes keep every bit."""
-    if is_dtensor(param):
-        return _sharded_first_moment(param, group, saved)
-    dtype = momentum_dtype(param, group)
-    given = {key: full_tensor(value).to(param.device) for key, value in _as_stored(saved).items()}
-    if not stores_codes(param, group):
-        return {"exp_avg": decoded(param, given)["exp_avg"].to(dtype, copy=True)}
-    made = initial_first_moment(param, group)
-    codes = given.get("exp_avg_codes")
-    if codes is not None and codes.stride() == made["exp_avg_codes"].stride():
-        return {"exp_avg_codes": codes.clone(), "exp_avg_scale": given["exp_avg_scale"].flatten().clone()}
-    value = decoded(param, given)["exp_avg"].to(dtype)
-    encode(param, value, value, made)
-    return made
-
-
-def _as_stored(saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {key: saved[key] for key in second_moment.FIRST_MOMENTS if key in saved}
-
-
-def _saved_value(param: Tensor, saved: Mapping[str, Any]) -> Tensor:
-    """A saved first moment itself, gathered if its scales do not lie as its codes do."""
-    given = _as_stored(saved)
-    codes, scales = given.get("exp_avg_codes"), given.get("exp_avg_scale")
-    if codes is not None and scales is not None and is_dtensor(codes):
-        alike = is_dtensor(scales) and (scales.device_mesh, scales.placements) == (codes.device_mesh, codes.placements)
-        if not alike or tuple(scales.shape) != int8.scales_shape(codes):
-            given = {key: full_tensor(value) for key, value in given.items()}
-    return decoded(param, given)["exp_avg"]  # type: ignore[no-any-return]
-
-
-def _sharded_first_moment(param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    made = initial_first_moment(param, group)
-    scales = saved.get("exp_avg_scale")
-    if scales is not None and "exp_avg_scale" in made and saved["exp_avg_codes"].is_contiguous():
-        shape = made["exp_avg_scale"].shape
-        place(made["exp_avg_codes"], saved["exp_avg_codes"])
-        place(made["exp_avg_scale"], scales if scales.shape == shape else full_tensor(scales).reshape(shape))
-    elif "exp_avg_scale" in made:
-        value = torch.zeros_like(param, dtype=torch.float32)
-        place(value, _saved_value(param, saved))
-        encode(param, value, value, made)
-    else:
-        place(made["exp_avg"], _saved_value(param, saved))
-    return made
+    return key not in saved if key == "step" else not any(own in saved for own in FIRST_MOMENTS[:2])
 
 
 def _check_second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Sequence[Rule]) -> None:

@@ -16,7 +16,7 @@ from slimadam.layers.splits import key_of
 from slimadam.measurement.monitor import Monitor
 from slimadam.optim.checkpoint import format
 from slimadam.optim.checkpoint.conversion import full_state
-from slimadam.optim.checkpoint.loading import as_kept, check_saved, loaded_state, merged_groups
+from slimadam.optim.checkpoint.loading import check_saved, loaded_state, merged_groups
 from slimadam.optim.registry import Registry
 from slimadam.optim.step.param_groups import Held, named_parameters
 from slimadam.plans.auto import AutoPlan, Measuring
@@ -24,6 +24,7 @@ from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import DECIDED_BEFORE, check_factored_amsgrad
 from slimadam.plans.selection import EXPANDED
 from slimadam.state import second_moment
+from slimadam.state.first_moment import FIRST_MOMENTS, with_own_keys
 from slimadam.state.rule import Rule, fit_rules
 from slimadam.utils.dtensor import differing, on_any_rank
 
@@ -70,7 +71,7 @@ class Taken(NamedTuple):
     def _described(self) -> Iterator[tuple[str, Tensor, str]]:
         for saved_id, (name, param, _) in self.owners.items():
             saved = self.state.get(saved_id, {})
-            stored = [(key, saved[key]) for key in second_moment.FIRST_MOMENTS if key in saved]
+            stored = [(key, saved[key]) for key in FIRST_MOMENTS if key in saved]
             for kind in second_moment.SECOND_MOMENTS:
                 stored += [(kind, part) for part in second_moment.saved_moments(saved, self.rules[name], kind)]
             tensors = [
@@ -153,7 +154,7 @@ def taken_over(state_dict: Mapping[str, Any], registry: Registry, present: Seque
     """
     format.check_layout(state_dict)
     saved_state = {
-        key: as_kept(value) if isinstance(value, Mapping) else value for key, value in state_dict["state"].items()
+        key: with_own_keys(value) if isinstance(value, Mapping) else value for key, value in state_dict["state"].items()
     }
     groups = merged_groups(present, state_dict["param_groups"])
     owners = {

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from slimadam.kernels.interface import Scalar
+from slimadam.state.first_moment import MOMENTUM_DTYPES
 from slimadam.utils.errors import did_you_mean, shown
 
 logger = logging.getLogger("slimadam")
 
 FLAGS = ("amsgrad", "maximize", "capturable", "differentiable", "bf16_stochastic_round")
 OPTIONAL_FLAGS = ("foreach", "fused")
-MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16, "int8")
 VARIANCE_INITS = ("zeros", "gradient")
 OPTIONS = (
     "params", "param_names", "lr", "betas", "eps", "weight_decay", "amsgrad", "plan", "variance_init",

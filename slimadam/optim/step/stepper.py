@@ -28,7 +28,7 @@ from slimadam.optim.step.cache import (
 from slimadam.optim.step.dispatch import TAKES_CODES, UPDATES, Backend, triton_step
 from slimadam.optim.step.tasks import (
     UpdateTask,
-    check_first_moment,
+    check_has_first_moment,
     check_memory,
     check_shapes,
     hyperparameters,
@@ -38,7 +38,7 @@ from slimadam.optim.step.tasks import (
     with_gradient,
 )
 from slimadam.state import second_moment
-from slimadam.state.first_moment import decoded, encode
+from slimadam.state.first_moment import decoded, momentum_in
 from slimadam.state.rule import Rule
 from slimadam.utils.dtensor import is_dtensor, local, local_gradient
 from slimadam.utils.torch_private import disable_dynamo, intercepts_operations
@@ -305,7 +305,7 @@ class Stepper:
         steps = [state["step"] for _, _, _, state, prepared in held if not prepared.counts_itself]
         _advance(steps)
         for name, param, grad, state, prepared in held:
-            decodes = not prepared.supports_codes and "exp_avg_scale" in state
+            decodes = not prepared.supports_codes and "exp_avg" not in state
             if decodes:
                 averages = [piece.shared for piece in prepared.pieces]
                 coded = work.to_decode_given if any(averages) else work.to_decode
@@ -373,7 +373,8 @@ class Stepper:
         if not traced:
             check_memory(name, own, grad, state)
         check_shapes(name, rules, param, second_moment.moments_of(state, rules))
-        check_first_moment(name, param, state)
+        check_has_first_moment(name, state)
+        momentum_in(state).check(name, param, state)
         if group["amsgrad"] and not second_moment.moments_of(state, rules, "max_exp_avg_sq"):
             raise RuntimeError(
                 f"{name!r}: amsgrad=True was set after steps without it, which kept no maxima; set it back, or begin "
@@ -473,4 +474,4 @@ def _update_decoded(
     for piece in tasks_of_step(name, param, grad, group, rules, own, averages, counted=True):
         if piece.entry.param.numel():
             UPDATES[piece.backend]([with_gradient(piece, grad, hyper)], hyper)
-    encode(param, own["exp_avg"], grad, state)
+    momentum_in(state).write(param, own["exp_avg"], grad, state)

@@ -18,7 +18,7 @@ from slimadam.kernels.reference import initial_second_moment, scale_grad
 from slimadam.layers.splits import key_of
 from slimadam.optim.step.dispatch import Backend, choose_backend, steps_on_device, supports
 from slimadam.state import int8, second_moment
-from slimadam.state.first_moment import initial_first_moment, momentum_dtype
+from slimadam.state.first_moment import FIRST_MOMENTS, momentum_of, stored_first_moment
 from slimadam.state.rule import Rule
 from slimadam.utils.dtensor import is_dtensor, local
 
@@ -87,7 +87,7 @@ def tasks_of_step(
     Triton's counts the step itself: it takes all parts of a parameter that have elements here, or none.
     """
     shared: list[SharedPiece | None] = [None] * len(rules)
-    exp_avg_dtype = momentum_dtype(param, group)
+    exp_avg_dtype = momentum_of(param, group).dtype
     if is_dtensor(param):
         on_shard = local_rules(name, rules, param)
         state = local_state(name, on_shard, param, state)
@@ -118,7 +118,7 @@ def tasks_of_step(
 def backend_of(name: str, param: Tensor, group: Mapping[str, Any], rules: Sequence[Rule]) -> Backend:
     """The implementation for a parameter, or for the first of its parts."""
     rule = local_rules(name, rules, param)[0].rule if is_dtensor(param) else rules[0]
-    return _backend_of(rule, local(param), momentum_dtype(param, group), group)[0]
+    return _backend_of(rule, local(param), momentum_of(param, group).dtype, group)[0]
 
 
 def _backend_of(
@@ -152,10 +152,10 @@ def entries_of(
         maxima = second_moment.moments_of(state, rules, "max_exp_avg_sq") if group["amsgrad"] else []
         dims = rules[0].averaged_dims(ndim)
         scales = state.get("exp_avg_scale")
-        exp_avg = second_moment.first_moment(state)
+        exp_avg = stored_first_moment(state)
         yield Entry(param, grad, exp_avg, second, maxima, state["step"], dims, exp_avg_scale=scales)
         return
-    whole = second_moment.first_moment(state)
+    whole = stored_first_moment(state)
     moments = second_moment.by_rule(rules, second_moment.moments_of(state, rules), ndim)
     maxima = second_moment.moments_of(state, rules, "max_exp_avg_sq") if group["amsgrad"] else []
     for (rule, parts), (_, largest) in zip(moments, second_moment.by_rule(rules, maxima, ndim), strict=True):
@@ -258,26 +258,18 @@ def check_memory(name: str, param: Tensor, grad: Tensor, state: Mapping[str, Any
             raise RuntimeError(f"{name!r}: the memory of its {what} has been let go; bring it back before the step")
 
 
-def check_first_moment(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
-    """Refuse a first moment of another shape than the parameter.
+def check_has_first_moment(name: str, state: Mapping[str, Any]) -> None:
+    """Check that a state has a first moment in one of the formats.
+
+    Args:
+        name: The parameter's name.
+        state: Its state.
 
     Raises:
-        RuntimeError: Names the parameter and both shapes.
+        RuntimeError: Names the parameter.
     """
-    if "exp_avg" not in state and "exp_avg_codes" not in state:
+    if not any(key in state for key in FIRST_MOMENTS[:2]):
         raise RuntimeError(f"{name!r}: its state lacks exp_avg; {_ANEW}")
-    exp_avg, scales = second_moment.first_moment(state), state.get("exp_avg_scale")
-    if scales is not None and tuple(scales.shape) != int8.scales_shape(exp_avg):
-        raise RuntimeError(
-            f"{name!r}: its exp_avg_scale has shape {tuple(scales.shape)}, its exp_avg needs "
-            f"{int8.scales_shape(exp_avg)}; load both from one state dict with load_state_dict"
-        )
-    wanted = (*param.shape, 2) if "exp_avg_scale" in state and param.is_complex() else tuple(param.shape)
-    if tuple(exp_avg.shape) != wanted:
-        raise RuntimeError(
-            f"{name!r}: its exp_avg has shape {tuple(exp_avg.shape)}, the parameter {tuple(param.shape)}; exchange a "
-            "parameter for one of another size by optimizer.replace_param(old, new, keep=..., added=...)"
-        )
 
 
 def initial_state(
@@ -311,7 +303,7 @@ def initial_state(
             dtype=second_moment.step_dtype(),
             device=param.device if steps_on_device(param, group) else torch.device("cpu"),
         ),
-        **initial_first_moment(param, group),
+        **momentum_of(param, group).init(param),
         **second_moment.by_key(parts, rules),
     }
     if group["amsgrad"]:
