@@ -34,7 +34,7 @@ class Added(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What has happened to groups since they were last looked at.
+    """Changes of groups since they were last looked at.
 
     Attributes:
         names: The names of all parameters, group by group.
@@ -71,7 +71,7 @@ class Members:
 
     @property
     def holds_lazy(self) -> bool:
-        """Whether a parameter has no shape yet."""
+        """Return whether a parameter has no shape yet."""
         return self._lazy > 0
 
     def are_in(self, groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -84,7 +84,13 @@ class Members:
         )
 
     def leave(self, name: str, param: Tensor | None, rules: Sequence[Rule]) -> None:
-        """Remember a parameter's name and rules for the case that it comes back."""
+        """Remember a parameter's name and rules for the case that it comes back.
+
+        Args:
+            name: Its name.
+            param: The parameter, if it is still alive.
+            rules: Its rules.
+        """
         if param is not None:
             self._left[param] = (name, list(rules))
 
@@ -130,7 +136,7 @@ class Members:
                     vacant.discard(name)
                     found.exchanged.append(Replacement(name, param))
                 elif name is None:
-                    name = self.new_name(group, group_index, index, taken, of_model(param))
+                    name = self._new_name(group, group_index, index, taken, of_model(param))
                     found.added.append(Added(name, group_index, index))
                 taken.add(name)
                 own.append(name)
@@ -138,7 +144,7 @@ class Members:
         found.removed.extend(vacant)
         return found
 
-    def new_name(
+    def _new_name(
         self, group: Mapping[str, Any], group_index: int, index: int, taken: set[str], of_model: str | None
     ) -> str:
         """Return a name for a parameter: that of before, the group's, the model's, or a free one by its position."""
@@ -192,7 +198,7 @@ def rules_for_another(name: str, rules: Sequence[Rule], param: Tensor) -> list[R
 
 
 def check_tensors(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse groups that hold something else than tensors.
+    """Check that groups hold nothing but tensors.
 
     Raises:
         TypeError: Names the place.
@@ -239,16 +245,16 @@ def misfits_as_new(
 def check_one_for_each(
     names: Sequence[Sequence[str]], groups: Sequence[Mapping[str, Any]], changes: Changes, rules: Mapping[str, Any]
 ) -> None:
-    """Refuse one vector in the place of several parameters that a plan has rules for.
+    """Check that no single vector stands in the place of several parameters that a plan has rules for.
 
     Args:
-        names: The names of what the groups held.
+        names: The names of the parameters that the groups held.
         groups: The groups as they are.
-        changes: What has happened to them.
+        changes: Their changes.
         rules: By name.
 
     Raises:
-        RuntimeError: Says whose work that is.
+        RuntimeError: Names the group and the remedy.
     """
     gone = set(changes.removed)
     for added in changes.added:

@@ -52,6 +52,10 @@ def positions(index: Index | None, param: Tensor, dim: int, argument: str) -> Te
 def checked_dim(dim: int, param: Tensor) -> int:
     """Return a dimension of a parameter as a number that is not negative; a scalar counts as one of size 1.
 
+    Args:
+        dim: The dimension, from the front or the back.
+        param: The parameter.
+
     Raises:
         IndexError: The parameter has no such dimension.
     """
@@ -65,11 +69,19 @@ def checked_dim(dim: int, param: Tensor) -> int:
 
 
 def check_replacement(name: str, old: Tensor, new: Tensor, kept: Tensor, added: int, dim: int) -> None:
-    """Refuse a parameter that cannot take another one's place.
+    """Check that a parameter can take another one's place.
+
+    Args:
+        name: The name of both.
+        old: The parameter that goes.
+        new: The parameter that comes.
+        kept: Positions of the slices that stay.
+        added: Number of new slices.
+        dim: Their dimension.
 
     Raises:
         TypeError: It is no tensor.
-        ValueError: Its shape is not what follows from ``keep`` and ``added``, or it is nothing that a step can update.
+        ValueError: Its shape does not follow from ``keep`` and ``added``, or no step can update it.
         RuntimeError: One of both is a DTensor.
     """
     if not isinstance(new, Tensor):

@@ -35,8 +35,8 @@ from slimadam.optim.step.direction import Shared, averages_after_step, updates_w
 from slimadam.optim.step.dispatch import Backend
 from slimadam.optim.step.options import check_group, normalize_group
 from slimadam.optim.step.param_groups import Held, check_gradients
-from slimadam.optim.step.stepper import Stepper
-from slimadam.optim.step.tasks import backend_of, check_lacks_all, hyperparameters, initial_state
+from slimadam.optim.step.stepper import Stepper, hyperparameters
+from slimadam.optim.step.tasks import backend_of, check_lacks_all, initial_state
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import PlanArgument, check_factored_amsgrad
 from slimadam.state import second_moment
@@ -214,7 +214,7 @@ class SlimAdam(Optimizer):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """What the norm of all gradients is clipped to; may be set between steps."""
+        """Norm that all gradients together are clipped to; may be set between steps."""
         return self._max_grad_norm
 
     @max_grad_norm.setter
@@ -252,9 +252,9 @@ class SlimAdam(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves unscaling, and leaving out a step, to the step itself, as with fused AdamW.
+        """Return whether GradScaler leaves unscaling, and leaving out a step, to the step itself, as with fused AdamW.
 
-        Not while gradients are also measured or watched, which must be unscaled. With DTensors only where ranks must
+        Not while gradients are also measured or sampled, which must be unscaled. With DTensors only where ranks must
         first agree whether to leave out the step.
         """
         params = [param for _, param, _ in self._parameters()]
@@ -265,7 +265,7 @@ class SlimAdam(Optimizer):
         return any(self.backend(param) == "triton" for param in params)
 
     def memory(self) -> MemoryReport:
-        """What the optimizer state costs in bytes, known before the first step. See :class:`MemoryReport`.
+        """Return the bytes of the optimizer state, known before the first step. See :class:`MemoryReport`.
 
         Of DTensors this rank's shards are counted, state and elements. Frozen parameters count once they have state.
 
@@ -359,11 +359,11 @@ class SlimAdam(Optimizer):
 
     @torch.no_grad()
     def clip_factor(self) -> Tensor | None:
-        """What the pending step multiplies gradients by: ``min(1, max_grad_norm / (norm + 1e-6))``.
+        """Return the factor of the pending step's gradients, ``min(1, max_grad_norm / (norm + 1e-6))``.
 
         Returns:
             0-dimensional, on the first gradient's device; None without ``max_grad_norm``. With DTensors all ranks must
-            ask.
+            call.
 
         Raises:
             RuntimeError: A gradient is sparse.
@@ -373,7 +373,7 @@ class SlimAdam(Optimizer):
 
     @torch.no_grad()
     def update_direction(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pending update of each parameter that has a gradient, one at a time; nothing is changed.
+        """Yield the pending update of each parameter that has a gradient, one at a time; nothing is changed.
 
         Yields:
             ``(parameter, D)`` with ``D`` of the parameter's shape, in at least float32, weight decay
@@ -388,7 +388,7 @@ class SlimAdam(Optimizer):
 
     @torch.no_grad()
     def averages_after_step(self) -> Shared:
-        """What the pending step would make of averages over several ranks, and how it clips: all that it asks others.
+        """Return the averages over several ranks after the pending step, and its clip factor. Collective.
 
         Raises:
             RuntimeError: A gradient is sparse.
@@ -406,10 +406,10 @@ class SlimAdam(Optimizer):
 
     @torch.no_grad()
     def updates_without_decay(self, averages: Shared | None = None) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
-        """As :meth:`update_direction`, but of gradients and state alone: the parameters' values play no part.
+        """Yield pending updates as :meth:`update_direction`, but of gradients and state alone, without weight decay.
 
         Args:
-            averages: Of :meth:`averages_after_step`, for the same gradients and state; None: it is called.
+            averages: The result of :meth:`averages_after_step` for the same gradients and state; None: it is called.
 
         Yields:
             ``(parameter, group, m_hat / (sqrt(v_hat) + eps))``.
@@ -423,7 +423,7 @@ class SlimAdam(Optimizer):
         yield from updates_without_decay(self._parameters(), self._registry.rules, self._states_of_steps(), averages)
 
     def _states_of_steps(self) -> Mapping[Tensor, Any]:
-        """The state, but for what a step of zero has made."""
+        """Return the state without entries that a step of zero has made."""
         if not self._state_is_blank:
             return self.state
         return {param: state for param, state in self.state.items() if not second_moment.is_of_no_step(state)}
@@ -613,14 +613,14 @@ class SlimAdam(Optimizer):
     # -- does it still hold? -----------------------------------------------------------------------------
 
     def snr_check(self) -> dict[str, Check]:
-        """Whether averaging still holds: the last SNR of a sample of each compressed parameter.
+        """Return the last SNR of a sample of each compressed parameter, to see whether averaging still holds.
 
         A few slices of each keep being tracked in full. Every 200 steps (``1 / (1 - beta2)`` where that is longer)
         their SNR is taken, and where it has clearly fallen below the cutoff, one warning says so. Samples that start
         at zero, as with every plan but ``"auto"``, are ready when that is next done after ``3 / (1 - beta2)`` steps.
 
         Returns:
-            By parameter, or part: what was found, and what to make of it in words. Empty while ``plan="auto"``
+            The SNR by parameter, or part, and a verdict in words. Empty while ``plan="auto"``
             measures. Before a sample is ready ``ready`` is False and ``snr`` NaN; so it stays, with the reason
             "too small to monitor", where 1% of what was saved is too few elements for a sample.
 
@@ -635,7 +635,7 @@ class SlimAdam(Optimizer):
     def expand(self, name: str) -> None:
         """Return a parameter, or one part of it, to a full second moment.
 
-        What its averages stand for is spread out; the rest is learnt anew within about ``1 / (1 - beta2)`` steps.
+        The averages are broadcast back to full shape and refined over about ``1 / (1 - beta2)`` steps.
         A checkpoint remembers it. With a DTensor every rank must call.
 
         Args:
@@ -661,14 +661,14 @@ class SlimAdam(Optimizer):
         raise KeyError(f"{name!r} is not a parameter of this optimizer; {did_you_mean(name, self.plan)}".rstrip("; "))
 
     def _only_makes_state(self) -> bool:
-        """Whether this first step is that of torch's ``get_optimizer_state_dict``: all rates and gradients are zero."""
+        """Return whether this is the step of torch's ``get_optimizer_state_dict``: all rates and gradients are zero."""
         if any(float(group["lr"]) for group in self.param_groups):
             return False
         grads = [local(param.grad) for _, param, _ in self._parameters() if param.grad is not None]
         return not on_any_rank(any(bool(grad.any()) for grad in grads), (param for _, param, _ in self._parameters()))
 
     def _takes_scaled_gradients(self) -> bool:
-        """Whether the kernels divide by GradScaler's scale, and leave a step out, for every parameter."""
+        """Return whether the kernels divide by GradScaler's scale, and leave a step out, for every parameter."""
         if any(group["variance_init"] == "gradient" for group in self.param_groups):
             return False
         for group in self.param_groups:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from slimadam.state import int8
 from slimadam.utils.dtensor import full_tensor, is_dtensor, laid_out_as, local, place
@@ -129,40 +130,40 @@ class Float(Momentum):
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
+    @override
     def init(self, param: Tensor) -> dict[str, Tensor]:
-        """See :class:`Momentum`."""
         return {"exp_avg": torch.zeros_like(param, dtype=self.dtype, memory_format=torch.preserve_format)}
 
+    @override
     def read(self, param: Tensor, state: Mapping[str, Any]) -> Tensor:
-        """See :class:`Momentum`."""
         exp_avg: Tensor = state["exp_avg"]
         return exp_avg
 
+    @override
     def write(self, param: Tensor, value: Tensor, grad: Tensor, state: Mapping[str, Any]) -> None:
-        """See :class:`Momentum`."""
         state["exp_avg"].copy_(value)
 
+    @override
     def nbytes(self, param: Tensor) -> int:
-        """See :class:`Momentum`."""
         return local(param).numel() * self.dtype.itemsize
 
+    @override
     def zero(self, state: Mapping[str, Any], index: Tensor, dim: int) -> None:
-        """See :class:`Momentum`."""
         state["exp_avg"].index_fill_(dim, index, 0)
 
+    @override
     def check(self, name: str, param: Tensor, state: Mapping[str, Any]) -> None:
-        """See :class:`Momentum`."""
         _check_shape(name, "exp_avg", state["exp_avg"], tuple(param.shape), param)
 
+    @override
     def check_saved(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> None:
-        """See :class:`Momentum`."""
         exp_avg = saved["exp_avg"]
         if saved.get("exp_avg_scale") is not None:
             raise ValueError(f"{name!r}: the state dict has an exp_avg_scale, but its exp_avg is {exp_avg.dtype}")
         _check_saved_shape(name, exp_avg, tuple(param.shape))
 
+    @override
     def load(self, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-        """See :class:`Momentum`."""
         if is_dtensor(param):
             return super().load(param, saved)
         whole = {key: full_tensor(saved[key]).to(param.device) for key in FIRST_MOMENTS if key in saved}
@@ -181,36 +182,36 @@ class Int8(Momentum):
     def __init__(self, is_complex: bool = False) -> None:
         self.dtype = torch.complex64 if is_complex else torch.float32
 
+    @override
     def init(self, param: Tensor) -> dict[str, Tensor]:
-        """See :class:`Momentum`."""
         codes = int8.new_codes(param)
         return {"exp_avg_codes": codes, "exp_avg_scale": int8.new_scales(codes)}
 
+    @override
     def read(self, param: Tensor, state: Mapping[str, Any]) -> Tensor:
-        """See :class:`Momentum`."""
         codes = state["exp_avg_codes"]
         value = int8.decode(local(codes), local(state["exp_avg_scale"]).view(-1))
         if is_dtensor(codes):
             value = laid_out_as(codes, value, codes.shape)
         return torch.view_as_complex(value) if param.is_complex() else value
 
+    @override
     def write(self, param: Tensor, value: Tensor, grad: Tensor, state: Mapping[str, Any]) -> None:
-        """See :class:`Momentum`."""
         if param.is_complex():
             value, grad = torch.view_as_real(value), torch.view_as_real(grad)
         int8.encode(local(value), local(grad), local(state["exp_avg_codes"]), local(state["exp_avg_scale"]).view(-1))
 
+    @override
     def nbytes(self, param: Tensor) -> int:
-        """See :class:`Momentum`."""
         elements = local(param).numel() * (2 if param.is_complex() else 1)
         return elements + int8.scale_count(elements)
 
+    @override
     def zero(self, state: Mapping[str, Any], index: Tensor, dim: int) -> None:
-        """See :class:`Momentum`."""
         int8.reset(state["exp_avg_codes"], state["exp_avg_scale"], index, dim)
 
+    @override
     def check(self, name: str, param: Tensor, state: Mapping[str, Any]) -> None:
-        """See :class:`Momentum`."""
         codes, scales = state["exp_avg_codes"], state.get("exp_avg_scale")
         if scales is None or tuple(scales.shape) != int8.scales_shape(codes):
             found = "is missing" if scales is None else f"has shape {tuple(scales.shape)}"
@@ -219,8 +220,8 @@ class Int8(Momentum):
             )
         _check_shape(name, "exp_avg", codes, (*param.shape, 2) if param.is_complex() else tuple(param.shape), param)
 
+    @override
     def check_saved(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> None:
-        """See :class:`Momentum`."""
         codes, scales = saved["exp_avg_codes"], saved.get("exp_avg_scale")
         if scales is None:
             raise ValueError(
@@ -237,8 +238,8 @@ class Int8(Momentum):
             )
         _check_saved_shape(name, codes, (*param.shape, 2) if param.is_complex() else tuple(param.shape))
 
+    @override
     def load(self, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-        """See :class:`Momentum`; codes that stay codes keep every bit."""
         codes, scales = saved.get("exp_avg_codes"), saved.get("exp_avg_scale")
         if codes is None or scales is None:
             return super().load(param, saved)

@@ -46,7 +46,7 @@ _BLOCKS_AT_ONCE = 1024  # one MiB of float32: arithmetic on them stays in cache 
 
 
 def can_follow(param: Tensor) -> bool:
-    """Whether codes can lie as a parameter does, whatever the number of ranks that share it."""
+    """Return whether codes can have a parameter's layout, on any number of ranks that share it."""
     if not is_dtensor(param):
         return True
     in_order = torch.empty(param.shape, device="meta").stride()
@@ -62,13 +62,13 @@ def _sliced_dims(param: DTensor) -> int:
 
 
 def new_codes(param: Tensor) -> Tensor:
-    """Codes of a first moment that is zero: of the parameter's shape and layout, a complex one's parts apart."""
+    """Return codes of zero with the parameter's shape and layout; a complex one's parts are apart."""
     real = torch.view_as_real(param) if param.is_complex() else param
     return torch.zeros_like(real, dtype=torch.int8, memory_format=torch.preserve_format)
 
 
 def new_scales(codes: Tensor) -> Tensor:
-    """Scales of a first moment that is zero, one for each block of the codes."""
+    """Return scales of zero, one for each block of the codes."""
     shape, held = scales_shape(codes), local(codes)
     if not is_dtensor(codes):
         return torch.zeros(shape, dtype=torch.uint8, device=codes.device)
@@ -77,18 +77,18 @@ def new_scales(codes: Tensor) -> Tensor:
 
 
 def scales_shape(codes: Tensor) -> tuple[int, ...]:
-    """Shape of the scales of codes; of a DTensor the global one."""
+    """Return the shape of the scales of codes; of a DTensor the global one."""
     sliced = _sliced_dims(codes) if is_dtensor(codes) else 0
     return (*codes.shape[:sliced], scale_count(math.prod(codes.shape[sliced:])))
 
 
 def scale_count(elements: int) -> int:
-    """Number of blocks that hold a number of codes; the last may be shorter."""
+    """Return the number of blocks of a number of codes; the last may be shorter."""
     return math.ceil(elements / BLOCK)
 
 
 def scales_of(piece: Tensor, codes: Tensor, scales: Tensor) -> Tensor | None:
-    """The scales of a piece of the codes, or None if it does not consist of whole blocks.
+    """Return the scales of a piece of the codes, or None if it does not consist of whole blocks.
 
     Args:
         piece: A view of the codes, or the codes themselves.
@@ -104,7 +104,7 @@ def scales_of(piece: Tensor, codes: Tensor, scales: Tensor) -> Tensor | None:
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """The first moment that codes stand for.
+    """Compute the first moment from its codes.
 
     Args:
         codes: int8, any shape, dense in memory.

@@ -17,17 +17,17 @@ SECOND_MOMENTS: Final = ("exp_avg_sq", "max_exp_avg_sq")
 
 
 def step_dtype() -> torch.dtype:
-    """The precision torch counts steps in."""
+    """Return the precision in which torch counts steps."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def is_of_no_step(state: Mapping[str, Any]) -> bool:
-    """Whether a parameter's state was made by a step of zero, which counts none."""
+    """Return whether a step of zero has made a parameter's state."""
     return "step" in state and not state["step"] > 0
 
 
 def is_made(state: Mapping[str, Any]) -> bool:
-    """Whether there is a parameter's state, and not only what a user has put there before the first step."""
+    """Return whether a parameter has state beside entries that a user has put there before the first step."""
     return "step" in state
 
 
@@ -49,20 +49,40 @@ def keys_of(rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[str]:
 
 
 def moments_of(state: Mapping[str, Any], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[Tensor]:
-    """Return the tensors that a parameter's second moment is stored in; none where the state lacks one."""
+    """Return the tensors that a parameter's second moment is stored in; none where the state lacks one.
+
+    Args:
+        state: The parameter's state.
+        rules: The parameter's rule, or one for each of its parts.
+        kind: One of :data:`SECOND_MOMENTS`.
+    """
     keys = keys_of(rules, kind)
     return [state[key] for key in keys] if all(key in state for key in keys) else []
 
 
 def by_key(moments: Sequence[Tensor], rules: Sequence[Rule], kind: str = "exp_avg_sq") -> dict[str, Tensor]:
-    """Return the entries of a state that hold a second moment; the opposite of :func:`moments_of`."""
+    """Return the entries of a state that hold a second moment; the opposite of :func:`moments_of`.
+
+    Args:
+        moments: The tensors of a second moment.
+        rules: The parameter's rule, or one for each of its parts.
+        kind: One of :data:`SECOND_MOMENTS`.
+    """
     return dict(zip(keys_of(rules, kind), moments, strict=True))
 
 
 def exchange(
     state: MutableMapping[str, Any], before: Sequence[Rule], after: Sequence[Rule], moments: Sequence[Tensor], kind: str
 ) -> None:
-    """Replace a second moment in a state by one that is stored by other rules."""
+    """Replace a second moment in a state by one that is stored by other rules.
+
+    Args:
+        state: The state; written.
+        before: The rules that it is stored by.
+        after: The other rules.
+        moments: Its tensors by these.
+        kind: One of :data:`SECOND_MOMENTS`.
+    """
     for key in keys_of(before, kind):
         del state[key]
     state.update(by_key(moments, after, kind))
@@ -95,18 +115,35 @@ def is_own(key: object) -> bool:
 
 
 def written(param: Tensor, state: Mapping[str, Any], amsgrad: bool) -> list[Tensor]:
-    """Return a parameter and the tensors of its state that a step changes: not those that a user has put there."""
+    """Return a parameter and the tensors of its state that a step changes.
+
+    Args:
+        param: The parameter.
+        state: Its state; a user's own entries are left out.
+        amsgrad: Whether the step uses running maxima.
+    """
     own = (key for key in state if is_own(key) and (amsgrad or not is_key_of(key, "max_exp_avg_sq")))
     return [param, *(state[key] for key in own)]
 
 
 def is_key_of(key: object, kind: str) -> bool:
-    """Return whether an entry of a state holds a second moment, or some of it."""
+    """Return whether an entry of a state holds a second moment, or some of it.
+
+    Args:
+        key: The key of the entry.
+        kind: One of :data:`SECOND_MOMENTS`.
+    """
     return isinstance(key, str) and re.fullmatch(rf"{kind}(_row|_col)?(\[.*\])?", key) is not None
 
 
 def by_rule(rules: Sequence[Rule], moments: Sequence[Tensor], ndim: int) -> list[tuple[Rule, Sequence[Tensor]]]:
-    """The stored tensors of a parameter, rule by rule."""
+    """Return the stored tensors of a parameter, rule by rule.
+
+    Args:
+        rules: The parameter's rule, or one for each of its parts.
+        moments: The tensors of its second moment.
+        ndim: The number of dimensions of the parameter.
+    """
     found, start = [], 0
     for rule in rules:
         end = start + len(rule.averaged_dims(ndim))
@@ -116,12 +153,17 @@ def by_rule(rules: Sequence[Rule], moments: Sequence[Tensor], ndim: int) -> list
 
 
 def state_shapes(rules: Sequence[Rule], shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Shapes of all tensors that a second moment is stored in, for a parameter of the given shape."""
+    """Return the shapes of all tensors that a second moment is stored in.
+
+    Args:
+        rules: The parameter's rule, or one for each of its parts.
+        shape: The shape of the parameter.
+    """
     return tuple(kept for rule in rules for kept in rule.state_shapes(shape if rule.part is None else rule.part.shape))
 
 
 def average(full: Tensor, rules: Sequence[Rule]) -> list[Tensor]:
-    """A full second moment averaged to what the rules of a parameter store.
+    """Average a full second moment to the tensors that the rules of a parameter store.
 
     Args:
         full: Second moment of the parameter's shape; complex ones average real and imaginary parts apart.
@@ -137,7 +179,13 @@ def average(full: Tensor, rules: Sequence[Rule]) -> list[Tensor]:
 
 
 def expand(moments: Sequence[Tensor], rules: Sequence[Rule], shape: tuple[int, ...]) -> Tensor:
-    """The full second moment, of the parameter's shape, that stored tensors stand for."""
+    """Return the full second moment, of the parameter's shape, from the stored tensors.
+
+    Args:
+        moments: The stored tensors.
+        rules: The parameter's rule, or one for each of its parts.
+        shape: The shape of the parameter.
+    """
     whole = torch.empty(shape, dtype=moments[0].dtype, device=moments[0].device)
     for rule, stored in by_rule(rules, moments, len(shape)):
         piece = rule.take(whole)

@@ -19,13 +19,13 @@ from slimadam.utils.errors import shown
 
 
 def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | None) -> dict[str, Any]:
-    """A state dict of SlimAdam as an optimizer with another plan would have saved it.
+    """Return a state dict of SlimAdam as an optimizer with another plan would have saved it.
 
-    Second moments that the old plan averaged are spread out evenly again where the new plan needs more detail;
-    what was averaged away does not come back, but is learnt anew within about ``1 / (1 - beta2)`` steps.
+    Averages of the old plan are broadcast back where the new plan needs more detail, and refined over about
+    ``1 / (1 - beta2)`` steps.
 
     Args:
-        state_dict: What :meth:`SlimAdam.state_dict` returned; it is not changed. With DTensors in it every rank must
+        state_dict: The result of :meth:`SlimAdam.state_dict`; it is not changed. With DTensors in it every rank must
             call.
         plan: The plan to convert to; None keeps every second moment in full.
 
@@ -66,12 +66,18 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
 
 
 def in_present_format(name: str, state: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Any]:
-    """A parameter's state as an earlier release kept it, under the keys of this one."""
+    """Return a parameter's state of an earlier release under the keys of this one.
+
+    Args:
+        name: The parameter's name.
+        state: Its state.
+        rules: Its rule, or one for each of its parts.
+    """
     return _with_rules(name, with_own_keys(state), rules, rules)
 
 
 def full_state(param: Tensor, rules: Sequence[Rule], state: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state as ``torch.optim.AdamW`` keeps it.
+    """Return a parameter's state as ``torch.optim.AdamW`` keeps it.
 
     Args:
         param: The parameter. With a DTensor every rank must call.
@@ -112,7 +118,7 @@ def _rules_under(plan: CompressionPlan | None, name: str, old: Sequence[Rule]) -
 
 
 def _with_rules(name: str, state: Mapping[str, Any], before: Sequence[Rule], rules: Sequence[Rule]) -> dict[str, Any]:
-    """A parameter's saved state of any format as the present one holds it under other rules."""
+    """Return a parameter's saved state of any format as this release holds it under other rules."""
     alike = [rule.storage for rule in rules] == [rule.storage for rule in before]
     kinds = {kind: second_moment.saved_moments(state, before, kind) for kind in second_moment.SECOND_MOMENTS}
     changed = {

@@ -20,7 +20,7 @@ FORMAT_VERSION: Final = 3
 
 
 def check_is_mapping(state_dict: object) -> None:
-    """Refuse what is no dict.
+    """Check that a state dict is a dict.
 
     Raises:
         TypeError: Says what it should be.
@@ -30,10 +30,10 @@ def check_is_mapping(state_dict: object) -> None:
 
 
 def check_layout(state_dict: Mapping[str, Any]) -> None:
-    """Refuse what is no optimizer state dict, or one that a later release wrote.
+    """Check that a dict is an optimizer's state dict that this release reads.
 
     Raises:
-        ValueError: Names what is missing or wrong.
+        ValueError: Names the entry that is missing or wrong.
     """
     for key, kind in (("state", Mapping), ("param_groups", Sequence)):
         if not isinstance(state_dict.get(key), kind):
@@ -59,7 +59,12 @@ def check_layout(state_dict: Mapping[str, Any]) -> None:
 
 
 def check_tensors(name: str, saved: Mapping[str, Any], param: Tensor) -> None:
-    """Refuse saved state that would fail only in the next step.
+    """Check the entries of a saved state, which would else fail only in the next step.
+
+    Args:
+        name: The parameter's name.
+        saved: Its entry in the state dict.
+        param: The parameter.
 
     Raises:
         ValueError: Names the parameter and the entry.
@@ -91,10 +96,10 @@ def _check_tensor_entry(name: str, key: str, value: Any, param: Tensor) -> None:
 
 
 def check_version(state_dict: Mapping[str, Any]) -> None:
-    """Refuse state that a later release wrote.
+    """Check that no later release wrote a state dict.
 
     Raises:
-        ValueError: Names the version found and the one that is read.
+        ValueError: Names the version found and those that are read.
     """
     version = state_dict.get(KEY, {}).get("format_version", FORMAT_VERSION)
     known = isinstance(version, int) and not isinstance(version, bool) and 1 <= version <= FORMAT_VERSION

@@ -26,7 +26,11 @@ _NOT_LOADED: Final = ("params", "decoupled_weight_decay", "fused", "momentum_dty
 
 
 def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The saved options over the present ones, with the present parameters.
+    """Return the saved options over the present ones, with the present parameters.
+
+    Args:
+        groups: The optimizer's groups.
+        saved_groups: Those of the state dict.
 
     Raises:
         ValueError: The groups do not correspond, or a saved option is out of range.
@@ -53,7 +57,7 @@ def merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mappi
 def check_saved(
     name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> None:
-    """Refuse saved state that :func:`loaded_state` could not take over; no other rank is asked.
+    """Check that :func:`loaded_state` can take over a saved state; no other rank is asked.
 
     Args:
         name: The parameter's name.
@@ -84,9 +88,9 @@ def check_saved(
 def loaded_state(
     name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One parameter's saved state as its optimizer keeps it; every tensor is a copy.
+    """Return a parameter's saved state as its optimizer keeps it; every tensor is a copy.
 
-    With ``variance_init="gradient"`` state of no step is none: it is made anew from the first step's gradient.
+    With ``variance_init="gradient"`` a state of no step is made anew from the first step's gradient.
 
     Args:
         name: The parameter's name.
@@ -133,7 +137,7 @@ def _check_second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rule
 
 
 def _second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Sequence[Rule]) -> Sequence[Tensor]:
-    """A saved second moment as the rules store it; a full one is averaged by them."""
+    """Return a saved second moment as the rules store it; a full one is averaged by them."""
     shape = tuple(param.shape)
     dtype = second_moment_dtype(param.dtype)
     is_full = second_moment.state_shapes(rules, shape) != tuple(tuple(part.shape) for part in saved)

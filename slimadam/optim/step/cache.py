@@ -41,7 +41,7 @@ _OPTIONS = (
 
 
 class GroupCache:
-    """What the steps of a group rest on. It keeps no gradient alive.
+    """Inputs that the last step of a group was built from. Holds no gradient.
 
     Args:
         group_params: All of its parameters.
@@ -147,7 +147,7 @@ def layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
 
 
 class Prepared(NamedTuple):
-    """A parameter's pieces, and what they rest on. Their gradients are those of no step: nothing keeps one alive."""
+    """Cached update tasks of a parameter and the inputs they were built from. Holds no gradient."""
 
     param: Tensor
     rules: list[Rule]
@@ -175,7 +175,16 @@ class Prepared(NamedTuple):
         options: tuple[Any, ...],
         state: Mapping[str, Any],
     ) -> bool:
-        """Whether nothing has changed that the pieces rest on; ``own`` and ``grad`` are what this rank holds."""
+        """Return whether the tasks still fit their inputs.
+
+        Args:
+            param: The parameter.
+            own: The local shard of it, or itself.
+            grad: The gradient of that.
+            rules: Its rules.
+            options: The options that decide on implementations.
+            state: Its state.
+        """
         shape = param.shape
         return (
             self.param is param

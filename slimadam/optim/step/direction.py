@@ -11,7 +11,8 @@ from slimadam.distributed.all_reduce import BucketedAllReduce
 from slimadam.distributed.sharded_moments import SharedPiece, shared_pieces
 from slimadam.distributed.sharded_rules import local_rules, local_state
 from slimadam.kernels.interface import Scalar
-from slimadam.optim.step.tasks import assembled, entries_of, hyperparameters, initial_state
+from slimadam.optim.step.stepper import hyperparameters
+from slimadam.optim.step.tasks import assembled, entries_of, initial_state
 from slimadam.state.rule import Rule
 from slimadam.utils.dtensor import laid_out_as, local, local_gradient
 
@@ -34,12 +35,12 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 def block_dim(shape: Sequence[int]) -> int:
-    """The dimension that :func:`row_blocks` goes along: the first of more than one element, or 0."""
+    """Return the dimension that :func:`row_blocks` goes along: the first of more than one element, or 0."""
     return next((dim for dim, size in enumerate(shape) if size > 1), 0)
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...] | EllipsisType]:
-    """Indices of a tensor's rows, at most about 2**18 elements at a time, along :func:`block_dim`."""
+    """Yield indices of a tensor's rows, at most about 2**18 elements at a time, along :func:`block_dim`."""
     if not shape:
         yield ...
         return
@@ -51,11 +52,11 @@ def row_blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...] | EllipsisTyp
 
 
 def update_without_decay(entry: Entry, hyper: Hyperparameters) -> Tensor:
-    """The part of the pending update's direction that gradients and state alone decide. Nothing is changed.
+    """Compute the pending update of a parameter without weight decay. Nothing is changed.
 
     Args:
-        entry: The parameter's tensors before the step; only the count of steps includes it, and second moments that
-            are given.
+        entry: The parameter's tensors before the step; the count of steps, and second moments that are precomputed,
+            include it.
         hyper: Hyperparameters; ``lr`` and ``weight_decay`` do not matter.
 
     Returns:
@@ -90,7 +91,7 @@ def update_without_decay(entry: Entry, hyper: Hyperparameters) -> Tensor:
 
 
 def with_decay(direction: Tensor, param: Tensor, weight_decay: Scalar) -> Tensor:
-    """``direction + weight_decay param``: a step with learning rate ``lr`` is ``param - lr`` times that.
+    """Add weight decay to a direction, in place: a step is ``param - lr * (direction + weight_decay * param)``.
 
     Args:
         direction: Overwritten, or returned as it is.
@@ -111,7 +112,7 @@ def _second_moment_after(
     averaged_dims: Sequence[Dims],
     hyper: Hyperparameters,
 ) -> Tensor:
-    """What stands for the second moment after the pending step, broadcastable to the gradient."""
+    """Return the second moment after the pending step, broadcastable to the gradient."""
     after = [
         part * hyper.beta2 + _mean_square(grad, dims, part.dtype, hyper.clip_factor) * (1 - hyper.beta2)
         for part, dims in zip(parts, averaged_dims, strict=True)
@@ -122,7 +123,7 @@ def _second_moment_after(
 
 
 def _mean_square(grad: Tensor, dims: Dims, dtype: torch.dtype, clip_factor: Tensor | None) -> Tensor:
-    """As :func:`~slimadam.kernels.reference.mean_square` of a clipped gradient, some rows at a time."""
+    """Compute :func:`~slimadam.kernels.reference.mean_square` of a clipped gradient, some rows at a time."""
     blocks = (mean_square(scale_grad(grad[rows], clip_factor).to(dtype), dims) for rows in row_blocks(grad.shape))
     dim = block_dim(grad.shape)
     if dim not in dims:
@@ -138,13 +139,13 @@ def updates_without_decay(
     states: Mapping[Tensor, Mapping[str, Any]],
     averages: Shared,
 ) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
-    """As :meth:`slimadam.SlimAdam.updates_without_decay`.
+    """Yield pending updates, see :meth:`slimadam.SlimAdam.updates_without_decay`.
 
     Args:
         parameters: Those of the optimizer.
         all_rules: By name.
         states: By parameter; those without one start with the pending step.
-        averages: What :func:`~slimadam.optim.step.shard_direction.averages_after_step` returned.
+        averages: The result of :func:`averages_after_step`.
     """
     for name, param, group in parameters:
         if param.grad is None:
@@ -165,11 +166,11 @@ def updates_without_decay(
 
 
 class Shared(NamedTuple):
-    """All that a pending update asks of other ranks, or of other parameters.
+    """Averages of a pending update over several ranks, and its clip factor.
 
     Attributes:
         averages: By ``id`` of a parameter, for each of its rules, the averages that other ranks take part in.
-        clip_factor: What every gradient is multiplied by.
+        clip_factor: Factor of every gradient.
     """
 
     averages: dict[int, list[SharedPiece | None]]
@@ -182,15 +183,15 @@ def averages_after_step(
     states: Mapping[Tensor, Mapping[str, Any]],
     clip_factor: Tensor | None,
 ) -> Shared:
-    """What the pending step would make of averages over several ranks, by one all-reduce for each process group.
+    """Compute averages over several ranks after the pending step, by one all-reduce for each process group.
 
-    All ranks must ask. The optimizer's state does not change.
+    Collective. The optimizer's state does not change.
 
     Args:
         pending: Name, parameter with a gradient, and group.
         all_rules: By name.
         states: By parameter.
-        clip_factor: What every gradient is multiplied by.
+        clip_factor: Factor of every gradient.
     """
     found: dict[int, list[SharedPiece | None]] = {}
     pieces: list[SharedPiece] = []
@@ -218,7 +219,7 @@ def averages_after_step(
 
 
 def nbytes_of(shared: Shared) -> int:
-    """What the averages hold, in bytes."""
+    """Return the bytes that the averages hold."""
     pieces = [piece for pieces in shared.averages.values() for piece in pieces if piece is not None]
     held = [piece.relative_rows for piece in pieces]
     for piece in pieces:
@@ -240,7 +241,7 @@ def _with_own_moments(piece: SharedPiece) -> SharedPiece:
 def update_of_shards(
     name: str, param: DTensor, group: Mapping[str, Any], rules: Sequence[Rule], state: Mapping[str, Any], shared: Shared
 ) -> DTensor:
-    """The part of a DTensor's pending update that gradients and state alone decide, laid out as the DTensor.
+    """Compute the pending update of a DTensor without weight decay, laid out as the DTensor.
 
     Args:
         name: The parameter's name.
@@ -248,7 +249,7 @@ def update_of_shards(
         group: Its group.
         rules: Its rules.
         state: Its state, the pending step counted.
-        shared: What :func:`averages_after_step` returned.
+        shared: The result of :func:`averages_after_step`.
     """
     on_shard = local_rules(name, rules, param)
     held, plain = local(param), [one.rule for one in on_shard]

@@ -40,7 +40,7 @@ _FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.f
 def choose_backend(
     param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dims], group: Mapping[str, Any]
 ) -> Backend:
-    """The implementation for one parameter.
+    """Return the implementation for one parameter.
 
     ``foreach=False`` without ``fused=True``, ``fused=False``, ``differentiable``, ``capturable`` on a CPU, tracing and
     complex parameters take the readable reference. ``foreach=True`` takes lists of tensors at once. The default are
@@ -78,7 +78,7 @@ def _has_tensors(group: Mapping[str, Any]) -> bool:
 
 @cache
 def runs_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run on a device; where one should but Triton is missing, that is said once."""
+    """Return whether Triton's kernels run on a device, and warn once where Triton is missing."""
     if device.type != "cuda":
         return False
     if importlib.util.find_spec("triton") is None:
@@ -88,31 +88,41 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def steps_on_device(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether the step count of a parameter lies beside it, as with ``torch.optim.AdamW(fused=True)``."""
+    """Return whether a parameter's step count lies on its device, as with ``torch.optim.AdamW(fused=True)``.
+
+    Args:
+        param: The parameter.
+        group: Its group.
+    """
     fused = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     default = fused and not group["differentiable"]
     return bool(group["capturable"]) or (default and param.is_floating_point() and runs_triton(param.device))
 
 
 def triton_step(entries: Sequence[Entry], hyper: Hyperparameters) -> TritonStep:
-    """The tables of a step by Triton, to be kept while they fit."""
+    """Return the tables of a step by Triton, to be kept while they fit.
+
+    Args:
+        entries: The tensors of each parameter.
+        hyper: Hyperparameters of the step.
+    """
     from slimadam.kernels.triton.launch import TritonStep
 
     return TritonStep(entries, hyper)
 
 
 def _triton() -> ModuleType:
-    """Imported late: where no kernel runs, nobody waits for Triton."""
+    """Import late: where no kernel runs, nobody waits for Triton."""
     from slimadam.kernels.triton import launch
 
     return launch
 
 
 def supports(backend: Backend, entry: Entry) -> bool:
-    """Whether an implementation takes these tensors, whose memory it reads as the parameter's lies.
+    """Return whether an implementation supports these tensors, whose memory it reads as the parameter's.
 
     Args:
-        backend: What :func:`choose_backend` said.
+        backend: The implementation.
         entry: The tensors.
     """
     if backend in ("reference", "foreach"):
@@ -125,7 +135,7 @@ def supports(backend: Backend, entry: Entry) -> bool:
 
 
 def _dtypes_fit(backend: Backend, entry: Entry) -> bool:
-    """Whether state and gradient have the precisions that go with the parameter's; it may have changed its own."""
+    """Return whether state and gradient have the precisions that go with the parameter's, which may have changed."""
     dtype, second = entry.param.dtype, second_moment_dtype(entry.param.dtype)
     if any(moment.dtype != second for moment in (*entry.exp_avg_sq, *entry.max_exp_avg_sq)):
         return False
@@ -147,7 +157,7 @@ def _are_codes(codes: Tensor, scales: Tensor) -> bool:
 
 
 def _same_layout(entry: Entry, has_gaps: bool) -> bool:
-    """Whether gradient and moments lie as the parameter does; where that has gaps, second moments have none."""
+    """Return whether gradient and moments have the parameter's layout; under gaps, second moments have none."""
     param, second = entry.param, (*entry.exp_avg_sq, *entry.max_exp_avg_sq)
     same_shape = [entry.grad, entry.exp_avg]
     if has_gaps and not all(moment.is_contiguous() for moment in second):

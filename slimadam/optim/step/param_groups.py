@@ -19,12 +19,11 @@ Held = tuple[str, Tensor, dict[str, Any]]
 
 
 def named_parameters(names: Sequence[Sequence[str]], groups: Sequence[dict[str, Any]]) -> Iterator[Held]:
-    """Every parameter, group by group.
+    """Yield name, tensor and group of every parameter, group by group.
 
     Args:
-        names: Of each group's parameters when it was added.
+        names: The names of each group's parameters.
         groups: The parameter groups.
-
     """
     for own, group in zip(names, groups, strict=True):
         for name, param in zip(own, group["params"], strict=True):
@@ -32,10 +31,15 @@ def named_parameters(names: Sequence[Sequence[str]], groups: Sequence[dict[str, 
 
 
 def check_shards(name: str, param: Tensor, rules: Sequence[Rule]) -> None:
-    """Refuse a DTensor through whose shards its rules cannot be followed.
+    """Check that a DTensor's rules can be followed through its shards.
+
+    Args:
+        name: The parameter's name.
+        param: The parameter.
+        rules: Its rules.
 
     Raises:
-        RuntimeError: Says why, and what to use instead.
+        RuntimeError: Says why not, and what to use instead.
     """
     if is_dtensor(param):
         warn_of_old_torch()
@@ -46,7 +50,7 @@ def check_shards(name: str, param: Tensor, rules: Sequence[Rule]) -> None:
 
 
 def check_gradients(parameters: Iterable[Held]) -> None:
-    """Refuse gradients, and parameters that have one, with which a step cannot do what their group asks for.
+    """Check that a step can do what each group asks for with its parameters' gradients.
 
     Raises:
         RuntimeError: Names the parameter and what to use instead.

@@ -31,7 +31,6 @@ from slimadam.optim.step.tasks import (
     check_has_first_moment,
     check_memory,
     check_shapes,
-    hyperparameters,
     own_gradient,
     seed_of,
     tasks_of_step,
@@ -58,17 +57,17 @@ _OnTriton = tuple["TritonStep", Hyperparameters, Tensor | None]
 
 
 class _Work(NamedTuple):
-    """What a step does for one parameter group.
+    """Work of a step for one parameter group.
 
     Attributes:
         group: The group itself.
         hyper: Its hyperparameters.
-        entries: By implementation, what can be updated at once,
-        given: and what waits for averages over several ranks,
-        shared: which are taken of these pieces and gradients, with these decays.
-        to_decode: Name, parameter, group, rules, state and averages of parameters whose codes are decoded first,
-        to_decode_given: and of those that wait for averages over several ranks.
-        tabled: What the compiled step updates by a table of earlier steps.
+        entries: By implementation, tensors that can be updated at once.
+        given: By implementation, tensors that wait for averages over several ranks.
+        shared: Pieces, gradients and decays of those averages.
+        to_decode: Parameters whose codes are decoded first: name, parameter, group, rules, state and averages.
+        to_decode_given: Those of them that wait for averages over several ranks.
+        tabled: The table of earlier steps that the compiled step takes.
         written: Every tensor that the step changes.
     """
 
@@ -169,7 +168,14 @@ class Stepper:
         all_rules: Mapping[str, list[Rule]],
         states: Mapping[Tensor, MutableMapping[str, Any]],
     ) -> bool:
-        """Whether Triton updates every parameter of a group that has a gradient; arguments as in :meth:`update`."""
+        """Return whether Triton updates every parameter of a group that has a gradient.
+
+        Args:
+            names: The names of the group's parameters.
+            group: The group.
+            all_rules: By name.
+            states: By parameter.
+        """
         options = options_of(group)
         return all(
             not is_dtensor(param)
@@ -184,9 +190,14 @@ class Stepper:
         all_rules: Mapping[str, list[Rule]],
         states: Mapping[Tensor, MutableMapping[str, Any]],
     ) -> list[list[Tensor] | None]:
-        """Return the gradients of each group that can take the step as it took the last one, else None.
+        """Return the gradients of each group that can repeat its last step, else None for it.
 
-        Nothing of such a group has to be checked or made again. Arguments as in :meth:`update`.
+        Nothing of such a group has to be checked or built again.
+
+        Args:
+            groups: The parameter groups, each with its parameters' names.
+            all_rules: By name.
+            states: By parameter.
         """
         if torch.compiler.is_compiling():
             return [None] * len(groups)
@@ -348,7 +359,7 @@ class Stepper:
             self._caches[id(group)] = _CachedGroup(rests_on, pieces, are_whole, steps, table, written)
 
     def _exchange_of(self, pieces: list[SharedPiece]) -> BucketedAllReduce | None:
-        """What takes the averages of these pieces, made once for as long as they stay the same."""
+        """Return the all-reduce of these pieces, built once for as long as they stay the same."""
         if not pieces:
             return None
         if self._exchange is None or not self._exchange.fits(pieces):
@@ -424,6 +435,33 @@ class Stepper:
             yield prepared, work.hyper, scale
 
 
+def hyperparameters(group: Mapping[str, Any], clip_factor: Tensor | None = None) -> Hyperparameters:
+    """Return the options of a parameter group as an update takes them.
+
+    Args:
+        group: The group.
+        clip_factor: Factor of its gradients.
+    """
+    beta1, beta2 = group["betas"]
+    return Hyperparameters(
+        lr=_scalar(group["lr"]),
+        beta1=_scalar(beta1),
+        beta2=_scalar(beta2),
+        eps=group["eps"],
+        weight_decay=_scalar(group["weight_decay"]),
+        amsgrad=bool(group["amsgrad"]),
+        maximize=bool(group["maximize"]),  # kernels take no 1, which may have been assigned since the group was made
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        stochastic_round=group["bf16_stochastic_round"],
+        clip_factor=clip_factor,
+    )
+
+
+def _scalar(value: Scalar) -> Scalar:
+    return value.squeeze() if isinstance(value, Tensor) and value.dim() else value
+
+
 def _tell_autograd(written: Sequence[Tensor]) -> None:
     """Raise the version of everything that a step is about to write, as torch's own operations do."""
     if not intercepts_operations():
@@ -436,13 +474,13 @@ def _tell_autograd(written: Sequence[Tensor]) -> None:
 
 
 def _written(held: Iterable[tuple[Tensor, Mapping[str, Any]]], amsgrad: bool) -> list[Tensor]:
-    """What a step of parameters with these states changes; of DTensors also what this rank holds of them."""
+    """Return the tensors that a step changes; of DTensors also their local shards."""
     found = [tensor for param, state in held for tensor in second_moment.written(param, state, amsgrad)]
     return found + [local(tensor) for tensor in found if is_dtensor(tensor)]
 
 
 def _divisor(grad_scale: Tensor | None, clip_factor: Tensor | None) -> Tensor | None:
-    """What Triton's kernels divide gradients by to unscale and to clip them."""
+    """Return the number by which Triton's kernels divide gradients to unscale and to clip them."""
     if clip_factor is None:
         return grad_scale
     return clip_factor.reciprocal() if grad_scale is None else grad_scale / clip_factor

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from slimadam.distributed.sharded_moments import SharedPiece, initial_moments, shared_pieces
 from slimadam.distributed.sharded_rules import local_rules, local_state
-from slimadam.kernels.interface import Entry, Hyperparameters, Scalar, second_moment_dtype
+from slimadam.kernels.interface import Entry, Hyperparameters, second_moment_dtype
 from slimadam.kernels.layout import is_marked
 from slimadam.kernels.reference import initial_second_moment, scale_grad
 from slimadam.layers.splits import key_of
@@ -31,15 +31,15 @@ _ANEW = "load all of it with load_state_dict, or take all of it out, optimizer.s
 
 
 class UpdateTask(NamedTuple):
-    """A parameter, or a part of one, and how it is updated.
+    """Update of a parameter, of one part of it, or of one slice.
 
     Attributes:
-        key: What it goes by in plans.
+        key: Its name in plans.
         rule: Its rule; of a DTensor that of the local shard.
-        backend: Which implementation updates it.
+        backend: The implementation that updates it.
         entry: Its tensors; of a DTensor the local ones.
-        shared: How its second moment is averaged where other ranks take part.
-        slice_index: Which slice of the first dimension it is; None: all of it.
+        shared: Its averages that other ranks take part in.
+        slice_index: Index of a slice of the first dimension; None: all of it.
     """
 
     key: str
@@ -51,7 +51,13 @@ class UpdateTask(NamedTuple):
 
 
 def with_gradient(piece: UpdateTask, grad: Tensor, hyper: Hyperparameters) -> Entry:
-    """A piece's tensors for a step, of its parameter's gradient."""
+    """Return the tensors of a task with the gradient and the seed of a step.
+
+    Args:
+        piece: The task.
+        grad: The gradient of the whole parameter.
+        hyper: Hyperparameters of the step.
+    """
     param, _, exp_avg, second, largest, step, dims, seed, scale, precomputed = piece.entry
     if hyper.stochastic_round:
         seed = seed_of(piece)
@@ -60,14 +66,19 @@ def with_gradient(piece: UpdateTask, grad: Tensor, hyper: Hyperparameters) -> En
 
 
 def own_gradient(piece: UpdateTask, grad: Tensor) -> Tensor:
-    """A piece's own of a parameter's gradient."""
+    """Return the part of a parameter's gradient that a task updates with.
+
+    Args:
+        piece: The task.
+        grad: The gradient of the whole parameter.
+    """
     if piece.rule.part is not None:
         grad = piece.rule.take(grad)
     return grad if piece.slice_index is None else grad[piece.slice_index]
 
 
 def seed_of(piece: UpdateTask) -> int:
-    """Of this step's stochastic rounding."""
+    """Return the seed of this step's stochastic rounding."""
     counts = piece.backend == "triton"
     return zlib.crc32(piece.key.encode()) if counts else rounding_seed(piece.entry.step, piece.key)
 
@@ -82,9 +93,19 @@ def tasks_of_step(
     averages: list[SharedPiece | None] | None = None,
     counted: bool = False,
 ) -> Iterator[UpdateTask]:
-    """A parameter, or each of its parts, with the implementation that updates it; or slices, if that takes those alone.
+    """Yield the update tasks of a parameter: one, one for each part, or one for each slice.
 
-    Triton's counts the step itself: it takes all parts of a parameter that have elements here, or none.
+    Triton counts the step itself: it updates all parts of a parameter that have elements here, or none.
+
+    Args:
+        name: The parameter's name.
+        param: The parameter.
+        grad: Its gradient on this rank.
+        group: Its group.
+        rules: Its rules.
+        state: Its state.
+        averages: Averages over several ranks that are known already, for each rule.
+        counted: Whether the step has been counted.
     """
     shared: list[SharedPiece | None] = [None] * len(rules)
     exp_avg_dtype = momentum_of(param, group).dtype
@@ -116,7 +137,14 @@ def tasks_of_step(
 
 
 def backend_of(name: str, param: Tensor, group: Mapping[str, Any], rules: Sequence[Rule]) -> Backend:
-    """The implementation for a parameter, or for the first of its parts."""
+    """Return the implementation for a parameter, or for the first of its parts.
+
+    Args:
+        name: The parameter's name.
+        param: The parameter.
+        group: Its group.
+        rules: Its rules.
+    """
     rule = local_rules(name, rules, param)[0].rule if is_dtensor(param) else rules[0]
     return _backend_of(rule, local(param), momentum_of(param, group).dtype, group)[0]
 
@@ -124,9 +152,9 @@ def backend_of(name: str, param: Tensor, group: Mapping[str, Any], rules: Sequen
 def _backend_of(
     rule: Rule, param: Tensor, exp_avg_dtype: torch.dtype, group: Mapping[str, Any]
 ) -> tuple[Backend, bool]:
-    """The implementation for one part of a parameter, and whether it takes the slices of the first dimension alone.
+    """Return the implementation for a part of a parameter, and whether it takes slices of the first dimension alone.
 
-    Those of stacked experts' gate or up projection lie apart from each other, each in one piece.
+    Slices of stacked experts' gate or up projection lie apart from each other, each in one piece.
     """
     piece = rule.take(param)
     dims = rule.averaged_dims(piece.dim())
@@ -142,9 +170,16 @@ def _backend_of(
 def entries_of(
     rules: Sequence[Rule], param: Tensor, grad: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Iterator[Entry]:
-    """The tensors of a parameter's step, or of one for each of its parts; none of them a copy.
+    """Yield the tensors of a parameter's step, or of each of its parts; none is a copy.
 
     A part that does not consist of whole blocks of codes has no ``exp_avg_scale``: :func:`decoded` first.
+
+    Args:
+        rules: Its rules.
+        param: The parameter.
+        grad: Its gradient.
+        group: Its group.
+        state: Its state.
     """
     ndim = param.dim()
     if rules[0].part is None:
@@ -169,10 +204,10 @@ def entries_of(
 
 
 def slices_of(entry: Entry, state: Mapping[str, Any]) -> Iterator[Entry]:
-    """An entry for each slice of the first dimension, along which nothing is averaged.
+    """Yield the tensors of each slice of the first dimension, along which nothing is averaged.
 
     Args:
-        entry: Of a parameter or a part of one; with codes but no scales where they are no whole blocks.
+        entry: The tensors of a parameter or a part of one; with codes but no scales where they are no whole blocks.
         state: The parameter's state.
     """
     dims = [tuple(dim - 1 for dim in one) for one in entry.averaged_dims]
@@ -192,7 +227,13 @@ def slices_of(entry: Entry, state: Mapping[str, Any]) -> Iterator[Entry]:
 
 
 def assembled(param: Tensor, rules: Sequence[Rule], pieces: Iterator[Tensor]) -> Tensor:
-    """A tensor of the parameter's shape from one for each of its rules."""
+    """Return a tensor of the parameter's shape from one for each of its rules.
+
+    Args:
+        param: The parameter.
+        rules: Its rules.
+        pieces: The tensors.
+    """
     if rules[0].part is None:
         return next(pieces)
     whole = torch.empty_like(param, dtype=second_moment_dtype(param.dtype))
@@ -202,7 +243,7 @@ def assembled(param: Tensor, rules: Sequence[Rule], pieces: Iterator[Tensor]) ->
 
 
 def check_lacks_all(states: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    """Refuse state of which only some is there; what users have put beside it does not count.
+    """Check that state without a step count holds no moments; a user's own entries do not count.
 
     Args:
         states: Names and states of parameters that lack a count of steps.
@@ -217,7 +258,13 @@ def check_lacks_all(states: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
 
 
 def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Sequence[Tensor]) -> None:
-    """Refuse state that is not what the rules keep for the parameter.
+    """Check that second moments have the shapes that the rules keep.
+
+    Args:
+        name: The parameter's name.
+        rules: Its rules.
+        param: The parameter.
+        moments: Its second moments.
 
     Raises:
         RuntimeError: Names the parameter and both shapes.
@@ -235,12 +282,12 @@ def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Seque
 
 
 def check_memory(name: str, param: Tensor, grad: Tensor, state: Mapping[str, Any]) -> None:
-    """Refuse tensors without memory, which offloading or FSDP may have let go, or on another device.
+    """Check that tensors have memory, which offloading or FSDP may have let go, on the parameter's device.
 
     Args:
         name: The parameter's name.
-        param: What this rank holds of it.
-        grad: What this rank holds of its gradient; it may be one of those zeros that have no memory.
+        param: The local shard, or the parameter.
+        grad: Its gradient; it may be one of those zeros that have no memory.
         state: Its state; the step count may lie elsewhere.
 
     Raises:
@@ -275,14 +322,16 @@ def check_has_first_moment(name: str, state: Mapping[str, Any]) -> None:
 def initial_state(
     name: str, rules: Sequence[Rule], param: Tensor, group: Mapping[str, Any], clip_factor: Tensor | None = None
 ) -> dict[str, Any]:
-    """A parameter's state before its first step; second moments start at zero, or at the first squared gradient.
+    """Return a parameter's state before its first step.
+
+    Second moments start at zero, or at the first squared gradient (GI-Adam).
 
     Args:
         name: The parameter's name.
         rules: Its rules.
         param: The parameter.
         group: Its group.
-        clip_factor: What its gradient is multiplied by.
+        clip_factor: Factor of its gradient.
     """
     dtype = second_moment_dtype(param.dtype)
     parts: Sequence[Tensor]
@@ -311,30 +360,13 @@ def initial_state(
     return made
 
 
-def hyperparameters(group: Mapping[str, Any], clip_factor: Tensor | None = None) -> Hyperparameters:
-    """The options of a parameter group as an update takes them, and what it multiplies gradients by."""
-    beta1, beta2 = group["betas"]
-    return Hyperparameters(
-        lr=_scalar(group["lr"]),
-        beta1=_scalar(beta1),
-        beta2=_scalar(beta2),
-        eps=group["eps"],
-        weight_decay=_scalar(group["weight_decay"]),
-        amsgrad=bool(group["amsgrad"]),
-        maximize=bool(group["maximize"]),  # kernels take no 1, which may have been assigned since the group was made
-        capturable=group["capturable"],
-        differentiable=group["differentiable"],
-        stochastic_round=group["bf16_stochastic_round"],
-        clip_factor=clip_factor,
-    )
-
-
-def _scalar(value: Scalar) -> Scalar:
-    return value.squeeze() if isinstance(value, Tensor) and value.dim() else value
-
-
 def rounding_seed(step: Tensor, name: str) -> int:
-    """A seed that only the step and the parameter's name decide, so that a resumed run repeats it."""
+    """Return a seed that only the step and the parameter's name decide, so that a resumed run repeats it.
+
+    Args:
+        step: The step count.
+        name: The parameter's name, or a part's.
+    """
     mixed = (int(step.item()) * 0x9E3779B97F4A7C15 + zlib.crc32(name.encode()) * 0xBF58476D1CE4E5B9) & (1 << 64) - 1
     mixed ^= mixed >> 31
     return mixed * 0x94D049BB133111EB >> 2 & (1 << 62) - 1
