@@ -34,9 +34,9 @@ from slimadam.optim.step.clipping import check_have_norm, checked_max_grad_norm,
 from slimadam.optim.step.direction import Shared, averages_after_step, updates_without_decay, with_decay
 from slimadam.optim.step.dispatch import Backend
 from slimadam.optim.step.options import check_group, normalize_group
-from slimadam.optim.step.param_groups import Held, check_gradients
+from slimadam.optim.step.param_groups import Held, check_gradients, check_lacks_all
 from slimadam.optim.step.stepper import Stepper, hyperparameters
-from slimadam.optim.step.tasks import backend_of, check_lacks_all, initial_state
+from slimadam.optim.step.tasks import backend_of, initial_state
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import PlanArgument, check_factored_amsgrad
 from slimadam.state import second_moment

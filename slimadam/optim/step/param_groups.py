@@ -1,21 +1,28 @@
-"""The parameters that an optimizer's groups hold: by name, and which are refused, with or without their gradients."""
+"""Parameters group by group, and checks of their gradients, state and memory before a step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from slimadam.distributed.sharded_rules import local_rules, warn_of_old_torch
+from slimadam.kernels.layout import is_marked
 from slimadam.optim.step.options import check_foreach
 from slimadam.plans.resolver import MEASURING
+from slimadam.state import second_moment
+from slimadam.state.first_moment import FIRST_MOMENTS
 from slimadam.state.rule import Rule
-from slimadam.utils.dtensor import check_placement, is_dtensor
+from slimadam.utils.dtensor import check_placement, is_dtensor, local
 
 Held = tuple[str, Tensor, dict[str, Any]]
 """Name, tensor and group of a parameter."""
+
+_ZERO = "ZeroRedundancyOptimizer's state dict has no plan: pass the one it was saved with"
+_ANEW = "load all of it with load_state_dict, or take all of it out, optimizer.state.pop(parameter), to start anew"
 
 
 def named_parameters(names: Sequence[Sequence[str]], groups: Sequence[dict[str, Any]]) -> Iterator[Held]:
@@ -82,3 +89,80 @@ def check_gradients(parameters: Iterable[Held]) -> None:
                 f"{name!r}: SlimAdam does not support sparse gradients; "
                 "use a dense one (sparse=False in the embedding) or torch.optim.SparseAdam for it"
             )
+
+
+def check_lacks_all(states: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Check that state without a step count holds no moments; a user's own entries do not count.
+
+    Args:
+        states: Names and states of parameters that lack a count of steps.
+
+    Raises:
+        RuntimeError: Names the parameter.
+    """
+    for name, state in states:
+        own = [key for key in state if second_moment.is_own(key)]
+        if own:
+            raise RuntimeError(f"{name!r}: its state has {own}, but no step; {_ANEW}")
+
+
+def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Sequence[Tensor]) -> None:
+    """Check that second moments have the shapes that the rules keep.
+
+    Args:
+        name: The parameter's name.
+        rules: Its rules.
+        param: The parameter.
+        moments: Its second moments.
+
+    Raises:
+        RuntimeError: Names the parameter and both shapes.
+    """
+    if not moments:
+        raise RuntimeError(f"{name!r}: its state lacks one of {second_moment.keys_of(rules)}; {_ANEW}; {_ZERO}")
+    kept = tuple(tuple(part.shape) for part in moments)
+    wanted = second_moment.state_shapes(rules, tuple(param.shape))
+    if kept != wanted:
+        raise RuntimeError(
+            f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
+            f"{tuple(param.shape)} keeps {wanted}; exchange a parameter for one of another size by "
+            f"optimizer.replace_param(old, new, keep=..., added=...), which carries its state over; {_ZERO}"
+        )
+
+
+def check_memory(name: str, param: Tensor, grad: Tensor, state: Mapping[str, Any]) -> None:
+    """Check that tensors have memory, which offloading or FSDP may have let go, on the parameter's device.
+
+    Args:
+        name: The parameter's name.
+        param: The local shard, or the parameter.
+        grad: Its gradient; it may be one of those zeros that have no memory.
+        state: Its state; the step count may lie elsewhere.
+
+    Raises:
+        RuntimeError: Names the parameter and the tensor.
+    """
+    if param.device.type == "meta":
+        return
+    state = {key: local(value) for key, value in state.items() if second_moment.is_own(key) and key != "step"}
+    for what, tensor in {"values": param, "gradient": grad, **state}.items():
+        if type(tensor) not in (Tensor, Parameter) or (tensor is grad and is_marked(grad)):
+            continue
+        if tensor.device != param.device:
+            raise RuntimeError(f"{name!r}: its {what} is on {tensor.device}, the parameter on {param.device}; move it")
+        if tensor.numel() and not tensor.data_ptr():
+            raise RuntimeError(f"{name!r}: the memory of its {what} has been let go; bring it back before the step")
+
+
+def check_has_first_moment(name: str, state: Mapping[str, Any]) -> None:
+    """Check that a state has a first moment in one of the formats.
+
+    Args:
+        name: The parameter's name.
+        state: Its state.
+
+    Raises:
+        RuntimeError: Names the parameter.
+    """
+    if not any(key in state for key in FIRST_MOMENTS[:2]):
+        raise RuntimeError(f"{name!r}: its state lacks exp_avg; {_ANEW}")

@@ -26,16 +26,8 @@ from slimadam.optim.step.cache import (
     state_layouts,
 )
 from slimadam.optim.step.dispatch import TAKES_CODES, UPDATES, Backend, triton_step
-from slimadam.optim.step.tasks import (
-    UpdateTask,
-    check_has_first_moment,
-    check_memory,
-    check_shapes,
-    own_gradient,
-    seed_of,
-    tasks_of_step,
-    with_gradient,
-)
+from slimadam.optim.step.param_groups import check_has_first_moment, check_memory, check_shapes
+from slimadam.optim.step.tasks import UpdateTask, own_gradient, seed_of, tasks_of_step, with_gradient
 from slimadam.state import second_moment
 from slimadam.state.first_moment import decoded, momentum_in
 from slimadam.state.rule import Rule

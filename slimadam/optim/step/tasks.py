@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from slimadam.distributed.sharded_moments import SharedPiece, initial_moments, shared_pieces
 from slimadam.distributed.sharded_rules import local_rules, local_state
 from slimadam.kernels.interface import Entry, Hyperparameters, second_moment_dtype
-from slimadam.kernels.layout import is_marked
 from slimadam.kernels.reference import initial_second_moment, scale_grad
 from slimadam.layers.splits import key_of
 from slimadam.optim.step.dispatch import Backend, choose_backend, steps_on_device, supports
 from slimadam.state import int8, second_moment
-from slimadam.state.first_moment import FIRST_MOMENTS, momentum_of, stored_first_moment
+from slimadam.state.first_moment import momentum_of, stored_first_moment
 from slimadam.state.rule import Rule
 from slimadam.utils.dtensor import is_dtensor, local
 
 WORTH_SLICING = 1 << 14
 """Elements from which on a slice is worth an update of its own."""
-
-
-_ZERO = "ZeroRedundancyOptimizer's state dict has no plan: pass the one it was saved with"
-_ANEW = "load all of it with load_state_dict, or take all of it out, optimizer.state.pop(parameter), to start anew"
 
 
 class UpdateTask(NamedTuple):
@@ -240,83 +234,6 @@ def assembled(param: Tensor, rules: Sequence[Rule], pieces: Iterator[Tensor]) ->
     for rule, piece in zip(rules, pieces, strict=True):
         rule.take(whole).copy_(piece)
     return whole
-
-
-def check_lacks_all(states: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    """Check that state without a step count holds no moments; a user's own entries do not count.
-
-    Args:
-        states: Names and states of parameters that lack a count of steps.
-
-    Raises:
-        RuntimeError: Names the parameter.
-    """
-    for name, state in states:
-        own = [key for key in state if second_moment.is_own(key)]
-        if own:
-            raise RuntimeError(f"{name!r}: its state has {own}, but no step; {_ANEW}")
-
-
-def check_shapes(name: str, rules: Sequence[Rule], param: Tensor, moments: Sequence[Tensor]) -> None:
-    """Check that second moments have the shapes that the rules keep.
-
-    Args:
-        name: The parameter's name.
-        rules: Its rules.
-        param: The parameter.
-        moments: Its second moments.
-
-    Raises:
-        RuntimeError: Names the parameter and both shapes.
-    """
-    if not moments:
-        raise RuntimeError(f"{name!r}: its state lacks one of {second_moment.keys_of(rules)}; {_ANEW}; {_ZERO}")
-    kept = tuple(tuple(part.shape) for part in moments)
-    wanted = second_moment.state_shapes(rules, tuple(param.shape))
-    if kept != wanted:
-        raise RuntimeError(
-            f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
-            f"{tuple(param.shape)} keeps {wanted}; exchange a parameter for one of another size by "
-            f"optimizer.replace_param(old, new, keep=..., added=...), which carries its state over; {_ZERO}"
-        )
-
-
-def check_memory(name: str, param: Tensor, grad: Tensor, state: Mapping[str, Any]) -> None:
-    """Check that tensors have memory, which offloading or FSDP may have let go, on the parameter's device.
-
-    Args:
-        name: The parameter's name.
-        param: The local shard, or the parameter.
-        grad: Its gradient; it may be one of those zeros that have no memory.
-        state: Its state; the step count may lie elsewhere.
-
-    Raises:
-        RuntimeError: Names the parameter and the tensor.
-    """
-    if param.device.type == "meta":
-        return
-    state = {key: local(value) for key, value in state.items() if second_moment.is_own(key) and key != "step"}
-    for what, tensor in {"values": param, "gradient": grad, **state}.items():
-        if type(tensor) not in (Tensor, Parameter) or (tensor is grad and is_marked(grad)):
-            continue
-        if tensor.device != param.device:
-            raise RuntimeError(f"{name!r}: its {what} is on {tensor.device}, the parameter on {param.device}; move it")
-        if tensor.numel() and not tensor.data_ptr():
-            raise RuntimeError(f"{name!r}: the memory of its {what} has been let go; bring it back before the step")
-
-
-def check_has_first_moment(name: str, state: Mapping[str, Any]) -> None:
-    """Check that a state has a first moment in one of the formats.
-
-    Args:
-        name: The parameter's name.
-        state: Its state.
-
-    Raises:
-        RuntimeError: Names the parameter.
-    """
-    if not any(key in state for key in FIRST_MOMENTS[:2]):
-        raise RuntimeError(f"{name!r}: its state lacks exp_avg; {_ANEW}")
 
 
 def initial_state(
