@@ -287,6 +287,9 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
     columns = {"full": 256, "spread": 256, "columns": STRIP, "rows": _row_tile(found.red)}[found.kind]
     columns = columns if entry.exp_avg_scale is None else max(columns, 256)
     settings = SETTINGS[found.kind, columns]
+    inner = found.red if found.kind == "rows" else found.post
+    is_flat = found.kind in ("full", "spread") and not found.is_pitched
+    rows_aligned = is_flat or (inner % 16 == 0 and found.pitch % 16 == 0)
     options: dict[str, Any] = {
         "PARAM_DTYPE": _DTYPES[entry.param.dtype],
         "GRAD_DTYPE": _DTYPES[entry.grad.dtype],
@@ -296,7 +299,7 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
         "AMSGRAD": hyper.amsgrad and not entry.precomputed,
         "MAXIMIZE": hyper.maximize,
         "ROUNDS": hyper.stochastic_round and entry.param.dtype == torch.bfloat16,
-        "ALIGNED": found.is_aligned and all(tensor.data_ptr() % 16 == 0 for tensor in dense),
+        "ALIGNED": rows_aligned and all(tensor.data_ptr() % 16 == 0 for tensor in dense),
         "LINES": settings.lines,
         "num_warps": settings.num_warps,
         "maxnreg": MOST_REGISTERS,
@@ -309,7 +312,8 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
         options["WHOLE"] = found.red <= _row_tile(found.red)
     if found.kind == "spread":
         options["WIDE"] = max(found.width, found.red) >= 1 << 30
-    sums_aligned = found.kind == "spread" and entry.grad.data_ptr() % 16 == 0 and found.is_summed_aligned
+    summed = (entry.grad.data_ptr(), found.post, found.pitch, found.slice_pitch)
+    sums_aligned = found.kind == "spread" and all(size % 16 == 0 for size in summed)
     return _Key(found.kind, columns, entry.precomputed, found.is_pitched, sums_aligned, tuple(options.items()))
 
 

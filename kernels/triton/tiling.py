@@ -50,22 +50,10 @@ class Tiling(NamedTuple):
     by_column: bool
 
     @property
-    def is_aligned(self) -> bool:
-        """True if rows begin at multiples of 16 elements, whatever is loaded 16 bytes at a time."""
-        inner = self.red if self.kind == "rows" else self.post
-        flat = self.kind in ("full", "spread") and self.pitch == self.post
-        return flat or (inner % 16 == 0 and self.pitch % 16 == 0)
-
-    @property
     def slice_pitch(self) -> int:
         """Number of elements from one slice to the next."""
         folded = self.kind == "spread" and not self.by_column
         return self.slice_count if folded else self.red * self.pitch
-
-    @property
-    def is_summed_aligned(self) -> bool:
-        """The same as ``is_aligned`` where ``"spread"`` sums by rows and columns of a slice."""
-        return all(size % 16 == 0 for size in (self.post, self.pitch, self.slice_pitch))
 
     @property
     def is_pitched(self) -> bool:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Final, TypeGuard
 import torch
 from torch import Tensor
 
-from slimadam.utils import torch_private
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor, Placement
@@ -33,7 +31,7 @@ def local(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, sharing its memory; any other tensor as it is."""
     if not is_dtensor(tensor):
         return tensor
-    shard = torch_private.local_tensor(tensor)
+    shard = tensor._local_tensor
     if type(shard) is Tensor or not hasattr(shard, "wait"):
         return shard
     return shard.wait()  # type: ignore[no-any-return]  # the result of an asynchronous collective

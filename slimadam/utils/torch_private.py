@@ -2,7 +2,8 @@
 
 Used in place are ``torch._foreach_*``, of which all of torch's own optimizers are made; names that torch looks for in
 subclasses of its optimizers and schedulers (``_init_group``, ``_step_supports_amp_scaling``, ``_last_lr``), with the
-hooks that it keeps for them; and marks that tell classes and parameters apart (``_ConvNd``, ``_is_flat_param``).
+hooks that it keeps for them; marks that tell classes and parameters apart (``_ConvNd``, ``_is_flat_param``); and the
+shard of a DTensor (``_local_tensor``), because ``to_local()`` would make a new view of a parameter.
 """
 
 from __future__ import annotations
@@ -43,19 +44,15 @@ def check_graph_capture(optimizer: Optimizer) -> None:
         getattr(optimizer, _CAPTURE_CHECK)()
 
 
-def use_grad_for_differentiable(step: _Function) -> _Function:
-    """Decorate ``step()`` to record gradients only for ``differentiable=True``."""
-    return cast(_Function, _use_grad_for_differentiable(step))
+use_grad_for_differentiable = cast(Callable[[_Function], _Function], _use_grad_for_differentiable)
+"""Decorate ``step()`` to record gradients only for ``differentiable=True``."""
+disable_dynamo = cast(Callable[[_Function], _Function], torch._disable_dynamo)  # type: ignore[attr-defined]
+"""Decorate a function that ``torch.compile`` must not trace, without importing Dynamo before it is needed."""
 
 
 def global_step_hooks() -> tuple[dict[int, Any], dict[int, Any]]:
     """Return the hooks that run before, and after, every optimizer's step in this process."""
     return _global_optimizer_pre_hooks, _global_optimizer_post_hooks
-
-
-def disable_dynamo(function: _Function) -> _Function:
-    """Decorate a function that ``torch.compile`` must not trace, without importing Dynamo before it is needed."""
-    return cast(_Function, torch._disable_dynamo(function))  # type: ignore[attr-defined]  # torch does not export it
 
 
 # -- tensors -----------------------------------------------------------------------------------------------
@@ -109,11 +106,6 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 
 # -- DTensors ----------------------------------------------------------------------------------------------
-
-
-def local_tensor(tensor: DTensor) -> Tensor:
-    """Return this rank's shard of a DTensor; ``to_local()`` would make a new view of a parameter."""
-    return tensor._local_tensor
 
 
 def local_shape_and_offset(tensor: DTensor) -> tuple[Sequence[int], Sequence[int]]:
