@@ -11,13 +11,15 @@ from typing import cast
 import torch
 
 from .interface import Entry, Hyperparameters, second_moment_dtype
-from .reference import bias_corrections, reconstruct, running_maximum, update_first_moment, update_second_moment
+from .reference import reconstruct, update_first_moment, update_maxima, update_second_moment
 
 
 def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     """Update every parameter in place, with a few launches for all elementwise work.
 
-    The tensors must be real, on one device and of one dtype, and each first moment of its parameter's dtype.
+    Args:
+        entries: The tensors: real, on one device and of one dtype, each first moment of its parameter's dtype.
+        hyper: Hyperparameters.
     """
     params = [entry.param for entry in entries]
     exp_avgs = [entry.exp_avg for entry in entries]
@@ -39,18 +41,16 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     else:
         for exp_avg, grad in zip(exp_avgs, grads, strict=True):
             update_first_moment(exp_avg, grad, hyper.beta1)
+    stored = []
     for entry, grad in zip(entries, grads, strict=True):
+        parts = entry.exp_avg_sq
         if not entry.precomputed:
-            update_second_moment(entry.exp_avg_sq, grad, entry.averaged_dims, hyper.beta2)
-    used = [
-        running_maximum(entry.max_exp_avg_sq, entry.exp_avg_sq) if entry.max_exp_avg_sq else entry.exp_avg_sq
-        for entry in entries
-    ]
+            update_second_moment(parts, grad, entry.averaged_dims, hyper.beta2)
+        if entry.max_exp_avg_sq:
+            parts = update_maxima(entry.max_exp_avg_sq, parts)
+        stored.append(reconstruct(parts, entry.averaged_dims, entry.precomputed))
 
     # update
-    stored = [
-        reconstruct(part, entry.averaged_dims, entry.precomputed) for part, entry in zip(used, entries, strict=True)
-    ]
     denominators = list(torch._foreach_sqrt(stored))
     if hyper.keeps_tensors(steps[0]):
         step_sizes = [hyper.lr / (1 - hyper.beta1**step) * -1 for step in steps]
@@ -59,7 +59,7 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         torch._foreach_add_(denominators, [hyper.eps / size for size in step_sizes])
         torch._foreach_addcdiv_(params, exp_avgs, denominators)
     else:
-        corrections = [bias_corrections(step, hyper) for step in steps]
+        corrections = [hyper.bias_corrections(step) for step in steps]
         torch._foreach_div_(denominators, [root for _, root in corrections])
         torch._foreach_add_(denominators, hyper.eps)
         torch._foreach_addcdiv_(params, exp_avgs, denominators, [-size for size, _ in corrections])

@@ -1,4 +1,4 @@
-"""The tensors and numbers of a step, as every implementation takes them."""
+"""Tensors and numbers of a step, as they are passed to every implementation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 Scalar = float | Tensor
-
-
 Dims = tuple[int, ...]
 
 
 class Hyperparameters(NamedTuple):
-    """What a step needs beside tensors; names and meanings as in ``torch.optim.AdamW``.
+    """Hyperparameters of a step; names and meanings as in ``torch.optim.AdamW``.
 
     Gradients are multiplied by ``clip_factor``, 0-dimensional, where there is one.
     """
@@ -33,13 +31,18 @@ class Hyperparameters(NamedTuple):
     clip_factor: Tensor | None = None
 
     def keeps_tensors(self, step: Tensor) -> bool:
-        """Whether bias corrections stay tensors: to be traced, or not to make the host wait for a device."""
+        """Return whether bias corrections stay tensors: to be traced, or not to make the host wait for a device."""
         on_device = self.capturable and step.device.type != "cpu"
         return on_device or self.differentiable or torch.compiler.is_compiling()
 
+    def bias_corrections(self, step: Tensor) -> tuple[float, float]:
+        """Return ``lr / (1 - beta1**t)`` and ``sqrt(1 - beta2**t)`` as numbers."""
+        t = step.item()
+        return self.lr / (1 - self.beta1**t), (1 - self.beta2**t) ** 0.5  # type: ignore[return-value]
+
 
 class Entry(NamedTuple):
-    """The tensors of one parameter's step; none of them a copy.
+    """Tensors of one parameter's step; none of them is a copy.
 
     Attributes:
         param: The parameter.
@@ -51,9 +54,9 @@ class Entry(NamedTuple):
         averaged_dims: For each tensor in ``exp_avg_sq`` the dimensions it is averaged over.
         seed: Seed of this step's stochastic rounding.
         exp_avg_scale: The scales of an ``exp_avg`` that holds codes, as uint8 exponents. None: it holds the first
-            moment itself, which is all that most implementations take.
-        precomputed: ``exp_avg_sq`` is what this step divides by, and is not updated: averages over several ranks. Of
-            two the first is ``r / mean(r)``, and ``max_exp_avg_sq`` is empty also with amsgrad.
+            moment itself, which most implementations require.
+        precomputed: True if ``exp_avg_sq`` is updated already, as averages over several ranks are, and only read. Of
+            two tensors the first is then ``r / mean(r)``; ``max_exp_avg_sq`` is empty also with amsgrad.
     """
 
     param: Tensor
@@ -69,5 +72,5 @@ class Entry(NamedTuple):
 
 
 def second_moment_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision second moments are kept in: float32, or wider where the parameter is wider."""
+    """Return the precision of second moments: float32, or wider where the parameter is wider."""
     return torch.promote_types(dtype, torch.float32)

@@ -10,73 +10,21 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .interface import Entry
+from .interface import Dims
 
 is_zero_tensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
 """Return whether a tensor is a zero without memory of its own."""
 
 
 class Layout(NamedTuple):
-    """How a dense tensor lies in memory, and its averaged dimensions there.
+    """The ``[pre, red, post]`` view in which an update sees a parameter, or a part of one.
 
     Attributes:
-        order: The tensor's dimensions from the slowest to the fastest; ``tensor.permute(order)`` is contiguous.
+        order: The tensor's dimensions from the slowest to the fastest, so that ``tensor.permute(order)`` is
+            contiguous. Empty where they lie in their own order.
         pre: Number of slices before the averaged dimensions.
-        red: Number of elements averaged together (1 if nothing is averaged).
-        post: Number of slices after the averaged dimensions.
-    """
-
-    order: tuple[int, ...]
-    pre: int
-    red: int
-    post: int
-
-
-def layout(tensor: Tensor, dims: tuple[int, ...]) -> Layout | None:
-    """The ``[pre, red, post]`` view of a tensor for averaging over ``dims``.
-
-    Args:
-        tensor: A parameter of any shape.
-        dims: Dimensions that are averaged together.
-
-    Returns:
-        The layout, or None if the tensor has holes or ``dims`` are not adjacent in memory.
-    """
-    return layout_of(tuple(tensor.shape), tensor.stride(), tensor.is_contiguous(), dims)
-
-
-@lru_cache(maxsize=4096)
-def layout_of(
-    shape: tuple[int, ...], strides: tuple[int, ...], contiguous: bool, dims: tuple[int, ...]
-) -> Layout | None:
-    """:func:`layout` of a tensor of this shape and these strides."""
-    order = tuple(range(len(shape)))
-    if not contiguous:
-        order = tuple(sorted(order, key=lambda dim: -strides[dim]))
-        dense = 1
-        for dim in reversed(order):
-            if shape[dim] > 1 and strides[dim] != dense:
-                return None
-            dense *= shape[dim]
-    wide = [dim for dim in order if shape[dim] > 1]
-    averaged = [index for index, dim in enumerate(wide) if dim in dims]
-    if not averaged:
-        return Layout(order, math.prod(shape), 1, 1)
-    first, last = averaged[0], averaged[-1]
-    if last - first + 1 != len(averaged):
-        return None
-    sizes = [shape[dim] for dim in wide]
-    return Layout(order, math.prod(sizes[:first]), math.prod(sizes[first : last + 1]), math.prod(sizes[last + 1 :]))
-
-
-class Geometry(NamedTuple):
-    """How an update sees a parameter, or a part of one.
-
-    Attributes:
-        order: As in :class:`Layout`; empty where the parameter lies in the order of its dimensions.
-        pre: Slices,
-        red: elements averaged together,
-        post: and slices after them; of rows and columns, the rows are ``red``. All are 0 of an empty parameter.
+        red: Number of elements averaged together; of rows and columns (factored) the number of rows.
+        post: Number of slices after the averaged dimensions. All three are 0 for an empty parameter.
         pitch: Elements from one row to the next; a row has ``post`` elements, or ``red`` where ``post`` is 1.
     """
 
@@ -87,15 +35,8 @@ class Geometry(NamedTuple):
     pitch: int
 
 
-def geometry(entry: Entry) -> Geometry:
-    """How an entry is seen, for which :func:`geometry_of` found a way."""
-    found = geometry_of(entry.param, entry.averaged_dims)
-    assert found is not None
-    return found
-
-
-def geometry_of(param: Tensor, averaged_dims: Sequence[tuple[int, ...]]) -> Geometry | None:
-    """How an update sees a parameter.
+def layout(param: Tensor, averaged_dims: Sequence[Dims]) -> Layout | None:
+    """Return how an update sees a parameter.
 
     Args:
         param: A parameter or a part of one.
@@ -104,84 +45,97 @@ def geometry_of(param: Tensor, averaged_dims: Sequence[tuple[int, ...]]) -> Geom
     Returns:
         None if averaged dimensions are not adjacent in memory, or rows not equally far apart.
     """
-    return _geometry_of(param.shape, param.stride(), param.is_contiguous(), tuple(averaged_dims))
+    return _layout(param.shape, param.stride(), param.is_contiguous(), tuple(averaged_dims))
 
 
 @lru_cache(maxsize=4096)
-def _geometry_of(
-    shape: tuple[int, ...], strides: tuple[int, ...], contiguous: bool, averaged_dims: tuple[tuple[int, ...], ...]
-) -> Geometry | None:
+def _layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], contiguous: bool, averaged_dims: tuple[Dims, ...]
+) -> Layout | None:
     if 0 in shape:
-        return Geometry((), 0, 0, 0, 0)
+        return Layout((), 0, 0, 0, 0)
     if len(averaged_dims) == 2:
         (row_dim,) = averaged_dims[1]
         pre, red, post = math.prod(shape[:row_dim]), shape[row_dim], math.prod(shape[row_dim + 1 :])
         if contiguous:
-            return Geometry((), pre, red, post, post)
-        rows = Rows.of(shape, strides)
-        return Geometry((), pre, red, post, rows.pitch) if rows is not None and rows.width == post > 1 else None
-    found = layout_of(shape, strides, contiguous, averaged_dims[0])
-    if found is not None:
-        order, pre, red, post = found
-        return Geometry(() if contiguous else order, pre, red, post, red if post == 1 else post)
-    rows = Rows.of(shape, strides)
-    return None if rows is None else _with_gaps(rows, shape, averaged_dims[0])
+            return Layout((), pre, red, post, post)
+        rows = _rows(shape, strides)
+        return None if rows is None or rows.width != post else Layout((), pre, red, post, rows.pitch)
+    order = tuple(range(len(shape))) if contiguous else _order(shape, strides)
+    if order is None:
+        return _with_gaps(shape, strides, averaged_dims[0])
+    wide = [dim for dim in order if shape[dim] > 1]
+    averaged = [index for index, dim in enumerate(wide) if dim in averaged_dims[0]]
+    first, end = (averaged[0], averaged[-1] + 1) if averaged else (len(wide), len(wide))
+    if end - first != len(averaged):
+        return None
+    sizes = [shape[dim] for dim in wide]
+    pre, red, post = (math.prod(part) for part in (sizes[:first], sizes[first:end], sizes[end:]))
+    return Layout(() if contiguous else order, pre, red, post, red if post == 1 else post)
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return a tensor's dimensions from the slowest to the fastest, or None if there are gaps between its elements."""
+    return tuple(range(tensor.dim())) if tensor.is_contiguous() else _order(tensor.shape, tensor.stride())
+
+
+@lru_cache(maxsize=4096)
+def _order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    order = tuple(sorted(range(len(shape)), key=lambda dim: -strides[dim]))
+    dense = 1
+    for dim in reversed(order):
+        if shape[dim] > 1 and strides[dim] != dense:
+            return None
+        dense *= shape[dim]
+    return order
 
 
 def has_gaps(tensor: Tensor) -> bool:
-    """Whether memory between a tensor's elements is not its own."""
-    return not tensor.is_contiguous() and layout(tensor, ()) is None
+    """Return whether memory between a tensor's elements is not its own."""
+    return memory_order(tensor) is None
 
 
-class Rows(NamedTuple):
-    """A tensor as rows that are dense, and equally far apart.
-
-    Attributes:
-        inner: The first dimension that lies within a row.
-        number: Rows,
-        width: their elements,
-        pitch: and elements from one to the next.
-    """
+class _Rows(NamedTuple):
+    """A tensor as dense rows, equally far apart; its dimensions from ``inner`` on lie within a row."""
 
     inner: int
     number: int
     width: int
     pitch: int
 
-    @classmethod
-    def of(cls, shape: tuple[int, ...], strides: tuple[int, ...]) -> Rows | None:
-        """The widest rows of a tensor with elements, or None if they are not equally far apart."""
-        inner, width = len(shape), 1
-        while inner > 0 and (shape[inner - 1] == 1 or strides[inner - 1] == width):
-            inner -= 1
-            width *= shape[inner]
-        if inner == 0:
-            return cls(0, 1, width, width)
-        pitch = expected = strides[inner - 1]
-        for dim in reversed(range(inner)):
-            if shape[dim] > 1 and strides[dim] != expected:
-                return None
-            expected *= shape[dim]
-        return cls(inner, math.prod(shape[:inner]), width, pitch)
+
+def _rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Rows | None:
+    """Return the widest rows of a tensor with elements, or None if they are not equally far apart."""
+    inner, width = len(shape), 1
+    while inner > 0 and (shape[inner - 1] == 1 or strides[inner - 1] == width):
+        inner -= 1
+        width *= shape[inner]
+    pitch = expected = strides[inner - 1] if inner else width
+    for dim in reversed(range(inner)):
+        if shape[dim] > 1 and strides[dim] != expected:
+            return None
+        expected *= shape[dim]
+    return _Rows(inner, math.prod(shape[:inner]), width, pitch)
 
 
-def _with_gaps(rows: Rows, shape: tuple[int, ...], dims: tuple[int, ...]) -> Geometry | None:
-    """Averages within rows, over all rows, or none."""
-    if rows.pitch < rows.width:
+def _with_gaps(shape: tuple[int, ...], strides: tuple[int, ...], dims: Dims) -> Layout | None:
+    """Return the layout for averages within rows, over all rows, or none."""
+    rows = _rows(shape, strides)
+    if rows is None or rows.pitch < rows.width:
         return None
     wide = {dim for dim in range(len(shape)) if shape[dim] > 1}
     averaged = wide.intersection(dims)
     if not averaged:
-        return Geometry((), rows.number, 1, rows.width, rows.pitch)
+        return Layout((), rows.number, 1, rows.width, rows.pitch)
     if averaged == {dim for dim in wide if dim >= rows.inner}:
-        return Geometry((), rows.number, rows.width, 1, rows.pitch)
+        return Layout((), rows.number, rows.width, 1, rows.pitch)
     if averaged == {dim for dim in wide if dim < rows.inner} and rows.width > 1:
-        return Geometry((), 1, rows.number, rows.width, rows.pitch)
+        return Layout((), 1, rows.number, rows.width, rows.pitch)
     return None
 
 
 def overlap(tensors: Iterable[Tensor]) -> bool:
-    """Whether any two tensors share memory, as parameters tied through ``.data`` do.
+    """Return whether any two tensors share memory, as parameters tied through ``.data`` do.
 
     Views of one tensor with gaps, as its parts are, count as one.
     """
@@ -200,7 +154,7 @@ def overlap(tensors: Iterable[Tensor]) -> bool:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to behind its last."""
+    """Return the bytes from a tensor's first element to behind its last."""
     if tensor.is_contiguous():
         return tensor.numel() * tensor.element_size()
     if tensor.numel() == 0:
@@ -210,5 +164,5 @@ def _extent(tensor: Tensor) -> int:
 
 
 def is_marked(grad: Tensor) -> bool:
-    """Whether memory does not hold a gradient's values: it is negated when it is read, or zero without memory."""
+    """Return whether memory does not hold a gradient's values: it is negated when read, or a zero without memory."""
     return grad.is_neg() or is_zero_tensor(grad)

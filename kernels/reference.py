@@ -1,4 +1,4 @@
-"""The update, readable: the definition that every faster implementation is tested against.
+"""The readable update: the definition that every faster implementation is tested against.
 
 Sources: AdamW (arXiv 1711.05101), compressed second moments (arXiv 2503.01843), factored second moments
 (arXiv 1804.04235). With nothing compressed each operation is the one that ``torch.optim.AdamW`` performs, in
@@ -16,25 +16,8 @@ from torch import Tensor
 from .interface import Dims, Entry, Hyperparameters, Scalar, second_moment_dtype
 
 
-def slim_adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Sequence[Tensor]],
-    state_steps: list[Tensor],
-    *,
-    averaged_dims: list[Sequence[Dims]],
-    max_exp_avg_sqs: list[Sequence[Tensor]] | None = None,
-    lr: Scalar = 1e-3,
-    beta1: Scalar = 0.9,
-    beta2: Scalar = 0.999,
-    eps: float = 1e-8,
-    weight_decay: Scalar = 1e-2,
-    maximize: bool = False,
-    capturable: bool = False,
-    differentiable: bool = False,
-) -> None:
-    """One step of AdamW with compressed second moments, in place.
+def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
+    """Update each parameter in place, one after the other.
 
     ``exp_avg <- beta1 exp_avg + (1 - beta1) g``;
     ``exp_avg_sq <- beta2 exp_avg_sq + (1 - beta2) mean_K(g**2)``;
@@ -42,31 +25,9 @@ def slim_adamw(
     A pair of second moments (row averages ``r``, column averages ``c``) stands for ``r c / mean(r)``.
 
     Args:
-        params: Parameters, any shapes.
-        grads: Gradients of the same shapes.
-        exp_avgs: First moments of the same shapes.
-        exp_avg_sqs: Per parameter one tensor with size 1 in the averaged dimensions, or two (factored).
-        state_steps: 0-dimensional step counts, advanced by one.
-        averaged_dims: Per parameter and second moment the averaged dimensions; ``((),)`` is plain AdamW.
-        max_exp_avg_sqs: Running maxima shaped as ``exp_avg_sqs``; given them, the step is amsgrad's.
-        lr: Learning rate.
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay.
-        maximize: Ascend instead of descending.
-        capturable: Keep the step count on the device.
-        differentiable: Let autograd follow the step.
+        entries: The tensors, of any shapes; the step counts include this step.
+        hyper: Hyperparameters.
     """
-    maxima = max_exp_avg_sqs or [()] * len(params)
-    torch._foreach_add_(state_steps, 1)
-    entries = map(Entry, params, grads, exp_avgs, exp_avg_sqs, maxima, state_steps, averaged_dims)
-    flags = (bool(max_exp_avg_sqs), maximize, capturable, differentiable)
-    reference_update(list(entries), Hyperparameters(lr, beta1, beta2, eps, weight_decay, *flags))
-
-
-def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
-    """Update each parameter in place, one after the other. Step counts have been advanced before."""
     for entry in entries:
         param, grad, exp_avg, parts, maxima, step, dims, seed, _, precomputed = entry
         grad = scale_grad(grad, hyper.clip_factor)
@@ -78,7 +39,7 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         target = param.float() if rounds else param
 
         # weight decay
-        if not _is_zero(hyper.weight_decay):
+        if isinstance(hyper.weight_decay, Tensor) or hyper.weight_decay != 0:
             target.mul_(1 - hyper.lr * hyper.weight_decay)
 
         # first and second moment
@@ -86,7 +47,7 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         used = parts
         if not precomputed:
             update_second_moment(parts, grad, dims, hyper.beta2)
-            used = running_maximum(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
+            used = update_maxima(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
 
         # update
         if hyper.keeps_tensors(step):
@@ -97,29 +58,34 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
             denominator = (reconstruct(used, dims, precomputed).sqrt() / scale).add_(hyper.eps / negative_step_size)
             target.addcdiv_(exp_avg, denominator)
         else:
-            step_size, root = bias_corrections(step, hyper)
+            step_size, root = hyper.bias_corrections(step)
             denominator = (reconstruct(used, dims, precomputed).sqrt() / root).add_(hyper.eps)
             target.addcdiv_(exp_avg, denominator, value=-step_size)
         if rounds:
-            param.copy_(stochastic_round(target, seed))
+            param.copy_(_stochastic_round(target, seed))
 
 
 def scale_grad(grad: Tensor, factor: Tensor | None) -> Tensor:
-    """A gradient times the factor that clips it, in at least float32; without one as it is."""
+    """Return a gradient times a factor in at least float32, or as it is without one.
+
+    Args:
+        grad: The gradient.
+        factor: The factor that clips it, 0-dimensional.
+    """
     if factor is None:
         return grad
     wide = grad.to(second_moment_dtype(grad.dtype))
     return (wide * factor.to(wide.device)).to(wide.dtype)  # a scalar may have become wider
 
 
-def bias_corrections(step: Tensor, hyper: Hyperparameters) -> tuple[float, float]:
-    """``lr / (1 - beta1**t)`` and ``sqrt(1 - beta2**t)`` as numbers."""
-    t = step.item()
-    return hyper.lr / (1 - hyper.beta1**t), (1 - hyper.beta2**t) ** 0.5  # type: ignore[return-value]
-
-
 def update_first_moment(exp_avg: Tensor, grad: Tensor, beta1: Scalar) -> None:
-    """``exp_avg <- beta1 exp_avg + (1 - beta1) grad``, in the wider of both precisions."""
+    """Compute ``exp_avg <- beta1 exp_avg + (1 - beta1) grad`` in the wider of both precisions.
+
+    Args:
+        exp_avg: The first moment, updated in place.
+        grad: The gradient.
+        beta1: Decay of the first moment.
+    """
     weight = 1 - beta1
     wide = torch.promote_types(exp_avg.dtype, grad.dtype)
     if isinstance(weight, Tensor):
@@ -131,7 +97,14 @@ def update_first_moment(exp_avg: Tensor, grad: Tensor, beta1: Scalar) -> None:
 
 
 def update_second_moment(parts: Sequence[Tensor], grad: Tensor, averaged_dims: Sequence[Dims], beta2: Scalar) -> None:
-    """``part <- beta2 part + (1 - beta2) mean_K(grad**2)`` for each part of a second moment."""
+    """Compute ``part <- beta2 part + (1 - beta2) mean_K(grad**2)`` for each part of a second moment.
+
+    Args:
+        parts: The tensors of the second moment, updated in place.
+        grad: The gradient.
+        averaged_dims: For each part the dimensions it is averaged over.
+        beta2: Decay of the second moment.
+    """
     for part, dims in zip(parts, averaged_dims, strict=True):
         wide = grad.to(part.dtype)
         if isinstance(beta2, Tensor) and beta2.requires_grad:
@@ -143,24 +116,33 @@ def update_second_moment(parts: Sequence[Tensor], grad: Tensor, averaged_dims: S
 
 
 def mean_square(grad: Tensor, dims: Dims) -> Tensor:
-    """Mean of ``grad**2`` over ``dims``, kept with size 1; nothing is averaged for empty ``dims``."""
+    """Return the mean of ``grad**2``.
+
+    Args:
+        grad: The gradient.
+        dims: The dimensions to average over, kept with size 1; empty ones average nothing.
+    """
     squared = grad.square()
     return squared.mean(dims, keepdim=True) if dims else squared
 
 
-def running_maximum(
-    maxima: Sequence[Tensor], parts: Sequence[Tensor], differentiable: bool = False
-) -> Sequence[Tensor]:
-    """``maximum <- max(maximum, part)``, returned."""
+def update_maxima(maxima: Sequence[Tensor], parts: Sequence[Tensor], differentiable: bool = False) -> Sequence[Tensor]:
+    """Compute ``maximum <- max(maximum, part)`` and return the maxima.
+
+    Args:
+        maxima: Running maxima of amsgrad, updated in place.
+        parts: The second moments.
+        differentiable: Let autograd follow.
+    """
     for maximum, part in zip(maxima, parts, strict=True):
         maximum.copy_(torch.maximum(maximum.clone() if differentiable else maximum, part))
     return maxima
 
 
 def reconstruct(parts: Sequence[Tensor], averaged_dims: Sequence[Dims], is_relative: bool = False) -> Tensor:
-    """The second moment that the stored tensors stand for, broadcastable to the parameter.
+    """Return the second moment that stored tensors stand for, broadcastable to the parameter.
 
-    For row and column averages that is ``r c / mean(r)`` (arXiv 1804.04235, equation 4).
+    For row and column averages that is ``r c / mean(r)`` (arXiv 1804.04235, equation 4), zero where all rows are zero.
 
     Args:
         parts: The stored tensors.
@@ -170,21 +152,13 @@ def reconstruct(parts: Sequence[Tensor], averaged_dims: Sequence[Dims], is_relat
     if len(parts) == 1:
         return parts[0]
     rows, columns = parts
-    return (rows if is_relative else relative_rows(rows, averaged_dims[1])) * columns
+    if not is_relative:
+        rows = rows / rows.mean(averaged_dims[1], keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    return rows * columns
 
 
-def relative_rows(rows: Tensor, dims: Dims) -> Tensor:
-    """``r / mean(r)`` over the dimensions of the rows, zero where every row is zero."""
-    return rows / rows.mean(dims, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-
-
-def stochastic_round(value: Tensor, seed: int) -> Tensor:
-    """float32 rounded to bfloat16, up or down at random so that the expectation is the value.
-
-    Args:
-        value: float32, any shape. NaN and infinity stay what they are.
-        seed: Seed of the random bits.
-    """
+def _stochastic_round(value: Tensor, seed: int) -> Tensor:
+    """Return float32 rounded to bfloat16, up or down at random so that the expectation is the value."""
     generator = torch.Generator(value.device).manual_seed(seed)
     noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
     bits = value.contiguous().view(torch.int32)
@@ -193,12 +167,13 @@ def stochastic_round(value: Tensor, seed: int) -> Tensor:
 
 
 def initial_second_moment(grad: Tensor, dims: Dims) -> Tensor:
-    """Gradient-initialised second moment: ``mean_K(g_1**2)`` (GI-Adam, arXiv 2406.09405)."""
+    """Return the gradient-initialised second moment ``mean_K(g_1**2)`` (GI-Adam, arXiv 2406.09405).
+
+    Args:
+        grad: The first gradient.
+        dims: The dimensions to average over.
+    """
     wide = grad.to(second_moment_dtype(grad.dtype))
     if wide.is_complex():
         return torch.view_as_complex(mean_square(torch.view_as_real(wide), dims))
     return mean_square(wide, dims)
-
-
-def _is_zero(value: Scalar) -> bool:
-    return not isinstance(value, Tensor) and value == 0

@@ -1,7 +1,7 @@
-"""The compiled step as a library: the one that was built with the package, or one that is built when it is first used.
+"""The library of the compiled step: the one that was built with the package, or one that is built at its first use.
 
-The bytes of either end with their own hash, so that a damaged file is not loaded. What is built later goes to
-``$SLIMADAM_CACHE_DIR``, else ``slimadam`` in the user's cache folder. Its name is a hash of all that went into it.
+The bytes of either end with their own hash, so that a damaged file is not loaded. A library that is built later lies in
+``$SLIMADAM_CACHE_DIR``, else in ``slimadam`` in the user's cache folder. Its name is a hash of all that went into it.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ LEVELS = {
     "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
 }
 """Instructions that a library built with the package may use on x86, as torch's own kernels of these levels do."""
-DIGEST_BYTES = 32
 
 
-class BuildError(Exception):
-    """Why there is no library, with the remedy."""
+class _BuildError(Exception):
+    """The reason that there is no library, with the remedy."""
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the library, built if need be; None, after one warning with the reason, if that is impossible."""
-    installed = _installed()
-    if installed is not None:
-        return _prepared(installed)
     try:
-        return _prepared(_load_or_build())
-    except (BuildError, OSError) as error:
+        loaded = _installed() or _load_or_build()
+    except (_BuildError, OSError) as error:
         logger.warning(
             "the compiled step was not built with slimadam and cannot be built now, so slower ones run: %s", error
         )
         return None
+    loaded.slimadam_step.restype = None
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=loaded.slimadam_forked)
+    return loaded
 
 
 def source_digest() -> str:
@@ -74,13 +74,6 @@ def seal(path: Path) -> None:
     """Add a hash of its bytes to a library, by which damage is seen before it is loaded."""
     content = path.read_bytes()
     path.write_bytes(content + hashlib.sha256(content).digest())
-
-
-def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    loaded.slimadam_step.restype = None
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=loaded.slimadam_forked)
-    return loaded
 
 
 def _installed() -> ctypes.CDLL | None:
@@ -124,8 +117,8 @@ def _compiler() -> list[str]:
         if found is not None:
             return [found, *options]
     if asked_for:
-        raise BuildError(f"CXX={asked_for!r} is no program on PATH; name a C++17 compiler, or unset CXX")
-    raise BuildError("no C++ compiler on PATH; install one (Debian: apt install g++) or name it in CXX")
+        raise _BuildError(f"CXX={asked_for!r} is no program on PATH; name a C++17 compiler, or unset CXX")
+    raise _BuildError("no C++ compiler on PATH; install one (Debian: apt install g++) or name it in CXX")
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -135,53 +128,46 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _path(compiler: list[str]) -> Path:
-    return _folder() / f"step-{_key(compiler)}{SUFFIX}"
-
-
-def _folder() -> Path:
-    if chosen := os.environ.get("SLIMADAM_CACHE_DIR"):
-        return Path(chosen)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimadam"
-    except RuntimeError as error:  # a user without an entry and without HOME, as in containers
-        raise BuildError(f"{error}; set SLIMADAM_CACHE_DIR to a folder that can be written") from error
-
-
-def _key(compiler: list[str]) -> str:
+    """Return the file of the library that this compiler builds on this machine, named by all that goes into it."""
     version = _run([*compiler, "--version"])
     parts = [source_digest(), " ".join(FLAGS), *compiler, version, sys.platform, platform.machine(), _processor()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    name = f"step-{digest}{SUFFIX}"
+    if chosen := os.environ.get("SLIMADAM_CACHE_DIR"):
+        return Path(chosen, name)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "slimadam", name)
+    except RuntimeError as error:  # a user without an entry and without HOME, as in containers
+        raise _BuildError(f"{error}; set SLIMADAM_CACHE_DIR to a folder that can be written") from error
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: the model and its instruction sets."""
+    """Return the model and its instruction sets, on which ``-march=native`` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    told = {
-        line for line in lines if line.partition("\t")[0].rstrip() in ("model name", "flags", "Features", "CPU part")
-    }
-    return "\n".join(sorted(told))
+    keys = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.partition("\t")[0].rstrip() in keys}))
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether the file is ours and whole: loading half a library would end the process."""
+    """Return whether the file is ours and complete: loading half a library would end the process."""
     try:
         content = path.read_bytes()
         owned = not hasattr(os, "getuid") or path.stat().st_uid in (os.getuid(), 0)
     except OSError:
         return False
-    return owned and hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
+    return owned and hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _build(compiler: list[str], path: Path) -> None:
-    """Compile into a file of this process's own, then put it in place in one move: several may race."""
+    """Compile into a file of this process's own, then move it into place: several processes may race."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=path.parent, prefix="building-")  # in the same file system
     except OSError as error:
-        raise BuildError(f"{error}; set SLIMADAM_CACHE_DIR to a folder that can be written") from error
+        raise _BuildError(f"{error}; set SLIMADAM_CACHE_DIR to a folder that can be written") from error
     logger.warning(
         "the compiled step was not built with slimadam; compiling it with %s, once for this machine",
         shlex.join(compiler),
@@ -192,7 +178,7 @@ def _build(compiler: list[str], path: Path) -> None:
         source = f'-DSLIMADAM_SOURCE="{source_digest()}"'
         _run([*compiler, *FLAGS, "-march=native", source, "-shared", "-fPIC", "-o", str(made), str(SOURCE)])
         if not made.is_file():
-            raise BuildError(f"{compiler[0]} has made nothing; name a C++17 compiler in CXX, such as g++")
+            raise _BuildError(f"{compiler[0]} has made nothing; name a C++17 compiler in CXX, such as g++")
         seal(made)
         os.replace(made, path)
     logger.info("compiled in %.0f s: %s", time.perf_counter() - start, path)
@@ -202,8 +188,8 @@ def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
-        raise BuildError(f"{command[0]} cannot be run ({error}); name a C++17 compiler in CXX") from error
+        raise _BuildError(f"{command[0]} cannot be run ({error}); name a C++17 compiler in CXX") from error
     if done.returncode:
         said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
-        raise BuildError(f"{command[0]} failed ({'; '.join(said[:3])}); name a C++17 compiler in CXX, such as g++")
+        raise _BuildError(f"{command[0]} failed ({'; '.join(said[:3])}); name a C++17 compiler in CXX, such as g++")
     return done.stdout

@@ -1,6 +1,6 @@
 """The update as one compiled pass on the CPU.
 
-The arithmetic is in ``adamw.cpp``; here a table tells it where the tensors lie. Each tensor is read from memory
+The arithmetic is in ``adamw.cpp``, and a table of addresses and sizes is its input. Each tensor is read from memory
 once (averages over rows) or a second time out of the cache (averages over columns): 20 bytes per float32 parameter,
 AdamW 28. The plain reference beside it is ``reference_update``.
 """
@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 
 from ..interface import Dims, Entry, Hyperparameters
-from ..layout import geometry, geometry_of, overlap
+from ..layout import layout, overlap
 from .build import library as library
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}
-_PARAM_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-_MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-
 _GRAD, _SEED = 1, 15
 """Columns of the table that each step fills in."""
 
@@ -34,32 +31,41 @@ class _Hyper(ctypes.Structure):
 
 
 def supports(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dims]) -> bool:
-    """Whether the compiled step takes a parameter, if its library is to be had.
+    """Return whether the compiled step supports a parameter, if its library can be loaded or built.
 
     Args:
         param: A real CPU parameter.
         exp_avg_dtype: Precision of its first moment, ``torch.int8`` for codes.
         averaged_dims: For each of its second moments, the averaged dimensions.
     """
-    if param.dtype not in _PARAM_DTYPES or exp_avg_dtype not in (param.dtype, *_MOMENTUM_DTYPES):
+    if param.dtype not in _CODES or param.dtype == torch.int8:
         return False
-    return geometry_of(param, averaged_dims) is not None
+    if exp_avg_dtype not in (param.dtype, torch.float32, torch.bfloat16, torch.int8):
+        return False
+    found = layout(param, averaged_dims)
+    # Where rows have one element, the table's pitch is between rows of averaged elements: factored ones have none.
+    return found is not None and (len(averaged_dims) == 1 or found.post != 1 or found.pitch == 1)
 
 
 def compiled_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
-    """Update every parameter in place. For each, :func:`supports` must have said yes, and all must lie as it does."""
+    """Update every parameter in place.
+
+    Args:
+        entries: The tensors; :func:`supports` must be true of each parameter, and the others laid out as it is.
+        hyper: Hyperparameters.
+    """
     Table(entries).run([entry.grad for entry in entries], [entry.seed for entry in entries], hyper)
 
 
 class Table:
-    """Where tensors lie, as the compiled step reads it.
+    """Addresses and sizes of tensors, as the compiled step reads them.
 
     Args:
-        entries: The tensors of parameters for which :func:`supports` has said yes; gradients and seeds are given later.
-        counts: Whether a step of it adds to the step counts, to each once.
+        entries: The tensors of parameters for which :func:`supports` is true; their gradients and seeds are not used.
+        counts: True if a step adds 1 to each step count.
 
     Attributes:
-        is_lasting: Whether it is good for more than one step, if nothing moves.
+        is_lasting: True if the table is valid for more than one step, as long as nothing moves.
     """
 
     def __init__(self, entries: Sequence[Entry], counts: bool = False) -> None:
@@ -76,8 +82,8 @@ class Table:
         """Update every parameter in place.
 
         Args:
-            grads: Of each, laid out as it is.
-            seeds: Of each, for stochastic rounding.
+            grads: The gradient of each parameter, laid out as it is.
+            seeds: The seed of each parameter's stochastic rounding.
             hyper: Hyperparameters.
         """
         compiled = library()
@@ -109,15 +115,11 @@ class Table:
 
 
 def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]], counts: bool) -> tuple[int, ...]:
-    """One row of the table, as ``struct Entry`` in the source, without gradient and seed.
-
-    Args:
-        entry: The tensors.
-        aside: Gets second moments to copy back.
-        counts: Whether the step count goes up with this one.
-    """
-    param, _, exp_avg, parts, maxima, step, _, _, scale, precomputed = entry
-    order, pre, red, post, pitch = geometry(entry)
+    """Return a row of the table, as ``struct Entry`` in the source; ``aside`` receives second moments to copy back."""
+    param, _, exp_avg, parts, maxima, step, dims, _, scale, precomputed = entry
+    found = layout(param, dims)
+    assert found is not None
+    order, pre, red, post, pitch = found
     simple = not order and len(parts) == 1 and not maxima and parts[0].is_contiguous()
     if not simple and (order or not all(moment.is_contiguous() for moment in (*parts, *maxima))):
         order = order or tuple(range(param.dim()))
@@ -145,7 +147,7 @@ def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]], counts: bool) -> tupl
 
 
 def _in_order(moment: Tensor, order: tuple[int, ...], aside: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """A second moment in the parameter's memory order: itself, or a copy where strides demand one."""
+    """Return a second moment in the parameter's memory order: itself, or a copy where strides demand one."""
     view = moment.permute(order)
     ordered = view.contiguous()
     if ordered.data_ptr() != view.data_ptr():

@@ -1,30 +1,34 @@
-"""``GradScaler``: unscaling in its place, and whether all ranks were told of a gradient that is not finite."""
+"""The part of a ``GradScaler`` that it leaves to the step, with a check that all ranks agree."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from slimadam.utils.dtensor import groups_of, is_dtensor, local
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 
 @torch.no_grad()
 def unscale(grads: Sequence[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
-    """Do what a ``GradScaler`` left to the step.
+    """Divide gradients by the scale of a ``GradScaler``, unless one of them is not finite.
 
     Args:
-        grads: The gradients; divided by the scale.
-        grad_scale: What they are scaled by.
-        found_inf: Not zero: one of them is not finite.
+        grads: The gradients, divided in place.
+        grad_scale: Their scale.
+        found_inf: A number that is not zero if one of them is not finite.
 
     Returns:
-        Whether one was not finite: they are as they were then, and the step is left out.
+        True if one was not finite: the gradients are unchanged, and the step is skipped.
     """
     found = found_inf is not None and bool(found_inf.item())
     if may_differ(grads):
-        found = agreed(found, grads)
+        _check_agreement(found, [grad for grad in grads if is_dtensor(grad)])
     if not found and grad_scale is not None:
         for grad in map(local, grads):
             grad.div_(grad_scale.to(grad.device))
@@ -32,12 +36,9 @@ def unscale(grads: Sequence[Tensor], grad_scale: Tensor | None, found_inf: Tenso
 
 
 def may_differ(grads: Iterable[Tensor]) -> bool:
-    """Whether a ``GradScaler`` can tell some ranks of an infinite gradient, and others not.
+    """Return whether a ``GradScaler`` may report an infinite gradient to some ranks only.
 
     It asks the ranks over which its first gradient is sharded, however the others lie.
-
-    Args:
-        grads: The gradients that it looks at.
     """
     layouts = {
         (grad.device_mesh, *(placement.is_replicate() for placement in grad.placements))
@@ -47,29 +48,19 @@ def may_differ(grads: Iterable[Tensor]) -> bool:
     return len(layouts) > 1
 
 
-def agreed(found: bool, grads: Iterable[Tensor]) -> bool:
-    """What this rank was told, if the ranks that share gradients were all told the same; each of them must ask.
-
-    Args:
-        found: Whether this rank was told of an infinite gradient.
-        grads: The gradients.
-
-    Raises:
-        RuntimeError: Only some ranks were told. All of them raise.
-    """
-    shared = [grad for grad in grads if is_dtensor(grad)]
-    said = torch.tensor([found, not found], dtype=torch.float32, device=local(shared[0]).device)
+def _check_agreement(found: bool, grads: Sequence[DTensor]) -> None:
+    """Raise on every rank if only some of those that share gradients found an infinite one. Collective."""
+    flags = torch.tensor([found, not found], dtype=torch.float32, device=local(grads[0]).device)
     groups = (
         group
-        for grad in shared
+        for grad in grads
         for group in groups_of(grad, [index for index, one in enumerate(grad.placements) if not one.is_replicate()])
     )
     for group in dict.fromkeys(groups):
-        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=group)
-    if said.all():
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=group)
+    if flags.all():
         raise RuntimeError(
             "GradScaler found a gradient that is not finite on some ranks only: it asks those over which the first "
             "gradient is sharded, and others are sharded over more; use ShardedGradScaler of "
             "torch.distributed.fsdp.sharded_grad_scaler, whose unscale_(optimizer), called before its step, asks all"
         )
-    return found

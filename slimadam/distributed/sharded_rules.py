@@ -1,13 +1,12 @@
-"""DTensors: what a rank holds of a parameter, where its second moments lie, and whom an average asks.
+"""Rules of a DTensor as they apply to a rank's shard: its shape, its second moments, and the ranks an average needs.
 
-Nothing here is imported before a DTensor exists: ``torch.distributed.tensor`` takes a second to load, and builds
+``torch.distributed.tensor`` is not imported before a DTensor exists: it takes a second to load, and builds of torch
 without it work.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -16,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slimadam.kernels.interface import second_moment_dtype
-from slimadam.layers.splits import Part
+from slimadam.layers.splits import Part, split_dims
 from slimadam.state import second_moment
 from slimadam.state.rule import Dims, Rule
 from slimadam.utils import torch_private
@@ -31,7 +29,7 @@ logger = logging.getLogger("slimadam")
 
 @cache
 def warn_of_old_torch() -> None:
-    """Say once where this torch is older than what sharded parameters are tested with."""
+    """Warn once if this torch is older than the releases that sharded parameters are tested with."""
     if torch.__version__ < "2.7":
         logger.warning(
             "torch %s: its DTensors may have no uneven or empty shards, and its FSDP2 does not run on a CPU; use torch "
@@ -41,16 +39,16 @@ def warn_of_old_torch() -> None:
 
 
 class LocalRule(NamedTuple):
-    """A rule as it applies to what this rank holds of a parameter.
+    """A rule as it applies to this rank's shard of a parameter.
 
     Attributes:
-        rule: The rule, its part in the coordinates of the local shard.
-        shape: The global shape of what the rule is for.
-        local_shape: What this rank holds of it.
-        placements: For each dimension of the mesh, how it shards that shape, None where it does not.
+        rule: The rule, its part in the coordinates of the shard.
+        shape: The global shape of the parameter or part.
+        local_shape: The shape of this rank's shard of it.
+        placements: For each dimension of the mesh, the placement of that shape; None where it is not sharded.
         cut: Dimension of a part along which shards end elsewhere than an even division of the part would: second
-            moments are replicated along it. None: there is none.
-        start: Where along it this rank's piece begins.
+            moments are replicated along it. None if there is none.
+        start: Where along ``cut`` this rank's shard begins.
     """
 
     rule: Rule
@@ -60,51 +58,40 @@ class LocalRule(NamedTuple):
     cut: int | None = None
     start: int = 0
 
-    def summed_over(self, dims: Dims) -> tuple[int, ...]:
-        """Dimensions of the mesh whose ranks each hold a share of what is averaged over ``dims``."""
-        shared = {*dims, self.cut}
-        return tuple(
-            index
-            for index, placement in enumerate(self.placements)
-            if placement is not None and placement.dim in shared
-        )
+    @property
+    def averaged_dims(self) -> tuple[Dims, ...]:
+        """For each second moment, the dimensions it is averaged over."""
+        return self.rule.averaged_dims(len(self.shape))
 
-    def count(self, dims: Dims) -> int:
-        """Number of elements of the global tensor averaged together."""
-        return math.prod(self.shape[dim] for dim in dims)
+    def summed_over(self, dims: Dims) -> tuple[int, ...]:
+        """Return the dimensions of the mesh whose ranks each hold a share of an average over ``dims``."""
+        shared = {*dims, self.cut}
+        return tuple(index for index, one in enumerate(self.placements) if one is not None and one.dim in shared)
 
     def own(self, moment: Tensor) -> Tensor:
-        """What this rank's piece needs of a second moment, or of sums of its shape."""
+        """Return this shard's share of a second moment, or of sums of its shape."""
         if self.cut is None or moment.shape[self.cut] != self.shape[self.cut] or self.shape[self.cut] == 1:
             return moment
         return moment.narrow(self.cut, self.start, self.local_shape[self.cut])
 
     def stored_shape(self, dims: Dims) -> tuple[int, ...]:
-        """Shape of what this rank keeps of a second moment averaged over ``dims``."""
+        """Return the shape in which this rank stores a second moment averaged over ``dims``."""
         return tuple(
             1 if dim in dims else self.shape[dim] if dim == self.cut else size
             for dim, size in enumerate(self.local_shape)
         )
 
-    def wrap(self, moment: Tensor, param: DTensor, dims: Dims) -> DTensor:
-        """The second moment averaged over ``dims`` as a DTensor of its global shape."""
-        from torch.distributed.tensor import DTensor, Replicate
-
-        summed = self.summed_over(dims)
-        placements = [
-            Replicate() if placement is None or index in summed else placement
-            for index, placement in enumerate(self.placements)
-        ]
-        shape = torch.Size(1 if dim in dims else size for dim, size in enumerate(self.shape))
-        strides = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(moment, param.device_mesh, placements, shape=shape, stride=strides)
-
 
 def local_rules(name: str, rules: Sequence[Rule], param: DTensor) -> list[LocalRule]:
-    """Each rule of a parameter as it applies to this rank.
+    """Return each rule of a parameter as it applies to this rank.
+
+    Args:
+        name: The parameter's name, for errors.
+        rules: Its rules.
+        param: The parameter.
 
     Raises:
-        RuntimeError: Shards end where a part cannot be followed; the remedy is told.
+        RuntimeError: Shards end where a part cannot be followed; the message has a remedy.
     """
     mesh, held = param.device_mesh, local(param)
     placements = tuple(
@@ -119,7 +106,7 @@ def local_rules(name: str, rules: Sequence[Rule], param: DTensor) -> list[LocalR
 
 
 def _local_part(name: str, rule: Rule, part: Part, param: DTensor, placements: tuple[Any, ...]) -> LocalRule:
-    """A part's rule, with the part cut to the shard."""
+    """Return a part's rule, with the part cut to the shard."""
     from torch.distributed.tensor import Shard
 
     shape, offsets = torch_private.local_shape_and_offset(param)
@@ -129,7 +116,9 @@ def _local_part(name: str, rule: Rule, part: Part, param: DTensor, placements: t
     for index, placement in enumerate(placements):
         if placement is None:
             continue
-        first, inner = _in_view(part, placement.dim)
+        inside = split_dims(name, part.of, part.view)[placement.dim]
+        first = next((dim for dim in inside if part.view[dim] > 1), inside[0])
+        inner = part.of[placement.dim] // part.view[first]
         rows, begin = shape[placement.dim] // inner, offsets[placement.dim] // inner
         if (
             type(placement) is not Shard
@@ -152,14 +141,6 @@ def _local_part(name: str, rule: Rule, part: Part, param: DTensor, placements: t
     return LocalRule(own, part.shape, here.shape, tuple(in_part), cut, missed)
 
 
-def _in_view(part: Part, dim: int) -> tuple[int, int]:
-    """The first dimension of the view that a dimension of the parameter becomes, and what it strides over there."""
-    before, size = math.prod(part.of[:dim]), part.of[dim]
-    starts = (at for at in range(len(part.view)) if math.prod(part.view[:at]) == before)
-    first = next(at for at in starts if part.view[at] > 1 or size == 1)
-    return first, size // part.view[first]
-
-
 def _cannot_follow(name: str, part: Part, why: str) -> str:
     return (
         f"{name!r}: its part {part.label!r} cannot be followed through these shards: {why}; shard it along another "
@@ -168,22 +149,22 @@ def _cannot_follow(name: str, part: Part, why: str) -> str:
     )
 
 
-def zeros(rule: LocalRule, param: DTensor, dims: Dims) -> Tensor:
-    """A second moment of zero as a DTensor of the global shape: replicated where ranks average together."""
-    held = torch.zeros(rule.stored_shape(dims), dtype=second_moment_dtype(param.dtype), device=local(param).device)
-    return rule.wrap(held, param, dims)
-
-
 def local_state(name: str, rules: Sequence[LocalRule], param: DTensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What this rank holds of a parameter's state.
+    """Return this rank's shard of a parameter's state.
+
+    Args:
+        name: The parameter's name, for errors.
+        rules: The rules on this rank.
+        param: The parameter.
+        state: Its state.
 
     Raises:
-        RuntimeError: It does not lie as the parameter does.
+        RuntimeError: The state is not sharded as the parameter is.
     """
     own: dict[str, Any] = {"step": state["step"]}
     key = "exp_avg_codes" if "exp_avg_codes" in state else "exp_avg"
     own[key] = local(state[key])
-    _check_lies(name, key, [tuple(own[key].shape)], [tuple(local(param).shape)])
+    _check_shapes(name, key, [tuple(own[key].shape)], [tuple(local(param).shape)])
     if "exp_avg_scale" in state:
         own["exp_avg_scale"] = local(state["exp_avg_scale"]).view(-1)
     wanted = _stored_shapes(rules)
@@ -191,12 +172,12 @@ def local_state(name: str, rules: Sequence[LocalRule], param: DTensor, state: Ma
     for kind in second_moment.SECOND_MOMENTS:
         held = [local(moment) for moment in second_moment.moments_of(state, plain, kind)]
         if held:
-            _check_lies(name, kind, [tuple(moment.shape) for moment in held], wanted)
+            _check_shapes(name, kind, [tuple(moment.shape) for moment in held], wanted)
             own.update(second_moment.by_key(held, plain, kind))
     return own
 
 
-def _check_lies(name: str, key: str, found: list[tuple[int, ...]], wanted: list[tuple[int, ...]]) -> None:
+def _check_shapes(name: str, key: str, found: list[tuple[int, ...]], wanted: list[tuple[int, ...]]) -> None:
     if found != wanted:
         raise RuntimeError(
             f"{name!r}: this rank holds {key} of shape {' and '.join(map(str, found))}, its shard of the parameter "
@@ -206,11 +187,17 @@ def _check_lies(name: str, key: str, found: list[tuple[int, ...]], wanted: list[
 
 
 def kept_shapes(name: str, rules: Sequence[Rule], param: Tensor) -> Sequence[tuple[int, ...]]:
-    """Shapes of the second moments that this rank keeps of a parameter."""
+    """Return the shapes of the second moments that this rank stores for a parameter.
+
+    Args:
+        name: The parameter's name, for errors.
+        rules: Its rules.
+        param: The parameter.
+    """
     if is_dtensor(param):
         return _stored_shapes(local_rules(name, rules, param))
     return second_moment.state_shapes(rules, tuple(param.shape))
 
 
 def _stored_shapes(rules: Sequence[LocalRule]) -> list[tuple[int, ...]]:
-    return [rule.stored_shape(dims) for rule in rules for dims in rule.rule.averaged_dims(len(rule.shape))]
+    return [rule.stored_shape(dims) for rule in rules for dims in rule.averaged_dims]

@@ -1,4 +1,4 @@
-"""Writing files that are whole or not there."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ def write_whole(path: str | Path, text: str) -> None:
     """Write UTF-8 text in one move: readers see the old file or the new one, never half of it.
 
     A symbolic link is followed; a device or pipe is written to as it is.
+
+    Args:
+        path: The file.
+        text: Its new content.
 
     Raises:
         OSError: The file cannot be written; nothing is left behind.

@@ -1,20 +1,18 @@
-"""DTensors: their local shards, the full tensor, the ranks that share it."""
+"""DTensors: their shards, the full tensor, and the ranks that share it."""
 
 from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, TypeGuard
 
 import torch
 from torch import Tensor
 
-from slimadam.utils import torch_private
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Placement
 
 
 FLAT: Final = (
@@ -24,80 +22,79 @@ FLAT: Final = (
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor."""
+    """Return whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a DTensor, sharing its memory; any other tensor as it is."""
+    """Return this rank's shard of a DTensor, sharing its memory; any other tensor as it is."""
     if not is_dtensor(tensor):
         return tensor
-    held = torch_private.local_tensor(tensor)
-    if type(held) is Tensor or not hasattr(held, "wait"):
-        return held
-    return held.wait()  # type: ignore[no-any-return]  # what an asynchronous collective returned
+    shard = tensor._local_tensor
+    if type(shard) is Tensor or not hasattr(shard, "wait"):
+        return shard
+    return shard.wait()  # type: ignore[no-any-return]  # the result of an asynchronous collective
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a DTensor, gathered on every rank, which all must ask; any other tensor as it is."""
+    """Return the full tensor of a DTensor on every rank; any other tensor as it is. Collective."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def fill(target: DTensor, values: Tensor) -> None:
-    """Write to a DTensor what this rank holds of it.
+def laid_out_as(
+    other: DTensor, held: Tensor, shape: Sequence[int] | None = None, placements: Sequence[Placement] | None = None
+) -> DTensor:
+    """Return a DTensor on the mesh of another.
 
     Args:
-        target: Is written to.
-        values: Of its global shape, the same on every rank.
-    """
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = target.device_mesh
-    everywhere = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    local(target).copy_(local(everywhere.redistribute(mesh, target.placements)))
-
-
-def laid_out_as(other: DTensor, held: Tensor, shape: Sequence[int] | None = None) -> DTensor:
-    """A DTensor with the mesh and placements of another.
-
-    Args:
-        other: The other.
-        held: What this rank holds.
-        shape: The global shape; None: the other's.
+        other: The other DTensor.
+        held: This rank's shard.
+        shape: The global shape; None for the other's.
+        placements: The placements; None for the other's.
     """
     from torch.distributed.tensor import DTensor
 
     size, strides = other.shape, other.stride()
     if shape is not None:
         size, strides = torch.Size(shape), torch.empty(tuple(shape), device="meta").stride()
-    return DTensor.from_local(held, other.device_mesh, other.placements, run_check=False, shape=size, stride=strides)
+    lies = other.placements if placements is None else placements
+    return DTensor.from_local(held, other.device_mesh, lies, run_check=False, shape=size, stride=strides)
 
 
 def place(target: Tensor, source: Tensor) -> None:
-    """Write a tensor of the same global shape to a DTensor, however that tensor lies; every rank must call.
+    """Write a tensor of the same global shape to a DTensor. Collective.
 
     Args:
-        target: A DTensor, which is written to.
-        source: A DTensor, or a tensor that every rank has all of.
+        target: The DTensor.
+        source: A DTensor of any placements, or a full tensor that every rank has.
     """
+    from torch.distributed.tensor import DTensor, Replicate
+
     assert is_dtensor(target)
-    alike = is_dtensor(source) and source.device_mesh == target.device_mesh and source.placements == target.placements
-    if alike:
-        local(target).copy_(local(source))
-    else:
-        fill(target, full_tensor(source).to(local(target).device))
+    mesh, own = target.device_mesh, local(target)
+    if not is_dtensor(source) or source.device_mesh != mesh or source.placements != target.placements:
+        full = full_tensor(source).to(own.device)
+        source = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        source = source.redistribute(mesh, target.placements)
+    own.copy_(local(source))
+
+
+def _groups_by_device(param: Tensor) -> Iterator[tuple[torch.device, ProcessGroup]]:
+    """Yield the process groups that share a DTensor, with the device of this rank's shard."""
+    if is_dtensor(param) and param.device.type != "meta":
+        for group in groups_of(param, range(param.device_mesh.ndim)):
+            yield local(param).device, group
 
 
 def on_any_rank(flag: bool, params: Iterable[Tensor]) -> bool:
-    """Whether something is so here, or on a rank that holds shards of the same parameters; all of those must ask."""
-    groups = dict.fromkeys(
-        (local(param).device, group)
-        for param in params
-        if is_dtensor(param) and param.device.type != "meta"
-        for group in groups_of(param, range(param.device_mesh.ndim))
-    )
-    for device, group in groups:
+    """Return whether a flag is true on any rank that holds shards of the same parameters. Collective.
+
+    Args:
+        flag: This rank's flag.
+        params: The parameters.
+    """
+    for device, group in dict.fromkeys(found for param in params for found in _groups_by_device(param)):
         found = torch.tensor(int(flag), device=device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group)
         flag = bool(found)
@@ -105,32 +102,34 @@ def on_any_rank(flag: bool, params: Iterable[Tensor]) -> bool:
 
 
 def differing(described: Iterable[tuple[str, Tensor, str]]) -> str | None:
-    """The name of a parameter of which another rank with shards of it has another description; all must ask.
+    """Return the name of a parameter that another rank with shards of it describes otherwise. Collective.
 
     Args:
         described: Name, parameter and description; in the same order on every rank.
     """
     by_group: dict[tuple[torch.device, ProcessGroup], list[tuple[str, int]]] = {}
     for name, param, text in described:
-        if is_dtensor(param) and param.device.type != "meta":
-            for group in groups_of(param, range(param.device_mesh.ndim)):
-                by_group.setdefault((local(param).device, group), []).append((name, zlib.crc32(text.encode())))
+        for key in _groups_by_device(param):
+            by_group.setdefault(key, []).append((name, zlib.crc32(text.encode())))
     found = None
     for (device, group), sums in by_group.items():
         own = torch.tensor([[value, -value] for _, value in sums], device=device)
         largest = own.clone()
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
-        found = found or next(
-            (name for (name, _), same in zip(sums, largest == own, strict=True) if not same.all()), None
-        )
+        differ = (largest != own).any(dim=1).tolist()
+        found = found or next((name for (name, _), differs in zip(sums, differ, strict=True) if differs), None)
     return found
 
 
 def local_gradient(name: str, param: Tensor) -> Tensor:
-    """What this rank holds of a parameter's gradient, laid out as the parameter is.
+    """Return this rank's shard of a parameter's gradient, with the placements of the parameter.
+
+    Args:
+        name: The parameter's name, for errors.
+        param: The parameter, with a gradient.
 
     Raises:
-        RuntimeError: The gradient of a DTensor is none.
+        RuntimeError: The parameter is a DTensor and its gradient is not.
     """
     grad = param.grad
     assert grad is not None
@@ -147,17 +146,21 @@ def local_gradient(name: str, param: Tensor) -> Tensor:
 
 
 def is_flat(param: Tensor) -> bool:
-    """Whether another library laid parameters end to end to make this one, and said so."""
+    """Return whether another library has marked a parameter as made of several, laid end to end."""
     return bool(
         getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_id")
     )
 
 
 def check_not_flat(name: str, param: Tensor) -> None:
-    """Refuse what other libraries made of parameters by laying them end to end: rows and columns are gone.
+    """Raise if another library made a parameter by laying several end to end: rows and columns are gone.
+
+    Args:
+        name: The parameter's name.
+        param: The parameter.
 
     Raises:
-        RuntimeError: Says what to use instead.
+        RuntimeError: The message says what to use instead.
     """
     if is_flat(param):
         owner = "DeepSpeed's ZeRO" if hasattr(param, "ds_id") else "FullyShardedDataParallel"
@@ -165,7 +168,11 @@ def check_not_flat(name: str, param: Tensor) -> None:
 
 
 def check_placement(name: str, param: DTensor) -> None:
-    """Refuse a parameter that lies on other ranks only.
+    """Raise if a parameter lies on other ranks only.
+
+    Args:
+        name: The parameter's name.
+        param: The parameter.
 
     Raises:
         RuntimeError: This rank is not part of the parameter's mesh.
@@ -178,7 +185,12 @@ def check_placement(name: str, param: DTensor) -> None:
 
 
 def groups_of(param: DTensor, mesh_dims: Sequence[int]) -> tuple[ProcessGroup, ...]:
-    """The process groups of some dimensions of a parameter's mesh; none where this rank is not part of it."""
+    """Return process groups of a parameter's mesh; none where this rank is not part of it.
+
+    Args:
+        param: The parameter.
+        mesh_dims: The dimensions of the mesh.
+    """
     if param.device_mesh.get_coordinate() is None:
         return ()
     return tuple(param.device_mesh.get_group(index) for index in mesh_dims)

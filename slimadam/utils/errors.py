@@ -1,4 +1,4 @@
-"""The exceptions that slimadam raises for wrong input, and how they show it."""
+"""The exception that slimadam raises for wrong plans, and helpers for error messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ class PlanError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """``"did you mean 'weight'?"`` for a name that looks like a slip, else nothing."""
+    """Return ``"did you mean 'weight'?"`` for a name that looks like a slip, else an empty text.
+
+    Args:
+        name: The unknown name.
+        known: The known names.
+        cutoff: Least similarity, as in ``difflib``.
+    """
     close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else ""
 
@@ -25,6 +31,6 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """``repr`` for an error message, at most 80 characters of it, however large or deep the value is."""
+    """Return ``repr`` for an error message, at most 80 characters of it, however large or deep the value is."""
     text = _SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -2,12 +2,13 @@
 
 Used in place are ``torch._foreach_*``, of which all of torch's own optimizers are made; names that torch looks for in
 subclasses of its optimizers and schedulers (``_init_group``, ``_step_supports_amp_scaling``, ``_last_lr``), with the
-hooks that it keeps for them; and marks that tell classes and parameters apart (``_ConvNd``, ``_is_flat_param``).
+hooks that it keeps for them; marks that tell classes and parameters apart (``_ConvNd``, ``_is_flat_param``); and the
+shard of a DTensor (``_local_tensor``), because ``to_local()`` would make a new view of a parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -18,42 +19,16 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
     _use_grad_for_differentiable,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = [
-    "HAS_WEAK_TENSORS",
-    "TorchDispatchMode",
-    "buffers",
-    "by_tensor",
-    "check_graph_capture",
-    "disable_dynamo",
-    "fsdp_forget_forward",
-    "fsdp_params",
-    "fsdp_precision",
-    "fused_adamw_",
-    "global_step_hooks",
-    "intercepts_operations",
-    "is_autocast_entered",
-    "local_shape_and_offset",
-    "local_tensor",
-    "neg_view",
-    "overlaps_itself",
-    "parameters",
-    "reference",
-    "tree_leaves",
-    "tree_map",
-    "use_grad_for_differentiable",
-    "version",
-]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-fused_adamw_ = torch._fused_adamw_
 neg_view = torch._neg_view
 
 # -- optimizers --------------------------------------------------------------------------------------------
@@ -69,19 +44,15 @@ def check_graph_capture(optimizer: Optimizer) -> None:
         getattr(optimizer, _CAPTURE_CHECK)()
 
 
-def use_grad_for_differentiable(step: _Function) -> _Function:
-    """Decorate ``step()`` to record gradients only for ``differentiable=True``."""
-    return cast(_Function, _use_grad_for_differentiable(step))
+use_grad_for_differentiable = cast(Callable[[_Function], _Function], _use_grad_for_differentiable)
+"""Decorate ``step()`` to record gradients only for ``differentiable=True``."""
+disable_dynamo = cast(Callable[[_Function], _Function], torch._disable_dynamo)  # type: ignore[attr-defined]
+"""Decorate a function that ``torch.compile`` must not trace, without importing Dynamo before it is needed."""
 
 
 def global_step_hooks() -> tuple[dict[int, Any], dict[int, Any]]:
     """Return the hooks that run before, and after, every optimizer's step in this process."""
     return _global_optimizer_pre_hooks, _global_optimizer_post_hooks
-
-
-def disable_dynamo(function: _Function) -> _Function:
-    """Decorate a function that ``torch.compile`` must not trace, without importing Dynamo before it is needed."""
-    return cast(_Function, torch._disable_dynamo(function))  # type: ignore[attr-defined]  # torch does not export it
 
 
 # -- tensors -----------------------------------------------------------------------------------------------
@@ -107,39 +78,17 @@ def is_autocast_entered(context: torch.autocast) -> bool:
     return bool(context._enabled)
 
 
-class _ById(MutableMapping[Tensor, Any]):
-    """A dict that goes by the tensor itself, and keeps it alive."""
-
-    def __init__(self) -> None:
-        self._items: dict[int, tuple[Tensor, Any]] = {}
-
-    def __getitem__(self, key: Tensor) -> Any:
-        return self._items[id(key)][1]
-
-    def __setitem__(self, key: Tensor, value: Any) -> None:
-        self._items[id(key)] = key, value
-
-    def __delitem__(self, key: Tensor) -> None:
-        del self._items[id(key)]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (key for key, _ in list(self._items.values()))
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-
 # Before, a tensor that is only weakly referred to may lose its Python object.
 HAS_WEAK_TENSORS = torch.__version__ >= "2.11"
 
 
 def by_tensor() -> MutableMapping[Tensor, Any]:
-    """Return a dict that goes by the tensor itself, and keeps none alive where this torch can do so safely."""
-    return WeakIdKeyDictionary() if HAS_WEAK_TENSORS else _ById()
+    """Return a dict with tensors as keys, which keeps none of them alive where this torch can do so safely."""
+    return WeakIdKeyDictionary() if HAS_WEAK_TENSORS else {}
 
 
 def reference(tensor: Tensor) -> Callable[[], Tensor | None]:
-    """Return what gives a tensor back as long as it lives; it keeps it alive only where a weak one is not safe."""
+    """Return a reference to a tensor, called to get it; it keeps the tensor alive only where a weak one is not safe."""
     return TensorWeakRef(tensor) if HAS_WEAK_TENSORS else lambda: tensor
 
 
@@ -159,13 +108,8 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 # -- DTensors ----------------------------------------------------------------------------------------------
 
 
-def local_tensor(tensor: DTensor) -> Tensor:
-    """Return what this rank holds of a DTensor; ``to_local()`` would make a new view of a parameter."""
-    return tensor._local_tensor
-
-
 def local_shape_and_offset(tensor: DTensor) -> tuple[Sequence[int], Sequence[int]]:
-    """Return the shape of what this rank holds of a DTensor, and where it begins in each dimension."""
+    """Return the shape of this rank's shard of a DTensor, and its offset in each dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -175,7 +119,7 @@ def local_shape_and_offset(tensor: DTensor) -> tuple[Sequence[int], Sequence[int
 
 
 def fsdp_params(module: Any) -> list[nn.Parameter]:
-    """Return the sharded parameters of an ``FSDPModule``, also while its attributes are whole ones."""
+    """Return the sharded parameters of an ``FSDPModule``, also while its attributes are full tensors."""
     groups = _fsdp_groups(module._get_fsdp_state())
     return [one.sharded_param for group in groups for one in group.fsdp_params]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slimadam import CompressionPlan, Rule, SlimAdam
-from slimadam.kernels.layout import geometry_of, has_gaps, overlap
+from slimadam.kernels.layout import has_gaps, layout, overlap
 from slimadam.layers.splits import Part
 from slimadam.optim.step import tasks
 from tests.reference import first_moment
@@ -120,9 +120,9 @@ def test_each_expert_is_rounded_at_random_by_itself() -> None:
 
 def test_what_has_no_equal_distances_is_not_taken() -> None:
     memory = torch.empty(5, 7, 9)
-    assert geometry_of(memory[:, :3, :2], [(2,)]) is None
-    assert geometry_of(memory.permute(2, 0, 1)[:, :, :3], [(0,)]) is None
-    assert geometry_of(torch.empty(6, 1).expand(6, 4), [(0,)]) is None
+    assert layout(memory[:, :3, :2], [(2,)]) is None
+    assert layout(memory.permute(2, 0, 1)[:, :, :3], [(0,)]) is None
+    assert layout(torch.empty(6, 1).expand(6, 4), [(0,)]) is None
     assert has_gaps(memory[:, :3, :2])
     assert not has_gaps(memory.permute(2, 0, 1))
 

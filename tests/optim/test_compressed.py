@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimadam import CompressionPlan, PlanError, Rule, SlimAdam
-from slimadam.kernels.reference import slim_adamw
+from slimadam.kernels.interface import Entry, Hyperparameters
+from slimadam.kernels.reference import reference_update
 from slimadam.state.rule import dimension_subsets
 from tests.reference import gradients, second_moments, slim_adamw_float64, train
 
@@ -180,11 +181,9 @@ def test_functional_form_agrees_with_float64(dims: Any, amsgrad: bool) -> None:
     second = [torch.zeros(shape, dtype=torch.float64) for shape in rule.state_shapes((7, 5))]
     largest = [torch.zeros_like(part) for part in second]
     for grad in grads:
-        slim_adamw(
-            [param], [grad], [moment], [second], [step], averaged_dims=[rule.averaged_dims(2)],
-            max_exp_avg_sqs=[largest] if amsgrad else None, lr=3e-3, beta1=0.8, beta2=0.95, eps=1e-6,
-            weight_decay=0.1, maximize=True,
-        )  # fmt: skip
+        step += 1
+        entry = Entry(param, grad, moment, second, largest if amsgrad else (), step, rule.averaged_dims(2))
+        reference_update([entry], Hyperparameters(3e-3, 0.8, 0.95, 1e-6, 0.1, amsgrad=amsgrad, maximize=True))
     options = {**OPTIONS, "amsgrad": amsgrad, "maximize": True}
     expected = slim_adamw_float64(start.numpy(), [grad.numpy() for grad in grads], dims, **options)
     np.testing.assert_allclose(param.numpy(), expected, rtol=1e-13, atol=1e-13)

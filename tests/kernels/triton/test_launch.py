@@ -17,12 +17,12 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is only installed on Linux")
 
 import slimadam.kernels.triton.launch as triton_update
-import slimadam.kernels.triton.tiling as triton_geometry
+import slimadam.kernels.triton.tiling as triton_tiling
 from benchmarks.speed import launch_settings
 from slimadam.kernels.interface import Entry, Hyperparameters, second_moment_dtype
 from slimadam.kernels.reference import reference_update
 from slimadam.kernels.triton.launch import TritonStep
-from slimadam.kernels.triton.tiling import geometry
+from slimadam.kernels.triton.tiling import tiling
 
 HYPER = Hyperparameters(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1)
 STEPS = 2
@@ -193,12 +193,12 @@ def test_drawn_shapes(data: st.DataObject) -> None:
 
 
 def test_small_limits_take_the_summing_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_geometry, "ROWS_IN_ONE_PROGRAM", 4)
-    monkeypatch.setattr(triton_geometry, "LONGEST_STRIP", 4)
+    monkeypatch.setattr(triton_tiling, "ROWS_IN_ONE_PROGRAM", 4)
+    monkeypatch.setattr(triton_tiling, "LONGEST_STRIP", 4)
     entries = [_entry(*case) for case in CASES if math.prod(case[0]) < 5000]
-    kinds = {geometry(entry.param, entry.averaged_dims).kind for entry in entries}
+    kinds = {tiling(entry.param, entry.averaged_dims).kind for entry in entries}
     assert kinds == {"full", "spread"} | ({"rows"} & kinds) | ({"columns"} & kinds)
-    assert sum(geometry(entry.param, entry.averaged_dims).kind == "spread" for entry in entries) >= 15
+    assert sum(tiling(entry.param, entry.averaged_dims).kind == "spread" for entry in entries) >= 15
     expected = _expected(entries)
     _run(entries)
     _assert_agree(entries, expected)
@@ -317,7 +317,7 @@ def test_channels_last(dims: Any) -> None:
     param, grad, exp_avg = (tensor.contiguous(memory_format=torch.channels_last) for tensor in one[:3])
     second = [part.contiguous(memory_format=torch.channels_last) for part in one.exp_avg_sq]
     entries = [one._replace(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=second)]
-    if geometry(param, one.averaged_dims) is None:
+    if tiling(param, one.averaged_dims) is None:
         assert dims in ("factored",)
         return
     expected = _expected(entries)
