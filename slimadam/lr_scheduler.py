@@ -71,10 +71,9 @@ class CatapultWarmup(LRScheduler):
 
         lr(k) = min(eta_target, critical_lr + k eta_target / warmup_steps)
 
-    where plain linear warmup has ``k eta_target / warmup_steps`` (arXiv 2406.09405). So it reaches the
-    target ``warmup_steps critical_lr / eta_target`` steps earlier, whole ones: after ``steps`` of them instead of
-    after ``warmup_steps``. Where ``critical_lr >= eta_target`` there is no warmup. Other groups keep their ratio to
-    the largest rate.
+    where plain linear warmup has ``k eta_target / warmup_steps`` (arXiv 2406.09405). So it reaches the target after
+    ``steps`` instead of ``warmup_steps``, ``warmup_steps critical_lr / eta_target`` steps earlier, rounded down. Where
+    ``critical_lr >= eta_target`` there is no warmup. Other groups keep their ratio to the largest rate.
 
     Another schedule follows with ``SequentialLR(optimizer, [warmup, other], [warmup.steps])``. In a
     ``ChainedScheduler``, and wherever else something changes the rates, those changes are kept and scaled.
@@ -229,7 +228,7 @@ class PersistentCatapultWarmup(LRScheduler):
         measured = CriticalSharpness(
             optimizer, start=self.rate, max_lr=limit, max_forwards=_MAX_FORWARDS, modules=self._modules
         ).measure(self._closure)
-        # The rate stays where the update of this batch is no descent, or its loss is not finite.
+        # Otherwise the update of this batch does not lower its loss, or the loss is not finite: the rate stays.
         if measured.status in ("found", "noisy", "no increase"):
             critical = min(measured.critical_lr, limit)
             self.rate = max(self.rate, critical) if self._measured else critical

@@ -53,8 +53,8 @@ class SharpnessMeasurement:
         lr: The present learning rate, the largest of all groups.
         status: ``"found"``. ``"noisy"``: found as closely as a closure that does not repeat itself allows.
             ``"no increase"``: up to the largest rate that was allowed, or can be expressed. ``"no descent"``: the
-            loss rises, or stays, at every rate whose effect can be told from rounding: the update is no descent
-            direction for it. ``"too noisy"``: in 16 bits, it falls at none by more than rounding does.
+            loss does not fall at any rate whose effect can be told from rounding. ``"too noisy"``: computed in 16
+            bits, the loss does not fall by more than rounding at any rate.
             ``"not finite"``: the loss is NaN or infinite where the parameters are. ``"out of
             evaluations"``: ``max_forwards`` was reached; ``bracket`` holds what is known.
         noise: Standard deviation of repeated evaluations at the same parameters; 0 for a closure that repeats itself.
@@ -96,8 +96,8 @@ class CriticalSharpness:
         modules: Modules whose buffers the closure may change; None: those alive that own a parameter.
         rounding: Changes of the loss up to this share of it are not told from rounding. None: 4.8e-7, or 1e-4 where
             parameters have 16 bits or the closure enters autocast, and more where the loss itself has 16 bits. Under
-            ``torch.compile`` autocast is not seen. From 1e-4 on nothing is made of small changes: a crossing counts
-            where the loss falls before it, and rises after it, by more than rounding would.
+            ``torch.compile`` autocast is not seen. From 1e-4 on, a crossing counts only where the loss falls before
+            it, and rises after it, by more than rounding would.
     """
 
     def __init__(

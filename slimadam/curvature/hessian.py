@@ -208,7 +208,7 @@ def _top_eigenvector(
     try:
         vectors = linalg.eigsh(operator, k=1, which="LA", v0=start, tol=tol, maxiter=max_iterations)[1]
     except linalg.ArpackNoConvergence:
-        # ARPACK keeps its best vector to itself; a few iterations of LOBPCG give what they have.
+        # ARPACK does not return its best vector; a few iterations of LOBPCG do.
         converged = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it did not converge either
@@ -319,7 +319,7 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Raise autograd's errors about second derivatives in one line that says what to do."""
+    """Replace autograd's errors about second derivatives by their remedies."""
     try:
         yield
     except RuntimeError as error:

@@ -37,7 +37,7 @@ def _axes(path: str | Path) -> Iterator[Axes]:
 def draw_run(rows: Sequence[SharpnessRow], path: str | Path) -> None:
     """Draw the sharpness of each task over the steps, with ``2 / lr`` and the edge-of-stability threshold.
 
-    Where nothing was found a cross stands at the bottom, or at the top where the update is no descent.
+    A cross at the bottom marks that nothing was found, one at the top that the loss does not fall.
 
     Args:
         rows: Measurements in the order of their steps.
@@ -73,7 +73,7 @@ def _draw_task(axes: Axes, rows: Sequence[SharpnessRow], colour: str) -> None:
 def draw_mix(advice: MixAdvice, path: str | Path) -> None:
     """Draw the sharpness of each task over the share of the first domain, with intervals and the advised share.
 
-    Of more than two domains the mixes stand in their order.
+    With more than two domains the mixes are drawn in their order.
 
     Args:
         advice: The result of :func:`~slimadam.advise_mix`.

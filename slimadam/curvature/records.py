@@ -107,7 +107,7 @@ def read_csv(path: str | Path) -> list[SharpnessRow]:
     A step that was measured again, by a run that resumed from before it, counts once: as it was measured last.
 
     Raises:
-        ValueError: It is no such file; the message names the line.
+        ValueError: The file holds something else; the message names the line.
         OSError: It cannot be read.
     """
     check_csv(Path(path))

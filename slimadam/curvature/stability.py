@@ -100,9 +100,9 @@ def regimes(
 
     Early transient: the sharpness falls from where it began (after a catapult it peaks first). Intermediate
     saturation: it stays low. Progressive sharpening: it rises. Edge of stability: it stays about the threshold, to the
-    end or until it leaves for good; what follows is called late decline, which is none of the paper's four but
-    common with cross-entropy. Any of them may be missing; they come in this order. Where the learning rate changes a
-    lot, ask for each stretch by itself. Without thresholds nothing is labelled edge of stability.
+    end or until it leaves for good. Late decline, common with cross-entropy, follows; it is not in the paper. Regimes
+    may be missing; they come in this order. Where the learning rate changes a lot, label each stretch by itself.
+    Without thresholds there is no edge of stability.
 
     The trace is smoothed by running medians of its logarithm. Measurements that are not finite and positive are left
     out.

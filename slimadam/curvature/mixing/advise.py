@@ -53,8 +53,8 @@ def advise_mix(
 
     For each mix the update ``D`` that the optimizer would take on the mixed gradient ``sum_i w_i g_i`` is measured
     against each task's loss on a batch that the gradient has not seen: its relative critical sharpness is two over
-    the learning rate at which ``theta - eta D`` first raises that loss. Over several batches the median is taken;
-    an update that is no descent for a task has infinite sharpness, because no step is safe. Advised is the mix at
+    the learning rate at which ``theta - eta D`` first raises that loss. Over several batches the median is taken. It
+    is infinite where the update does not lower a task's loss, because no step is safe. The advised mix is that at
     which the largest of the tasks' sharpnesses is smallest.
 
     Nothing is updated: parameters, gradients, optimizer state, buffers and random-number generators are left as

@@ -111,7 +111,7 @@ def pending_updates(optimizer: Optimizer, averages: Shared | None = None) -> Ite
 
 
 def averages_of_ranks(optimizer: Optimizer) -> Shared:
-    """Return what SlimAdam's pending update needs from other ranks (collective)."""
+    """Return the averages over ranks that SlimAdam's pending update needs (collective)."""
     optimizer = unwrapped(optimizer)
     return optimizer.averages_after_step() if isinstance(optimizer, SlimAdam) else Shared({})
 
@@ -296,7 +296,7 @@ def _stepped_copies(optimizer: Optimizer, dtype: torch.dtype | None) -> dict[int
 
 @contextmanager
 def _no_hooks() -> Iterator[None]:
-    """Hold back the step hooks of the whole process, which a subclass's step runs through its parent's."""
+    """Disable the process-wide step hooks, which a subclass's step runs through its parent's."""
     kept = [(hooks, dict(hooks)) for hooks in torch_private.global_step_hooks()]
     for hooks, _ in kept:
         hooks.clear()
@@ -317,6 +317,6 @@ def _shadow(optimizer: Optimizer) -> Any:
 
 
 def _step_of(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
-    """Return the class's ``step`` without the wrapper that runs hooks, also those of the whole process."""
+    """Return the class's ``step`` without the wrapper that runs hooks, process-wide ones included."""
     step: Any = type(optimizer).step
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return]

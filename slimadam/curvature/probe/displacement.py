@@ -74,12 +74,11 @@ class _Offloaded:
 
 
 class _Lean:
-    """Keeps what is lost in rounding, about one byte per element; directions are made anew.
+    """Keeps the rounding errors of moves, about one byte per element; directions are made anew.
 
     From ``moved = round(parameter (1 - eta weight_decay) - eta update)`` the parameter is computed back up to
-    rounding; how many representable numbers it is then off is kept in one byte, in two, or, where that is not enough
-    for an element in sixteen, as the parameter itself: so at most what it takes. On CUDA the host waits once for each
-    2**18 elements. The optimizer's update must not depend on its parameters' values.
+    rounding. The number of representable numbers in between is kept in one byte, or in two. Where that is not enough
+    for an element in sixteen, the parameter itself is kept. On CUDA the host waits once for each 2**18 elements.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

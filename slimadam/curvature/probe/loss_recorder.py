@@ -121,14 +121,16 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         original = torch.autograd.backward
 
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-            is_noted, self.recording = self.recording, False
-            try:
-                before = self._gradients() if is_noted else {}
+            if not self.recording:
                 original(tensors, *args, **kwargs)
-                if is_noted:
-                    self._note_loss(tensors, before, [*args[:1], *kwargs.values()])
+                return
+            self.recording = False
+            try:
+                before = self._gradients()
+                original(tensors, *args, **kwargs)
+                self._note_loss(tensors, before, [*args[:1], *kwargs.values()])
             finally:
-                self.recording = is_noted
+                self.recording = True
 
         torch.autograd.backward = backward
         try:
