@@ -6,13 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from slimadam.curvature.mixing.advice import MixAdvice
+from slimadam.curvature.records import SharpnessRow
 from slimadam.utils.plot_style import COLOURS, REFERENCE_COLOUR, STYLE
-
-if TYPE_CHECKING:
-    from slimadam.curvature.mixing.advice import MixAdvice
-    from slimadam.curvature.records import SharpnessRow
 
 try:
     import matplotlib
