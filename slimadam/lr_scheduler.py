@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
+from slimadam.curvature.critical import CriticalSharpness, is_number
 from slimadam.curvature.probe.directions import unwrapped
 from slimadam.curvature.probe.fsdp import Sharding
 from slimadam.curvature.probe.line import Closure
@@ -33,9 +32,9 @@ _REASONS = {
 
 
 def critical_lr(optimizer: Optimizer, closure: Closure, start: float = 1e-6, max_lr: float | None = None) -> float:
-    """The critical learning rate: the smallest that raises the loss in the next step (arXiv 2406.09405).
+    """Return the critical learning rate: the smallest that raises the loss in the next step (arXiv 2406.09405).
 
-    To be called after ``backward()`` and before ``step()``. Doubles the rate from ``start`` until the loss of the
+    Call it after ``backward()`` and before ``step()``. It doubles the rate from ``start`` until the loss of the
     same batch is above the loss at the parameters, then narrows the bracket to a sixteenth and returns its middle.
     Everything is left as it was, see :class:`~slimadam.CriticalSharpness`, which says more about a measurement.
 
@@ -50,31 +49,18 @@ def critical_lr(optimizer: Optimizer, closure: Closure, start: float = 1e-6, max
         The rate; ``max_lr`` where nothing up to it raises the loss, infinity where nothing does.
 
     Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: ``start`` or ``max_lr`` is not positive and finite.
         RuntimeError: No gradient is pending, or no rate could be found: the loss is not finite, or no rate along the
             pending update lowers it, or, in 16 bits, does so by more than rounding.
     """
-    measured = _measure(optimizer, closure, start, max_lr)
+    _check_rate("start", start)
+    if max_lr is not None:
+        _check_rate("max_lr", max_lr)
+    measured = CriticalSharpness(optimizer, start=start, max_lr=max_lr, max_forwards=_MAX_FORWARDS).measure(closure)
     if measured.status in ("found", "noisy"):
         return measured.critical_lr
     if measured.status == "no increase" or (measured.bracket[0] > 0 and math.isinf(measured.bracket[1])):
         return math.inf if max_lr is None else float(max_lr)
     raise RuntimeError(f"no critical learning rate: {_REASONS[measured.status].format(measured)}")
-
-
-def _measure(
-    optimizer: Optimizer,
-    closure: Closure,
-    start: float,
-    max_lr: float | None,
-    modules: list[nn.Module] | None = None,
-) -> SharpnessMeasurement:
-    _check_rate("start", start)
-    if max_lr is not None:
-        _check_rate("max_lr", max_lr)
-    probe = CriticalSharpness(optimizer, start=start, max_lr=max_lr, max_forwards=_MAX_FORWARDS, modules=modules)
-    return probe.measure(closure)
 
 
 class CatapultWarmup(LRScheduler):
@@ -85,10 +71,9 @@ class CatapultWarmup(LRScheduler):
 
         lr(k) = min(eta_target, critical_lr + k eta_target / warmup_steps)
 
-    where plain linear warmup has ``k eta_target / warmup_steps`` (arXiv 2406.09405). So it reaches the
-    target ``warmup_steps critical_lr / eta_target`` steps earlier, whole ones: after ``steps`` of them instead of
-    after ``warmup_steps``. Where ``critical_lr >= eta_target`` there is no warmup. Other groups keep their ratio to
-    the largest rate.
+    where plain linear warmup has ``k eta_target / warmup_steps`` (arXiv 2406.09405). So it reaches the target after
+    ``steps`` instead of ``warmup_steps``, ``warmup_steps critical_lr / eta_target`` steps earlier, rounded down. Where
+    ``critical_lr >= eta_target`` there is no warmup. Other groups keep their ratio to the largest rate.
 
     Another schedule follows with ``SequentialLR(optimizer, [warmup, other], [warmup.steps])``. In a
     ``ChainedScheduler``, and wherever else something changes the rates, those changes are kept and scaled.
@@ -101,11 +86,6 @@ class CatapultWarmup(LRScheduler):
 
     Attributes:
         steps: Calls of :meth:`step` until the target is reached.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: ``warmup_steps`` is below 1, ``critical_lr`` is not positive or not finite, or no group has a
-            positive rate.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, critical_lr: float, last_epoch: int = -1) -> None:
@@ -119,7 +99,7 @@ class CatapultWarmup(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rates of the groups at ``last_epoch``, as :meth:`step` computes them."""
+        """Return the rates of the groups at ``last_epoch``, as :meth:`step` computes them."""
         if self.last_epoch > 0 and not hasattr(self, "_last_lr"):  # built to go on where another one stopped
             return self._get_closed_form_lr()
         before = self._factor(self.last_epoch - 1) if self.last_epoch else 1.0
@@ -128,7 +108,7 @@ class CatapultWarmup(LRScheduler):
         return [_moved(lr, target, before, after) for lr, target in zip(rates, self._targets, strict=True)]
 
     def _get_closed_form_lr(self) -> list[float | Tensor]:
-        """Where torch asks for the rates at ``last_epoch`` whatever they are now; the name is torch's."""
+        """Return the rates at ``last_epoch``, whatever they are now; torch calls this by name."""
         return [target * self._factor(self.last_epoch) for target in self._targets]
 
     def _factor(self, step: int) -> float:
@@ -167,11 +147,6 @@ class PersistentCatapultWarmup(LRScheduler):
     Attributes:
         rate: The rate of the group with the largest target.
         target: That target.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: ``start`` is not positive, ``interval`` below 1, ``max_growth`` not above 1, or no group has a
-            positive rate.
     """
 
     def __init__(
@@ -187,7 +162,7 @@ class PersistentCatapultWarmup(LRScheduler):
             raise TypeError(f"closure={shown(closure)} must be a function that returns the loss of the batch at hand")
         _check_rate("start", start)
         _check_count("interval", interval)
-        if not _is_number(max_growth) or not max_growth > 1:
+        if not is_number(max_growth) or not max_growth > 1:
             raise ValueError(f"max_growth={shown(max_growth)} must be a number above 1")
         self._targets = _target_rates(optimizer)
         self.target = max(self._targets)
@@ -204,29 +179,23 @@ class PersistentCatapultWarmup(LRScheduler):
 
     @property
     def finished(self) -> bool:
-        """Whether the target has been reached."""
+        """True once the target has been reached."""
         return self._measured and self.rate >= self.target
 
     def get_lr(self) -> list[float | Tensor]:
-        """The rates of the groups: those of the last measurement; once finished, whatever they are."""
+        """Return the rates of the groups: those of the last measurement; once finished, the present ones."""
         if self.finished:
-            return [
-                lr.clone() if isinstance(lr := group["lr"], Tensor) else lr for group in self.optimizer.param_groups
-            ]
+            return _rates(self.optimizer)
         self._due |= self.last_epoch % self.interval == 0
         return [target * (self.rate / self.target) for target in self._targets]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer and the closure."""
-        kept_out = ("optimizer", "_closure", "_hook", "_modules")
-        return {key: value for key, value in self.__dict__.items() if key not in kept_out}
+        """Return everything but the optimizer and the closure."""
+        left_out = ("optimizer", "_closure", "_hook", "_modules")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state; what has finished stays finished.
-
-        Args:
-            state_dict: From :meth:`state_dict`.
-        """
+        """Go on from a :meth:`state_dict`; a finished warmup stays finished."""
         self.__dict__.update(state_dict)
         self._hook.remove()
         if not self.finished:
@@ -236,33 +205,6 @@ class PersistentCatapultWarmup(LRScheduler):
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._due:
             return
-        self._check_step(optimizer, args, kwargs)
-        if not any(param.grad is not None for group in optimizer.param_groups for param in group["params"]):
-            if not self._warned:
-                self._warned = True
-                warnings.warn("optimizer.step() was called without gradients: nothing to measure", stacklevel=3)
-            return
-        if self._modules is None:  # to look for them in each step would take longer than a small model's forward
-            params = [param for group in optimizer.param_groups for param in group["params"]]
-            Sharding(params).reshard()  # whole parameters are none of the optimizer's
-            self._modules = owning_modules(params)
-        self._follow(_measure(optimizer, self._closure, self.rate, self._limit(), self._modules))
-        self._due = False
-        self._set_rates()
-        if self.finished:
-            self._hook.remove()
-
-    def _limit(self) -> float:
-        return min(self.target, self.rate * self.max_growth) if self._measured else self.target
-
-    def _follow(self, measured: SharpnessMeasurement) -> None:
-        """The rate stays where the update of this batch is no descent, or its loss is not finite."""
-        if measured.status in ("found", "noisy", "no increase"):
-            critical = min(measured.critical_lr, self._limit())
-            self.rate = max(self.rate, critical) if self._measured else critical
-            self._measured = True
-
-    def _check_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("closure") is not None or any(callable(argument) for argument in args[1:]):
             raise RuntimeError(
                 "optimizer.step(closure) makes the gradient inside the step, where nothing can be measured; "
@@ -273,6 +215,28 @@ class PersistentCatapultWarmup(LRScheduler):
                 "the pending gradient is scaled by a GradScaler; call scaler.unscale_(optimizer) before "
                 "scaler.step(optimizer)"
             )
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if all(param.grad is None for param in params):
+            if not self._warned:
+                self._warned = True
+                warnings.warn("optimizer.step() was called without gradients: nothing to measure", stacklevel=3)
+            return
+        if self._modules is None:  # to look for them in each step would take longer than a small model's forward
+            Sharding(params).reshard()  # full parameters are not the optimizer's
+            self._modules = owning_modules(params)
+        limit = min(self.target, self.rate * self.max_growth) if self._measured else self.target
+        measured = CriticalSharpness(
+            optimizer, start=self.rate, max_lr=limit, max_forwards=_MAX_FORWARDS, modules=self._modules
+        ).measure(self._closure)
+        # Otherwise the update of this batch does not lower its loss, or the loss is not finite: the rate stays.
+        if measured.status in ("found", "noisy", "no increase"):
+            critical = min(measured.critical_lr, limit)
+            self.rate = max(self.rate, critical) if self._measured else critical
+            self._measured = True
+        self._due = False
+        self._set_rates()
+        if self.finished:
+            self._hook.remove()
 
     def _set_rates(self) -> None:
         for group, target in zip(self.optimizer.param_groups, self._targets, strict=True):
@@ -281,12 +245,16 @@ class PersistentCatapultWarmup(LRScheduler):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        rates = (group["lr"] for group in self.optimizer.param_groups)
-        self._last_lr = [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
+        self._last_lr = _rates(self.optimizer)
+
+
+def _rates(optimizer: Optimizer) -> list[float | Tensor]:
+    rates = (group["lr"] for group in optimizer.param_groups)
+    return [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
 
 
 def _moved(lr: float | Tensor, target: float, before: float, after: float) -> float | Tensor:
-    """``target * after`` where ``lr`` still is ``target * before``; scaled alike where something else changed it."""
+    """Return ``target * after`` where ``lr`` still is ``target * before``, else ``lr`` scaled alike."""
     if isinstance(lr, Tensor):
         ours = torch.full_like(lr, target * before)
         return torch.where(lr == ours, torch.full_like(lr, target * after), lr * (after / before))
@@ -294,9 +262,7 @@ def _moved(lr: float | Tensor, target: float, before: float, after: float) -> fl
 
 
 def _target_rates(optimizer: Optimizer) -> list[float]:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    targets = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    targets = [float(group.get("initial_lr", group["lr"])) for group in unwrapped(optimizer).param_groups]
     if not max(targets) > 0:
         raise ValueError("every group's lr is 0: set the target of the warmup as the optimizer's lr")
     return targets
@@ -310,11 +276,7 @@ def _check_count(name: str, value: object) -> None:
 
 
 def _check_rate(name: str, value: object) -> None:
-    if not _is_number(value):
+    if not is_number(value):
         raise TypeError(f"{name}={shown(value)} must be a number above 0")
     if not 0 < value < math.inf:
         raise ValueError(f"{name}={value} must be a finite number above 0")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from slimadam.curvature.preconditioner import scales_of
 from slimadam.curvature.probe.directions import pending_directions, unwrapped
+from slimadam.kernels.interface import second_moment_dtype
+from slimadam.optim.slimadam import SlimAdam
+from slimadam.state import second_moment
 from slimadam.utils.dtensor import is_dtensor
 from slimadam.utils.errors import shown
 
-Vector = NDArray[np.float64]
+_Vector = NDArray[np.float64]
 
 _REMEDIES = {
     "backward through the graph a second time": (
@@ -42,7 +44,7 @@ _REMEDIES = {
     ),
     "is not implemented": "an operation in the loss has no second derivative; compute the loss without it",
 }
-"""What autograd's errors contain, and what to do about them; the first that fits counts."""
+"""Remedies by a part of autograd's error message; the first that fits counts."""
 
 _HIDING = {
     "torch::autograd::Error": (
@@ -54,11 +56,11 @@ _HIDING = {
         "use_reentrant=False"
     ),
 }
-"""Nodes of a graph that hide what lies behind them, and what to do."""
+"""Remedies by the name of a node behind which autograd sees constants, without a word."""
 
 
 class HessianSharpness(float):
-    """The top eigenvalue of a Hessian: a number, with what tells how far to trust it.
+    """The top eigenvalue of a Hessian, with its accuracy.
 
     Attributes:
         residual: ``||H x - eigenvalue x||`` for the unit vector ``x`` that was found. The Hessian has an eigenvalue
@@ -77,7 +79,7 @@ class HessianSharpness(float):
 
 
 def directional_sharpness(optimizer: Optimizer, loss: Tensor) -> float:
-    """Curvature of the loss along the pending update: ``D^T H D / D^T g``, by one Hessian-vector product.
+    """Return the loss's curvature along the pending update, ``D^T H D / D^T g``, by one Hessian-vector product.
 
     A quadratic loss falls for every step ``theta - eta D`` with ``eta < 2 / sharpness`` (arXiv 2601.16979). Call it
     after ``loss.backward(retain_graph=True)`` and before the step. Takes memory for ``D`` and for the graph of
@@ -95,22 +97,18 @@ def directional_sharpness(optimizer: Optimizer, loss: Tensor) -> float:
         to first order, so that no learning rate is critical.
 
     Raises:
-        TypeError: ``loss`` is no tensor, or ``optimizer`` is no optimizer.
-        ValueError: ``loss`` is not a scalar, or has no graph.
         RuntimeError: No gradient is pending, the graph is freed, an operation has no second derivative, or a parameter
             is sharded.
     """
     _check_loss(loss)
-    _refuse_sharded(param for group in unwrapped(optimizer).param_groups for param in group["params"])
+    _check_not_sharded(param for group in unwrapped(optimizer).param_groups for param in group["params"])
     pending = list(pending_directions(optimizer))
-    params = [param for param, _ in pending]
-    directions = [direction for _, direction in pending]
+    params, directions = [param for param, _ in pending], [direction for _, direction in pending]
     grads = _gradients(loss, params)
     slope = _dot(grads, directions)
     if not slope.item() > 0:
         return math.nan
-    curved = _dot(_hessian_product(grads, params, directions), directions)
-    return (curved / slope).item()
+    return (_dot(_hessian_product(grads, params, directions), directions) / slope).item()
 
 
 def hessian_sharpness(
@@ -123,7 +121,7 @@ def hessian_sharpness(
     seed: int = 0,
     start: Tensor | None = None,
 ) -> HessianSharpness:
-    """The largest (most positive) eigenvalue of the Hessian of a loss, by SciPy's Lanczos iteration.
+    """Return the largest (most positive) eigenvalue of the Hessian of a loss, by SciPy's Lanczos iteration.
 
     Vectors are kept in float64, Hessian-vector products are computed in the parameters' precision. Takes memory for
     20 vectors of 8 bytes per parameter on the host, and the graph of the gradient.
@@ -147,110 +145,147 @@ def hessian_sharpness(
 
     Raises:
         ImportError: SciPy is missing.
-        TypeError: ``loss`` or a parameter is no tensor; the preconditioner is of the wrong kind.
-        ValueError: ``loss`` is not a scalar or has no graph; another argument is out of range or does not fit.
         RuntimeError: The graph is freed, an operation has no second derivative, or a parameter is sharded.
     """
     params = _checked_params(params)
-    _refuse_sharded(params)
+    _check_not_sharded(params)
     _check_loss(loss)
-    _check_options(tol, max_iterations)
-    scales = None if preconditioner is None else scales_of(preconditioner, params)
+    if not 0 <= tol < 1:
+        raise ValueError(f"tol={tol} must be in [0, 1); 0 stands for machine precision")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations={max_iterations} must be at least 1")
+    scales = None if preconditioner is None else _scales_of(preconditioner, params)
     first = _starting_vector(params, seed, start)
     grads = _gradients(loss, params)
+    try:
+        from scipy.sparse import linalg
+    except ImportError as missing:
+        raise ImportError("hessian_sharpness needs SciPy: pip install 'slimadam[curvature]'") from missing
+    count = 0
 
-    def product(flat: Vector) -> Vector:
-        vectors = _unflattened(flat.reshape(-1), params)
-        if scales is not None:
-            vectors = [vector * scale for vector, scale in zip(vectors, scales, strict=True)]
-        products = _hessian_product(grads, params, vectors)
-        if scales is not None:
-            products = [vector * scale for vector, scale in zip(products, scales, strict=True)]
-        return _flattened(products)
+    def scaled(vectors: list[Tensor]) -> list[Tensor]:
+        return vectors if scales is None else [vector * scale for vector, scale in zip(vectors, scales, strict=True)]
 
-    return _top_eigenvalue(product, first, tol, max_iterations)
+    def product(flat: _Vector) -> _Vector:
+        nonlocal count
+        count += 1
+        image = _flattened(scaled(_hessian_product(grads, params, scaled(_unflattened(flat.reshape(-1), params)))))
+        if not np.isfinite(image).all():
+            raise _NotFiniteError
+        return image
+
+    try:
+        vector, converged = _top_eigenvector(linalg, product, first, tol, max_iterations)
+        image = product(vector)
+    except _NotFiniteError:
+        vector, converged, value, residual = first, False, math.nan, math.nan
+    else:
+        value = float(vector @ image)
+        residual = float(np.linalg.norm(image - value * vector))
+    found = HessianSharpness(value)
+    found.residual = residual
+    found.converged = converged
+    found.hessian_products = count
+    found.eigenvector = torch.from_numpy(vector)
+    return found
 
 
 class _NotFiniteError(ArithmeticError):
     pass
 
 
-def _top_eigenvalue(
-    product: Callable[[Vector], Vector], start: Vector, tol: float, max_iterations: int
-) -> HessianSharpness:
-    linalg = _scipy_linalg()
-    count = 0
-
-    def counted(vector: Vector) -> Vector:
-        nonlocal count
-        count += 1
-        image = product(vector)
-        if not np.isfinite(image).all():
-            raise _NotFiniteError
-        return image
-
-    operator = linalg.LinearOperator((start.size, start.size), matvec=counted, dtype=np.float64)
+def _top_eigenvector(
+    linalg: Any, product: Callable[[_Vector], _Vector], start: _Vector, tol: float, max_iterations: int
+) -> tuple[_Vector, bool]:
+    """Return a unit vector, and whether the iteration converged to it."""
+    # ARPACK takes neither a start in the null space, where a random vector lies only if the matrix is zero, nor size 1.
+    if not product(start).any():
+        return start, True
+    if start.size == 1:
+        return np.ones(1), True
+    operator = linalg.LinearOperator((start.size, start.size), matvec=product, dtype=np.float64)
     converged = True
     try:
-        if not counted(start).any():  # what ARPACK refuses; a random vector is in no null space but of the zero matrix
-            vector = start
-        elif start.size == 1:  # likewise
-            vector = np.ones(1)
-        else:
-            try:
-                vectors = linalg.eigsh(operator, k=1, which="LA", v0=start, tol=tol, maxiter=max_iterations)[1]
-            except linalg.ArpackNoConvergence:
-                converged = False
-                vectors = _unconverged(linalg, operator, start)
-            vector = vectors[:, 0] / np.linalg.norm(vectors[:, 0])
-        image = counted(vector)
-    except _NotFiniteError:
-        return _result(math.nan, math.nan, False, count, start)
-    value = float(vector @ image)
-    return _result(value, float(np.linalg.norm(image - value * vector)), converged, count, vector)
+        vectors = linalg.eigsh(operator, k=1, which="LA", v0=start, tol=tol, maxiter=max_iterations)[1]
+    except linalg.ArpackNoConvergence:
+        # ARPACK does not return its best vector; a few iterations of LOBPCG do.
+        converged = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it did not converge either
+            vectors = linalg.lobpcg(operator, start[:, None], maxiter=20)[1]
+    return vectors[:, 0] / np.linalg.norm(vectors[:, 0]), converged
 
 
-def _unconverged(linalg: Any, operator: Any, start: Vector) -> Vector:
-    """The best vector of a few iterations of LOBPCG, which gives what it has; ARPACK keeps that to itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it did not converge either
-        vectors: Vector = linalg.lobpcg(operator, start[:, None], maxiter=20)[1]
-    return vectors
+@torch.no_grad()
+def _scales_of(preconditioner: Optimizer | Iterable[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``P**(-1/2)`` for each parameter, broadcastable to it."""
+    if isinstance(preconditioner, Optimizer):
+        diagonals = _of_optimizer(unwrapped(preconditioner), params)
+    elif isinstance(preconditioner, Tensor) or not isinstance(preconditioner, Iterable):
+        raise TypeError(f"preconditioner={shown(preconditioner)} must be an optimizer or a list of tensors")
+    else:
+        diagonals = list(preconditioner)
+    if len(diagonals) != len(params):
+        raise ValueError(f"preconditioner has {len(diagonals)} tensors for {len(params)} parameters; give one for each")
+    for index, (diagonal, param) in enumerate(zip(diagonals, params, strict=True)):
+        if not isinstance(diagonal, Tensor):
+            raise TypeError(f"preconditioner[{index}]={shown(diagonal)} must be a tensor")
+        try:
+            diagonal.expand_as(param)
+        except RuntimeError:
+            raise ValueError(
+                f"preconditioner[{index}] has shape {tuple(diagonal.shape)}; it must broadcast to the parameter's, "
+                f"{tuple(param.shape)}"
+            ) from None
+        if diagonal.is_complex() or not (diagonal.isfinite() & (diagonal > 0)).all():
+            raise ValueError(
+                f"preconditioner[{index}] has elements that are not positive numbers: an optimizer needs eps > 0 for "
+                "elements whose gradient was always zero"
+            )
+    return [diagonal.to(param.device).rsqrt() for diagonal, param in zip(diagonals, params, strict=True)]
 
 
-def _result(value: float, residual: float, converged: bool, products: int, vector: Vector) -> HessianSharpness:
-    found = HessianSharpness(value)
-    found.residual = residual
-    found.converged = converged
-    found.hessian_products = products
-    found.eigenvector = torch.from_numpy(vector)
-    return found
-
-
-def _scipy_linalg() -> Any:
-    try:
-        from scipy.sparse import linalg
-    except ImportError as missing:
-        raise ImportError("hessian_sharpness needs SciPy: pip install 'slimadam[curvature]'") from missing
-    return linalg
-
-
-# -- autograd -----------------------------------------------------------------------------------------
+def _of_optimizer(optimizer: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``sqrt(v / (1 - beta2**t)) + eps`` of each parameter; with amsgrad ``v`` is the maximum."""
+    name = type(optimizer).__name__
+    if not all({"betas", "eps"} <= group.keys() for group in optimizer.param_groups):
+        raise TypeError(f"preconditioner: {name} is not Adam-like: it has no betas and eps")
+    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
+    rules: dict[Tensor, Any] = {}
+    if isinstance(optimizer, SlimAdam):
+        rules = dict(zip(groups, optimizer.plan.by_parameter().values(), strict=True))
+    diagonals = []
+    for index, param in enumerate(params):
+        group: dict[str, Any] = groups.get(param, {})
+        kind = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+        state = optimizer.state.get(param, {})
+        moment = state.get(kind)
+        if param in rules:
+            stored = second_moment.moments_of(state, rules[param], kind)
+            moment = second_moment.expand(stored, rules[param], tuple(param.shape)) if stored else None
+        if moment is None or not group:
+            raise ValueError(
+                f"params[{index}], of shape {tuple(param.shape)}, has no second moment in {name}; take a step first, "
+                "and leave out what the optimizer does not hold or what never had a gradient"
+            )
+        correction = 1 - float(group["betas"][1]) ** float(state["step"])
+        diagonals.append((moment.to(second_moment_dtype(moment.dtype)) / correction).sqrt() + group["eps"])
+    return diagonals
 
 
 def _gradients(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
-    _refuse_hidden([loss])
+    _check_nothing_hidden([loss])
     with _explained():
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
     if all(grad is None for grad in grads):
         raise ValueError("loss depends on none of the parameters; compute it with the model that holds them")
     found = [torch.zeros_like(param) if grad is None else grad for grad, param in zip(grads, params, strict=True)]
-    _refuse_hidden(found)
+    _check_nothing_hidden(found)
     return found
 
 
-def _refuse_hidden(roots: Iterable[Tensor]) -> None:
-    """Refuse graphs with nodes behind which autograd sees constants without a word."""
+def _check_nothing_hidden(roots: Iterable[Tensor]) -> None:
+    """Raise for graphs with nodes behind which autograd sees constants without a word."""
     waiting = [root.grad_fn for root in roots]
     seen = set()
     while waiting:
@@ -264,7 +299,7 @@ def _refuse_hidden(roots: Iterable[Tensor]) -> None:
 
 
 def _hessian_product(grads: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
-    """``H v``, in the parameters' precision."""
+    """Return ``H v``, in the parameters' precision."""
     with torch.enable_grad():
         slope = _dot(grads, vectors)
     if not slope.requires_grad:  # the loss is linear
@@ -274,19 +309,17 @@ def _hessian_product(grads: Sequence[Tensor], params: Sequence[Tensor], vectors:
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Sum over all tensors of their inner products as real vectors, in at least float32."""
+    """Return the sum over all tensors of their inner products as real vectors, in at least float32."""
     total = torch.zeros(())
-    for one, other in zip(left, right, strict=True):
+    for one, other in zip(map(_real, left), map(_real, right), strict=True):
         dtype = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
-        pair = one.to(dtype), other.to(dtype)
-        one, other = map(torch.view_as_real, pair) if dtype.is_complex else pair
-        total = total.to(one.device) + (one * other).sum()
+        total = total.to(one.device) + (one.to(dtype) * other.to(dtype)).sum()
     return total
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Autograd's errors about second derivatives in one line that says what to do."""
+    """Replace autograd's errors about second derivatives by their remedies."""
     try:
         yield
     except RuntimeError as error:
@@ -296,19 +329,15 @@ def _explained() -> Iterator[None]:
         raise
 
 
-# -- vectors ------------------------------------------------------------------------------------------
-
-
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _flattened(tensors: Sequence[Tensor]) -> Vector:
-    flat = [_real(tensor.detach()).reshape(-1).to("cpu", torch.float64) for tensor in tensors]
-    return torch.cat(flat).numpy()
+def _flattened(tensors: Sequence[Tensor]) -> _Vector:
+    return torch.cat([_real(tensor.detach()).reshape(-1).to("cpu", torch.float64) for tensor in tensors]).numpy()
 
 
-def _unflattened(flat: Vector, params: Sequence[Tensor]) -> list[Tensor]:
+def _unflattened(flat: _Vector, params: Sequence[Tensor]) -> list[Tensor]:
     pieces = torch.split(torch.from_numpy(flat), [_size(param) for param in params])
     found = []
     for piece, param in zip(pieces, params, strict=True):
@@ -318,29 +347,24 @@ def _unflattened(flat: Vector, params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _size(param: Tensor) -> int:
-    return param.numel() * (2 if param.is_complex() else 1)
+    return _real(param.detach()).numel()
 
 
-def _starting_vector(params: Sequence[Tensor], seed: int, start: Tensor | None) -> Vector:
-    """A unit vector: the one given, or a random one."""
+def _starting_vector(params: Sequence[Tensor], seed: int, start: Tensor | None) -> _Vector:
+    """Return a unit vector: the one given, or a random one."""
     size = sum(map(_size, params))
-    if start is None:
-        flat = np.random.default_rng(seed).standard_normal(size)
-    elif isinstance(start, Tensor) and start.shape == (size,):
+    flat = noise = np.random.default_rng(seed).standard_normal(size)
+    if isinstance(start, Tensor) and start.shape == (size,):
         flat = start.detach().to("cpu", torch.float64).numpy()
-        noise = np.random.default_rng(seed).standard_normal(size)
         flat = flat + 1e-3 * np.linalg.norm(flat) / np.linalg.norm(noise) * noise  # to leave a block of the Hessian
-    else:
+    elif start is not None:
         found = f"a tensor of shape {tuple(start.shape)}" if isinstance(start, Tensor) else shown(start)
         raise ValueError(f"start is {found}; give the eigenvector of an earlier result, of shape ({size},)")
     norm = float(np.linalg.norm(flat))
     if not 0 < norm < math.inf:
         raise ValueError(f"start has norm {norm}; leave it out to start from a random vector")
-    unit: Vector = flat / norm
+    unit: _Vector = flat / norm
     return unit
-
-
-# -- arguments ----------------------------------------------------------------------------------------
 
 
 def _check_loss(loss: Tensor) -> None:
@@ -352,7 +376,7 @@ def _check_loss(loss: Tensor) -> None:
         raise ValueError("loss has no graph; compute it outside torch.no_grad() and do not detach it")
 
 
-def _refuse_sharded(params: Iterable[Tensor]) -> None:
+def _check_not_sharded(params: Iterable[Tensor]) -> None:
     if any(map(is_dtensor, params)):
         raise RuntimeError(
             "parameters are sharded (DTensors), and what shards them has no second backward pass; measure the critical "
@@ -374,10 +398,3 @@ def _checked_params(params: Iterable[Tensor]) -> list[Tensor]:
     if sum(map(_size, found)) == 0:
         raise ValueError("params have no elements")
     return found
-
-
-def _check_options(tol: float, max_iterations: int) -> None:
-    if not 0 <= tol < 1:
-        raise ValueError(f"tol={tol} must be in [0, 1); 0 stands for machine precision")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations={max_iterations} must be at least 1")

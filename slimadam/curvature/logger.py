@@ -1,4 +1,4 @@
-"""Critical sharpness over a run: measured every so many steps, kept, and written wherever it is wanted."""
+"""Critical sharpness over a run: measured every so many steps, kept, and written to files and trackers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ Log = Callable[[dict[str, float], int], object]
 """Takes scalars by name and the step, as ``wandb.log`` does."""
 
 
-class ScalarWriter(Protocol):
-    """What is asked of a TensorBoard ``SummaryWriter``."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
-        """Write one number of a step."""
+class _ScalarWriter(Protocol):
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
 
 
 class SharpnessLogger:
@@ -43,19 +40,17 @@ class SharpnessLogger:
     Args:
         optimizer: The optimizer, or a :class:`~slimadam.CriticalSharpness` with settings of its own.
         every: Measure in steps 0, ``every``, ``2 every``, ...
-        csv: A file that each row is added to when it is measured. One that a logger wrote is continued.
+        csv: A file to which each row is added when it is measured. One that a logger wrote is continued.
         log: Called with a row's scalars and its step, such as ``wandb.log``.
         writer: Each scalar goes to its ``add_scalar``, as of a TensorBoard ``SummaryWriter``.
 
     Attributes:
-        probe: What measures.
+        probe: The measuring object.
         rows: All measurements so far.
         steps: Training steps seen so far.
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: ``every`` is not a positive integer, or the file holds something else.
-        OSError: The file cannot be read.
+        ValueError: The file holds something else.
     """
 
     def __init__(
@@ -65,7 +60,7 @@ class SharpnessLogger:
         *,
         csv: str | Path | None = None,
         log: Log | None = None,
-        writer: ScalarWriter | None = None,
+        writer: _ScalarWriter | None = None,
     ) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every={every!r} must be an integer >= 1")
@@ -85,7 +80,7 @@ class SharpnessLogger:
 
     @property
     def is_due(self) -> bool:
-        """Whether the coming :meth:`step` measures."""
+        """True where the coming :meth:`step` measures."""
         return self.steps % self._every == 0
 
     def step(self, closure: Closure | Mapping[str, Closure]) -> list[SharpnessRow]:
@@ -96,12 +91,11 @@ class SharpnessLogger:
                 tasks' losses along the same update, each under its name.
 
         Returns:
-            What was measured in this step, one row for each task; empty where no measurement is due. A measurement
-            that finds nothing is a row too: its ``status`` says why.
+            One row for each task measured in this step; empty where no measurement is due. A measurement that finds
+            nothing is a row too: its ``status`` says why.
 
         Raises:
             RuntimeError: No gradient is pending.
-            TypeError: A closure does not return a number; whatever else it raises is passed on.
         """
         measured = self.measure(closure) if self.is_due else []
         self.steps += 1
@@ -112,45 +106,35 @@ class SharpnessLogger:
         tasks = closure if isinstance(closure, Mapping) else {"": closure}
         measured = [SharpnessRow.of(self.steps, self.probe.measure(loss, task=task)) for task, loss in tasks.items()]
         self.rows += measured
-        if _writes():
-            self._write(measured)
-        return measured
-
-    def _write(self, rows: list[SharpnessRow]) -> None:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
+            return measured
         if self._csv is not None:
-            append_csv(self._csv, rows)
-        for row in rows:
+            append_csv(self._csv, measured)
+        for row in measured:
             scalars = row.as_dict()
             if self._log is not None:
                 self._log(scalars, row.step)
             if self._writer is not None:
                 for tag, value in scalars.items():
                     self._writer.add_scalar(tag, value, row.step)
+        return measured
 
     def plot(self, path: str | Path) -> None:
-        """Draw sharpness over the steps, with ``2 / lr`` and the edge-of-stability threshold.
+        """Draw sharpness over the steps, with ``2 / lr`` and the edge-of-stability threshold, to a picture file.
 
-        Args:
-            path: The picture; its ending says the format.
-
-        Raises:
-            ImportError: matplotlib is missing; the extra ``slimadam[cli]`` brings it.
-            ValueError: Nothing has been measured.
+        Needs the extra ``slimadam[cli]``.
         """
         from slimadam.curvature.plots import draw_run
 
         draw_run(self.rows, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs: the step, all rows, and where the next search begins; numbers and strings only."""
+        """Return the step, all rows, and where the next search begins; numbers and strings only."""
         return {"steps": self.steps, "rows": [asdict(row) for row in self.rows], "probe": self.probe.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`. A file is only added to, see :func:`~slimadam.curvature.records.read_csv`.
-
-        Raises:
-            ValueError: It is no state dict of this class.
-        """
+        """Go on from a :meth:`state_dict`. A file is only added to; reading it counts repeated steps once."""
         try:
             rows = [row_from(row) for row in state_dict["rows"]]
             steps = int(state_dict["steps"])
@@ -158,8 +142,3 @@ class SharpnessLogger:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state_dict is not one of a SharpnessLogger: {error!r}") from error
         self.rows, self.steps = rows, steps
-
-
-def _writes() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

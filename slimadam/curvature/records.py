@@ -1,11 +1,11 @@
-"""One measurement of a run as a row: of a CSV file, of a dict of scalars, of a state dict."""
+"""A measurement of a run as a row: of a CSV file, of a dict of scalars, of a state dict."""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +16,7 @@ from slimadam.utils.errors import shown
 
 @dataclass(frozen=True)
 class SharpnessRow:
-    """What was measured at a step; see :class:`~slimadam.SharpnessMeasurement`.
+    """The measurement of a step; see :class:`~slimadam.SharpnessMeasurement`.
 
     Attributes:
         step: Optimizer steps taken before the measurement.
@@ -25,11 +25,11 @@ class SharpnessRow:
         lower: The end of the bracket where the loss does not rise.
         upper: The end where it does.
         forward_passes: Calls of the closure.
-        loss: At the parameters.
+        loss: The loss at the parameters.
         lr: The learning rate at that step.
         threshold: Where the edge of stability lies; None: no formula for the optimizer.
         status: Whether anything was found, or why not.
-        task: Whose loss it is; empty for the loss that is trained on.
+        task: The name of the loss; empty for the loss that is trained on.
     """
 
     step: int
@@ -46,32 +46,26 @@ class SharpnessRow:
 
     @classmethod
     def of(cls, step: int, measured: SharpnessMeasurement) -> SharpnessRow:
-        """The row of a measurement."""
+        """Return the row of a measurement.
+
+        Args:
+            step: Optimizer steps taken before it.
+            measured: The measurement.
+        """
+        copied = ("sharpness", "critical_lr", "forward_passes", "loss", "lr", "threshold", "status", "task")
         lower, upper = measured.bracket
-        return cls(
-            step=step,
-            sharpness=measured.sharpness,
-            critical_lr=measured.critical_lr,
-            lower=lower,
-            upper=upper,
-            forward_passes=measured.forward_passes,
-            loss=measured.loss,
-            lr=measured.lr,
-            threshold=measured.threshold,
-            status=measured.status,
-            task=measured.task,
-        )
+        return cls(step=step, lower=lower, upper=upper, **{name: getattr(measured, name) for name in copied})
 
     @property
     def found(self) -> bool:
-        """Whether there is a crossing."""
+        """True where a crossing was found."""
         return self.status in ("found", "noisy")
 
     def as_dict(self) -> dict[str, float]:
-        """Scalars for W&B, TensorBoard and the like: ``sharpness/critical`` and so on; with a task, after its name.
+        """Return scalars for W&B, TensorBoard and the like: ``sharpness/critical`` and so on.
 
-        What is NaN or infinite is left out, because not every tool takes it; ``sharpness/found`` says whether
-        a crossing was found.
+        With a task, its name comes after ``sharpness/``. NaN and infinity are left out, because not every tool takes
+        them; ``sharpness/found`` says whether a crossing was found.
         """
         prefix = f"sharpness/{self.task}/" if self.task else "sharpness/"
         scalars = {
@@ -88,46 +82,32 @@ class SharpnessRow:
         return {prefix + name: value for name, value in scalars.items() if math.isfinite(value)}
 
     def cells(self) -> list[str]:
-        """The row of a CSV file: numbers in full precision, a missing threshold empty."""
-        values = (getattr(self, name) for name in COLUMNS)
-        return ["" if value is None else str(value) for value in values]
+        """Return the row of a CSV file: numbers in full precision, a missing threshold empty."""
+        return ["" if value is None else str(value) for value in astuple(self)]
 
 
 COLUMNS = tuple(field.name for field in fields(SharpnessRow))
-_NUMBERS = ("sharpness", "critical_lr", "lower", "upper", "loss", "lr")
+_FROM_TEXT = {"step": int, "forward_passes": int, "status": str, "task": str}
 
 
 def row_from(values: Mapping[str, Any]) -> SharpnessRow:
-    """A row from its values by column, numbers or text.
-
-    Raises:
-        ValueError: A column is missing, or a value is not what belongs there.
-    """
+    """Return the row of values by column, numbers or text."""
     if set(values) != set(COLUMNS):
         raise ValueError(f"has the columns {shown(list(values))}, not {','.join(COLUMNS)}")
     if values["status"] not in get_args(Status):
         raise ValueError(f"has the status {shown(values['status'])}, not one of {', '.join(get_args(Status))}")
     threshold = values["threshold"]
-    return SharpnessRow(
-        step=int(values["step"]),
-        forward_passes=int(values["forward_passes"]),
-        threshold=None if threshold in (None, "") else float(threshold),
-        status=values["status"],
-        task=str(values["task"]),
-        **{name: float(values[name]) for name in _NUMBERS},
-    )
+    read: dict[str, Any] = {name: _FROM_TEXT.get(name, float)(values[name]) for name in COLUMNS if name != "threshold"}
+    return SharpnessRow(threshold=None if threshold in (None, "") else float(threshold), **read)
 
 
 def read_csv(path: str | Path) -> list[SharpnessRow]:
-    """The measurements that a :class:`~slimadam.SharpnessLogger` wrote, in the order of their steps.
+    """Return the measurements that a :class:`~slimadam.SharpnessLogger` wrote, in the order of their steps.
 
     A step that was measured again, by a run that resumed from before it, counts once: as it was measured last.
 
-    Args:
-        path: The file.
-
     Raises:
-        ValueError: It is no such file; the message names the line.
+        ValueError: The file holds something else; the message names the line.
         OSError: It cannot be read.
     """
     check_csv(Path(path))
@@ -147,9 +127,9 @@ def read_csv(path: str | Path) -> list[SharpnessRow]:
 def append_csv(path: Path, rows: list[SharpnessRow]) -> None:
     """Add rows to a file, with the header in front where there is none yet; all is on disk when it returns.
 
-    Raises:
-        ValueError: The file holds something else.
-        OSError: It cannot be written.
+    Args:
+        path: The file.
+        rows: The rows.
     """
     is_new = check_csv(path)
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -160,12 +140,7 @@ def append_csv(path: Path, rows: list[SharpnessRow]) -> None:
 
 
 def check_csv(path: Path) -> bool:
-    """Whether the file is still to begin; one that holds something else is refused.
-
-    Raises:
-        ValueError: The file's first line is not the header, its last line is not whole, or its folder is missing.
-        OSError: It cannot be read.
-    """
+    """Return whether the file is still to begin; raise ValueError where it holds something else."""
     if not path.parent.is_dir():
         raise ValueError(f"csv={str(path)!r}: there is no folder {str(path.parent)!r}; create it first")
     if not path.exists() or not path.stat().st_size:

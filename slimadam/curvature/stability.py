@@ -1,4 +1,4 @@
-"""The regimes of a training run, read off how the sharpness moves."""
+"""Stability of a training run: the threshold of an optimizer, and the regimes that the sharpness goes through."""
 
 from __future__ import annotations
 
@@ -15,214 +15,21 @@ from slimadam.curvature.probe.directions import reference_lr, unwrapped
 from slimadam.optim.slimadam import SlimAdam
 from slimadam.utils.errors import shown
 
-EARLY_TRANSIENT = "early transient"
-INTERMEDIATE_SATURATION = "intermediate saturation"
-PROGRESSIVE_SHARPENING = "progressive sharpening"
-EDGE_OF_STABILITY = "edge of stability"
-LATE_DECLINE = "late decline"
 _FEWEST = 8
 _SETTLED = 0.1
 """A fall is over, and a rise begins, within this share of it from its lowest point (in logarithms)."""
 _NOISE = 10.0
-"""What a change has to exceed, in standard errors of the smoothed trace: the range of some hundred of them and more."""
+"""A change has to exceed so many standard errors of the smoothed trace: the range of some hundred of them and more."""
 _NORMAL_MAD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 _FAR_ABOVE = 2.0
 """A sharpness that stays this many times above the threshold is not about it."""
 
-Floats = NDArray[np.float64]
-
-
-class Regime(NamedTuple):
-    """A stretch of a run.
-
-    Attributes:
-        label: ``"early transient"``, ``"intermediate saturation"``, ``"progressive sharpening"``,
-            ``"edge of stability"``, or ``"late decline"``.
-        first_step: Step of its first measurement.
-        last_step: Step of its last measurement.
-        reason: What the trace does there, in words.
-    """
-
-    label: str
-    first_step: int
-    last_step: int
-    reason: str
-
-
-def regimes(
-    trace: Iterable[Any], *, window: int | None = None, change: float = 1.25, margin: float = 0.2
-) -> list[Regime]:
-    """Label the four regimes of a run at one learning rate (arXiv 2302.12250) from measurements of its sharpness.
-
-    Early transient: the sharpness falls from where it began (after a catapult it peaks first). Intermediate
-    saturation: it stays low. Progressive sharpening: it rises. Edge of stability: it stays about the threshold, to the
-    end or until it leaves for good; what follows is called late decline, which is none of the paper's four but
-    common with cross-entropy. Any of them may be missing; they come in this order. Where the learning rate changes a
-    lot, ask for each stretch by itself. Without thresholds nothing is labelled edge of stability.
-
-    The trace is smoothed by running medians of its logarithm. Measurements that are not finite and positive are left
-    out.
-
-    Args:
-        trace: Measurements in the order of steps: tuples ``(step, sharpness)`` or ``(step, sharpness, threshold)``, or
-            mappings or objects with these names. The threshold is that of the same measure: ``2 / lr`` for the
-            critical and the directional sharpness, :func:`~slimadam.edge_of_stability` for the Hessian's. Rows of a
-            :class:`~slimadam.SharpnessLogger`, which have ``critical_lr`` and ``lr``, are taken against ``2 / lr``.
-        window: Measurements in a running median, even, so that it removes an oscillation of period two; default: a
-            thirtieth of them, at least 4.
-        change: Factor by which the sharpness must fall or rise to count; more where it is noisy.
-        margin: At the edge of stability the smoothed sharpness is at least ``(1 - margin)`` of the threshold.
-
-    Returns:
-        The regimes in order; each measurement that counts is in one.
-
-    Raises:
-        TypeError: A measurement has no step or sharpness.
-        ValueError: Fewer than 8 measurements count, steps do not increase, or an option is out of range.
-    """
-    _check_options(window, change, margin)
-    steps, sharpness, threshold = _columns(trace)
-    window = max(4, len(steps) // 60 * 2) if window is None else window
-    raw = np.log(sharpness)
-    smooth = _running_median(raw, window)
-    spread = float(np.median(np.abs(raw - smooth))) * _NORMAL_MAD
-    needed = max(math.log(change), _NOISE * spread / math.sqrt(window))
-    ratio = smooth - np.log(threshold)  # infinite thresholds, at lr = 0, are never near
-    edge, left = _edge(ratio, -math.log1p(-margin), window)
-    found = _before_the_edge(smooth[:edge], needed, reaches_it=edge < left)
-    if edge < left:
-        median = math.exp(float(np.median(ratio[edge:left])))
-        found.append((EDGE_OF_STABILITY, edge, left, f"stays about the threshold, at the median {median:.2f} of it"))
-    if left < len(raw):
-        fall = math.exp(smooth[left - 1] - smooth[-1])
-        found.append(
-            (LATE_DECLINE, left, len(raw), f"leaves the threshold for good, at the end {fall:.3g} times lower")
-        )
-    return [Regime(label, int(steps[a]), int(steps[b - 1]), reason) for label, a, b, reason in found if a < b]
-
-
-def _edge(ratio: Floats, margin: float, window: int) -> tuple[int, int]:
-    """First index at the threshold, and first after it; the number of measurements twice if there is none.
-
-    Args:
-        ratio: Logarithm of the smoothed sharpness over the threshold.
-        margin: How far below it still counts.
-        window: Shorter stays do not count; absences are overlooked up to twice as long, or a twentieth of the run.
-    """
-    near = np.flatnonzero(ratio >= -margin)
-    overlooked = max(2 * window, len(ratio) // 20)
-    stays = np.split(near, np.flatnonzero(np.diff(near) > overlooked) + 1)
-    for stay in reversed(stays):
-        if len(stay) < window:
-            continue
-        reached = stay[ratio[stay] <= margin]  # not the peak of a catapult before it
-        first, left = int(reached[0]) if len(reached) else len(ratio), int(stay[-1]) + 1
-        if left - first >= window and np.median(ratio[first:left]) <= math.log(_FAR_ABOVE):
-            return first, left if len(ratio) - left > overlooked else len(ratio)
-    return len(ratio), len(ratio)
-
-
-def _before_the_edge(smooth: Floats, needed: float, reaches_it: bool) -> list[tuple[str, int, int, str]]:
-    """Label, first index, first index after it and reason of each regime but the last."""
-    if len(smooth) == 0:
-        return []
-    low, high = _largest_rise(smooth)
-    rise = smooth[high] - smooth[low]
-    if rise < needed:
-        low = int(smooth.argmin())
-        start = end = len(smooth)
-    else:
-        start = low + int(np.flatnonzero(smooth[low : high + 1] <= smooth[low] + _SETTLED * rise)[-1])
-        end = high + 1 if not reaches_it and smooth[high] - smooth[-1] >= needed else len(smooth)
-    peak = int(smooth[: low + 1].argmax())
-    drop = smooth[peak] - smooth[low]
-    settled = 0
-    if drop >= needed:
-        settled = peak + int(np.flatnonzero(smooth[peak : low + 1] <= smooth[low] + _SETTLED * drop)[0])
-    if start < len(smooth) and start - settled <= 2 * _SETTLED * (end - start):
-        start = settled  # a steady rise is that long near its start
-    elif start == len(smooth) and start - settled <= 2 * _SETTLED * settled:
-        settled = start  # likewise
-    flat = smooth[settled:start]
-    width = math.exp(np.ptp(flat)) if len(flat) else 1.0
-    return [
-        (EARLY_TRANSIENT, 0, settled, f"falls to 1/{math.exp(drop):.3g} of its peak"),
-        (INTERMEDIATE_SATURATION, settled, start, f"stays within a factor of {width:.3g}"),
-        (PROGRESSIVE_SHARPENING, start, end, f"rises {math.exp(rise):.3g} times"),
-        (LATE_DECLINE, end, len(smooth), f"falls to 1/{math.exp(smooth[end - 1] - smooth[-1]):.3g} of its highest"),
-    ]
-
-
-def _largest_rise(values: Floats) -> tuple[int, int]:
-    """Indices ``low <= high`` with the largest ``values[high] - values[low]``."""
-    lowest = np.minimum.accumulate(values)
-    high = int((values - lowest).argmax())
-    return int(values[: high + 1].argmin()), high
-
-
-def _running_median(values: Floats, window: int) -> Floats:
-    """Medians of ``window`` values about each; at the ends those of the first and the last that there are."""
-    window = min(window, len(values))
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(values, window), axis=1)
-    before = window // 2
-    return np.pad(medians, (before, len(values) - len(medians) - before), mode="edge")
-
-
-def _columns(trace: Iterable[Any]) -> tuple[Floats, Floats, Floats]:
-    """Steps, sharpness and thresholds (infinite where there is none) of the measurements that count."""
-    rows = np.array([_row(index, row) for index, row in enumerate(trace)], dtype=np.float64).reshape(-1, 3)
-    rows = rows[np.isfinite(rows[:, 1]) & (rows[:, 1] > 0)]
-    if len(rows) < _FEWEST:
-        raise ValueError(f"trace has {len(rows)} finite positive measurements; regimes need at least {_FEWEST}")
-    if not (np.diff(rows[:, 0]) > 0).all():
-        raise ValueError("the steps of trace do not increase; give the measurements of one run in their order")
-    if not (rows[:, 2] > 0).all():
-        raise ValueError(f"trace has the threshold {rows[:, 2].min()}; thresholds must be positive, or None")
-    return rows[:, 0], rows[:, 1], rows[:, 2]
-
-
-def _row(index: int, row: Any) -> tuple[float, float, float]:
-    try:
-        if isinstance(row, (tuple, list)) and not hasattr(row, "sharpness"):
-            step, sharpness, threshold = (*row, None)[:3]
-        else:
-            values = row if isinstance(row, Mapping) else _Attributes(row)
-            step, sharpness, threshold = values["step"], values["sharpness"], values.get("threshold")
-            if values.get("critical_lr") is not None and values.get("lr"):
-                threshold = 2 / float(values["lr"])
-        return float(step), float(sharpness), math.inf if threshold is None else float(threshold)
-    except (KeyError, AttributeError, ValueError, TypeError) as error:
-        raise TypeError(
-            f"trace[{index}]={shown(row)} must be (step, sharpness) or (step, sharpness, threshold), or have these "
-            "as keys or attributes"
-        ) from error
-
-
-class _Attributes:
-    """An object's attributes as those of a mapping."""
-
-    def __init__(self, owner: Any) -> None:
-        self._owner = owner
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self._owner, name)
-
-    def get(self, name: str) -> Any:
-        return getattr(self._owner, name, None)
-
-
-def _check_options(window: int | None, change: float, margin: float) -> None:
-    if window is not None and (window < 2 or window % 2):
-        raise ValueError(f"window={window} must be an even number of measurements, at least 2")
-    if not change > 1:
-        raise ValueError(f"change={change} must be above 1, such as 1.25 for a quarter")
-    if not 0 < margin < 1:
-        raise ValueError(f"margin={margin} must lie between 0 and 1")
+_Floats = NDArray[np.float64]
 
 
 def edge_of_stability(optimizer: Optimizer) -> float | None:
-    r"""The largest curvature at which the optimizer converges on a quadratic loss, its preconditioner held still.
+    r"""Return the largest curvature at which the optimizer converges on a quadratic loss, its preconditioner constant.
 
     With learning rate ``lr``, momentum or first decay rate ``b``, dampening ``d`` and weight decay ``w``:
 
@@ -251,32 +58,182 @@ def edge_of_stability(optimizer: Optimizer) -> float | None:
     Returns:
         The threshold, in units of one over the learning rate; infinity at ``lr = 0``. None where no formula is known
         (NAdam, RAdam, ...). Adam's own weight decay goes through the preconditioner and has no term.
-
-    Raises:
-        TypeError: It is no torch optimizer.
-        ValueError: A group has no learning rate.
     """
     optimizer = unwrapped(optimizer)
     lr = reference_lr(optimizer)
     group = next(group for group in optimizer.param_groups if float(group["lr"]) == lr)
     if isinstance(optimizer, torch.optim.SGD):
-        return _of_sgd(group, lr)
-    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, SlimAdam)):
-        coupled = type(optimizer) is torch.optim.Adam and not group.get("decoupled_weight_decay", False)
-        return _of_adam(group, lr, 0.0 if coupled else float(group["weight_decay"]))
-    return None
+        beta, decay = float(group["momentum"]), float(group["weight_decay"])
+        factor = 1 + 2 * beta if group["nesterov"] else 1 - float(group["dampening"])
+        if beta == 0:
+            factor = 1.0
+    elif isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, SlimAdam)):
+        is_coupled = type(optimizer) is torch.optim.Adam and not group.get("decoupled_weight_decay", False)
+        beta, decay = float(group["betas"][0]), 0.0 if is_coupled else float(group["weight_decay"])
+        factor = 1 - beta
+    else:
+        return None
+    return (2 + 2 * beta) / (factor * lr) - decay if lr > 0 and factor > 0 else math.inf
 
 
-def _of_sgd(group: dict[str, Any], lr: float) -> float:
-    momentum, decay = float(group["momentum"]), float(group["weight_decay"])
-    if lr == 0:
-        return math.inf
-    if momentum == 0:
-        return 2 / lr - decay
-    factor = 1 + 2 * momentum if group["nesterov"] else 1 - float(group["dampening"])
-    return (2 + 2 * momentum) / (factor * lr) - decay if factor > 0 else math.inf
+class Regime(NamedTuple):
+    """A stretch of a run.
+
+    Attributes:
+        label: ``"early transient"``, ``"intermediate saturation"``, ``"progressive sharpening"``,
+            ``"edge of stability"``, or ``"late decline"``.
+        first_step: Step of its first measurement.
+        last_step: Step of its last measurement.
+        reason: How the trace moves there, in words.
+    """
+
+    label: str
+    first_step: int
+    last_step: int
+    reason: str
 
 
-def _of_adam(group: dict[str, Any], lr: float, decay: float) -> float:
-    beta1 = float(group["betas"][0])
-    return (2 + 2 * beta1) / ((1 - beta1) * lr) - decay if lr > 0 else math.inf
+def regimes(
+    trace: Iterable[Any], *, window: int | None = None, change: float = 1.25, margin: float = 0.2
+) -> list[Regime]:
+    """Label the four regimes of a run at one learning rate (arXiv 2302.12250) from measurements of its sharpness.
+
+    Early transient: the sharpness falls from where it began (after a catapult it peaks first). Intermediate
+    saturation: it stays low. Progressive sharpening: it rises. Edge of stability: it stays about the threshold, to the
+    end or until it leaves for good. Late decline, common with cross-entropy, follows; it is not in the paper. Regimes
+    may be missing; they come in this order. Where the learning rate changes a lot, label each stretch by itself.
+    Without thresholds there is no edge of stability.
+
+    The trace is smoothed by running medians of its logarithm. Measurements that are not finite and positive are left
+    out.
+
+    Args:
+        trace: Measurements in the order of steps: tuples ``(step, sharpness)`` or ``(step, sharpness, threshold)``, or
+            mappings or objects with these names. The threshold is that of the same measure: ``2 / lr`` for the
+            critical and the directional sharpness, :func:`~slimadam.edge_of_stability` for the Hessian's. Rows of a
+            :class:`~slimadam.SharpnessLogger`, which have ``critical_lr`` and ``lr``, are taken against ``2 / lr``.
+        window: Measurements in a running median, even, so that it removes an oscillation of period two; default: a
+            thirtieth of them, at least 4.
+        change: Factor by which the sharpness must fall or rise to count; more where it is noisy.
+        margin: At the edge of stability the smoothed sharpness is at least ``(1 - margin)`` of the threshold.
+
+    Returns:
+        The regimes in order; each measurement that counts is in one.
+
+    Raises:
+        ValueError: Fewer than 8 measurements count, or steps do not increase.
+    """
+    if window is not None and (window < 2 or window % 2):
+        raise ValueError(f"window={window} must be an even number of measurements, at least 2")
+    if not change > 1:
+        raise ValueError(f"change={change} must be above 1, such as 1.25 for a quarter")
+    if not 0 < margin < 1:
+        raise ValueError(f"margin={margin} must lie between 0 and 1")
+    steps, sharpness, threshold = _columns(trace)
+    window = max(4, len(steps) // 60 * 2) if window is None else window
+    raw = np.log(sharpness)
+    smooth = _running_median(raw, window)
+    spread = float(np.median(np.abs(raw - smooth))) * _NORMAL_MAD
+    needed = max(math.log(change), _NOISE * spread / math.sqrt(window))
+    ratio = smooth - np.log(threshold)  # infinite thresholds, at lr = 0, are never near
+    edge, left = _edge(ratio, -math.log1p(-margin), window)
+    found = _before_the_edge(smooth[:edge], needed, reaches_it=edge < left)
+    if edge < left:
+        median = math.exp(float(np.median(ratio[edge:left])))
+        found.append(("edge of stability", edge, left, f"stays about the threshold, at the median {median:.2f} of it"))
+    if left < len(raw):
+        fall = math.exp(smooth[left - 1] - smooth[-1])
+        reason = f"leaves the threshold for good, at the end {fall:.3g} times lower"
+        found.append(("late decline", left, len(raw), reason))
+    return [Regime(label, int(steps[a]), int(steps[b - 1]), reason) for label, a, b, reason in found if a < b]
+
+
+def _edge(ratio: _Floats, margin: float, window: int) -> tuple[int, int]:
+    """Return the first index at the threshold, and the first after it; the number of measurements twice if none is.
+
+    ``ratio`` is the logarithm of the smoothed sharpness over the threshold, and ``margin`` how far below still counts.
+    Stays shorter than ``window`` do not count; absences are overlooked up to twice as long, or a twentieth of the run.
+    """
+    near = np.flatnonzero(ratio >= -margin)
+    overlooked = max(2 * window, len(ratio) // 20)
+    stays = np.split(near, np.flatnonzero(np.diff(near) > overlooked) + 1)
+    for stay in reversed(stays):
+        if len(stay) < window:
+            continue
+        reached = stay[ratio[stay] <= margin]  # not the peak of a catapult before it
+        first, left = int(reached[0]) if len(reached) else len(ratio), int(stay[-1]) + 1
+        if left - first >= window and np.median(ratio[first:left]) <= math.log(_FAR_ABOVE):
+            return first, left if len(ratio) - left > overlooked else len(ratio)
+    return len(ratio), len(ratio)
+
+
+def _before_the_edge(smooth: _Floats, needed: float, reaches_it: bool) -> list[tuple[str, int, int, str]]:
+    """Return label, first index, first index after it and reason of each regime but the last."""
+    if len(smooth) == 0:
+        return []
+    high = int((smooth - np.minimum.accumulate(smooth)).argmax())  # the end of the largest rise, and its start
+    low = int(smooth[: high + 1].argmin())
+    rise = smooth[high] - smooth[low]
+    if rise < needed:
+        low = int(smooth.argmin())
+        start = end = len(smooth)
+    else:
+        start = low + int(np.flatnonzero(smooth[low : high + 1] <= smooth[low] + _SETTLED * rise)[-1])
+        end = high + 1 if not reaches_it and smooth[high] - smooth[-1] >= needed else len(smooth)
+    peak = int(smooth[: low + 1].argmax())
+    drop = smooth[peak] - smooth[low]
+    settled = 0
+    if drop >= needed:
+        settled = peak + int(np.flatnonzero(smooth[peak : low + 1] <= smooth[low] + _SETTLED * drop)[0])
+    if start < len(smooth) and start - settled <= 2 * _SETTLED * (end - start):
+        start = settled  # a steady rise is that long near its start
+    elif start == len(smooth) and start - settled <= 2 * _SETTLED * settled:
+        settled = start  # likewise
+    flat = smooth[settled:start]
+    width = math.exp(np.ptp(flat)) if len(flat) else 1.0
+    return [
+        ("early transient", 0, settled, f"falls to 1/{math.exp(drop):.3g} of its peak"),
+        ("intermediate saturation", settled, start, f"stays within a factor of {width:.3g}"),
+        ("progressive sharpening", start, end, f"rises {math.exp(rise):.3g} times"),
+        ("late decline", end, len(smooth), f"falls to 1/{math.exp(smooth[end - 1] - smooth[-1]):.3g} of its highest"),
+    ]
+
+
+def _running_median(values: _Floats, window: int) -> _Floats:
+    """Return the medians of ``window`` values about each; at the ends those of the first and the last window."""
+    window = min(window, len(values))
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(values, window), axis=1)
+    before = window // 2
+    return np.pad(medians, (before, len(values) - len(medians) - before), mode="edge")
+
+
+def _columns(trace: Iterable[Any]) -> tuple[_Floats, _Floats, _Floats]:
+    """Return steps, sharpness and thresholds (infinite where there is none) of the measurements that count."""
+    rows = np.array([_row(index, row) for index, row in enumerate(trace)], dtype=np.float64).reshape(-1, 3)
+    rows = rows[np.isfinite(rows[:, 1]) & (rows[:, 1] > 0)]
+    if len(rows) < _FEWEST:
+        raise ValueError(f"trace has {len(rows)} finite positive measurements; regimes need at least {_FEWEST}")
+    if not (np.diff(rows[:, 0]) > 0).all():
+        raise ValueError("the steps of trace do not increase; give the measurements of one run in their order")
+    if not (rows[:, 2] > 0).all():
+        raise ValueError(f"trace has the threshold {rows[:, 2].min()}; thresholds must be positive, or None")
+    return rows[:, 0], rows[:, 1], rows[:, 2]
+
+
+def _row(index: int, row: Any) -> tuple[float, float, float]:
+    def get(name: str) -> Any:
+        return row.get(name) if isinstance(row, Mapping) else getattr(row, name, None)
+
+    try:
+        if isinstance(row, (tuple, list)) and not hasattr(row, "sharpness"):
+            step, sharpness, threshold = (*row, None)[:3]
+        else:
+            step, sharpness, threshold = get("step"), get("sharpness"), get("threshold")
+            if get("critical_lr") is not None and get("lr"):
+                threshold = 2 / float(get("lr"))
+        return float(step), float(sharpness), math.inf if threshold is None else float(threshold)
+    except (ValueError, TypeError) as error:
+        raise TypeError(
+            f"trace[{index}]={shown(row)} must be (step, sharpness) or (step, sharpness, threshold), or have these "
+            "as keys or attributes"
+        ) from error

@@ -1,4 +1,4 @@
-"""What a sweep of mixing ratios found: curves, the advised mix, and how sure both are."""
+"""The result of a sweep of mixing ratios: curves, the advised mix, and their intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Values = NDArray[np.float64]
+_Values = NDArray[np.float64]
 
 _RESAMPLES = 2000
 
@@ -21,10 +21,10 @@ class MixCurve:
     """The sharpness of one task over the mixes.
 
     Attributes:
-        task: Its name.
+        task: The task's name.
         sharpness: The median over batches at each mix; infinite where no step is safe.
         interval: ``(lower, upper)`` of that median at each mix, by resampling the batches.
-        batches: What each batch gave, ``[mix][batch]``.
+        batches: The sharpness on each batch, ``[mix][batch]``.
     """
 
     task: str
@@ -45,7 +45,7 @@ class MixAdvice:
         critical_lr: The largest learning rate of the advised update that raises no task's loss.
         mixes: The weights that were tried, each in the order of ``weights``.
         curves: The sharpness of each task over ``mixes``.
-        level: Of the intervals.
+        level: The share of the resamples that the intervals hold.
     """
 
     weights: dict[str, float]
@@ -62,19 +62,19 @@ class MixAdvice:
         domains: Sequence[str],
         tasks: Sequence[str],
         mixes: Sequence[tuple[float, ...]],
-        sharpness: Values,
+        sharpness: _Values,
         level: float = 0.9,
         seed: int = 0,
     ) -> MixAdvice:
-        """From sharpnesses measured.
+        """Return the advice that follows from measured sharpnesses.
 
         Args:
-            domains: What is mixed.
-            tasks: What was measured.
+            domains: The names of the domains that are mixed.
+            tasks: The names of the tasks whose losses were measured.
             mixes: Weights of the domains.
             sharpness: Of shape ``[tasks, mixes, batches]``, not NaN; infinite where no step is safe.
-            level: Of the intervals.
-            seed: Of the resampling.
+            level: The share of the resamples that the intervals hold.
+            seed: The seed of the resampling.
         """
         curves = _median(sharpness)
         generator = np.random.default_rng(seed)
@@ -83,26 +83,22 @@ class MixAdvice:
         chosen = [_advised(curve) for curve in resampled]
         decided = np.array([mixes[index] for index in chosen if index is not None]).reshape(-1, len(domains))
         best = _advised(curves)
-        weights = (math.nan,) * len(domains) if best is None else mixes[best]
+        weights, critical_lr, intervals = (math.nan,) * len(domains), math.nan, [(math.nan, math.nan)] * len(domains)
         tails = ((1 - level) / 2, (1 + level) / 2)
+        if best is not None:
+            largest = curves[:, best].max()
+            weights, critical_lr = mixes[best], 2 / largest if largest else math.inf
+            intervals = list(map(tuple, np.quantile(decided, tails, axis=0, method="inverted_cdf").T.tolist()))
         bands = np.quantile(np.stack(resampled), tails, axis=0, method="inverted_cdf")
         return cls(
             weights=dict(zip(domains, weights, strict=True)),
-            intervals={
-                name: _interval(decided[:, index], tails) if best is not None else (math.nan, math.nan)
-                for index, name in enumerate(domains)
-            },
+            intervals=dict(zip(domains, intervals, strict=True)),
             undecided=1 - len(decided) / _RESAMPLES,
-            critical_lr=math.nan if best is None else _critical_lr(curves[:, best].max()),
+            critical_lr=critical_lr,
             mixes=list(mixes),
             curves=[
-                MixCurve(
-                    task,
-                    curves[index].tolist(),
-                    [(float(low), float(high)) for low, high in bands[:, index].T],
-                    sharpness[index].tolist(),
-                )
-                for index, task in enumerate(tasks)
+                MixCurve(task, curve.tolist(), list(map(tuple, band.T.tolist())), measured.tolist())
+                for task, curve, band, measured in zip(tasks, curves, bands.swapaxes(0, 1), sharpness, strict=True)
             ],
             level=level,
         )
@@ -114,11 +110,11 @@ class MixAdvice:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where :attr:`ratio` lies in ``level`` of the resamples."""
+        """The interval that holds :attr:`ratio` in ``level`` of the resamples."""
         return next(iter(self.intervals.values()))
 
     def rows(self) -> list[dict[str, float | str]]:
-        """One for each mix and task: the weights, the task, its sharpness, and the interval of that."""
+        """Return a row for each mix and task: the weights, the task, its sharpness, and the interval of that."""
         return [
             {
                 **dict(zip(self.weights, mix, strict=True)),
@@ -132,15 +128,14 @@ class MixAdvice:
         ]
 
     def table(self) -> str:
-        """The curves as lines of text, the advised mix marked."""
+        """Return the curves as lines of text, the advised mix marked."""
         advised = tuple(self.weights.values())
-        header = [*self.weights, *(f"sharpness of {curve.task}" for curve in self.curves), "largest", ""]
-        lines = [header]
+        lines = [[*self.weights, *(f"sharpness of {curve.task}" for curve in self.curves), "largest", ""]]
         for index, mix in enumerate(self.mixes):
             values = [curve.sharpness[index] for curve in self.curves]
             numbers = [*(f"{weight:.3g}" for weight in mix), *(f"{value:.4g}" for value in (*values, max(values)))]
             lines.append([*numbers, "advised" if mix == advised else ""])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         )
@@ -156,42 +151,32 @@ class MixAdvice:
         return f"advised mix: {shares}; no task is hurt up to learning rate {self.critical_lr:.3g}{doubt}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON: None stands for a sharpness that no step is safe under, and for no advice."""
+        """Return all of it, ready for JSON, with None for infinity (no step is safe) and NaN (no advice)."""
         written: dict[str, Any] = _finite_or_none(asdict(self))
         return written
 
     def plot(self, path: str | Path) -> None:
         """Draw the curves over the share of the first domain, or, of more than two, over the mixes in order.
 
-        Raises:
-            ImportError: matplotlib is missing; the extra ``slimadam[cli]`` brings it.
+        Needs the extra ``slimadam[cli]``.
         """
-        from slimadam.curvature.mixing.plots import draw_mix
+        from slimadam.curvature.plots import draw_mix
 
         draw_mix(self, path)
 
 
-def _median(sharpness: Values) -> Values:
-    """Over the batches, the upper one of an even number: a mean with infinity would be no number of any batch."""
+def _median(sharpness: _Values) -> _Values:
+    """Return the median over the batches; of an even number the upper one, as a mean with infinity would mislead."""
     return np.asarray(np.quantile(sharpness, 0.5, axis=2, method="higher"))
 
 
-def _advised(curves: Values) -> int | None:
-    """The mix whose largest sharpness is smallest; the middle one of several that are equal; None if all infinite."""
+def _advised(curves: _Values) -> int | None:
+    """Return the mix whose largest sharpness is smallest, the middle one of equal ones; None if all are infinite."""
     largest = curves.max(axis=0)
     if np.isinf(largest.min()):
         return None
     equal = np.flatnonzero(largest == largest.min())
     return int(equal[len(equal) // 2])
-
-
-def _interval(shares: Values, tails: tuple[float, float]) -> tuple[float, float]:
-    low, high = np.quantile(shares, tails, method="inverted_cdf")
-    return float(low), float(high)
-
-
-def _critical_lr(sharpness: float) -> float:
-    return 2 / sharpness if sharpness else math.inf
 
 
 def _finite_or_none(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How much of each domain to train on next: relative critical sharpness over the mixing ratio, at a checkpoint.
+"""Advice on how much of each domain to train on next, from relative critical sharpness over the mixing ratio.
 
 Source: arXiv 2601.16979, the section on data mixing.
 """
@@ -6,15 +6,15 @@ Source: arXiv 2601.16979, the section on data mixing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import combinations_with_replacement, pairwise
 from typing import get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
@@ -29,8 +29,7 @@ from slimadam.utils.dtensor import is_dtensor
 BatchLoss = Callable[[int], Tensor]
 """The mean loss of a task on its batch of a number, with a graph; the same number gives the same batch."""
 
-Weights = tuple[float, ...]
-Gradients = list[Tensor | None]
+_Weights = tuple[float, ...]
 
 _DIVISIONS, _DIVISIONS_OF_MANY = 10, 4
 
@@ -50,12 +49,12 @@ def advise_mix(
     memory: Memory = "copy",
     progress: Callable[[int, int], None] | None = None,
 ) -> MixAdvice:
-    """The mix of domains whose next update may go farthest before it hurts any task (arXiv 2601.16979).
+    """Return the mix of domains whose next update may go farthest before it hurts any task (arXiv 2601.16979).
 
     For each mix the update ``D`` that the optimizer would take on the mixed gradient ``sum_i w_i g_i`` is measured
     against each task's loss on a batch that the gradient has not seen: its relative critical sharpness is two over
-    the learning rate at which ``theta - eta D`` first raises that loss. Over several batches the median is taken;
-    an update that is no descent for a task has infinite sharpness, because no step is safe. Advised is the mix at
+    the learning rate at which ``theta - eta D`` first raises that loss. Over several batches the median is taken. It
+    is infinite where the update does not lower a task's loss, because no step is safe. The advised mix is that at
     which the largest of the tasks' sharpnesses is smallest.
 
     Nothing is updated: parameters, gradients, optimizer state, buffers and random-number generators are left as
@@ -72,14 +71,14 @@ def advise_mix(
     Args:
         optimizer: SlimAdam, or any torch optimizer whose step needs no closure, over the model's parameters.
         losses: The domains that are mixed, by name, two or more; each gives its mean loss on the batch of a number.
-        tasks: What must not get worse, by name; None: the domains themselves.
+        tasks: The losses that must not get worse, by name; None: the domains themselves.
         ratios: The mixes to try. Of two domains: shares of the first, in 0..1. Of any number: the weights of all,
             which sum to 1. None: steps of 0.1 between two domains, of 0.25 between more.
         batches: How often all is measured, each time on other batches. Numbers ``2 n`` give the gradients and
             ``2 n + 1`` the losses that they are judged by, so that ``2 * batches`` are used of each loss.
-        seed: Of the resampling that the intervals come from.
+        seed: The seed of the resampling that the intervals come from.
         level: Share of the resamples that the intervals hold.
-        tol: Of the search for each crossing, see :class:`~slimadam.CriticalSharpness`.
+        tol: The tolerance of the search for each crossing, see :class:`~slimadam.CriticalSharpness`.
         momentum: ``"settled"``: first moments as they become under the mix, see
             :class:`~slimadam.curvature.mixing.settled_momentum.SettledMomentum`. ``"kept"``: as they are; the very
             next step.
@@ -88,11 +87,10 @@ def advise_mix(
         progress: Called after each mix of each batch with how many are done, and of how many.
 
     Returns:
-        The advised mix, the curves behind it, and how sure both are.
+        The advised mix, the curves behind it, and their intervals.
 
     Raises:
-        TypeError: An argument has the wrong type, or a loss is not a tensor of one element.
-        ValueError: An argument is out of range, or a loss or gradient is not finite at the checkpoint.
+        ValueError: A loss or gradient is not finite at the checkpoint.
         RuntimeError: A parameter is sharded.
     """
     tasks = losses if tasks is None else tasks
@@ -104,72 +102,50 @@ def advise_mix(
     modules = owning_modules(params)
     probe = CriticalSharpness(optimizer, tol, memory=memory, max_forwards=100, modules=modules)
     settled = SettledMomentum(optimizer) if momentum == "settled" else None
-    sweep = _Sweep(params, losses, tasks, max_grad_norm, probe, settled)
     sharpness = np.empty((len(tasks), len(mixes), batches))
-    done = 0
-    with _untouched(params, modules, settled):
+    with ExitStack() as afterwards:
+        afterwards.callback(RandomState([param.device for param in params]).restore)
+        afterwards.callback(Buffers(modules).restore)
+        if settled is not None:
+            afterwards.callback(settled.restore)
+        for param in params:
+            afterwards.callback(setattr, param, "grad", param.grad)
         for batch in range(batches):
-            gradients = sweep.gradients(2 * batch)
+            gradients = [_gradients(name, loss, params, 2 * batch) for name, loss in losses.items()]
             for index, weights in enumerate(mixes):
-                sharpness[:, index, batch] = sweep.sharpnesses(gradients, weights, 2 * batch + 1)
-                done += 1
+                for param, *domains in zip(params, *gradients, strict=True):
+                    param.grad = _mixed(param, domains, weights)
+                if max_grad_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
+                if settled is not None:
+                    settled.settle()
+                sharpness[:, index, batch] = [
+                    _safe_sharpness(probe.measure(partial(loss, 2 * batch + 1), task=name))
+                    for name, loss in tasks.items()
+                ]
                 if progress is not None:
-                    progress(done, batches * len(mixes))
+                    progress(batch * len(mixes) + index + 1, batches * len(mixes))
     return MixAdvice.from_sharpness(list(losses), list(tasks), mixes, sharpness, level, seed)
 
 
-class _Sweep:
-    """Gradients of the domains, and each task's sharpness along their mixes."""
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        losses: Mapping[str, BatchLoss],
-        tasks: Mapping[str, BatchLoss],
-        max_grad_norm: float | None,
-        probe: CriticalSharpness,
-        settled: SettledMomentum | None,
-    ) -> None:
-        self._params = params
-        self._losses = losses
-        self._tasks = tasks
-        self._max_grad_norm = max_grad_norm
-        self._probe = probe
-        self._settled = settled
-
-    def gradients(self, batch: int) -> list[Gradients]:
-        """Of each domain, in the order of the parameters."""
-        trained = [param for param in self._params if param.requires_grad]
-        found = []
-        for name, closure in self._losses.items():
-            with torch.enable_grad():
-                loss = _finite(name, closure(batch))
-                grads = iter(torch.autograd.grad(loss, trained, allow_unused=True))
-            found.append([next(grads) if param.requires_grad else None for param in self._params])
-            if not all(grad is None or bool(grad.isfinite().all()) for grad in found[-1]):
-                raise ValueError(f"the gradient of losses[{name!r}] on batch {batch} is not finite")
-        return found
-
-    def sharpnesses(self, gradients: list[Gradients], weights: Weights, batch: int) -> list[float]:
-        """Of each task, along the update on the mixed gradient."""
-        for index, param in enumerate(self._params):
-            param.grad = _mixed(param, [domain[index] for domain in gradients], weights)
-        if self._max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._params, self._max_grad_norm)
-        if self._settled is not None:
-            self._settled.settle()
-        return [
-            safe_sharpness(self._probe.measure(partial(closure, batch), task=name))
-            for name, closure in self._tasks.items()
-        ]
+def _gradients(name: str, closure: BatchLoss, params: Sequence[Tensor], batch: int) -> list[Tensor | None]:
+    """Return the gradients of a domain's loss, in the order of the parameters."""
+    with torch.enable_grad():
+        loss = closure(batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise TypeError(f"losses[{name!r}] returned {loss!r:.80}, not a tensor of one element with a graph")
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"losses[{name!r}] returned {loss.item()} at the checkpoint")
+        trained = [param for param in params if param.requires_grad]
+        grads = iter(torch.autograd.grad(loss, trained, allow_unused=True))
+    found = [next(grads) if param.requires_grad else None for param in params]
+    if not all(grad is None or bool(grad.isfinite().all()) for grad in found):
+        raise ValueError(f"the gradient of losses[{name!r}] on batch {batch} is not finite")
+    return found
 
 
-def safe_sharpness(measured: SharpnessMeasurement) -> float:
-    """The sharpness to count on: infinite where no step is known to be safe, 0 where every step is.
-
-    Raises:
-        ValueError: The loss is not finite at the parameters.
-    """
+def _safe_sharpness(measured: SharpnessMeasurement) -> float:
+    """Return the sharpness to count on: infinite where no step is known to be safe, 0 where every step is."""
     if measured.status == "not finite":
         raise ValueError(f"the loss of task {measured.task!r} is not finite at the checkpoint: nothing can be measured")
     if measured.status in ("no descent", "too noisy"):
@@ -180,8 +156,8 @@ def safe_sharpness(measured: SharpnessMeasurement) -> float:
     return measured.sharpness
 
 
-def _mixed(param: Tensor, grads: Sequence[Tensor | None], weights: Weights) -> Tensor | None:
-    """``sum_i w_i g_i``, summed in at least float32; None for a parameter that no domain in the mix uses."""
+def _mixed(param: Tensor, grads: Sequence[Tensor | None], weights: _Weights) -> Tensor | None:
+    """Return ``sum_i w_i g_i``, summed in at least float32; None for a parameter that no domain in the mix uses."""
     parts = [(grad, weight) for grad, weight in zip(grads, weights, strict=True) if grad is not None and weight]
     if not parts:
         return None
@@ -192,46 +168,24 @@ def _mixed(param: Tensor, grads: Sequence[Tensor | None], weights: Weights) -> T
     return total.to(param.dtype)
 
 
-def _finite(name: str, loss: Tensor) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise TypeError(f"losses[{name!r}] returned {loss!r:.80}, not a tensor of one element with a graph")
-    if not math.isfinite(loss.item()):
-        raise ValueError(f"losses[{name!r}] returned {loss.item()} at the checkpoint")
-    return loss
-
-
-@contextmanager
-def _untouched(
-    params: Sequence[Tensor], modules: Sequence[nn.Module], settled: SettledMomentum | None
-) -> Iterator[None]:
-    """Puts gradients, first moments, buffers and random-number generators back; no parameter is ever changed."""
-    grads = [param.grad for param in params]
-    buffers, random = Buffers(modules), RandomState([param.device for param in params])
-    try:
-        yield
-    finally:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        if settled is not None:
-            settled.restore()
-        buffers.restore()
-        random.restore()
-
-
-def _mixes(names: Sequence[str], ratios: Sequence[float | Sequence[float]] | None) -> list[Weights]:
+def _mixes(names: Sequence[str], ratios: Sequence[float | Sequence[float]] | None) -> list[_Weights]:
     if ratios is None:
-        return _lattice(len(names), _DIVISIONS if len(names) == 2 else _DIVISIONS_OF_MANY)
+        # All weights that are multiples of ``1 / divisions`` and sum to 1; of two, with the first one rising.
+        divisions = _DIVISIONS if len(names) == 2 else _DIVISIONS_OF_MANY
+        bars = combinations_with_replacement(range(divisions + 1), len(names) - 1)
+        cuts = [(0, *inner, divisions) for inner in bars]
+        return [tuple((high - low) / divisions for low, high in pairwise(cut)) for cut in cuts]
     mixes = [_weights(names, ratio) for ratio in ratios]
     if len(set(mixes)) < 2:
         raise ValueError(f"ratios={list(ratios)!r} must hold at least two different mixes")
     return sorted(set(mixes))
 
 
-def _weights(names: Sequence[str], ratio: float | Sequence[float]) -> Weights:
+def _weights(names: Sequence[str], ratio: float | Sequence[float]) -> _Weights:
     if isinstance(ratio, (int, float)):
         if len(names) != 2:
             raise ValueError(f"ratios: {ratio!r} is one number, but {len(names)} domains are mixed; give their weights")
-        weights: Weights = (float(ratio), 1 - float(ratio))
+        weights: _Weights = (float(ratio), 1 - float(ratio))
     else:
         weights = tuple(float(weight) for weight in ratio)
     if len(weights) != len(names) or not all(0 <= weight <= 1 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
@@ -239,13 +193,6 @@ def _weights(names: Sequence[str], ratio: float | Sequence[float]) -> Weights:
             f"ratios: {ratio!r} must be {len(names)} weights in 0..1 that sum to 1, for {', '.join(names)}"
         )
     return weights
-
-
-def _lattice(count: int, divisions: int) -> list[Weights]:
-    """All weights that are multiples of ``1 / divisions`` and sum to 1; of two, with the first one rising."""
-    bars = combinations_with_replacement(range(divisions + 1), count - 1)
-    cuts = [(0, *inner, divisions) for inner in bars]
-    return [tuple((high - low) / divisions for low, high in pairwise(cut)) for cut in cuts]
 
 
 def _check(

@@ -20,12 +20,6 @@ class SettledMomentum:
 
     Of ``exp_avg`` (Adam and its kin, SlimAdam, Lion) that is the gradient, of the ``momentum_buffer`` of SGD the
     gradient over ``1 - momentum``; weight decay that is part of the gradient, and clipping by SlimAdam, included.
-
-    Args:
-        optimizer: The optimizer.
-
-    Raises:
-        ValueError: Its first moments are kept in another way.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -40,7 +34,8 @@ class SettledMomentum:
     def _moment(self, state: dict[str, Any]) -> Tensor | None:
         found = next((state[key] for key in ("exp_avg", "exp_avg_codes", "momentum_buffer") if key in state), None)
         is_known = "exp_avg" in state or isinstance(self._optimizer, SGD)
-        if found is not None and not (is_known and isinstance(found, Tensor) and not _is_code(found)):
+        is_float = isinstance(found, Tensor) and (found.is_floating_point() or found.is_complex())
+        if found is not None and not (is_known and is_float):
             raise ValueError(
                 f"momentum='settled' knows exp_avg in floating point and the momentum_buffer of SGD, not what "
                 f"{type(self._optimizer).__name__} keeps here; use momentum='kept'"
@@ -50,26 +45,21 @@ class SettledMomentum:
     @torch.no_grad()
     def settle(self) -> None:
         """Overwrite the first moments of parameters that have a gradient."""
-        factor = self._optimizer.clip_factor() if isinstance(self._optimizer, SlimAdam) else None
+        optimizer = self._optimizer
+        factor = optimizer.clip_factor() if isinstance(optimizer, SlimAdam) else None
         for param, group, moment, _ in self._kept:
             if param.grad is not None:
-                moment.copy_(_settled(self._optimizer, group, param, scale_grad(param.grad, factor)))
+                grad = scale_grad(param.grad, factor)
+                settled = -grad if group.get("maximize", False) else grad
+                decay = coupled_decay(optimizer, group) if type(optimizer) in LINEAR_IN_LR else 0.0
+                if decay:
+                    settled = settled + decay * param
+                if isinstance(optimizer, SGD):
+                    settled = settled * ((1 - group["dampening"]) / (1 - group["momentum"]))
+                moment.copy_(settled)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put all first moments back, bit for bit."""
         for _, _, moment, original in self._kept:
             moment.copy_(original)
-
-
-def _settled(optimizer: Optimizer, group: dict[str, Any], param: Tensor, grad: Tensor) -> Tensor:
-    ascent = -grad if group.get("maximize", False) else grad
-    decay = coupled_decay(optimizer, group) if type(optimizer) in LINEAR_IN_LR else 0.0
-    settled = ascent + decay * param if decay else ascent
-    if isinstance(optimizer, SGD):
-        settled = settled * ((1 - group["dampening"]) / (1 - group["momentum"]))
-    return settled
-
-
-def _is_code(moment: Tensor) -> bool:
-    return not (moment.is_floating_point() or moment.is_complex())

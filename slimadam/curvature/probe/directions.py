@@ -1,6 +1,6 @@
 """The pending update of any torch optimizer as a direction: its next step is ``parameter - lr * D``.
 
-SlimAdam says its own. For the optimizers of ``torch.optim`` whose step is linear in the learning rate it is one step,
+SlimAdam computes its own. For optimizers of ``torch.optim`` whose step is linear in the learning rate it is one step,
 on copies of one parameter's gradient and state at a time, from zero with learning rate 1: nothing cancels. Any other
 optimizer steps once on a copy of itself and all that it holds, in float64, at its own learning rate.
 """
@@ -25,28 +25,23 @@ from slimadam.optim.step.direction import Shared, row_blocks, with_decay
 from slimadam.utils import torch_private
 from slimadam.utils.dtensor import is_dtensor, laid_out_as, local, local_gradient
 
-# Their step on a parameter is linear in lr, and depends on the parameter's value through weight decay alone.
-LINEAR_IN_LR = tuple(
-    getattr(torch.optim, name)
-    for name in ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "SGD")
-    if hasattr(torch.optim, name)
-)
-_BY_MATRIX = tuple(getattr(torch.optim, name) for name in ("Muon",) if hasattr(torch.optim, name))
-ELEMENTWISE = tuple(kind for kind in LINEAR_IN_LR if kind not in _BY_MATRIX)
-_DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Muon") if hasattr(torch.optim, name))
-_NOT_OF_SHARDS = (
-    "the direction of {} on sharded parameters (DTensors) is not known: it works on whole matrices; measure on a model "
-    "that is not sharded"
-)
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+def _classes(*names: str) -> tuple[type[Optimizer], ...]:
+    return tuple(getattr(torch.optim, name) for name in names if hasattr(torch.optim, name))
+
+
+LINEAR_IN_LR = _classes("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "SGD")
+"""Their step on a parameter is linear in lr, and depends on the parameter's value through weight decay alone."""
+_BY_MATRIX = _classes("Muon")
+_DECOUPLED = _classes("AdamW", "Muon")
 
 
 class PendingUpdate(NamedTuple):
-    """What an optimizer is about to do to a parameter: ``parameter - lr rate (update + weight_decay parameter)``.
+    """The pending step of a parameter: ``parameter - lr rate (update + weight_decay parameter)``.
 
     Attributes:
         param: The parameter.
-        update: Of its shape, in at least float32; what gradient and state decide.
+        update: The part that gradient and state decide, of its shape, in at least float32.
         weight_decay: Decoupled weight decay.
         rate: The learning rate of its group, as a share of the largest of all groups.
     """
@@ -57,7 +52,7 @@ class PendingUpdate(NamedTuple):
     rate: float
 
     def direction(self) -> Tensor:
-        """``D`` of :func:`pending_directions`; overwrites ``update``."""
+        """Return ``D`` of :func:`pending_directions`; overwrites ``update``."""
         direction = with_decay(self.update, self.param.detach(), self.weight_decay)
         if self.rate != 1:
             local(direction).mul_(self.rate)
@@ -65,7 +60,7 @@ class PendingUpdate(NamedTuple):
 
 
 def pending_directions(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """The direction of the next step for each parameter that has a gradient, one at a time; nothing is changed.
+    """Yield the direction of the next step for each parameter that has a gradient; nothing is changed.
 
     Weight decay is part of it (arXiv 2601.16979). Where parameter groups have different learning rates they keep
     their ratios: ``eta`` is the rate of the group with the largest one, :func:`reference_lr`.
@@ -79,7 +74,6 @@ def pending_directions(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
         iterate.
 
     Raises:
-        TypeError: It is no torch optimizer, or its step needs a closure.
         RuntimeError: No gradient is pending, one is sparse, or the optimizer cannot be copied.
     """
     for pending in pending_updates(optimizer):
@@ -88,15 +82,15 @@ def pending_directions(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def pending_updates(optimizer: Optimizer, averages: Shared | None = None) -> Iterator[PendingUpdate]:
-    """As :func:`pending_directions`, with the decoupled weight decay apart.
+    """Yield the updates behind :func:`pending_directions`, with the decoupled weight decay apart.
 
     Args:
         optimizer: As there.
-        averages: Of :func:`averages_of_ranks`, so that other ranks are not asked again.
+        averages: From :func:`averages_of_ranks`, so that no collective is needed again.
     """
     optimizer = unwrapped(optimizer)
     check_pending(optimizer)
-    rates = {id(group): rate for group, rate in zip(optimizer.param_groups, relative_rates(optimizer), strict=True)}
+    rates = {id(group): rate for group, rate in zip(optimizer.param_groups, _relative_rates(optimizer), strict=True)}
     if isinstance(optimizer, SlimAdam):
         for param, group, update in optimizer.updates_without_decay(averages):
             yield PendingUpdate(param, update, group["weight_decay"], rates[id(group)])
@@ -105,22 +99,25 @@ def pending_updates(optimizer: Optimizer, averages: Shared | None = None) -> Ite
             for param in group["params"]:
                 if param.grad is not None:
                     if is_dtensor(param) and isinstance(optimizer, _BY_MATRIX):
-                        raise RuntimeError(_NOT_OF_SHARDS.format(type(optimizer).__name__))
-                    update = _step_from_zero(optimizer, group, param)
-                    yield PendingUpdate(param, update, _decoupled_decay(optimizer, group), rates[id(group)])
+                        raise RuntimeError(
+                            f"the direction of {type(optimizer).__name__} on sharded parameters (DTensors) is not "
+                            "known: it works on whole matrices; measure on a model that is not sharded"
+                        )
+                    decay = group["weight_decay"] if _is_decoupled(optimizer, group) else 0.0
+                    yield PendingUpdate(param, _step_from_zero(optimizer, group, param), decay, rates[id(group)])
     else:
         for param, update, group in _trial_step(optimizer):
             yield PendingUpdate(param, update, 0.0, rates[id(group)])
 
 
 def averages_of_ranks(optimizer: Optimizer) -> Shared:
-    """What SlimAdam's pending update asks of other ranks, which all must do."""
+    """Return the averages over ranks that SlimAdam's pending update needs (collective)."""
     optimizer = unwrapped(optimizer)
     return optimizer.averages_after_step() if isinstance(optimizer, SlimAdam) else Shared({})
 
 
 def depends_on_parameters(optimizer: Optimizer) -> bool:
-    """Whether ``update`` of :func:`pending_updates` depends on the parameters' values."""
+    """Return whether ``update`` of :func:`pending_updates` depends on the parameters' values."""
     optimizer = unwrapped(optimizer)
     if isinstance(optimizer, SlimAdam):
         return False
@@ -130,11 +127,7 @@ def depends_on_parameters(optimizer: Optimizer) -> bool:
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that steps: the one inside Accelerate's wrapper.
-
-    Raises:
-        TypeError: It is no torch optimizer.
-    """
+    """Return the optimizer that steps: the one inside Accelerate's wrapper."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if type(optimizer).__name__ == "AcceleratedOptimizer":  # others may do something of their own in step()
@@ -143,11 +136,7 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 
 
 def check_pending(optimizer: Optimizer) -> None:
-    """Refuse an optimizer without pending gradients, or with sparse ones.
-
-    Raises:
-        RuntimeError: Says which, and what to do.
-    """
+    """Raise RuntimeError for an optimizer without pending gradients, or with sparse ones."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
         raise RuntimeError(
@@ -162,23 +151,16 @@ def check_pending(optimizer: Optimizer) -> None:
 
 
 def reference_lr(optimizer: Optimizer) -> float:
-    """The largest learning rate of the groups: the ``eta`` of ``parameter - eta * D``.
-
-    Raises:
-        ValueError: A group has none.
-    """
+    """Return the largest learning rate of the groups: the ``eta`` of ``parameter - eta * D``."""
     return max(float(rate) for rate in _rates(unwrapped(optimizer)))
 
 
-def relative_rates(optimizer: Optimizer) -> list[float]:
-    """The learning rate of each group over the largest; where all are zero, as at the start of a warmup, of the
-    rates that the groups began with, and 1 where those are zero too.
-    """  # noqa: D205
-    optimizer = unwrapped(optimizer)
+def _relative_rates(optimizer: Optimizer) -> list[float]:
+    """Return the learning rate of each group over the largest; where all are zero, the initial ones count."""
     rates = _rates(optimizer)
     if len(rates) == 1:
         return [1.0]
-    if not any(rates):
+    if not any(rates):  # as at the start of a warmup
         rates = [group.get("initial_lr", 0.0) for group in optimizer.param_groups]
     largest = max(float(rate) for rate in rates)
     return [float(rate) / largest if largest else 1.0 for rate in rates]
@@ -200,39 +182,40 @@ def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     return isinstance(optimizer, _DECOUPLED) or bool(group.get("decoupled_weight_decay", False))
 
 
-def _decoupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
-    return group["weight_decay"] if _is_decoupled(optimizer, group) else 0.0
-
-
 def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
-    """The weight decay that is added to the gradient; 0 where it is decoupled."""
+    """Return the weight decay that is added to the gradient; 0 where it is decoupled.
+
+    Args:
+        optimizer: One of :data:`LINEAR_IN_LR`.
+        group: One of its parameter groups.
+    """
     return 0.0 if _is_decoupled(optimizer, group) else group.get("weight_decay", 0.0)
 
 
 def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> Tensor:
-    """Minus where one step with learning rate 1 takes a parameter from zero, with its gradient and state.
+    """Return minus where one step with learning rate 1 takes a parameter from zero, with its gradient and state.
 
-    Some rows at a time where the optimizer treats elements one by one.
+    Goes by blocks of rows where the optimizer treats elements one by one.
     """
     own, pending_grad = local(param).detach(), local_gradient("a parameter", param)
     direction = torch.empty_like(own, dtype=second_moment_dtype(own.dtype))
     state = {key: _on_this_rank(value, param) for key, value in optimizer.state.get(param, {}).items()}
-    for rows in row_blocks(own.shape) if isinstance(optimizer, ELEMENTWISE) else [...]:
+    coupled = coupled_decay(optimizer, group)
+    shadow = _shadow(optimizer)
+    shadow.defaults = {**optimizer.defaults, "differentiable": False}
+    options = {**group, "lr": 1.0, "weight_decay": 0.0, "differentiable": False}
+    for rows in [...] if isinstance(optimizer, _BY_MATRIX) else row_blocks(own.shape):
         grad = pending_grad[rows].to(direction.dtype, copy=True)
-        coupled = coupled_decay(optimizer, group)
         if coupled != 0:
             sign = -1 if group.get("maximize", False) else 1
             grad.add_(own[rows].to(grad.dtype) * (sign * coupled))
         from_zero = torch.zeros_like(grad).requires_grad_()
         from_zero.grad = grad
-        shadow = _shadow(optimizer)
-        options = {**group, "params": [from_zero], "lr": 1.0, "weight_decay": 0.0, "differentiable": False}
-        shadow.param_groups = [options]
-        shadow.defaults = {**optimizer.defaults, "differentiable": False}
+        shadow.param_groups = [{**options, "params": [from_zero]}]
         shadow.state = defaultdict(dict)
         if state:
             shadow.state[from_zero] = {
-                key: _state_of_rows(value, rows, own, None if key == "step" else grad.dtype)
+                key: _state_of_rows(value, rows, own.shape, None if key == "step" else grad.dtype)
                 for key, value in state.items()
             }
         _step_of(optimizer)(shadow)
@@ -241,7 +224,7 @@ def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) 
 
 
 def _on_this_rank(value: Any, param: Tensor) -> Any:
-    """Of what a state holds this rank's share, laid out as the parameter."""
+    """Return this rank's shard of a state's value, laid out as the parameter."""
     if isinstance(value, Tensor) and is_dtensor(value) and is_dtensor(param):
         if value.placements != param.placements or value.device_mesh != param.device_mesh:
             value = value.redistribute(param.device_mesh, param.placements)
@@ -249,18 +232,18 @@ def _on_this_rank(value: Any, param: Tensor) -> Any:
     return value
 
 
-def _state_of_rows(value: Any, rows: Any, param: Tensor, dtype: torch.dtype | None) -> Any:
-    """A copy of what a state holds, for some rows of its parameter; floating-point numbers in at least ``dtype``."""
+def _state_of_rows(value: Any, rows: Any, shape: torch.Size, dtype: torch.dtype | None) -> Any:
+    """Return a copy of a state's value for some rows; floating-point numbers in at least ``dtype``."""
     if not isinstance(value, Tensor):
         return copy.copy(value)
-    own = value[rows] if value.shape == param.shape else value
+    own = value[rows] if value.shape == shape else value
     if dtype is None or not (value.is_floating_point() or value.is_complex()):
         return own.clone()
     return own.to(torch.promote_types(value.dtype, dtype), copy=True)
 
 
 def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-    """One step of a copy of the optimizer, as ``(parameter, (before - after) / lr, group)``."""
+    """Yield ``(parameter, (before - after) / lr, group)`` of one step of a copy of the optimizer."""
     name = type(optimizer).__name__
     for group in optimizer.param_groups:
         if group["lr"] == 0 and any(param.grad is not None for param in group["params"]):
@@ -272,7 +255,12 @@ def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str
         stepped = _stepped_copies(optimizer, torch.float64)
     except Exception as wide:
         stepped = _stepped_copies(optimizer, None)
-        _say_rounded(name, wide)
+        warnings.warn(
+            f"the direction of {name} comes from a step in its parameters' own precision, because one in float64 "
+            f"failed ({wide}): it is lost in rounding where the learning rate is as small as the parameters' last "
+            "place",
+            stacklevel=2,
+        )
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param.grad is not None:
@@ -282,7 +270,7 @@ def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str
 
 
 def _stepped_copies(optimizer: Optimizer, dtype: torch.dtype | None) -> dict[int, Tensor]:
-    """By ``id`` of each parameter a copy of it after the step, in a wider precision where one is given."""
+    """Return by ``id`` of each parameter its copy after the step, in a wider precision where one is given."""
     name = type(optimizer).__name__
     copies: dict[int, Tensor] = {}
     for param in {id(param): param for group in optimizer.param_groups for param in group["params"]}.values():
@@ -306,17 +294,9 @@ def _stepped_copies(optimizer: Optimizer, dtype: torch.dtype | None) -> dict[int
     return copies
 
 
-def _say_rounded(name: str, error: Exception) -> None:
-    warnings.warn(
-        f"the direction of {name} comes from a step in its parameters' own precision, because one in float64 failed "
-        f"({error}): it is lost in rounding where the learning rate is as small as the parameters' last place",
-        stacklevel=2,
-    )
-
-
 @contextmanager
 def _no_hooks() -> Iterator[None]:
-    """Holds back the step hooks of the whole process, which a subclass's step runs through its parent's."""
+    """Disable the process-wide step hooks, which a subclass's step runs through its parent's."""
     kept = [(hooks, dict(hooks)) for hooks in torch_private.global_step_hooks()]
     for hooks, _ in kept:
         hooks.clear()
@@ -328,14 +308,15 @@ def _no_hooks() -> Iterator[None]:
 
 
 def _shadow(optimizer: Optimizer) -> Any:
-    """An optimizer of the same class and attributes, without hooks; its groups and state are still shared."""
+    """Return an optimizer of the same class and attributes, without hooks; its groups and state are shared."""
     shadow = object.__new__(type(optimizer))
     shadow.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key != "step"})
-    shadow.__dict__.update({hooks: OrderedDict() for hooks in _HOOKS})
+    shadow._optimizer_step_pre_hooks = OrderedDict()
+    shadow._optimizer_step_post_hooks = OrderedDict()
     return shadow
 
 
 def _step_of(optimizer: Optimizer) -> Callable[[Optimizer], Any]:
-    """The class's ``step`` without the wrapper that runs hooks, also those of the whole process."""
+    """Return the class's ``step`` without the wrapper that runs hooks, process-wide ones included."""
     step: Any = type(optimizer).step
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""FSDP2 modules keep whole copies of their parameters after some forward passes: none may outlive a move."""
+"""FSDP2 modules keep full parameters after some forward passes: none may outlive a move."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from slimadam.utils.dtensor import is_dtensor
 class Sharding:
     """The FSDP2 modules that hold some parameters' shards.
 
-    A root module keeps its whole parameters after a forward pass that no backward pass follows, as do others with
-    ``reshard_after_forward=False``; the next forward pass would take those, whatever has become of the shards.
+    A root module keeps its full parameters after a forward pass that no backward pass follows, as do others with
+    ``reshard_after_forward=False``; the next forward pass would use those, however the shards have changed.
 
     Args:
         params: Parameters, as an optimizer holds them.
@@ -32,12 +32,12 @@ class Sharding:
         if wanted and fsdp is not None:
             known = (one for module in modules for one in module.modules())
             self._modules = [one for one in known if isinstance(one, fsdp.FSDPModule)]
-            if not wanted <= {found for module in self._modules for found in _held(module)}:
+            if not wanted <= {one for module in self._modules for one in _shards(module)}:
                 alive = [one for one in gc.get_objects() if issubclass(type(one), fsdp.FSDPModule)]
-                self._modules = [module for module in alive if wanted & _held(module)]
+                self._modules = [module for module in alive if wanted & _shards(module)]
 
     def reshard(self) -> None:
-        """Free all whole parameters: the next forward pass gathers the shards as they are then."""
+        """Free all full parameters: the next forward pass gathers the shards as they are then."""
         for module in self._modules:
             module.reshard()
 
@@ -49,10 +49,10 @@ class Sharding:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether forward passes compute with parameters of 16 bits, by ``MixedPrecisionPolicy(param_dtype=...)``."""
+        """True where forward passes use parameters of 16 bits, by ``MixedPrecisionPolicy(param_dtype=...)``."""
         return any(torch_private.fsdp_precision(module) in (torch.bfloat16, torch.float16) for module in self._modules)
 
 
-def _held(module: Any) -> set[int]:
-    """What a module's state, rather than its attributes, which may be whole parameters now, has of parameters."""
+def _shards(module: Any) -> set[int]:
+    """Return the ids of a module's sharded parameters, from its state: its attributes may be full parameters now."""
     return set(map(id, torch_private.fsdp_params(module)))

@@ -5,9 +5,7 @@ Source: the restricted loss of arXiv 2601.16979, section 2; catapults of arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import numpy as np
@@ -20,7 +18,13 @@ from slimadam.curvature.probe.directions import check_pending, unwrapped
 from slimadam.curvature.probe.displacement import MOVES, Memory, Moves, held
 from slimadam.curvature.probe.fsdp import Sharding
 from slimadam.curvature.probe.signals import HeldSignals
-from slimadam.curvature.probe.snapshot import Buffers, Gradients, Precision, RandomState, check_no_shared_memory
+from slimadam.curvature.probe.snapshot import (
+    Buffers,
+    Precision,
+    RandomState,
+    check_no_shared_memory,
+    hidden_gradients,
+)
 from slimadam.layers.names import owning_modules
 from slimadam.utils.dtensor import full_tensor, local
 from slimadam.utils.torch_private import version
@@ -44,7 +48,7 @@ class LineProbe:
     Args:
         optimizer: SlimAdam, or any torch optimizer whose step needs no closure; see
             :func:`~slimadam.curvature.probe.directions.pending_directions`.
-        memory: What is kept to come back. ``"copy"``: parameters and direction, the fastest. ``"lean"``: about a byte
+        memory: How to come back. ``"copy"``: keep parameters and direction, the fastest. ``"lean"``: about a byte
             for each element, and one parameter's direction, made anew, for optimizers whose weight decay is decoupled
             or zero, parameters that share no memory, and closures that do not write to them. ``"offload"``: the
             parameters in host memory, the direction as in lean.
@@ -52,8 +56,6 @@ class LineProbe:
             of the optimizer.
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: ``memory`` is none of the three, or does not suit the optimizer.
         RuntimeError: On entering: no gradient is pending.
     """
 
@@ -81,10 +83,13 @@ class LineProbe:
                 f"parameters of type {', '.join(kinds)} cannot be probed yet; measure on a model whose parameters are "
                 "plain tensors, or DTensors of such"
             )
-        self._find_modules(params)
+        if self._owned is None or list(map(id, self._owned)) != list(map(id, params)):
+            self._sharding, self._owned = Sharding(params, self._modules), params
+            self._sharding.reshard()  # full parameters are not the optimizer's
+            if not self._are_given:
+                self._modules = owning_modules(params)
         self._sharding.reshard()
         self._buffers = Buffers(self._modules)
-        self._gradients = Gradients(self.optimizer)
         self._random = RandomState([param.device for param in params])
         self._precision = Precision(params, self._sharding.is_narrow)
         self._params = params
@@ -100,9 +105,7 @@ class LineProbe:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         moves, self._moves = self._moves, None
         assert moves is not None
         try:
@@ -111,32 +114,16 @@ class LineProbe:
             self._sharding.reshard()
             torch.clear_autocast_cache()
             self._random.restore()
-            del self._buffers, self._gradients, self._random, self._params
+            del self._buffers, self._random, self._params
         finally:
             self._signals.release()
 
-    def _written(self) -> list[tuple[int, int]]:
-        """Where each parameter is, and how often it has been written to."""
-        return [(shard.data_ptr(), version(shard)) for shard in map(local, self._params)]
-
-    def _find_modules(self, params: list[Tensor]) -> None:
-        """Modules that own the parameters, unless they were given; again only when parameters have changed."""
-        if self._owned is None or list(map(id, self._owned)) != list(map(id, params)):
-            self._sharding, self._owned = Sharding(params, self._modules), params
-            self._sharding.reshard()  # whole parameters are none of the optimizer's
-            if not self._are_given:
-                self._modules = owning_modules(params)
-
     def loss(self, closure: Closure, eta: float = 0.0) -> float:
-        """The closure's loss at ``parameter - eta D``.
+        """Return the closure's loss at ``parameter - eta D``.
 
         Args:
             closure: Returns the loss, a number or a tensor of one element; called once.
             eta: The learning rate of the step that the loss is taken after.
-
-        Raises:
-            TypeError: The closure returns something else.
-            RuntimeError: Outside the ``with`` block.
         """
         if self._moves is None:
             raise RuntimeError("evaluate inside the with block: `with LineProbe(optimizer) as line: line.loss(...)`")
@@ -149,16 +136,22 @@ class LineProbe:
             self._random.restore()
             # Casts of parameters that an enclosing autocast has cached are of other values.
             torch.clear_autocast_cache()
-            before = self._written()
+            before = self._versions()
             try:
-                with self._precision.watching(), self._gradients.hidden(), self._signals.allowed(), _explained():
+                with self._precision.watching(), hidden_gradients(self._params), self._signals.allowed():
                     loss = closure()
-            except BaseException:
+            except BaseException as error:
                 self._sharding.abandon_forward()
+                if isinstance(error, RuntimeError) and "does not require grad" in str(error):
+                    raise RuntimeError(
+                        "the closure must only compute and return the loss: no backward(), zero_grad() or step() in it"
+                    ) from error
                 raise
             finally:
                 self._buffers.restore()
-            if self.memory == "lean" and any(map(_is_written, before, self._written())):
+            # A parameter that has only moved to other memory, as in recurrent layers on CUDA, has not been written to.
+            pairs = zip(before, self._versions(), strict=True)
+            if self.memory == "lean" and any(old[0] == new[0] and old[1] != new[1] for old, new in pairs):
                 raise RuntimeError(
                     "the closure has written to parameters (as an embedding with max_norm does): memory='lean' cannot "
                     "tell what they were; use memory='copy' or 'offload'"
@@ -166,37 +159,23 @@ class LineProbe:
             self._precision.note_loss(loss)
             return _read(loss, self._params[0].device)
 
+    def _versions(self) -> list[tuple[int, int]]:
+        """Return the address of each parameter, and how often it has been written to."""
+        return [(shard.data_ptr(), version(shard)) for shard in map(local, self._params)]
+
     @property
     def rounding(self) -> float:
-        """Inside the block: which share of the loss is rounding, as far as evaluations have shown."""
+        """Inside the block: the share of the loss that is rounding, as far as evaluations have shown."""
         return self._precision.rounding
 
     @property
     def extra_bytes(self) -> int:
-        """What is held now beside the model and its optimizer, in bytes; while moving, one direction on top."""
+        """Bytes held now beside the model and its optimizer; while moving, one direction on top."""
         return 0 if self._moves is None else self._moves.extra_bytes + self._buffers.nbytes
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Tells a closure that calls ``backward()`` so, which torch's own error does not."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "does not require grad" in str(error):
-            raise RuntimeError(
-                "the closure must only compute and return the loss: no backward(), zero_grad() or step() in it"
-            ) from error
-        raise
-
-
-def _is_written(before: tuple[int, int], after: tuple[int, int]) -> bool:
-    """Not where a parameter has only moved to other memory, as recurrent layers do on CUDA."""
-    return before[0] == after[0] and before[1] != after[1]
-
-
 def _read(loss: Any, device: torch.device) -> float:
-    """The one read that the host waits for; the mean over all ranks."""
+    """Return the mean over all ranks, by the one read that the host waits for."""
     if isinstance(loss, Tensor):
         loss = full_tensor(loss)
         if loss.numel() != 1 or loss.is_complex():

@@ -1,15 +1,16 @@
-"""A script's loss, computed again at other values of its parameters without running the script again.
+"""Replay of a script's loss at other values of its parameters, without running the script again.
 
-While the script computes it, every tensor operation that depends on a parameter is noted, below autograd: what it read,
-and what memory it made or wrote. Run again in the same order, on the parameters as they are then and on the same data
-and random numbers, they give the loss of the same batch there.
+While the script computes the loss, every tensor operation that depends on a parameter is noted below autograd, with the
+memory that it read, made or wrote. Run again in the same order, on the parameters as they are then and on the same data
+and random numbers, the operations give the loss of the same batch there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class _Alias(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One operation; ``makes`` says which of its outputs are new memory."""
+    """One operation; ``makes`` lists the outputs that are new memory."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -62,18 +63,12 @@ class _Call(NamedTuple):
     writes: tuple[StorageWeakRef, ...]
     seeds: tuple[tuple[Callable[[Tensor], Any], Tensor], ...]
 
-    def reads(self) -> Iterator[StorageWeakRef]:
-        return (alias.memory for alias in self.aliases())
+    def leaves(self) -> list[Any]:
+        return _leaves((self.args, self.kwargs))
 
     def aliases(self) -> Iterator[_Alias]:
-        """What it reads that other operations make."""
-        return (leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, _Alias))
-
-    def live(self) -> Iterator[StorageWeakRef]:
-        """What it reads as it is, not as an operation before it has made it."""
-        for leaf in _leaves((self.args, self.kwargs)):
-            if isinstance(leaf, Tensor) and (memory := _memory(leaf)) is not None:
-                yield memory
+        """Yield the inputs that other operations make."""
+        return (leaf for leaf in self.leaves() if isinstance(leaf, _Alias))
 
     def run(self, made: dict[StorageWeakRef, torch.UntypedStorage]) -> None:
         for set_state, state in self.seeds:
@@ -84,7 +79,7 @@ class _Call(NamedTuple):
         outputs = tree_leaves(self.function(*args, **kwargs))
         for position, memory, shape in self.makes:
             output = outputs[position]
-            if not isinstance(output, Tensor):  # what only a backward pass needs
+            if not isinstance(output, Tensor):  # needed by a backward pass only
                 continue
             if output.shape != shape:
                 raise ReplayError("the shapes of tensors in it depend on the parameters' values, as in boolean masks")
@@ -92,9 +87,9 @@ class _Call(NamedTuple):
 
 
 class _Loss(NamedTuple):
-    """What ``backward()`` was called on, the parameters whose gradients that changed, and whether they had none.
+    """A call of ``backward()``: its loss, the parameters whose gradients it changed, and whether they had none.
 
-    ``value`` is None where it was not one number.
+    ``value`` is None where the loss was not one number.
     """
 
     value: float | None
@@ -104,7 +99,7 @@ class _Loss(NamedTuple):
 
 
 class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within its block, notes how losses are computed from parameters (leaves that require gradients).
+    """Notes within its block how losses are computed from parameters (leaves that require gradients).
 
     Attributes:
         recording: Whether operations are noted; they run in any case.
@@ -122,7 +117,7 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The block in which ``backward()`` and all operations are noticed."""
+        """Note ``backward()`` and all operations within the block."""
         original = torch.autograd.backward
 
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
@@ -155,10 +150,7 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.recording = True
 
     def replay(self, params: Sequence[Tensor]) -> Replay:
-        """The sum of the losses whose gradients some parameters hold.
-
-        Args:
-            params: The parameters.
+        """Return the sum of the losses whose gradients some parameters hold.
 
         Raises:
             ReplayError: There is none, or it was not computed by operations on tensors that could be noted.
@@ -179,14 +171,19 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise ReplayError(
                 "the loss was not computed by operations of torch in this process's main thread that can be repeated"
             )
-        calls = self._needed_for(aliases)
-        live = {memory for call in calls for memory in call.live()}
+        needed = {alias.memory for alias in aliases}
+        calls = []
+        for call in reversed(self._calls):
+            if needed.intersection(call.writes) or needed.intersection(memory for _, memory, _ in call.makes):
+                calls.append(call)
+                needed.update(alias.memory for alias in call.aliases())
+        live = _memories(leaf for call in calls for leaf in call.leaves())  # read as they are, made by no operation
         if any(param.grad is not None and _memory(param) not in live for param in params):
             raise ReplayError(
                 "a parameter that has a gradient was made from other tensors, and what the loss does with it cannot be "
                 "told from those; make it an nn.Parameter"
             )
-        return Replay(calls, aliases, self._before_writing, sum(values))
+        return Replay(calls[::-1], aliases, self._before_writing, sum(values))
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -196,7 +193,7 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._of_parameters.add(memory)
                 if isinstance(tensor, nn.Parameter):  # made from others (a copy, another precision), now its own
                     self._depends.discard(memory)
-        read = {memory for tensor in tensors if (memory := _memory(tensor)) is not None}
+        read = _memories(tensors)
         if not read & (self._of_parameters | self._depends):
             return func(*args, **kwargs)
         written = {memory: tensor for tensor in _written(func, args, kwargs) if (memory := _memory(tensor)) is not None}
@@ -225,7 +222,7 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
     def _gradients(self) -> dict[Tensor, tuple[int, int, bool]]:
-        """Of each parameter seen, what tells whether its gradient changes, and whether it is none or zero."""
+        """Return for each parameter the identity and version of its gradient, and whether it is none or zero."""
         found = {}
         for param in list(self._parameters):
             grad = param.grad
@@ -243,67 +240,42 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         alias = _Alias.of(leaves[0], memory) if memory is not None and memory in self._depends else None
         self._losses.append(_Loss(value, alias, frozenset(map(id, changed)), is_first))
 
-    def _needed_for(self, losses: Sequence[_Alias]) -> list[_Call]:
-        needed = {loss.memory for loss in losses}
-        kept = []
-        for call in reversed(self._calls):
-            if needed.intersection(call.writes) or needed.intersection(memory for _, memory, _ in call.makes):
-                kept.append(call)
-                needed.update(call.reads())
-        return kept[::-1]
 
-
+@dataclass(frozen=True, eq=False)
 class Replay:
     """Computes a recorded loss again.
 
-    Args:
-        calls: The operations, in their order.
-        losses: What they compute, to be summed.
-        before_writing: What memory that they write and did not make held before.
+    Attributes:
         recorded: The loss that the script computed.
     """
 
-    def __init__(
-        self,
-        calls: Sequence[_Call],
-        losses: Sequence[_Alias],
-        before_writing: dict[StorageWeakRef, torch.UntypedStorage],
-        recorded: float,
-    ) -> None:
-        self.recorded = recorded
-        self._calls = calls
-        self._losses = losses
-        self._before_writing = before_writing
+    _calls: Sequence[_Call]
+    _losses: Sequence[_Alias]
+    _before_writing: dict[StorageWeakRef, torch.UntypedStorage]
+    recorded: float
 
     @property
     def micro_batches(self) -> int:
-        """How many calls of ``backward()`` the loss is the sum of."""
+        """The number of calls of ``backward()`` that the loss is the sum of."""
         return len(self._losses)
 
     @property
     def rounding(self) -> float | None:
-        """Which share of the loss is rounding; None where nothing that depends on the parameters has 16 bits."""
+        """The share of the loss that is rounding; None where nothing that depends on the parameters has 16 bits."""
         losses = {loss.dtype for loss in self._losses}
         made = {leaf.dtype for call in self._calls for leaf in call.aliases()}
         return rough_share(losses) if (made | losses).intersection(NARROW) else None
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """The loss at the parameters as they are now."""
+        """Return the loss at the parameters as they are now."""
         made = {memory: _copy(storage) for memory, storage in self._before_writing.items()}
         for call in self._calls:
             call.run(made)
         return sum(loss.within(made).item() for loss in self._losses)
 
     def check(self, computed: float) -> None:
-        """Compare with what the script computed.
-
-        Args:
-            computed: What the replay gives at the script's own parameters.
-
-        Raises:
-            ReplayError: They differ by more than rounding.
-        """
+        """Raise ReplayError where the loss computed at the script's own parameters is not the recorded one."""
         if not math.isfinite(self.recorded) and not math.isfinite(computed):
             return
         eps = max(torch.finfo(loss.dtype).eps for loss in self._losses)
@@ -324,11 +296,15 @@ def _map(function: Callable[[Any], Any], args: Any, kwargs: Any) -> Any:
 
 
 def _memory(tensor: Tensor) -> StorageWeakRef | None:
-    """What identifies a tensor's memory for as long as it is referred to; None for tensors without, sparse ones."""
+    """Return a key of a tensor's memory for as long as it is referred to; None for sparse tensors, without any."""
     try:
         return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     except (NotImplementedError, RuntimeError):
         return None
+
+
+def _memories(leaves: Iterable[Any]) -> set[StorageWeakRef]:
+    return {memory for leaf in leaves if isinstance(leaf, Tensor) and (memory := _memory(leaf)) is not None}
 
 
 def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -345,7 +321,7 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator
 def _seeds(
     func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]
 ) -> tuple[tuple[Callable[[Tensor], Any], Tensor], ...]:
-    """How to set the random-number generators that an operation uses to where they are now."""
+    """Return setters of the random-number generators that an operation uses, with their present states."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return ()
     found: list[tuple[Callable[[Tensor], Any], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]

@@ -1,4 +1,4 @@
-"""Holding signals back while parameters are elsewhere, so that no Ctrl-C leaves them there."""
+"""Signals are held back while parameters are elsewhere, so that no Ctrl-C leaves them there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HeldSignals:
         self._holding = False
 
     def hold(self) -> None:
-        """From now on signals wait."""
+        """Make signals wait from now on."""
         if threading.current_thread() is threading.main_thread():
             self._holding = True
             for number in signal.valid_signals():
@@ -34,7 +34,7 @@ class HeldSignals:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """Within the block signals arrive, up to the first: its handler may raise, and the rest waits again."""
+        """Deliver signals within the block, up to the first: its handler may raise, and the rest waits again."""
         self._open = True
         try:
             if self._waiting:
@@ -44,7 +44,7 @@ class HeldSignals:
             self._open = False
 
     def release(self) -> None:
-        """Put the handlers back, and deliver what has waited."""
+        """Put the handlers back, and deliver the signals that have waited."""
         try:
             self._put_back()
         finally:
@@ -58,7 +58,7 @@ class HeldSignals:
                 signal.signal(number, handler)
 
     def _deliver(self) -> None:
-        """All that waits, also when a handler raises."""
+        """Deliver all that wait, also when a handler raises."""
         while self._waiting:
             try:
                 number, frame = self._waiting.pop(0)
@@ -67,12 +67,9 @@ class HeldSignals:
                 self._deliver()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self._holding:
-            self._handlers[number](number, frame)
-            return
-        if not self._open:
+        if self._holding and not self._open:
             self._waiting.append((number, frame))
-            return
-        self._open = False
-        self._handlers[number](number, frame)
-        self._open = True
+        else:
+            was_open, self._open = self._open, False
+            self._handlers[number](number, frame)
+            self._open = was_open

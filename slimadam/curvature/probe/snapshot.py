@@ -1,4 +1,4 @@
-"""What a forward pass may change beside the loss: buffers, gradients, random-number generators."""
+"""State that a forward pass may change: buffers, gradients, random-number generators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from slimadam.utils import torch_private
 from slimadam.utils.dtensor import local
@@ -23,27 +22,19 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def rough_share(losses: Iterable[torch.dtype]) -> float:
-    """Which share of a loss is rounding where something is computed in 16 bits, the loss itself or not.
-
-    Args:
-        losses: Data types in which the loss, or parts of it, are.
-    """
+    """Return the share of a loss that is rounding where something is computed in 16 bits; ``losses`` are its dtypes."""
     return max(ROUGHNESS, *(torch.finfo(dtype).eps for dtype in losses if dtype in NARROW), 0.0)
 
 
 class Buffers:
-    """The buffers of modules, batch-norm statistics among them, and how they were.
-
-    Args:
-        modules: With all their submodules.
-    """
+    """The buffers of modules and their submodules, batch-norm statistics among them, with copies of their values."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         owners = {id(owner): owner for module in modules for owner in module.modules()}
         self._owners = [(owner, dict(torch_private.buffers(owner))) for owner in owners.values()]
         buffers = (buffer for _, names in self._owners for buffer in names.values() if buffer is not None)
         found = {id(buffer): buffer for buffer in map(local, buffers)}
-        # What overlaps itself, as an expanded mask does, cannot be written to: nobody has.
+        # Buffers that overlap themselves, as an expanded mask does, cannot have been written to.
         own = [buffer for buffer in found.values() if not torch_private.overlaps_itself(buffer)]
         self._kept = [(buffer, buffer.data, buffer.detach().clone()) for buffer in own]
         # A forward pass without gradients makes DistributedDataParallel leave the next one's buffers as they are.
@@ -64,47 +55,37 @@ class Buffers:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The buffers."""
+        """The buffers that are copied."""
         return [buffer for buffer, *_ in self._kept]
 
     @property
     def nbytes(self) -> int:
-        """What the copies hold, in bytes."""
+        """The bytes of the copies."""
         return sum(value.nbytes for *_, value in self._kept)
 
 
-class Gradients:
-    """The gradients of an optimizer's parameters, out of reach while a closure runs.
-
-    Args:
-        optimizer: The optimizer.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        self._kept = [(param, param.grad) for param in params]
-
-    @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """Within the block no parameter has a gradient, so that none can be cleared, scaled or added to."""
-        try:
-            for param, _ in self._kept:
-                param.grad = None
-            yield
-        finally:
-            for param, grad in self._kept:
-                param.grad = grad
+@contextmanager
+def hidden_gradients(params: Iterable[Tensor]) -> Iterator[None]:
+    """Take gradients away within the block, so that none can be cleared, scaled or added to."""
+    kept = [(param, param.grad) for param in params]
+    try:
+        for param, _ in kept:
+            param.grad = None
+        yield
+    finally:
+        for param, grad in kept:
+            param.grad = grad
 
 
 class Precision:
-    """Whether a loss is computed in 16 bits somewhere, so that it is rough: not told from rounding at small steps.
+    """Notices whether a loss is computed in 16 bits somewhere, so that small changes are not told from rounding.
 
     Args:
         params: The parameters.
         is_narrow: Whether that is known already.
     """
 
-    def __init__(self, params: Sequence[Tensor], is_narrow: bool = False) -> None:
+    def __init__(self, params: Sequence[Tensor], is_narrow: bool) -> None:
         devices = {param.device.type for param in params}
         around = any(torch.is_autocast_enabled(device) for device in devices)
         self.is_narrow = is_narrow or around or any(param.dtype in NARROW for param in params)
@@ -116,14 +97,14 @@ class Precision:
         return rough_share(self._losses) if self.is_narrow else ROUNDING
 
     def note_loss(self, loss: Any) -> None:
-        """Notice a loss that has 16 bits itself."""
+        """Note a loss that has 16 bits itself."""
         if isinstance(loss, Tensor) and loss.dtype in NARROW:
             self.is_narrow = True
             self._losses.add(loss.dtype)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within the block, notice when autocast is entered."""
+        """Note within the block when autocast is entered."""
         enter = torch.autocast.__enter__
 
         def noticed(own: torch.autocast) -> Any:
@@ -138,19 +119,20 @@ class Precision:
 
 
 def check_no_shared_memory(params: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
-    """Refuse parameters that share memory with one another or with a buffer.
+    """Raise ValueError for parameters that share memory with one another or with a buffer.
 
-    Raises:
-        ValueError: Says so, and what to use.
+    Args:
+        params: The parameters.
+        buffers: The buffers, which may share memory among themselves.
     """
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), is_param)
-        for tensors, is_param in ((params, True), (buffers, False))
-        for tensor in tensors
-        if tensor.numel() and tensor.device.type != "meta"
-    )
+    spans = []
+    for tensor, is_param in [*((param, True) for param in params), *((buffer, False) for buffer in buffers)]:
+        if tensor.numel() and tensor.device.type != "meta":
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            spans.append((start, start + (last + 1) * tensor.element_size(), is_param))
     reach, reached_by_param = 0, False
-    for start, end, is_param in spans:
+    for start, end, is_param in sorted(spans):
         if start < reach and (is_param or reached_by_param):
             raise ValueError(
                 "memory='lean' computes each parameter back from where it was moved, but two parameters, or a "
@@ -160,32 +142,20 @@ def check_no_shared_memory(params: Sequence[Tensor], buffers: Sequence[Tensor]) 
             reach, reached_by_param = end, is_param
 
 
-def _extent(tensor: Tensor) -> int:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
 class RandomState:
-    """The global random-number generators of torch (CPU and the given devices), numpy and Python.
-
-    Args:
-        devices: Devices whose generators a forward pass may use.
-    """
+    """The state of the global random-number generators of torch (CPU and the given devices), numpy and Python."""
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._torch = torch.get_rng_state()
-        self._devices: list[tuple[Any, torch.device, Tensor]] = []
-        for device in dict.fromkeys(devices):
-            if device.type not in ("cpu", "meta"):
-                module = torch.get_device_module(device)
-                self._devices.append((module, device, module.get_rng_state(device)))
+        on_devices = [device for device in dict.fromkeys(devices) if device.type not in ("cpu", "meta")]
+        self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in on_devices]
         self._numpy = np.random.get_state()
         self._python = random.getstate()
 
     def restore(self) -> None:
-        """Set all to where they were."""
+        """Set all generators back."""
         torch.set_rng_state(self._torch)
-        for module, device, state in self._devices:
-            module.set_rng_state(state, device)
+        for device, state in self._devices:
+            torch.get_device_module(device).set_rng_state(state, device)
         np.random.set_state(self._numpy)
         random.setstate(self._python)

@@ -389,6 +389,6 @@ def test_what_is_shown(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "slimadam.curvature.mixing.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "slimadam.curvature.plots", raising=False)
     with pytest.raises(ImportError, match=r"plots of sharpness need matplotlib: pip install 'slimadam\[cli\]'$"):
         _advice([[[2], [1]]]).plot(tmp_path / "mix.png")
