@@ -7,27 +7,25 @@ import datetime
 import os
 import platform
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from slimadam.demo.data import ByteData
 from slimadam.demo.training import DemoResult, OptimizerResult
+from slimadam.measurement.snr import average_snr
 from slimadam.plans.plan import CompressionPlan
-from slimadam.state.rule import Candidate
+from slimadam.state.rule import Candidate, Rule
 
 
-@dataclass(frozen=True)
-class LayerRow:
-    """What the plan does with the tensors of one role.
+class LayerRow(NamedTuple):
+    """The choices of a plan for the tensors of one role.
 
     Attributes:
         role: The role.
-        tensors: How many parameters have it.
-        chosen: For each choice of dimensions (``()``: full), how many parameters it was made for; the most
-            frequent first.
+        tensors: Number of parameters that have it.
+        chosen: Number of parameters of each choice of dimensions (``()``: full), the most frequent first.
         snr: The averaged SNR of each candidate, averaged over the parameters.
     """
 
@@ -38,32 +36,46 @@ class LayerRow:
 
 
 def layer_rows(plan: CompressionPlan) -> list[LayerRow]:
-    """One row for each role, in the order in which the roles appear in the model."""
-    rows = []
-    for role in dict.fromkeys(rule.role for rule in plan.values()):
-        rules = [rule for rule in plan.values() if rule.role == role]
-        chosen = Counter(rule.dims for rule in rules)
-        snr = {candidate: sum(rule.snr[candidate] for rule in rules) / len(rules) for candidate in rules[0].snr}
-        rows.append(LayerRow(role, len(rules), dict(chosen.most_common()), snr))
-    return rows
+    """Return one row for each role, in the order in which the roles appear in the model."""
+    roles: dict[str, list[Rule]] = {}
+    for rule in plan.values():
+        roles.setdefault(rule.role, []).append(rule)
+    return [
+        LayerRow(role, len(rules), dict(Counter(rule.dims for rule in rules).most_common()),
+                 average_snr(rule.snr for rule in rules))
+        for role, rules in roles.items()
+    ]  # fmt: skip
 
 
 def to_dict(result: DemoResult, data: ByteData) -> dict[str, Any]:
-    """Everything the demo found, JSON-compatible, with the machine, the versions and the date."""
+    """Return everything the demo found, JSON-compatible, with the machine, the versions and the date.
+
+    Args:
+        result: A finished demo.
+        data: The text it trained on.
+    """
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": dataclasses.asdict(result.settings),
         "data": {"source": data.source, "train_bytes": len(data.train), "held_out_bytes": len(data.held_out)},
         "parameters": result.parameters,
-        "loss_gap": result.loss_gap,
+        "loss_gap": result.gap_of(result.slimadam),
         "second_moments_saved": result.second_moments_saved,
-        "state_saved": result.state_saved,
+        "state_saved": 1 - result.slimadam.state.total / result.adamw.state.total,
         "adamw": _run_to_dict(result.adamw),
         "slimadam": _run_to_dict(result.slimadam),
         "best": {**_run_to_dict(result.best), "loss_gap": result.gap_of(result.best)},
-        "layers": [_row_to_dict(row) for row in layer_rows(result.plan)],
+        "layers": [
+            {
+                "role": row.role,
+                "tensors": row.tensors,
+                "chosen": [{"dims": list(dims), "tensors": count} for dims, count in row.chosen.items()],
+                "snr": [{"dims": candidate, "value": value} for candidate, value in row.snr.items()],
+            }
+            for row in layer_rows(result.plan)
+        ],
     }
 
 
@@ -80,20 +92,8 @@ def _run_to_dict(run: OptimizerResult) -> dict[str, Any]:
     }
 
 
-def _row_to_dict(row: LayerRow) -> dict[str, Any]:
-    return {
-        "role": row.role,
-        "tensors": row.tensors,
-        "chosen": [{"dims": list(dims), "tensors": count} for dims, count in row.chosen.items()],
-        "snr": [
-            {"dims": candidate if isinstance(candidate, str) else list(candidate), "value": value}
-            for candidate, value in row.snr.items()
-        ],
-    }
-
-
 def facts(summary: dict[str, Any]) -> dict[str, str]:
-    """Rows for the report's list of facts, from what :func:`to_dict` returned."""
+    """Return rows for the report's list of facts, from the dict of :func:`to_dict`."""
     settings, adamw, slim = summary["settings"], summary["adamw"], summary["slimadam"]
     return {
         "Model": f"byte-level GPT, {settings['layers']} layers, width {settings['width']}",
@@ -107,8 +107,7 @@ def facts(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def cpu_model() -> str:
-    """The processor's name where the system tells, else its architecture."""
+def _cpu_model() -> str:
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text(encoding="utf-8").splitlines():

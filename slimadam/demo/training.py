@@ -1,13 +1,13 @@
-"""The demo's job: calibrate, then train with AdamW and with SlimAdam, side by side on the same batches."""
+"""Calibrate, then train with AdamW and with SlimAdam, side by side on the same batches."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,27 +27,25 @@ Progress = Callable[[Phase, int, float], None]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo trains, and how.
+    """The model of the demo, its text windows and its training.
 
     Attributes:
         steps: Optimizer steps of each training run.
         width: Size of the residual stream, a multiple of ``heads``.
         layers: Transformer blocks.
         lr: Peak learning rate; calibration runs at ``calibration_lr_factor`` of it.
-        seed: Of the initialisation and of the batches.
+        seed: Seed of the initialisation and of the batches.
         heads: Attention heads.
         context: Window length in bytes.
         batch_size: Windows in a batch.
         betas: Decay rates of both moments, as usual in pre-training GPTs.
-        warmup: Share of the steps over which the learning rate rises linearly; then it falls as a cosine, to
-            ``final_lr`` of the peak.
-        final_lr: Where the cosine ends, as a share of the peak.
+        warmup: Share of the steps over which the learning rate rises linearly; then it falls as a cosine.
+        final_lr: The end of the cosine, as a share of the peak.
         calibration_steps: Optimizer steps of the calibration; None: as many as training has.
-        calibration_lr_factor: The calibration's constant learning rate (after the same warmup), as a share of
-            ``lr``.
-        measurements: How often the SNR is measured while calibrating.
-        evaluations: How often the held-out loss is computed while training.
-        held_out_windows: Windows of held-out text that it is computed on.
+        calibration_lr_factor: Constant learning rate of the calibration, after the same warmup, as a share of ``lr``.
+        measurements: Number of SNR measurements in the calibration.
+        evaluations: Number of held-out losses in training.
+        held_out_windows: Windows of held-out text that each is computed on.
 
     Raises:
         ValueError: A setting is out of range.
@@ -81,19 +79,13 @@ class DemoSettings:
             raise ValueError(f"lr={self.lr} must be a positive number")
 
     def new_model(self) -> ByteGPT:
-        """The model at its initialisation: the same numbers each time."""
+        """Return the model at its initialisation: the same numbers each time."""
         torch.manual_seed(self.seed)
         return ByteGPT(self.layers, self.width, self.heads, self.context)
 
 
-@dataclass(frozen=True)
-class OptimizerBytes:
-    """What an optimizer's state costs, in bytes.
-
-    Attributes:
-        second_moments: Tensors under keys that begin with ``exp_avg_sq``.
-        total: All state tensors.
-    """
+class OptimizerBytes(NamedTuple):
+    """Bytes of an optimizer's state: those of the second moments, and of all."""
 
     second_moments: int
     total: int
@@ -101,7 +93,7 @@ class OptimizerBytes:
 
 @dataclass
 class TrainingCurve:
-    """What one training run showed.
+    """Measurements of one training run.
 
     Attributes:
         train_losses: Loss of each step's batch, in nats per byte.
@@ -131,8 +123,7 @@ class TrainingCurve:
         return statistics.median(self.step_ms)
 
 
-@dataclass(frozen=True)
-class OptimizerResult:
+class OptimizerResult(NamedTuple):
     """A finished training run: its curve, and the bytes of its optimizer's state."""
 
     curve: TrainingCurve
@@ -141,10 +132,10 @@ class OptimizerResult:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """The calibration and the three training runs.
 
     Attributes:
-        settings: What was asked for.
+        settings: The settings they were made with.
         parameters: Elements of the model.
         history: The calibration's measurements.
         plan: The plan chosen from them.
@@ -163,13 +154,8 @@ class DemoResult:
     best_plan: CompressionPlan
     best: OptimizerResult
 
-    @property
-    def loss_gap(self) -> float:
-        """How much higher SlimAdam's held-out loss is, as a share of AdamW's."""
-        return self.gap_of(self.slimadam)
-
     def gap_of(self, run: OptimizerResult) -> float:
-        """How much higher a run's held-out loss is, as a share of AdamW's."""
+        """Return how much higher a run's held-out loss is, as a share of AdamW's."""
         return run.curve.held_out_loss / self.adamw.curve.held_out_loss - 1
 
     @property
@@ -177,18 +163,13 @@ class DemoResult:
         """Share of AdamW's second-moment bytes that SlimAdam does without."""
         return 1 - self.slimadam.state.second_moments / self.adamw.state.second_moments
 
-    @property
-    def state_saved(self) -> float:
-        """Share of all of AdamW's state bytes that SlimAdam does without."""
-        return 1 - self.slimadam.state.total / self.adamw.state.total
-
 
 class DivergedError(ArithmeticError):
     """A loss was no longer finite; the message says where and what to try."""
 
 
 class Trainee:
-    """A model with its optimizer and what its training shows.
+    """A model in training, its optimizer and its curve.
 
     Args:
         phase: Name under which progress is reported.
@@ -205,7 +186,11 @@ class Trainee:
         self.curve = TrainingCurve()
 
     def step(self, batch: tuple[Tensor, Tensor], lr: float) -> None:
-        """One training step, timed.
+        """Train for one step and time it.
+
+        Args:
+            batch: Inputs and targets.
+            lr: Learning rate of the step.
 
         Raises:
             DivergedError: The loss is infinite or NaN.
@@ -229,10 +214,6 @@ class Trainee:
             )
         self.progress(self.phase, self.steps, self.curve.train_losses[-1])
 
-    def result(self) -> OptimizerResult:
-        """The curve so far and what the optimizer's state costs."""
-        return OptimizerResult(self.curve, optimizer_bytes(self.optimizer))
-
     @property
     def steps(self) -> int:
         """Steps taken so far."""
@@ -240,11 +221,15 @@ class Trainee:
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, batch_size: int) -> None:
-        """Add the held-out loss at the current step to the curve."""
-        total = 0.0
-        for start in range(0, len(inputs), batch_size):
-            batch = slice(start, start + batch_size)
-            total += self.model.loss(inputs[batch], targets[batch]).item() * len(inputs[batch])
+        """Add the held-out loss at the current step to the curve.
+
+        Args:
+            inputs: All held-out windows.
+            targets: Their next bytes.
+            batch_size: Windows in one forward pass.
+        """
+        batches = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+        total = sum(self.model.loss(*batch).item() * len(batch[0]) for batch in batches)
         self.curve.held_out_losses[self.steps] = total / len(inputs)
 
 
@@ -254,8 +239,8 @@ def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> Demo
     The runs alternate step by step, so that whatever else the machine does slows all alike.
 
     Args:
-        settings: What to train.
-        data: What to train on.
+        settings: Model and training.
+        data: Text to train on.
         progress: Called after each step.
 
     Raises:
@@ -264,33 +249,29 @@ def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> Demo
     history = calibrate(settings, data, progress)
     plan, best_plan = CompressionPlan.from_snr(history), CompressionPlan.from_snr(history, forms="best")
 
-    def trainee(phase: Phase, make: Callable[[ByteGPT], Optimizer]) -> Trainee:
-        model = settings.new_model()
-        return Trainee(phase, model, make(model), progress)
-
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
-    adamw = trainee("AdamW", lambda model: torch.optim.AdamW(model.named_parameters(), **options))
-    slim = trainee("SlimAdam", lambda model: SlimAdam(model, plan=plan, **options))
-    best = trainee("SlimAdam, best form", lambda model: SlimAdam(model, plan=best_plan, **options))
-    train(settings, data, (adamw, slim, best))
-    return DemoResult(
-        settings=settings,
-        parameters=sum(parameter.numel() for parameter in adamw.model.parameters()),
-        history=history,
-        plan=plan,
-        adamw=adamw.result(),
-        slimadam=slim.result(),
-        best_plan=best_plan,
-        best=best.result(),
-    )
+    makers: dict[Phase, Callable[[ByteGPT], Optimizer]] = {
+        "AdamW": lambda model: torch.optim.AdamW(model.named_parameters(), **options),
+        "SlimAdam": lambda model: SlimAdam(model, plan=plan, **options),
+        "SlimAdam, best form": lambda model: SlimAdam(model, plan=best_plan, **options),
+    }
+    models = [settings.new_model() for _ in makers]
+    trainees = [
+        Trainee(phase, model, make(model), progress)
+        for (phase, make), model in zip(makers.items(), models, strict=True)
+    ]
+    train(settings, data, trainees)
+    adamw, slim, best = (OptimizerResult(one.curve, optimizer_bytes(one.optimizer)) for one in trainees)
+    parameters = sum(parameter.numel() for parameter in models[0].parameters())
+    return DemoResult(settings, parameters, history, plan, adamw, slim, best_plan, best)
 
 
 def calibrate(settings: DemoSettings, data: ByteData, progress: Progress) -> SNRHistory:
     """Train with AdamW at a small learning rate and measure the SNR of its second moments on the way.
 
     Args:
-        settings: What to train.
-        data: What to train on; the batches are those of the training runs.
+        settings: Model and training.
+        data: Text to train on; the batches are those of the training runs.
         progress: Called after each step.
 
     Raises:
@@ -308,8 +289,13 @@ def calibrate(settings: DemoSettings, data: ByteData, progress: Progress) -> SNR
     return recorder.history
 
 
-def train(settings: DemoSettings, data: ByteData, trainees: tuple[Trainee, ...]) -> None:
+def train(settings: DemoSettings, data: ByteData, trainees: Sequence[Trainee]) -> None:
     """Train all on the same batches, in turn, and evaluate them on the same held-out windows.
+
+    Args:
+        settings: Steps, batches and learning rates.
+        data: Text to train on.
+        trainees: The models.
 
     Raises:
         DivergedError: A loss was no longer finite.
@@ -325,7 +311,12 @@ def train(settings: DemoSettings, data: ByteData, trainees: tuple[Trainee, ...])
 
 
 def learning_rate(settings: DemoSettings, step: int) -> float:
-    """The training rate at a step (from 1): a linear warmup, then a cosine."""
+    """Return the training rate at a step: a linear warmup, then a cosine.
+
+    Args:
+        settings: Peak, warmup and end.
+        step: The step, from 1.
+    """
     warmup = max(1, round(settings.warmup * settings.steps))
     if step <= warmup:
         return settings.lr * step / warmup
@@ -335,11 +326,7 @@ def learning_rate(settings: DemoSettings, step: int) -> float:
 
 
 def optimizer_bytes(optimizer: Optimizer) -> OptimizerBytes:
-    """What an optimizer's state costs, counted tensor by tensor."""
-    states = optimizer.state.values()
-    return OptimizerBytes(
-        second_moments=sum(
-            value.nbytes for state in states for key, value in state.items() if key.startswith("exp_avg_sq")
-        ),
-        total=sum(value.nbytes for state in states for value in state.values()),
-    )
+    """Count the bytes of an optimizer's state, tensor by tensor; second moments are keys in ``exp_avg_sq*``."""
+    sizes = [(key, value.nbytes) for state in optimizer.state.values() for key, value in state.items()]
+    second_moments = sum(size for key, size in sizes if key.startswith("exp_avg_sq"))
+    return OptimizerBytes(second_moments, sum(size for _, size in sizes))

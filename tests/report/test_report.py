@@ -351,7 +351,7 @@ def test_format_snr(value: float, text: str) -> None:
 def test_averages_over_layers_leave_out_what_is_not_a_number() -> None:
     average = labels.average_over_layers([{(0,): 1.0, (1,): math.inf}, {(0,): math.nan}, {(0,): 4.0, (1,): math.inf}])
     assert average == {(0,): 2.5, (1,): math.inf}
-    assert math.isnan(labels.mean_snr([math.nan]))
+    assert math.isnan(labels.average_over_layers([{(0,): math.nan}])[0,])
 
 
 def test_unknown_roles_are_grouped_by_name_without_layer_numbers() -> None:
