@@ -18,7 +18,7 @@ from slimadam.cli.console import finite, status_console
 from slimadam.demo import training
 from slimadam.demo.data import DataError, load
 from slimadam.demo.plot import draw
-from slimadam.demo.summary import facts, layer_rows, to_dict
+from slimadam.demo.summary import facts, to_dict
 from slimadam.demo.training import DemoResult, DemoSettings, DivergedError, Phase, run_demo
 from slimadam.report import write_report
 from slimadam.report.labels import dims_label
@@ -71,8 +71,8 @@ def _demo(
         click.echo(json.dumps(summary))
         return
     console = Console()
-    console.print(_comparison(result))
-    console.print(_layers(result))
+    console.print(_comparison(summary))
+    console.print(_layers(summary))
     click.echo(f"Wrote plan.json, plan-best.json, report.html, loss.png and result.json to {out}")
 
 
@@ -112,35 +112,35 @@ def _write(out: Path, result: DemoResult, summary: dict[str, Any]) -> None:
     (out / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def _comparison(result: DemoResult) -> Table:
+def _comparison(summary: dict[str, Any]) -> Table:
     table = Table(title="AdamW and SlimAdam: same initialisation, same batches", title_justify="left",
                   caption="averages: the paper's method, plan.json; best form: row and column averages compete too, "
                   "plan-best.json", caption_justify="left")  # fmt: skip
     for column in ("", "AdamW", "SlimAdam, averages", "SlimAdam, best form"):
         table.add_column(column, justify="right" if column else "left")
-    adamw, *slims = runs = (result.adamw, result.slimadam, result.best)
-    table.add_row("held-out loss (nats per byte)", f"{adamw.curve.held_out_loss:.4f}",
-                  *(f"{run.curve.held_out_loss:.4f} ({result.gap_of(run):+.2%})" for run in slims))  # fmt: skip
-    for label, full, kept in (
-        ("second moments", adamw.state.second_moments, [run.state.second_moments for run in slims]),
-        ("optimizer state", adamw.state.total, [run.state.total for run in slims]),
-    ):
-        table.add_row(label, format_bytes(full), *(f"{format_bytes(n)} ({1 - n / full:.1%} saved)" for n in kept))
-    table.add_row("ms per optimizer step", *(f"{run.curve.median_optimizer_ms:.2f}" for run in runs))
-    table.add_row("ms per training step", *(f"{run.curve.median_step_ms:.2f}" for run in runs))
+    adamw, *slims = runs = [summary[name] for name in ("adamw", "slimadam", "best")]
+    gaps = (summary["loss_gap"], summary["best"]["loss_gap"])
+    losses = [f"{run['held_out_loss']:.4f} ({gap:+.2%})" for run, gap in zip(slims, gaps, strict=True)]
+    table.add_row("held-out loss (nats per byte)", f"{adamw['held_out_loss']:.4f}", *losses)
+    for label, key in (("second moments", "second_moment_bytes"), ("optimizer state", "state_bytes")):
+        kept = [f"{format_bytes(run[key])} ({1 - run[key] / adamw[key]:.1%} saved)" for run in slims]
+        table.add_row(label, format_bytes(adamw[key]), *kept)
+    for label, key in (("ms per optimizer step", "median_optimizer_ms"), ("ms per training step", "median_step_ms")):
+        table.add_row(label, *(f"{run[key]:.2f}" for run in runs))
     return table
 
 
-def _layers(result: DemoResult) -> Table:
+def _layers(summary: dict[str, Any]) -> Table:
     table = Table(title="What the calibration chose, by layer role (SNR averaged over layers and steps)",
                   title_justify="left")  # fmt: skip
     for column in ("role", "tensors", "averaged over", "SNR dim 0", "SNR dim 1", "SNR dims 0, 1"):
         table.add_column(column, justify="right" if column.startswith(("SNR", "tensors")) else "left")
-    for row in layer_rows(result.plan):
+    for row in summary["layers"]:
         chosen = ", ".join(
-            (dims_label(dims) if dims else "full") + (f" ({count})" if len(row.chosen) > 1 else "")
-            for dims, count in row.chosen.items()
+            (dims_label(choice["dims"]) if choice["dims"] else "full")
+            + (f" ({choice['tensors']})" if len(row["chosen"]) > 1 else "")
+            for choice in row["chosen"]
         )
-        snr = (f"{row.snr[dims]:.2f}" if dims in row.snr else "" for dims in ((0,), (1,), (0, 1)))
-        table.add_row(row.role, str(row.tensors), chosen, *snr)
+        snr = {candidate["dims"]: f"{candidate['value']:.2f}" for candidate in row["snr"]}
+        table.add_row(row["role"], str(row["tensors"]), chosen, *(snr.get(dims, "") for dims in ((0,), (1,), (0, 1))))
     return table

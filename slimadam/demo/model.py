@@ -69,9 +69,9 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, bias=False)
-        self.attention = Attention(width, heads)
+        self.attention = _Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width, bias=False)
-        self.mlp = MLP(width)
+        self.mlp = _MLP(width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[batch, length, width]`` to the same shape."""
@@ -80,7 +80,7 @@ class Block(nn.Module):
         return updated
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
     """Multi-head causal self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -92,7 +92,6 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, length, width]`` to the same shape."""
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
@@ -101,7 +100,7 @@ class Attention(nn.Module):
         return result
 
 
-class MLP(nn.Module):
+class _MLP(nn.Module):
     """Two layers with a GELU between, four times as wide inside."""
 
     def __init__(self, width: int) -> None:
@@ -110,6 +109,5 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, length, width]`` to the same shape."""
         result: Tensor = self.down(F.gelu(self.up(x)))
         return result

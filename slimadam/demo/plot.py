@@ -15,6 +15,7 @@ from slimadam.utils.plot_style import WITHOUT_GRID
 
 _LOOKS = {"AdamW": ("#d1662a", "-", "o"), "averages": ("#2166ac", "--", "s"), "best form": ("#1b7837", ":", "^")}
 _PALE = 0.28
+_SMOOTHING = 0.9
 _STYLE: dict[Any, Any] = {**WITHOUT_GRID, "svg.fonttype": "none", "svg.hashsalt": "slimadam-demo"}
 
 
@@ -46,7 +47,9 @@ def _draw_losses(axes: Axes, runs: dict[str, OptimizerResult]) -> None:
         colour, line, marker = _LOOKS[name]
         curve, label = run.curve, name if name == "AdamW" else f"SlimAdam, {name}"
         steps = range(1, len(curve.train_losses) + 1)
-        smoothed = list(itertools.accumulate(curve.train_losses, lambda mean, loss: 0.9 * mean + (1 - 0.9) * loss))
+        smoothed = list(
+            itertools.accumulate(curve.train_losses, lambda mean, loss: _SMOOTHING * mean + (1 - _SMOOTHING) * loss)
+        )
         axes.plot(steps, smoothed, line, color=colour, alpha=_PALE + 0.2, linewidth=1)
         axes.plot(list(curve.held_out_losses), list(curve.held_out_losses.values()), line, color=colour, marker=marker,
                   markersize=4.5, markerfacecolor="white", linewidth=1.8,

@@ -6,9 +6,10 @@ import dataclasses
 import datetime
 import os
 import platform
+import statistics
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,35 +17,25 @@ from slimadam.demo.data import ByteData
 from slimadam.demo.training import DemoResult, OptimizerResult
 from slimadam.measurement.snr import average_snr
 from slimadam.plans.plan import CompressionPlan
-from slimadam.state.rule import Candidate, Rule
+from slimadam.state.rule import Rule
 
 
-class LayerRow(NamedTuple):
-    """The choices of a plan for the tensors of one role.
+def layer_rows(plan: CompressionPlan) -> list[dict[str, Any]]:
+    """Return the choices of a plan for the parameters of each role, in the order of the model.
 
-    Attributes:
-        role: The role.
-        tensors: Number of parameters that have it.
-        chosen: Number of parameters of each choice of dimensions (``()``: full), the most frequent first.
-        snr: The averaged SNR of each candidate, averaged over the parameters.
+    Each row has the ``role``, the number of its ``tensors``, those ``chosen`` for each choice of dimensions (none:
+    full), the most frequent first, and the ``snr`` of each candidate, averaged over the parameters.
     """
-
-    role: str
-    tensors: int
-    chosen: dict[tuple[int, ...], int]
-    snr: dict[Candidate, float]
-
-
-def layer_rows(plan: CompressionPlan) -> list[LayerRow]:
-    """Return one row for each role, in the order in which the roles appear in the model."""
     roles: dict[str, list[Rule]] = {}
     for rule in plan.values():
         roles.setdefault(rule.role, []).append(rule)
-    return [
-        LayerRow(role, len(rules), dict(Counter(rule.dims for rule in rules).most_common()),
-                 average_snr(rule.snr for rule in rules))
-        for role, rules in roles.items()
-    ]  # fmt: skip
+    rows = []
+    for role, rules in roles.items():
+        counts = Counter(rule.dims for rule in rules).most_common()
+        chosen = [{"dims": list(dims), "tensors": count} for dims, count in counts]
+        snr = [{"dims": candidate, "value": value} for candidate, value in average_snr(r.snr for r in rules).items()]
+        rows.append({"role": role, "tensors": len(rules), "chosen": chosen, "snr": snr})
+    return rows
 
 
 def to_dict(result: DemoResult, data: ByteData) -> dict[str, Any]:
@@ -67,15 +58,7 @@ def to_dict(result: DemoResult, data: ByteData) -> dict[str, Any]:
         "adamw": _run_to_dict(result.adamw),
         "slimadam": _run_to_dict(result.slimadam),
         "best": {**_run_to_dict(result.best), "loss_gap": result.gap_of(result.best)},
-        "layers": [
-            {
-                "role": row.role,
-                "tensors": row.tensors,
-                "chosen": [{"dims": list(dims), "tensors": count} for dims, count in row.chosen.items()],
-                "snr": [{"dims": candidate, "value": value} for candidate, value in row.snr.items()],
-            }
-            for row in layer_rows(result.plan)
-        ],
+        "layers": layer_rows(result.plan),
     }
 
 
@@ -85,8 +68,8 @@ def _run_to_dict(run: OptimizerResult) -> dict[str, Any]:
         "held_out_loss": curve.held_out_loss,
         "second_moment_bytes": run.state.second_moments,
         "state_bytes": run.state.total,
-        "median_optimizer_ms": curve.median_optimizer_ms,
-        "median_step_ms": curve.median_step_ms,
+        "median_optimizer_ms": statistics.median(curve.optimizer_ms),
+        "median_step_ms": statistics.median(curve.step_ms),
         "train_losses": curve.train_losses,
         "held_out_losses": {str(step): loss for step, loss in curve.held_out_losses.items()},
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -111,16 +110,6 @@ class TrainingCurve:
     def held_out_loss(self) -> float:
         """The held-out loss after the last step."""
         return self.held_out_losses[max(self.held_out_losses)]
-
-    @property
-    def median_optimizer_ms(self) -> float:
-        """Median duration of ``optimizer.step()`` in milliseconds."""
-        return statistics.median(self.optimizer_ms)
-
-    @property
-    def median_step_ms(self) -> float:
-        """Median duration of a training step in milliseconds."""
-        return statistics.median(self.step_ms)
 
 
 class OptimizerResult(NamedTuple):

@@ -251,7 +251,7 @@ def test_the_command_writes_what_it_found(small_run: tuple[Path, str]) -> None:
     assert result["state_saved"] == pytest.approx(1 - slim["state_bytes"] / adamw["state_bytes"])
     assert result["loss_gap"] == pytest.approx(slim["held_out_loss"] / adamw["held_out_loss"] - 1)
     assert slim["held_out_loss"] == slim["held_out_losses"]["3"]
-    assert [row["role"] for row in result["layers"]] == [row.role for row in layer_rows(plan)]
+    assert [row["role"] for row in result["layers"]] == [row["role"] for row in layer_rows(plan)]
     assert f"{adamw['held_out_loss']:.4f}" in printed
     assert f"{result['loss_gap']:+.2%}" in printed
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
