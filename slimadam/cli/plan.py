@@ -162,8 +162,7 @@ def _describe(rule: Rule, other: Rule) -> str:
 
 
 def _storage(rule: Rule) -> dict[str, Any]:
-    saved = rule_to_dict(rule)
-    places = {key: saved[key] for key in ("part", "batch_dims") if key in saved}
+    places = {key: value for key, value in rule_to_dict(rule).items() if key in ("part", "batch_dims")}
     return {"form": rule.form, "dims": rule.dims, "shape": rule.shape, **places}
 
 

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from slimadam.demo.training import DemoResult, OptimizerResult
+from slimadam.demo.training import DemoResult, Trainee
 from slimadam.utils.plot_style import WITHOUT_GRID
 
 _LOOKS = {"AdamW": ("#d1662a", "-", "o"), "averages": ("#2166ac", "--", "s"), "best form": ("#1b7837", ":", "^")}
@@ -42,18 +42,18 @@ def draw(result: DemoResult, file_format: Literal["png", "svg"]) -> bytes:
     return content.getvalue()
 
 
-def _draw_losses(axes: Axes, runs: dict[str, OptimizerResult]) -> None:
+def _draw_losses(axes: Axes, runs: dict[str, Trainee]) -> None:
     for name, run in runs.items():
         colour, line, marker = _LOOKS[name]
-        curve, label = run.curve, name if name == "AdamW" else f"SlimAdam, {name}"
-        steps = range(1, len(curve.train_losses) + 1)
+        label = name if name == "AdamW" else f"SlimAdam, {name}"
+        steps = range(1, len(run.train_losses) + 1)
         smoothed = list(
-            itertools.accumulate(curve.train_losses, lambda mean, loss: _SMOOTHING * mean + (1 - _SMOOTHING) * loss)
+            itertools.accumulate(run.train_losses, lambda mean, loss: _SMOOTHING * mean + (1 - _SMOOTHING) * loss)
         )
         axes.plot(steps, smoothed, line, color=colour, alpha=_PALE + 0.2, linewidth=1)
-        axes.plot(list(curve.held_out_losses), list(curve.held_out_losses.values()), line, color=colour, marker=marker,
+        axes.plot(list(run.held_out_losses), list(run.held_out_losses.values()), line, color=colour, marker=marker,
                   markersize=4.5, markerfacecolor="white", linewidth=1.8,
-                  label=f"{label}: {curve.held_out_loss:.3f}")  # fmt: skip
+                  label=f"{label}: {run.held_out_loss:.3f}")  # fmt: skip
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("nats per byte")
     axes.set_xlim(0, None)
@@ -61,12 +61,12 @@ def _draw_losses(axes: Axes, runs: dict[str, OptimizerResult]) -> None:
     axes.legend(loc="upper right")
 
 
-def _draw_memory(axes: Axes, runs: dict[str, OptimizerResult]) -> None:
+def _draw_memory(axes: Axes, runs: dict[str, Trainee]) -> None:
     """Draw one bar each: the second moments on top of the rest of the state."""
-    parameters = runs["AdamW"].state.second_moments / 4
+    parameters = runs["AdamW"].second_moment_bytes / 4
     for name, run in runs.items():
-        rest = (run.state.total - run.state.second_moments) / parameters
-        second = run.state.second_moments / parameters
+        rest = (run.state_bytes - run.second_moment_bytes) / parameters
+        second = run.second_moment_bytes / parameters
         colour = _LOOKS[name][0]
         axes.bar(name, rest, width=0.62, color=colour, alpha=_PALE)
         axes.bar(name, second, width=0.62, bottom=rest, color=colour)

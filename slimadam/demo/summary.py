@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from slimadam.demo.data import ByteData
-from slimadam.demo.training import DemoResult, OptimizerResult
+from slimadam.demo.training import DemoResult, Trainee
 from slimadam.measurement.snr import average_snr
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state.rule import Rule
@@ -51,10 +51,10 @@ def to_dict(result: DemoResult, data: ByteData) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": dataclasses.asdict(result.settings),
         "data": {"source": data.source, "train_bytes": len(data.train), "held_out_bytes": len(data.held_out)},
-        "parameters": result.parameters,
+        "parameters": sum(parameter.numel() for parameter in result.adamw.model.parameters()),
         "loss_gap": result.gap_of(result.slimadam),
         "second_moments_saved": result.second_moments_saved,
-        "state_saved": 1 - result.slimadam.state.total / result.adamw.state.total,
+        "state_saved": 1 - result.slimadam.state_bytes / result.adamw.state_bytes,
         "adamw": _run_to_dict(result.adamw),
         "slimadam": _run_to_dict(result.slimadam),
         "best": {**_run_to_dict(result.best), "loss_gap": result.gap_of(result.best)},
@@ -62,16 +62,15 @@ def to_dict(result: DemoResult, data: ByteData) -> dict[str, Any]:
     }
 
 
-def _run_to_dict(run: OptimizerResult) -> dict[str, Any]:
-    curve = run.curve
+def _run_to_dict(run: Trainee) -> dict[str, Any]:
     return {
-        "held_out_loss": curve.held_out_loss,
-        "second_moment_bytes": run.state.second_moments,
-        "state_bytes": run.state.total,
-        "median_optimizer_ms": statistics.median(curve.optimizer_ms),
-        "median_step_ms": statistics.median(curve.step_ms),
-        "train_losses": curve.train_losses,
-        "held_out_losses": {str(step): loss for step, loss in curve.held_out_losses.items()},
+        "held_out_loss": run.held_out_loss,
+        "second_moment_bytes": run.second_moment_bytes,
+        "state_bytes": run.state_bytes,
+        "median_optimizer_ms": statistics.median(run.optimizer_ms),
+        "median_step_ms": statistics.median(run.step_ms),
+        "train_losses": run.train_losses,
+        "held_out_losses": {str(step): loss for step, loss in run.held_out_losses.items()},
     }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -83,16 +83,18 @@ class DemoSettings:
         return ByteGPT(self.layers, self.width, self.heads, self.context)
 
 
-class OptimizerBytes(NamedTuple):
-    """Bytes of an optimizer's state: those of the second moments, and of all."""
-
-    second_moments: int
-    total: int
+class DivergedError(ArithmeticError):
+    """A loss was no longer finite; the message says where and what to try."""
 
 
-@dataclass
-class TrainingCurve:
-    """Measurements of one training run.
+class Trainee:
+    """A model in training, its optimizer and the measurements of its run.
+
+    Args:
+        phase: Name under which progress is reported.
+        model: The model.
+        optimizer: Its optimizer.
+        progress: Called after each step.
 
     Attributes:
         train_losses: Loss of each step's batch, in nats per byte.
@@ -101,78 +103,40 @@ class TrainingCurve:
         step_ms: Duration of each whole training step: forward, backward and optimizer.
     """
 
-    train_losses: list[float] = field(default_factory=list)
-    held_out_losses: dict[int, float] = field(default_factory=dict)
-    optimizer_ms: list[float] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)
+    def __init__(self, phase: Phase, model: ByteGPT, optimizer: Optimizer, progress: Progress) -> None:
+        self.phase: Phase = phase
+        self.model = model
+        self.optimizer = optimizer
+        self.progress = progress
+        self.train_losses: list[float] = []
+        self.held_out_losses: dict[int, float] = {}
+        self.optimizer_ms: list[float] = []
+        self.step_ms: list[float] = []
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return len(self.train_losses)
 
     @property
     def held_out_loss(self) -> float:
         """The held-out loss after the last step."""
         return self.held_out_losses[max(self.held_out_losses)]
 
-
-class OptimizerResult(NamedTuple):
-    """A finished training run: its curve, and the bytes of its optimizer's state."""
-
-    curve: TrainingCurve
-    state: OptimizerBytes
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """The calibration and the three training runs.
-
-    Attributes:
-        settings: The settings they were made with.
-        parameters: Elements of the model.
-        history: The calibration's measurements.
-        plan: The plan chosen from them.
-        adamw: The run with ``torch.optim.AdamW``.
-        slimadam: The run with ``slimadam.SlimAdam`` and the plan.
-        best_plan: The plan where row and column averages compete with plain averages (``forms="best"``).
-        best: The run with it.
-    """
-
-    settings: DemoSettings
-    parameters: int
-    history: SNRHistory
-    plan: CompressionPlan
-    adamw: OptimizerResult
-    slimadam: OptimizerResult
-    best_plan: CompressionPlan
-    best: OptimizerResult
-
-    def gap_of(self, run: OptimizerResult) -> float:
-        """Return how much higher a run's held-out loss is, as a share of AdamW's."""
-        return run.curve.held_out_loss / self.adamw.curve.held_out_loss - 1
+    @property
+    def second_moment_bytes(self) -> int:
+        """Bytes of the optimizer's state under keys that begin with ``exp_avg_sq``."""
+        return sum(
+            tensor.nbytes
+            for state in self.optimizer.state.values()
+            for key, tensor in state.items()
+            if key.startswith("exp_avg_sq")
+        )
 
     @property
-    def second_moments_saved(self) -> float:
-        """Share of AdamW's second-moment bytes that SlimAdam does without."""
-        return 1 - self.slimadam.state.second_moments / self.adamw.state.second_moments
-
-
-class DivergedError(ArithmeticError):
-    """A loss was no longer finite; the message says where and what to try."""
-
-
-class Trainee:
-    """A model in training, its optimizer and its curve.
-
-    Args:
-        phase: Name under which progress is reported.
-        model: The model.
-        optimizer: Its optimizer.
-        progress: Called after each step.
-    """
-
-    def __init__(self, phase: Phase, model: ByteGPT, optimizer: Optimizer, progress: Progress) -> None:
-        self.phase: Phase = phase
-        self.model = model
-        self.optimizer = optimizer
-        self.progress = progress
-        self.curve = TrainingCurve()
+    def state_bytes(self) -> int:
+        """Bytes of all of the optimizer's state."""
+        return sum(tensor.nbytes for state in self.optimizer.state.values() for tensor in state.values())
 
     def step(self, batch: tuple[Tensor, Tensor], lr: float) -> None:
         """Train for one step and time it.
@@ -193,20 +157,15 @@ class Trainee:
         before_update = time.perf_counter()
         self.optimizer.step()
         end = time.perf_counter()
-        self.curve.optimizer_ms.append((end - before_update) * 1e3)
-        self.curve.step_ms.append((end - start) * 1e3)
-        self.curve.train_losses.append(loss.item())
-        if not math.isfinite(self.curve.train_losses[-1]):
+        self.optimizer_ms.append((end - before_update) * 1e3)
+        self.step_ms.append((end - start) * 1e3)
+        self.train_losses.append(loss.item())
+        if not math.isfinite(self.train_losses[-1]):
             raise DivergedError(
                 f"the loss became {loss.item()} at step {self.steps} of {self.phase} with lr={lr:g}; "
                 "choose a smaller learning rate"
             )
-        self.progress(self.phase, self.steps, self.curve.train_losses[-1])
-
-    @property
-    def steps(self) -> int:
-        """Steps taken so far."""
-        return len(self.curve.train_losses)
+        self.progress(self.phase, self.steps, self.train_losses[-1])
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, batch_size: int) -> None:
@@ -217,9 +176,41 @@ class Trainee:
             targets: Their next bytes.
             batch_size: Windows in one forward pass.
         """
-        batches = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+        batches = zip(torch.split(inputs, batch_size), torch.split(targets, batch_size), strict=True)
         total = sum(self.model.loss(*batch).item() * len(batch[0]) for batch in batches)
-        self.curve.held_out_losses[self.steps] = total / len(inputs)
+        self.held_out_losses[self.steps] = total / len(inputs)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The calibration and the three training runs.
+
+    Attributes:
+        settings: The settings they were made with.
+        history: The calibration's measurements.
+        plan: The plan chosen from them.
+        best_plan: The plan where row and column averages compete with plain averages (``forms="best"``).
+        adamw: The run with ``torch.optim.AdamW``.
+        slimadam: The run with ``slimadam.SlimAdam`` and ``plan``.
+        best: The run with ``slimadam.SlimAdam`` and ``best_plan``.
+    """
+
+    settings: DemoSettings
+    history: SNRHistory
+    plan: CompressionPlan
+    best_plan: CompressionPlan
+    adamw: Trainee
+    slimadam: Trainee
+    best: Trainee
+
+    def gap_of(self, run: Trainee) -> float:
+        """Return how much higher a run's held-out loss is, as a share of AdamW's."""
+        return run.held_out_loss / self.adamw.held_out_loss - 1
+
+    @property
+    def second_moments_saved(self) -> float:
+        """Share of AdamW's second-moment bytes that SlimAdam does without."""
+        return 1 - self.slimadam.second_moment_bytes / self.adamw.second_moment_bytes
 
 
 def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> DemoResult:
@@ -239,20 +230,16 @@ def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> Demo
     plan, best_plan = CompressionPlan.from_snr(history), CompressionPlan.from_snr(history, forms="best")
 
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
-    makers: dict[Phase, Callable[[ByteGPT], Optimizer]] = {
-        "AdamW": lambda model: torch.optim.AdamW(model.named_parameters(), **options),
-        "SlimAdam": lambda model: SlimAdam(model, plan=plan, **options),
-        "SlimAdam, best form": lambda model: SlimAdam(model, plan=best_plan, **options),
-    }
-    models = [settings.new_model() for _ in makers]
-    trainees = [
-        Trainee(phase, model, make(model), progress)
-        for (phase, make), model in zip(makers.items(), models, strict=True)
-    ]
-    train(settings, data, trainees)
-    adamw, slim, best = (OptimizerResult(one.curve, optimizer_bytes(one.optimizer)) for one in trainees)
-    parameters = sum(parameter.numel() for parameter in models[0].parameters())
-    return DemoResult(settings, parameters, history, plan, adamw, slim, best_plan, best)
+
+    def trainee(phase: Phase, make: Callable[[ByteGPT], Optimizer]) -> Trainee:
+        model = settings.new_model()
+        return Trainee(phase, model, make(model), progress)
+
+    adamw = trainee("AdamW", lambda model: torch.optim.AdamW(model.named_parameters(), **options))
+    slim = trainee("SlimAdam", lambda model: SlimAdam(model, plan=plan, **options))
+    best = trainee("SlimAdam, best form", lambda model: SlimAdam(model, plan=best_plan, **options))
+    train(settings, data, (adamw, slim, best))
+    return DemoResult(settings, history, plan, best_plan, adamw, slim, best)
 
 
 def calibrate(settings: DemoSettings, data: ByteData, progress: Progress) -> SNRHistory:
@@ -312,10 +299,3 @@ def learning_rate(settings: DemoSettings, step: int) -> float:
     progress = (step - warmup) / (settings.steps - warmup)
     floor = settings.final_lr
     return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def optimizer_bytes(optimizer: Optimizer) -> OptimizerBytes:
-    """Count the bytes of an optimizer's state, tensor by tensor; second moments are keys in ``exp_avg_sq*``."""
-    sizes = [(key, value.nbytes) for state in optimizer.state.values() for key, value in state.items()]
-    second_moments = sum(size for key, size in sizes if key.startswith("exp_avg_sq"))
-    return OptimizerBytes(second_moments, sum(size for _, size in sizes))

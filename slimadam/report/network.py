@@ -54,7 +54,7 @@ def draw(plan: CompressionPlan) -> Strip:
     layers = [(layer, list(names)) for layer, names in itertools.groupby(plan, layer_of)]
     room = WIDTH - _LABEL_WIDTH
     minimum = min(3.0, room / (4 * max(len(names) for _, names in layers)))
-    scale = min((room - 2 * minimum * len(names)) / max(1.0, sum(map(sides.get, names))) for _, names in layers)
+    scale = min((room - 2 * minimum * len(names)) / max(1.0, sum(sides[name] for name in names)) for _, names in layers)
     dense = len(layers) > _MANY_ROWS
     pitch = 17.0 if dense else 28.0
     rows = []

@@ -14,7 +14,7 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from slimadam.measurement.history import ParameterSNR
 from slimadam.plans.plan import CompressionPlan
@@ -124,8 +124,10 @@ def _role_plot(role: str, plan: CompressionPlan, measured: Mapping[str, Paramete
     figure, panels = _figure(len(candidates))
     limits = _limits(drawn, candidates, plan.cutoff)
     for index, (panel, candidate) in enumerate(zip(panels, candidates, strict=True)):
-        _draw_lines(panel, drawn, candidate, plan.cutoff)
-        _label_panel(panel, candidate, chosen[candidate], len(measured))
+        _draw_panel(panel, drawn, candidate, plan.cutoff)
+        label, times = labels.dims_label(candidate), chosen[candidate]
+        panel.set_title(f"{label} · chosen for {times} of {len(measured)}" if times else label)
+        panel.set_facecolor(_CHOSEN if times else _PLAIN)
         panel.set_ylim(limits)
         if index % _PANELS_PER_ROW:
             panel.tick_params(labelleft=False)
@@ -148,9 +150,15 @@ def _figure(panel_count: int) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(grid[divmod(index, columns)]) for index in range(panel_count)]
 
 
-def _draw_lines(panel: Axes, measured: Sequence[ParameterSNR], candidate: Candidate, cutoff: float | None) -> None:
+def _draw_panel(panel: Axes, measured: Sequence[ParameterSNR], candidate: Candidate, cutoff: float | None) -> None:
     panel.set_yscale("log")
     panel.grid(axis="y")
+    panel.set_xlabel("optimizer step", labelpad=2)
+    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    panel.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    panel.yaxis.set_major_locator(LogLocator(numticks=6))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if cutoff:
         panel.axhline(cutoff, color=_CUTOFF, linestyle=(0, (4, 3)), linewidth=1.0)
     for index, parameter in enumerate(measured):
@@ -164,18 +172,6 @@ def _draw_lines(panel: Axes, measured: Sequence[ParameterSNR], candidate: Candid
             markersize=2.5,
             gid=f"line{index}",
         )
-
-
-def _label_panel(panel: Axes, candidate: Candidate, chosen: int, count: int) -> None:
-    label = labels.dims_label(candidate)
-    panel.set_title(f"{label} · chosen for {chosen} of {count}" if chosen else label)
-    panel.set_facecolor(_CHOSEN if chosen else _PLAIN)
-    panel.set_xlabel("optimizer step", labelpad=2)
-    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    panel.yaxis.set_major_locator(LogLocator(numticks=6))
-    panel.yaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _limits(

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
@@ -16,13 +16,6 @@ from slimadam.cli.script.names import prefix_of, prefixed
 from slimadam.cli.script.runner import StopScript, Terminated, step_hooks
 from slimadam.measurement.history import SNRHistory
 from slimadam.measurement.recorder import Schedule, SNRRecorder
-
-
-class _Scaled(NamedTuple):
-    owner: Optimizer
-    group: dict[str, Any]
-    original: Any
-    scaled: Any
 
 
 class LearningRateScale:
@@ -34,7 +27,7 @@ class LearningRateScale:
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
-        self._scaled: dict[int, _Scaled] = {}
+        self._scaled: dict[int, tuple[Optimizer, dict[str, Any], Any, Any]] = {}
 
     def apply(self, optimizer: Optimizer) -> None:
         """Scale the rate of each group that is not scaled yet (wrapping optimizers share their groups)."""
@@ -45,14 +38,14 @@ class LearningRateScale:
             if id(group) not in self._scaled:
                 original = group["lr"]
                 group["lr"] = original * self._factor
-                self._scaled[id(group)] = _Scaled(optimizer, group, original, group["lr"])
+                self._scaled[id(group)] = optimizer, group, original, group["lr"]
 
     def restore(self, optimizer: Optimizer | None = None) -> None:
         """Put back the rates scaled for one optimizer, or for all, but those set anew meanwhile."""
-        for key, entry in list(self._scaled.items()):
-            if optimizer is None or entry.owner is optimizer:
-                if entry.group["lr"] is entry.scaled:
-                    entry.group["lr"] = entry.original
+        for key, (owner, group, original, scaled) in list(self._scaled.items()):
+            if optimizer is None or owner is optimizer:
+                if group["lr"] is scaled:
+                    group["lr"] = original
                 del self._scaled[key]
 
 

@@ -79,7 +79,7 @@ class Script:
         main, argv, path = sys.modules["__main__"], list(sys.argv), list(sys.path)
         try:
             module, load = self._find_module() if self.is_module else self._find_file()
-            sys.argv[:] = [module.__file__ if self.is_module else self.target, *self.arguments]
+            sys.argv[:] = [str(module.__file__) if self.is_module else self.target, *self.arguments]
             return _execute(module, load)
         finally:
             sys.modules["__main__"] = main

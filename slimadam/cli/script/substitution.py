@@ -21,6 +21,7 @@ from slimadam.layers.splits import key_of
 from slimadam.optim.memory import MemoryReport
 from slimadam.optim.slimadam import SlimAdam
 from slimadam.plans.plan import CompressionPlan
+from slimadam.plans.resolver import NOT_IN_THE_PLAN
 from slimadam.state.rule import Rule, factored_rule, paper_rule
 from slimadam.utils.errors import PlanError
 from slimadam.utils.torch_private import disable_dynamo
@@ -95,27 +96,6 @@ class Substitution:
                 "optimizers; calibrate this script"
             )
 
-    @property
-    def automatic(self) -> bool:
-        """True where each optimizer measures for itself and decides."""
-        return self._plan == "auto"
-
-    def new_index(self) -> int:
-        """Return the number of an optimizer that is being built."""
-        self._built[0] = 1
-        return next(self._count)
-
-    def plan_for(self, named: list[tuple[str, Tensor]], roles: NamedParameters, prefix: str) -> CompressionPlan:
-        """Return the plan of some parameters of one optimizer, under their own names.
-
-        Args:
-            named: Names and parameters.
-            roles: The names and layers of the modules that own them.
-            prefix: The prefix that tells them from those of other optimizers.
-        """
-        rules = ((name, rule) for name, tensor in named for rule in self._rules(name, tensor, roles, prefix))
-        return CompressionPlan({key_of(name, rule.part): rule for name, rule in rules})
-
     def _rules(self, name: str, tensor: Tensor, roles: NamedParameters, prefix: str) -> list[Rule]:
         shape = tuple(tensor.shape)
         if self._plan == "factored":
@@ -128,7 +108,7 @@ class Substitution:
         if not keys:
             if len(shape) > 1:
                 self.uncovered.append(name)
-            return [Rule(shape=shape, reason="not in the plan")]
+            return [Rule(shape=shape, reason=NOT_IN_THE_PLAN)]
         self._used.update(keys)
         return [self._plan[key] for key in keys]
 
@@ -140,6 +120,7 @@ class Substitution:
 
 def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimAdam]]:
     originals = torch.optim.Adam, torch.optim.AdamW
+    is_auto = substitution._plan == "auto"
 
     class Adam(SlimAdam):
         """SlimAdam with the signature and defaults of ``torch.optim.Adam``; ``fused`` is left to SlimAdam."""
@@ -152,15 +133,16 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
             options = {key: signature.parameters[key].default for key in ("lr", "betas", "eps", "weight_decay")}
             options |= signature.bind(*args, **kwargs).arguments
             options.pop("fused", None)
-            self._index = substitution.new_index()
+            self._index = next(substitution._count)
+            substitution._built[0] = 1
             self._is_decoupled = is_decoupled
             groups: Any = options.pop("params")
             if not isinstance(groups, Tensor):
                 groups = _groups(groups)
                 self._look_up(groups)
-            super().__init__(groups, plan="auto" if substitution.automatic else None, **options)
+            super().__init__(groups, plan="auto" if is_auto else None, **options)
             self._account()
-            if substitution.automatic:
+            if is_auto:
                 self.register_step_post_hook(disable_dynamo(lambda *_: self._account()))
 
         def _account(self) -> None:
@@ -177,9 +159,11 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
             [group] = _groups([group])
             if any(self._found.name(tensor) is None for _, tensor in group["params"]):
                 self._look_up(_groups([*self.param_groups, group]))
-            group["params"] = list(self._named(group["params"]))
-            if not substitution.automatic:
-                group["plan"] = substitution.plan_for(group["params"], self._found, self._prefix)
+            group["params"] = named = list(self._named(group["params"]))
+            if not is_auto:
+                found = [(name, substitution._rules(name, tensor, self._found, self._prefix)) for name, tensor in named]
+                rules = {key_of(name, rule.part): rule for name, own in found for rule in own}
+                group["plan"] = CompressionPlan(rules)
             super().add_param_group(group)
             if self._index in substitution.memory:
                 self._account()
@@ -216,9 +200,9 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
         substitute.__qualname__ = substitute.__name__
         substitute.__module__ = f"torch.optim.{substitute.__name__.lower()}"
         # The parameters of this release of torch, for whoever asks which ones there are.
-        init: Any = substitute.__init__
-        init.__signature__ = inspect.signature(original.__init__)
-        init.__annotations__ = dict(original.__init__.__annotations__)
+        init, original_init = vars(substitute)["__init__"], vars(original)["__init__"]
+        init.__signature__ = inspect.signature(original_init)
+        init.__annotations__ = dict(original_init.__annotations__)
     return Adam, AdamW
 
 
