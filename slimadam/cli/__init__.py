@@ -25,7 +25,7 @@ class _LazyGroup(click.Group):
     """Imports a command when it is used, and reports wrong input in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:

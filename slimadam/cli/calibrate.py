@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from slimadam.cli.console import DONE, NOTHING_DONE, SCRIPT_FAILED, finite, is_main_rank, output_path, status_console
+from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, finite, is_main_rank, output_path, status_console
 from slimadam.cli.script.children import Children
 from slimadam.cli.script.observer import Observer
 from slimadam.cli.script.runner import SCRIPT_SETTINGS, SIGTERM_EXIT, Script, script_arguments
@@ -136,7 +136,6 @@ def _calibrate(
     if not observer.optimizers:
         say(f"nothing to calibrate: no optimizer that keeps exp_avg_sq (Adam, AdamW) stepped{children.elsewhere}")
         ctx.exit(NOTHING_DONE)
-    ctx.exit(DONE)
 
 
 def _plan(

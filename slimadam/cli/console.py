@@ -12,8 +12,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-DONE, SCRIPT_FAILED, NOTHING_DONE = 0, 1, 3
-"""Exit codes of the commands that run a script; click itself exits with 2."""
+SCRIPT_FAILED, NOTHING_DONE = 1, 3
+"""Exit codes of the commands that run a script; click itself exits with 2 for wrong usage."""
 
 
 def is_main_rank() -> bool:
@@ -49,9 +49,9 @@ def output_path(ctx: click.Context, parameter: click.Parameter, value: str | Non
     if not path.parent.is_dir():
         raise click.BadParameter(f"the folder {str(path.parent)!r} does not exist; create it", ctx, parameter)
     # A file is replaced in one move, for which its folder must be writable; a device is written to.
-    needed = ([path] if path.exists() else []) + (
-        [] if path.exists() and not path.is_file() else [path.resolve().parent]
-    )
+    needed = [path] if path.exists() else []
+    if path.is_file() or not path.exists():
+        needed.append(path.resolve().parent)
     if not all(os.access(place, os.W_OK) for place in needed):
         raise click.BadParameter(f"{value!r} is not writable", ctx, parameter)
     return path

@@ -16,7 +16,7 @@ import click
 import torch
 from torch.optim import Optimizer
 
-from slimadam.cli.console import DONE, NOTHING_DONE, SCRIPT_FAILED, finite, is_main_rank, status_console
+from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, finite, is_main_rank, status_console
 from slimadam.cli.script.children import Children
 from slimadam.cli.script.runner import SCRIPT_SETTINGS, Script, StopScript, script_arguments, step_hooks
 from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
@@ -147,7 +147,8 @@ def _find_lr(
         )
     if as_json and is_main_rank():
         click.echo(json.dumps(_result(finder, measured)), file=stdout)
-    ctx.exit(DONE if measured.status in ("found", "noisy", "no increase") else NOTHING_DONE)
+    if measured.status not in ("found", "noisy", "no increase"):
+        ctx.exit(NOTHING_DONE)
 
 
 def _result(finder: _Finder, measured: SharpnessMeasurement) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import get_args
 
 import click
 
-from slimadam.cli.console import DONE, NOTHING_DONE, SCRIPT_FAILED, status_console
+from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, status_console
 from slimadam.cli.script.children import Children
 from slimadam.cli.script.runner import SCRIPT_SETTINGS, Script, script_arguments
 from slimadam.cli.script.substitution import NamedPlan, ScriptPlan, Substitution
@@ -52,15 +52,15 @@ def _run(ctx: click.Context, plan_name: str, is_module: bool, script: str, argum
         ctx.exit(SCRIPT_FAILED)
     if substitution.memory:
         substitution.check_matched()
-        ctx.exit(DONE)
-    if substitution.built_anywhere:
+    elif substitution.built_anywhere:
         say("Adam and AdamW were replaced in processes that the script forked; what was saved there is not known here")
-        ctx.exit(DONE)
-    if children.unfollowed:
-        say("nothing was replaced in this process, and in those that the script started all is torch's, as said above")
     else:
-        say("nothing was replaced: the script built no torch.optim.Adam or AdamW in this process")
-    ctx.exit(NOTHING_DONE)
+        say(
+            "nothing was replaced in this process, and in those that the script started all is torch's, as said above"
+            if children.unfollowed
+            else "nothing was replaced: the script built no torch.optim.Adam or AdamW in this process"
+        )
+        ctx.exit(NOTHING_DONE)
 
 
 def _read_plan(name: str) -> ScriptPlan:

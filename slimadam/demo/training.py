@@ -126,17 +126,13 @@ class Trainee:
     @property
     def second_moment_bytes(self) -> int:
         """Bytes of the optimizer's state under keys that begin with ``exp_avg_sq``."""
-        return sum(
-            tensor.nbytes
-            for state in self.optimizer.state.values()
-            for key, tensor in state.items()
-            if key.startswith("exp_avg_sq")
-        )
+        states = self.optimizer.state.values()
+        return sum(value.nbytes for state in states for key, value in state.items() if key.startswith("exp_avg_sq"))
 
     @property
     def state_bytes(self) -> int:
         """Bytes of all of the optimizer's state."""
-        return sum(tensor.nbytes for state in self.optimizer.state.values() for tensor in state.values())
+        return sum(value.nbytes for state in self.optimizer.state.values() for value in state.values())
 
     def step(self, batch: tuple[Tensor, Tensor], lr: float) -> None:
         """Train for one step and time it.

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -95,7 +96,8 @@ class SharpnessCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         batches, self._batches = self._batches, []
         if batches:
-            with _clipped(trainer, pl_module, optimizer), _silent(pl_module):
+            silent = patch.multiple(pl_module, log=_ignore, log_dict=_ignore)
+            with _clipped(trainer, pl_module, optimizer), silent:
                 self.logger.measure({"": summed(batches), **self._tasks})
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,18 +153,8 @@ def _clipped(trainer: Trainer, module: LightningModule, optimizer: Optimizer) ->
             param.grad = grad
 
 
-@contextmanager
-def _silent(module: LightningModule) -> Iterator[None]:
-    """Keep the module from logging within the block: its losses are those of other parameters."""
-    names = ("log", "log_dict")
-    before = {name: vars(module)[name] for name in names if name in vars(module)}
-    try:
-        vars(module).update(dict.fromkeys(names, lambda *args, **kwargs: None))
-        yield
-    finally:
-        for name in names:
-            del vars(module)[name]
-        vars(module).update(before)
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Log nothing: the losses are those of other parameters."""
 
 
 def _log(trainer: Trainer, scalars: dict[str, float], step: int) -> None:

@@ -13,7 +13,6 @@ from slimadam.utils.formatting import format_shape
 WIDTH = 1120.0
 _LABEL_WIDTH = 168.0
 _CHARACTER_WIDTH = 6.4
-_MANY_ROWS = 32
 
 
 class Cell(NamedTuple):
@@ -26,26 +25,15 @@ class Cell(NamedTuple):
     hover: str
 
 
-class StripRow(NamedTuple):
-    """One layer."""
+class Layer(NamedTuple):
+    """One row: the name of the layer, its label and its parameters."""
 
     name: str
     label: str
-    y: float
     cells: list[Cell]
 
 
-class Strip(NamedTuple):
-    """The drawing. Lengths are in units of its own coordinates."""
-
-    width: float
-    height: float
-    row_height: float
-    dense: bool
-    rows: list[StripRow]
-
-
-def draw(plan: CompressionPlan) -> Strip:
+def draw(plan: CompressionPlan) -> list[Layer]:
     """Lay out the cells of a plan's parameters, in the plan's order.
 
     Each cell takes a minimum and as much again as a gap, plus its share by size.
@@ -55,10 +43,8 @@ def draw(plan: CompressionPlan) -> Strip:
     room = WIDTH - _LABEL_WIDTH
     minimum = min(3.0, room / (4 * max(len(names) for _, names in layers)))
     scale = min((room - 2 * minimum * len(names)) / max(1.0, sum(sides[name] for name in names)) for _, names in layers)
-    dense = len(layers) > _MANY_ROWS
-    pitch = 17.0 if dense else 28.0
     rows = []
-    for index, (layer, names) in enumerate(layers):
+    for layer, names in layers:
         cells = []
         x = _LABEL_WIDTH
         for name in names:
@@ -67,8 +53,8 @@ def draw(plan: CompressionPlan) -> Strip:
             label = _fitting_label(name.removeprefix(layer + "."), width)
             cells.append(Cell(x, width, labels.decision_kind(rule), label, hover))
             x += width + minimum
-        rows.append(StripRow(layer, _shortened(layer), index * pitch, cells))
-    return Strip(WIDTH, len(layers) * pitch, pitch - 4, dense, rows)
+        rows.append(Layer(layer, _shortened(layer), cells))
+    return rows
 
 
 def layer_of(name: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest.mock import patch
 
 # The modules of what libraries run in processes of their own, to load data or to share objects.
 _HELPERS = ("torch.utils.data.", "torch.multiprocessing.queue", "torch._inductor.", "multiprocessing.managers")
@@ -48,11 +49,8 @@ class Children:
                 self._note(process)
             start(process)
 
-        BaseProcess.start = start_noticed  # type: ignore[assignment, method-assign]
-        try:
+        with patch.object(BaseProcess, "start", start_noticed):
             yield
-        finally:
-            BaseProcess.start = start  # type: ignore[method-assign]
 
     def _note(self, process: BaseProcess) -> None:
         method = getattr(process, "_start_method", None) or multiprocessing.get_start_method()

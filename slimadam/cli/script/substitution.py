@@ -7,8 +7,9 @@ import itertools
 import mmap
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -71,17 +72,12 @@ class Substitution:
             if isinstance(optimizer, adam):
                 self.check_matched()
 
-        places = [(module, cls) for cls in (adam, adamw) for module in (torch.optim, sys.modules[cls.__module__])]
-        originals = [(module, cls.__name__, getattr(module, cls.__name__)) for module, cls in places]
-        hook = register_optimizer_step_pre_hook(check_before_first_step)
-        try:
-            for module, cls in places:
-                setattr(module, cls.__name__, cls)
+        with ExitStack() as stack:
+            stack.callback(register_optimizer_step_pre_hook(check_before_first_step).remove)
+            for cls in (adam, adamw):
+                for module in (torch.optim, sys.modules[cls.__module__]):
+                    stack.enter_context(patch.object(module, cls.__name__, cls))
             yield
-        finally:
-            hook.remove()
-            for module, name, original in originals:
-                setattr(module, name, original)
 
     def check_matched(self) -> None:
         """Check that the plan has to do with the script.
