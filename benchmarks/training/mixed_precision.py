@@ -32,7 +32,7 @@ def held_out_losses(settings: DemoSettings, data: ByteData) -> dict[str, float]:
         optimizer = SlimAdam(model, lr=settings.lr, plan="rules", **options)
         trainees[label] = Trainee("SlimAdam", model, optimizer, lambda phase, step, loss: None)
     train(settings, data, tuple(trainees.values()))
-    return {label: trainee.curve.held_out_loss for label, trainee in trainees.items()}
+    return {label: trainee.held_out_loss for label, trainee in trainees.items()}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.harness import machine
 from slimadam import CompressionPlan, SlimAdam
 from slimadam.demo.data import ByteData, load
-from slimadam.demo.training import DemoSettings, Trainee, calibrate, learning_rate, optimizer_bytes, train
+from slimadam.demo.training import DemoSettings, Trainee, calibrate, learning_rate, train
 from slimadam.kernels.reference import reconstruct
 from slimadam.state import int8
 from slimadam.state.second_moment import moments_of
@@ -142,9 +142,8 @@ def train_each(settings: DemoSettings, data: ByteData, plan: CompressionPlan) ->
     train(settings, data, tuple(trainees.values()))
     return {
         label: {
-            "held_out_loss": trainee.curve.held_out_loss,
-            "bytes_per_parameter": optimizer_bytes(trainee.optimizer).total
-            / sum(param.numel() for param in trainee.model.parameters()),
+            "held_out_loss": trainee.held_out_loss,
+            "bytes_per_parameter": trainee.state_bytes / sum(param.numel() for param in trainee.model.parameters()),
         }
         for label, trainee in trainees.items()
     }

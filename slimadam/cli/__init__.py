@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
 from slimadam.utils.errors import PlanError
 from slimadam.utils.version import __version__
 
-
-class _Entry(NamedTuple):
-    module: str
-    attribute: str
-    summary: str
-
-
 _COMMANDS = {
-    "calibrate": _Entry("slimadam.cli.calibrate", "calibrate", "Run a training script, measure, write a plan."),
-    "demo": _Entry("slimadam.cli.demo", "demo", "Calibrate and train a small model on embedded data."),
-    "find-lr": _Entry("slimadam.cli.find_lr", "find_lr", "Find the critical learning rate of a training script."),
-    "mix": _Entry("slimadam.cli.mix", "mix", "Advise how much of each domain to train on next."),
-    "plan": _Entry("slimadam.cli.plan", "plan", "Show, compare, carry over and check plan files."),
-    "run": _Entry("slimadam.cli.run", "run", "Run a training script with SlimAdam in place of Adam and AdamW."),
+    "calibrate": "Run a training script, measure, write a plan.",
+    "demo": "Calibrate and train a small model on embedded data.",
+    "find-lr": "Find the critical learning rate of a training script.",
+    "mix": "Advise how much of each domain to train on next.",
+    "plan": "Show, compare, carry over and check plan files.",
+    "run": "Run a training script with SlimAdam in place of Adam and AdamW.",
 }
+"""The function of ``find-lr`` is ``_find_lr`` in the module ``find_lr``, and so on."""
 
 
 class _LazyGroup(click.Group):
     """Imports a command when it is used, and reports wrong input in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        entry = _COMMANDS.get(cmd_name)
-        if entry is None:
+        if cmd_name not in _COMMANDS:
             return None
-        command = getattr(importlib.import_module(entry.module), entry.attribute)
-        assert isinstance(command, click.Command)
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"slimadam.cli.{name}"), f"_{name}")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.summary) for name, entry in _COMMANDS.items()])
+            formatter.write_dl(list(_COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from slimadam.cli.console import finite, percent, status_console
+from slimadam.cli.console import finite, status_console
+from slimadam.demo import training
 from slimadam.demo.data import DataError, load
 from slimadam.demo.plot import draw
-from slimadam.demo.summary import facts, layer_rows, to_dict
+from slimadam.demo.summary import facts, to_dict
 from slimadam.demo.training import DemoResult, DemoSettings, DivergedError, Phase, run_demo
 from slimadam.report import write_report
 from slimadam.report.labels import dims_label
@@ -24,7 +27,7 @@ from slimadam.utils.formatting import format_bytes
 _DEFAULTS = DemoSettings()
 
 
-@click.command()
+@click.command("demo")
 @click.option("--steps", type=click.IntRange(min=1), default=_DEFAULTS.steps, show_default=True,
               help="Optimizer steps of the calibration and of each training run.")  # fmt: skip
 @click.option("--width", type=click.IntRange(min=1), default=_DEFAULTS.width, show_default=True,
@@ -40,7 +43,7 @@ _DEFAULTS = DemoSettings()
 @click.option("--out", type=click.Path(file_okay=False, writable=True, path_type=Path), metavar="DIR",
               default="slimadam-demo", show_default=True, help="Folder for what the demo writes.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the content of result.json, not tables.")
-def demo(
+def _demo(
     steps: int, width: int, layers: int, lr: float, seed: int, data_file: Path | None, out: Path, as_json: bool
 ) -> None:
     """Train a small byte-level GPT with AdamW and with SlimAdam, and compare loss, memory and time.
@@ -53,13 +56,13 @@ def demo(
         settings = DemoSettings(steps=steps, width=width, layers=layers, lr=lr, seed=seed)
         data = load(data_file, settings.context)
     except ValueError as error:
-        raise click.UsageError(_naming_option(error)) from error
+        raise click.UsageError(f"--data: {error}" if isinstance(error, DataError) else f"--{error}") from error
     out.mkdir(parents=True, exist_ok=True)
     # A model this small gains little from more threads, and loses much where other programs hold the cores.
     torch.set_num_threads(1)
     try:
-        with _ProgressBars(settings) as bars:
-            result = run_demo(settings, data, bars.advance)
+        with _progress(steps) as progress:
+            result = run_demo(settings, data, progress)
     except DivergedError as error:
         raise click.ClickException(str(error)) from error
     summary = to_dict(result, data)
@@ -68,40 +71,29 @@ def demo(
         click.echo(json.dumps(summary))
         return
     console = Console()
-    console.print(_comparison(result))
-    console.print(_layers(result))
+    console.print(_comparison(summary))
+    console.print(_layers(summary))
     click.echo(f"Wrote plan.json, plan-best.json, report.html, loss.png and result.json to {out}")
 
 
-def _naming_option(error: ValueError) -> str:
-    return f"--data: {error}" if isinstance(error, DataError) else f"--{error}"
+@contextmanager
+def _progress(steps: int) -> Iterator[training.Progress]:
+    """Draw one bar for each phase on stderr, with the loss of the latest batch; where that is no terminal, a line."""
+    tasks: dict[Phase, TaskID] = {}
+    columns = (
+        TextColumn("{task.description:<19}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=status_console()) as bars:
 
+        def progress(phase: Phase, step: int, loss: float) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=steps, loss=loss)
+                if not bars.console.is_terminal:
+                    click.echo(f"{phase}: {steps} steps", err=True)
+            bars.update(tasks[phase], completed=step, loss=loss)
 
-class _ProgressBars:
-    """One bar for each phase on stderr, with the loss of the latest batch; where that is no terminal, a line."""
-
-    def __init__(self, settings: DemoSettings) -> None:
-        self._settings = settings
-        self._tasks: dict[Phase, Any] = {}
-        self._bars = Progress(
-            TextColumn("{task.description:<19}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(), console=status_console(),
-        )  # fmt: skip
-
-    def __enter__(self) -> _ProgressBars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def advance(self, phase: Phase, step: int, loss: float) -> None:
-        """Show a phase at its present step."""
-        if phase not in self._tasks:
-            self._tasks[phase] = self._bars.add_task(phase, total=self._settings.steps, loss=loss)
-            if not self._bars.console.is_terminal:
-                click.echo(f"{phase}: {self._settings.steps} steps", err=True)
-        self._bars.update(self._tasks[phase], completed=step, loss=loss)
+        yield progress
 
 
 def _write(out: Path, result: DemoResult, summary: dict[str, Any]) -> None:
@@ -120,42 +112,35 @@ def _write(out: Path, result: DemoResult, summary: dict[str, Any]) -> None:
     (out / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def _comparison(result: DemoResult) -> Table:
+def _comparison(summary: dict[str, Any]) -> Table:
     table = Table(title="AdamW and SlimAdam: same initialisation, same batches", title_justify="left",
                   caption="averages: the paper's method, plan.json; best form: row and column averages compete too, "
                   "plan-best.json", caption_justify="left")  # fmt: skip
     for column in ("", "AdamW", "SlimAdam, averages", "SlimAdam, best form"):
         table.add_column(column, justify="right" if column else "left")
-    adamw, slims = result.adamw, (result.slimadam, result.best)
-    table.add_row("held-out loss (nats per byte)", f"{adamw.curve.held_out_loss:.4f}",
-                  *(f"{run.curve.held_out_loss:.4f} ({result.gap_of(run):+.2%})" for run in slims))  # fmt: skip
-    for label, full, kept in (
-        ("second moments", adamw.state.second_moments, [run.state.second_moments for run in slims]),
-        ("optimizer state", adamw.state.total, [run.state.total for run in slims]),
-    ):
-        table.add_row(label, format_bytes(full), *(f"{format_bytes(n)} ({_saved(1 - n / full)})" for n in kept))
-    for label, before, after in (
-        ("ms per optimizer step", adamw.curve.median_optimizer_ms, [run.curve.median_optimizer_ms for run in slims]),
-        ("ms per training step", adamw.curve.median_step_ms, [run.curve.median_step_ms for run in slims]),
-    ):
-        table.add_row(label, f"{before:.2f}", *(f"{value:.2f}" for value in after))
+    adamw, *slims = runs = [summary[name] for name in ("adamw", "slimadam", "best")]
+    gaps = (summary["loss_gap"], summary["best"]["loss_gap"])
+    losses = [f"{run['held_out_loss']:.4f} ({gap:+.2%})" for run, gap in zip(slims, gaps, strict=True)]
+    table.add_row("held-out loss (nats per byte)", f"{adamw['held_out_loss']:.4f}", *losses)
+    for label, key in (("second moments", "second_moment_bytes"), ("optimizer state", "state_bytes")):
+        kept = [f"{format_bytes(run[key])} ({1 - run[key] / adamw[key]:.1%} saved)" for run in slims]
+        table.add_row(label, format_bytes(adamw[key]), *kept)
+    for label, key in (("ms per optimizer step", "median_optimizer_ms"), ("ms per training step", "median_step_ms")):
+        table.add_row(label, *(f"{run[key]:.2f}" for run in runs))
     return table
 
 
-def _saved(share: float) -> str:
-    return f"{percent(share)} saved"
-
-
-def _layers(result: DemoResult) -> Table:
+def _layers(summary: dict[str, Any]) -> Table:
     table = Table(title="What the calibration chose, by layer role (SNR averaged over layers and steps)",
                   title_justify="left")  # fmt: skip
     for column in ("role", "tensors", "averaged over", "SNR dim 0", "SNR dim 1", "SNR dims 0, 1"):
         table.add_column(column, justify="right" if column.startswith(("SNR", "tensors")) else "left")
-    for row in layer_rows(result.plan):
+    for row in summary["layers"]:
         chosen = ", ".join(
-            (dims_label(dims) if dims else "full") + (f" ({count})" if len(row.chosen) > 1 else "")
-            for dims, count in row.chosen.items()
+            (dims_label(choice["dims"]) if choice["dims"] else "full")
+            + (f" ({choice['tensors']})" if len(row["chosen"]) > 1 else "")
+            for choice in row["chosen"]
         )
-        snr = (f"{row.snr[dims]:.2f}" if dims in row.snr else "" for dims in ((0,), (1,), (0, 1)))
-        table.add_row(row.role, str(row.tensors), chosen, *snr)
+        snr = {candidate["dims"]: f"{candidate['value']:.2f}" for candidate in row["snr"]}
+        table.add_row(row["role"], str(row["tensors"]), chosen, *(snr.get(dims, "") for dims in ((0,), (1,), (0, 1))))
     return table

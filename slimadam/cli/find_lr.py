@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import click
 import torch
-from rich.console import Console
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from slimadam.cli.children import Children
-from slimadam.cli.console import DONE, NOTHING_DONE, SCRIPT_FAILED, finite, is_main_rank, status_console
-from slimadam.cli.script.runner import SCRIPT_SETTINGS, Script, StopScript, script_arguments
+from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, finite, is_main_rank, status_console
+from slimadam.cli.script.children import Children
+from slimadam.cli.script.runner import SCRIPT_SETTINGS, Script, StopScript, script_arguments, step_hooks
 from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.curvature.probe.line import LineProbe
 from slimadam.curvature.probe.loss_recorder import LossRecorder, ReplayError
-from slimadam.utils.torch_private import disable_dynamo
 
 _START = 1e-6
 _LARGEST = 1e9
@@ -31,55 +29,34 @@ _MAX_FORWARDS = 100
 _REMEDY = "Train in one process, or call slimadam.critical_lr(optimizer, closure) in the script"
 
 
-@dataclass
 class _Finder:
-    """Measures inside the optimizer step of a running script, and ends the script.
+    """Measures inside the optimizer step of a running script, and ends the script."""
 
-    Attributes:
-        step: At which step of an optimizer, from 1.
-        max_lr: Largest rate to try.
-        measured: What was found.
-        optimizer: The class of the optimizer.
-        lr: The script's own learning rate.
-        micro_batches: How many losses the step's gradient is the sum of.
-        problem: Why there is no measurement.
-    """
-
-    step: int
-    max_lr: float
-    measured: SharpnessMeasurement | None = None
-    optimizer: str = ""
-    lr: float = 0.0
-    micro_batches: int = 0
-    problem: str = "no optimizer of torch stepped"
-    _process: int = field(default_factory=os.getpid)
-    _recorder: LossRecorder = field(default_factory=LossRecorder)
-    _steps: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
+    def __init__(self, step: int, max_lr: float) -> None:
+        self.step = step
+        self.max_lr = max_lr
+        self.measured: SharpnessMeasurement | None = None
+        self.optimizer = ""
+        self.lr = 0.0
+        self.micro_batches = 0
+        self.problem = "no optimizer of torch stepped"
+        self._recorder = LossRecorder()
+        self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The block in which the script runs."""
         self._recorder.recording = self.step == 1
-        before = register_optimizer_step_pre_hook(self._before_step)
-        after = register_optimizer_step_post_hook(self._after_step)
-        try:
-            with self._recorder.watching():
-                yield
-        finally:
-            before.remove()
-            after.remove()
+        with step_hooks(self._before_step, self._after_step), self._recorder.watching():
+            yield
 
-    @disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if os.getpid() != self._process:  # a forked child has inherited this hook
-            return
         if self.measured is not None:  # a script that caught StopScript goes on
             raise StopScript
         steps = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         self.problem = f"no optimizer reached step {self.step}"
         if steps < self.step:
             return
-        closure = _closure(args, kwargs)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args begins with the optimizer
         if closure is not None:
             with torch.enable_grad():
                 closure()
@@ -90,14 +67,12 @@ class _Finder:
             self.problem = str(error)
         raise StopScript
 
-    @disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._steps.get(optimizer, 0) == self.step - 1:
             self._recorder.recording = True
 
     def _measure(self, optimizer: Optimizer) -> None:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        loss = self._recorder.replay(params)
+        loss = self._recorder.replay([param for group in optimizer.param_groups for param in group["params"]])
         with LineProbe(optimizer) as line:
             loss.check(line.loss(loss))
         probe = CriticalSharpness(
@@ -125,7 +100,7 @@ class _Finder:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout.")
 @script_arguments
 @click.pass_context
-def find_lr(
+def _find_lr(
     ctx: click.Context,
     step: int,
     max_lr: float,
@@ -150,38 +125,42 @@ def find_lr(
             "of them"
         )
     console, stdout = status_console(), sys.stdout
+    say = partial(console.print, "slimadam:")
     finder = _Finder(step, max_lr)
-    children = Children(console, _REMEDY)
+    children = Children(say, _REMEDY)
     with finder.watching(), children.noticed():
         outcome = Script(script, arguments, is_module).run()
     outcome.show_error()
     if outcome.exit_code:
-        console.print(f"slimadam: the script failed (exit code {outcome.exit_code})")
+        say(f"the script failed (exit code {outcome.exit_code})")
         ctx.exit(SCRIPT_FAILED)
     measured = finder.measured
     if measured is None:
-        console.print(f"slimadam: nothing was measured: {finder.problem}{children.elsewhere}")
+        say(f"nothing was measured: {finder.problem}{children.elsewhere}")
         ctx.exit(NOTHING_DONE)
-    _summarize(console, finder, measured, warmup_steps)
+    share = _summarize(say, finder, measured)
+    if share is not None and share < 1:
+        say(f"{int(warmup_steps * share)} of {warmup_steps} steps of warmup are saved by starting there:")
+        console.print(
+            f"scheduler = slimadam.CatapultWarmup(optimizer, warmup_steps={warmup_steps}, "
+            f"critical_lr={measured.critical_lr:.3g})"
+        )
     if as_json and is_main_rank():
         click.echo(json.dumps(_result(finder, measured)), file=stdout)
-    ctx.exit(DONE if measured.status in ("found", "noisy", "no increase") else NOTHING_DONE)
-
-
-def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-    """What ``optimizer.step(closure)`` was called with; ``args`` begins with the optimizer."""
-    found: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    return found
+    if measured.status not in ("found", "noisy", "no increase"):
+        ctx.exit(NOTHING_DONE)
 
 
 def _result(finder: _Finder, measured: SharpnessMeasurement) -> dict[str, Any]:
-    """As data; infinity and NaN, which JSON does not have, are null."""
-    lower, upper = measured.bracket
+    """Return the result as data; infinity and NaN, which JSON does not have, are null."""
+    critical_lr, *bracket, loss = (
+        value if math.isfinite(value) else None for value in (measured.critical_lr, *measured.bracket, measured.loss)
+    )
     return {
-        "critical_lr": _number(measured.critical_lr),
-        "bracket": [_number(lower), _number(upper)],
+        "critical_lr": critical_lr,
+        "bracket": bracket,
         "forward_passes": measured.forward_passes,
-        "loss": _number(measured.loss),
+        "loss": loss,
         "status": measured.status,
         "step": finder.step,
         "micro_batches": finder.micro_batches,
@@ -190,38 +169,28 @@ def _result(finder: _Finder, measured: SharpnessMeasurement) -> dict[str, Any]:
     }
 
 
-def _number(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None
-
-
-def _summarize(console: Console, finder: _Finder, measured: SharpnessMeasurement, warmup_steps: int) -> None:
+def _summarize(say: Callable[[str], None], finder: _Finder, measured: SharpnessMeasurement) -> float | None:
+    """Show the result, and return the critical rate as a share of the script's own where both are known."""
     where = f"step {finder.step} of {finder.optimizer}"
     if finder.micro_batches > 1:
         where += f", the sum of {finder.micro_batches} losses"
     if measured.status not in ("found", "noisy"):
         limit = f" of the loss up to {finder.max_lr:g}" if measured.status == "no increase" else ""
-        console.print(f"slimadam: no critical learning rate at {where}: {measured.status}{limit}")
+        say(f"no critical learning rate at {where}: {measured.status}{limit}")
         if measured.status == "too noisy":
-            console.print("slimadam: the script computes in 16 bits, whose rounding hides it: run it in float32")
+            say("the script computes in 16 bits, whose rounding hides it: run it in float32")
         if measured.status == "no increase" and finder.lr <= finder.max_lr:
-            console.print(f"slimadam: the script's own learning rate {finder.lr:g} needs no warmup on this account")
-        return
+            say(f"the script's own learning rate {finder.lr:g} needs no warmup on this account")
+        return None
     lower, upper = measured.bracket
-    console.print(
-        f"slimadam: critical learning rate {measured.critical_lr:.3g} at {where}, between {lower:.3g} and {upper:.3g} "
+    say(
+        f"critical learning rate {measured.critical_lr:.3g} at {where}, between {lower:.3g} and {upper:.3g} "
         f"({measured.forward_passes} forward passes)"
     )
     if not finder.lr:
-        return
+        return None
     share = measured.critical_lr / finder.lr
-    console.print(f"slimadam: the script's own learning rate is {finder.lr:g}, {1 / share:.3g} times that")
+    say(f"the script's own learning rate is {finder.lr:g}, {1 / share:.3g} times that")
     if share >= 1:
-        console.print("slimadam: it needs no warmup on this account")
-        return
-    console.print(
-        f"slimadam: {int(warmup_steps * share)} of {warmup_steps} steps of warmup are saved by starting there:"
-    )
-    console.print(
-        f"scheduler = slimadam.CatapultWarmup(optimizer, warmup_steps={warmup_steps}, "
-        f"critical_lr={measured.critical_lr:.3g})"
-    )
+        say("it needs no warmup on this account")
+    return share

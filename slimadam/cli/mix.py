@@ -15,8 +15,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.optim import Optimizer
 
-from slimadam.cli.console import finite, finite_or_none, output_path, status_console
-from slimadam.cli.script.builder import call
+from slimadam.cli.console import call, finite, output_path, status_console
 from slimadam.curvature.mixing.advice import MixAdvice
 from slimadam.curvature.mixing.advise import advise_mix
 from slimadam.curvature.mixing.settled_momentum import Momentum
@@ -26,7 +25,7 @@ _NO_ADVICE = 1
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-@click.command()
+@click.command("mix")
 @click.argument("builder", metavar="MODULE:CALLABLE")
 @click.option("--ratios", metavar="R,R,...", help="Shares of the first of two domains to try.  [default: 0,0.1,...,1]")
 @click.option("--batches", type=click.IntRange(min=1), default=8, show_default=True,
@@ -35,7 +34,7 @@ _PICTURES = (".png", ".svg", ".pdf")
               help="Of the resampling that the intervals come from.")  # fmt: skip
 @click.option("--momentum", type=click.Choice(["settled", "kept"]), default="settled", show_default=True,
               help="First moments as they become under each mix, or as they are.")  # fmt: skip
-@click.option("--max-grad-norm", type=click.FloatRange(min=0, min_open=True), callback=finite_or_none,
+@click.option("--max-grad-norm", type=click.FloatRange(min=0, min_open=True), callback=finite,
               help="Clip the mixed gradients to this norm, as in training.")  # fmt: skip
 @click.option("--tol", type=click.FloatRange(min=0, max=1, min_open=True, max_open=True), default=1 / 16,
               show_default=True, callback=finite, help="How closely each critical rate is found.")  # fmt: skip
@@ -43,7 +42,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 @click.option("--plot", callback=output_path, help="A picture of the curves to write, .png, .svg or .pdf.")
 @click.option("--out", callback=output_path, help="A CSV file of the curves to write.")
 @click.pass_context
-def mix(
+def _mix(
     ctx: click.Context,
     builder: str,
     ratios: str | None,
@@ -69,7 +68,8 @@ def mix(
     shares = None if ratios is None else _shares(ratios)
     optimizer, losses, tasks = _built(builder)
     try:
-        with _progress() as bar:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=status_console()) as bar:
             task = bar.add_task("measuring", total=None)
             advice = advise_mix(
                 optimizer, losses, tasks=tasks, ratios=shares, batches=batches, seed=seed, tol=tol,
@@ -110,11 +110,6 @@ def _built(builder: str) -> tuple[Optimizer, Mapping[str, Any], Mapping[str, Any
             param_hint="MODULE:CALLABLE",
         )
     return built[0], built[1], built[2] if len(built) == 3 else None
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=status_console())
 
 
 def _csv(advice: MixAdvice) -> str:

@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from slimadam.cli.console import output_path, percent
-from slimadam.cli.script.builder import call
+from slimadam.cli.console import call, output_path
 from slimadam.layers.roles import names_of
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.serialization import rule_to_dict
@@ -26,20 +25,20 @@ _PLAN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _UNBOUNDED_WIDTH = 100_000
 
 
-@click.group()
-def plan() -> None:
+@click.group("plan")
+def _plan() -> None:
     """Show, compare, carry over and check plan files."""
 
 
-@plan.command()
+@_plan.command("show")
 @click.argument("file", metavar="PLAN", type=_PLAN_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: the plan with its totals.")
-def show(file: Path, as_json: bool) -> None:
+def _show(file: Path, as_json: bool) -> None:
     """Print each parameter's rule, the SNR it was chosen by, and the reason."""
     loaded = CompressionPlan.load(file)
     kept, full = loaded.second_moments
-    saved = loaded.second_moments_saved
     if as_json:
+        saved = loaded.second_moments_saved
         totals = {"second_moments": full, "second_moments_kept": kept, "second_moments_saved": saved}
         click.echo(json.dumps(loaded.to_dict() | {"totals": totals}))
         return
@@ -48,25 +47,26 @@ def show(file: Path, as_json: bool) -> None:
     compressed = sum(rule.form != "full" for rule in loaded.values())
     click.echo(
         f"{compressed} of {len(loaded)} parameters compressed; {kept:,} of {full:,} second moments kept, "
-        f"{percent(saved)} saved"
+        f"{loaded.second_moments_saved:.1%} saved"
     )
     if loaded.expectation is not None:
         click.echo(str(loaded.expectation))
 
 
-@plan.command()
+@_plan.command("diff")
 @click.argument("a", type=_PLAN_FILE)
 @click.argument("b", type=_PLAN_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
+def _diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
     """Compare how two plans store each parameter. Exit codes: 0 the same, 1 different, 2 trouble."""
     first, second = CompressionPlan.load(a), CompressionPlan.load(b)
     pairs = {name: second.match(name) for name in first}
+    both = {name: (first[name], second[other]) for name, other in pairs.items() if other is not None}
     changed = {
-        name: (first[name], second[other])
-        for name, other in pairs.items()
-        if other is not None and not _same_storage(first[name], second[other])
+        name: (old, new)
+        for name, (old, new) in both.items()
+        if old.storage != new.storage or (old.shape is not None and new.shape not in (None, old.shape))
     }
     only_a = [name for name, other in pairs.items() if other is None]
     only_b = [name for name in second if name not in set(pairs.values())]
@@ -82,15 +82,14 @@ def diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
     ctx.exit(1 if changed or only_a or only_b else 0)
 
 
-@plan.command()
+@_plan.command("transfer")
 @click.argument("file", metavar="PLAN", type=_PLAN_FILE)
-@click.option(
-    "--model", "builder", metavar="MODULE:CALLABLE", required=True, help="Carry it to the model that this builds."
-)
+@click.option("--model", "builder", metavar="MODULE:CALLABLE", required=True,
+              help="Carry it to the model that this builds.")  # fmt: skip
 @click.option("--out", required=True, callback=output_path, help="The plan to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def transfer(ctx: click.Context, file: Path, builder: str, out: Path, as_json: bool) -> None:
+def _transfer(ctx: click.Context, file: Path, builder: str, out: Path, as_json: bool) -> None:
     """Carry a plan to another depth or width of its model, by layer role, averaged over depth.
 
     Exit codes: 0 done, 1 nothing of the plan carries over, 2 trouble.
@@ -110,16 +109,16 @@ def transfer(ctx: click.Context, file: Path, builder: str, out: Path, as_json: b
         totals = {"parameters": len(carried), "second_moments_saved": saved, "no_counterpart": without}
         click.echo(json.dumps(totals | {"plan": str(out)}))
         return
-    click.echo(f"{out}: {len(carried)} parameters, {percent(saved)} of second moments saved")
+    click.echo(f"{out}: {len(carried)} parameters, {saved:.1%} of second moments saved")
     for key in without:
         click.echo(f"{key}: {carried[key].reason}, stays in full")
 
 
-@plan.command()
+@_plan.command("check")
 @click.argument("file", metavar="PLAN", type=_PLAN_FILE)
 @click.option("--model", "builder", metavar="MODULE:CALLABLE", help="Check it against the model that this builds.")
 @click.pass_context
-def check(ctx: click.Context, file: Path, builder: str | None) -> None:
+def _check(ctx: click.Context, file: Path, builder: str | None) -> None:
     """Validate a plan file, by itself or against a model. Exit codes: 0 valid, 1 not, 2 trouble."""
     model = None if builder is None else _build(builder)
     try:
@@ -128,7 +127,7 @@ def check(ctx: click.Context, file: Path, builder: str | None) -> None:
     except PlanError as error:
         click.echo(f"slimadam: {error}", err=True)
         ctx.exit(1)
-    click.echo(f"{file}: valid, {len(loaded)} entries, {percent(loaded.second_moments_saved)} of second moments saved")
+    click.echo(f"{file}: valid, {len(loaded)} entries, {loaded.second_moments_saved:.1%} of second moments saved")
     if model is not None:
         click.echo(f"{covered} of the model's {len(list(model.parameters()))} parameters have a rule")
 
@@ -162,19 +161,9 @@ def _describe(rule: Rule, other: Rule) -> str:
     return told
 
 
-def _same_storage(a: Rule, b: Rule) -> bool:
-    shapes_agree = a.shape == b.shape or a.shape is None or b.shape is None
-    return a.storage == b.storage and shapes_agree
-
-
 def _storage(rule: Rule) -> dict[str, Any]:
-    told = {key: value for key, value in rule_to_dict(rule).items() if key in ("part", "batch_dims")}
-    return {
-        "form": rule.form,
-        "dims": list(rule.dims),
-        "shape": None if rule.shape is None else list(rule.shape),
-        **told,
-    }
+    places = {key: value for key, value in rule_to_dict(rule).items() if key in ("part", "batch_dims")}
+    return {"form": rule.form, "dims": rule.dims, "shape": rule.shape, **places}
 
 
 def _build(builder: str) -> nn.Module:
@@ -185,7 +174,7 @@ def _build(builder: str) -> nn.Module:
 
 
 def _check_fit(checked: CompressionPlan, model: nn.Module) -> int:
-    """How many of the model's parameters have a rule, after checking that every rule fits one."""
+    """Return how many of the model's parameters have a rule, after checking that every rule fits one."""
     found = {}
     for parameter, names in names_of(model).items():
         for name in names:

@@ -12,17 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TRAIN_BYTES = 4_000_000
-HELD_OUT_BYTES = 400_000
-FILE_BYTES = 64_000_000
+_TRAIN_BYTES = 4_000_000
+_HELD_OUT_BYTES = 400_000
+_FILE_BYTES = 64_000_000
 _HELD_OUT_SHARE = 0.1
 # Tests, packages that are not the library's own, and folders of generated tables.
-_SKIPPED_FOLDERS = frozenset(
-    (
-        *("test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data", "encodings"),
-        *("site-packages", "dist-packages", "__pycache__"),
-    )
-)
+_SKIPPED_FOLDERS = {
+    "test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data", "encodings", "site-packages",
+    "dist-packages", "__pycache__",
+}  # fmt: skip
 
 
 class DataError(ValueError):
@@ -34,9 +32,9 @@ class ByteData:
     """Text as bytes.
 
     Attributes:
-        train: What batches are drawn from, ``uint8``, one dimension.
-        held_out: What the model never trains on, likewise.
-        source: Where it comes from, in words.
+        train: The text that batches are drawn from, ``uint8``, one dimension.
+        held_out: The text that the model never trains on, likewise.
+        source: The name of the text, for people.
     """
 
     train: Tensor
@@ -44,7 +42,13 @@ class ByteData:
     source: str
 
     def batches(self, steps: int, batch_size: int, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Random windows of the training text, the same ones for the same seed.
+        """Yield random windows of the training text, the same ones for the same seed.
+
+        Args:
+            steps: Number of batches.
+            batch_size: Windows in each.
+            context: Length of a window in bytes.
+            seed: Seed of the choice.
 
         Yields:
             ``steps`` pairs of inputs and targets (the inputs moved on by one byte), each ``int64`` of shape
@@ -56,7 +60,11 @@ class ByteData:
             yield _windows(self.train, starts, context)
 
     def held_out_windows(self, count: int, context: int) -> tuple[Tensor, Tensor]:
-        """At most ``count`` windows that do not overlap, spread evenly over the held-out text.
+        """Return windows that do not overlap, spread evenly over the held-out text.
+
+        Args:
+            count: Number of windows; fewer where the text is short.
+            context: Length of each in bytes.
 
         Returns:
             Inputs and targets as :meth:`batches` gives them, of shape ``[windows, context]``.
@@ -77,7 +85,7 @@ def load(path: Path | None, context: int) -> ByteData:
     Raises:
         DataError: The file cannot be read, or there is too little text.
     """
-    data = read_standard_library() if path is None else read_file(path)
+    data = read_standard_library() if path is None else _read_file(path)
     if min(len(data.train), len(data.held_out)) <= context:
         needed = round((context + 1) / _HELD_OUT_SHARE)
         raise DataError(
@@ -87,17 +95,12 @@ def load(path: Path | None, context: int) -> ByteData:
     return data
 
 
-def read_file(path: Path) -> ByteData:
-    """The bytes of a file, the last tenth held out.
-
-    Raises:
-        DataError: The file is missing, a folder, or not readable.
-    """
+def _read_file(path: Path) -> ByteData:
     if path.is_dir():
         raise DataError(f"{path} is a folder; choose a single file")
     try:
         with path.open("rb") as file:
-            content = file.read(FILE_BYTES)
+            content = file.read(_FILE_BYTES)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); choose a file that exists") from error
     split = len(content) - int(len(content) * _HELD_OUT_SHARE)
@@ -105,7 +108,7 @@ def read_file(path: Path) -> ByteData:
 
 
 def read_standard_library(root: Path | None = None) -> ByteData:
-    """Python source files of the standard library, split by file.
+    """Read the Python source files of the standard library, split by file.
 
     Hashes of the files' names decide which one in ten is held out and which come first where there are more
     than 4 MB to train on, so the choice depends on neither machine nor seed.
@@ -117,20 +120,16 @@ def read_standard_library(root: Path | None = None) -> ByteData:
         DataError: There are no source files, as in interpreters that keep them in an archive.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
-    files = sorted(source_files(root), key=lambda file: name_hash(file.relative_to(root)))
-    train = [file for file in files if not is_held_out(file.relative_to(root))]
-    held_out = [file for file in files if is_held_out(file.relative_to(root))]
+    names = sorted((file.relative_to(root) for file in source_files(root)), key=name_hash)
+    train = [root / name for name in names if not is_held_out(name)]
+    held_out = [root / name for name in names if is_held_out(name)]
     if not train or not held_out:
         raise DataError(f"no standard library source in {root}; choose a text with --data FILE")
-    return ByteData(
-        _tensor(_concatenate(train, TRAIN_BYTES)),
-        _tensor(_concatenate(held_out, HELD_OUT_BYTES)),
-        "Python's standard library",
-    )
+    return ByteData(_read(train, _TRAIN_BYTES), _read(held_out, _HELD_OUT_BYTES), "Python's standard library")
 
 
 def source_files(root: Path) -> list[Path]:
-    """The ``.py`` files below ``root``, without tests, third-party packages and generated tables."""
+    """Return the ``.py`` files below ``root``, without tests, third-party packages and generated tables."""
     found: list[Path] = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
@@ -139,28 +138,26 @@ def source_files(root: Path) -> list[Path]:
 
 
 def name_hash(name: Path) -> int:
-    """A number that depends on the name alone, relative to the library's folder."""
+    """Return a number that depends on the name alone, relative to the library's folder."""
     return int(hashlib.sha256(name.as_posix().encode()).hexdigest(), 16)
 
 
 def is_held_out(name: Path) -> bool:
-    """Whether the file of this name, relative to the library's folder, is held out: one in ten."""
+    """Return whether the file of this name, relative to the library's folder, is held out: one in ten."""
     return name_hash(name) % 10 == 0
 
 
-def _concatenate(files: list[Path], limit: int) -> bytes:
+def _read(files: list[Path], limit: int) -> Tensor:
     content = bytearray()
     for file in files:
         if len(content) >= limit:
             break
         content += file.read_bytes()
-    return bytes(content[:limit])
+    return _tensor(content[:limit])
 
 
-def _tensor(content: bytes) -> Tensor:
-    if not content:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+def _tensor(content: bytes | bytearray) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
 
 
 def _windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:

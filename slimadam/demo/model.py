@@ -32,10 +32,13 @@ class ByteGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.final_norm = nn.LayerNorm(width, bias=False)
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
-        self._initialise(layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes_to_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=_INIT_STD / (math.sqrt(2 * layers) if writes_to_residual else 1.0))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next byte.
+        """Compute the logits of the next byte.
 
         Args:
             tokens: Integers in 0..255, shape ``[batch, length]`` with ``length <= context``.
@@ -51,15 +54,13 @@ class ByteGPT(nn.Module):
         return logits
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of the next byte, in nats. Both arguments have shape ``[batch, length]``."""
-        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+        """Compute the mean cross-entropy of the next byte, in nats.
 
-    def _initialise(self, layers: int) -> None:
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                writes_to_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                shrink = math.sqrt(2 * layers) if writes_to_residual else 1.0
-                nn.init.normal_(parameter, std=_INIT_STD / shrink)
+        Args:
+            tokens: As for :meth:`forward`.
+            targets: The byte after each of them.
+        """
+        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
 
 
 class Block(nn.Module):
@@ -68,18 +69,18 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, bias=False)
-        self.attention = Attention(width, heads)
+        self.attention = _Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width, bias=False)
-        self.mlp = MLP(width)
+        self.mlp = _MLP(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape ``[batch, length, width]`` in and out."""
+        """Map ``[batch, length, width]`` to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         updated: Tensor = x + self.mlp(self.mlp_norm(x))
         return updated
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
     """Multi-head causal self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -91,7 +92,6 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape ``[batch, length, width]`` in and out."""
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         return result
 
 
-class MLP(nn.Module):
+class _MLP(nn.Module):
     """Two layers with a GELU between, four times as wide inside."""
 
     def __init__(self, width: int) -> None:
@@ -109,6 +109,5 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape ``[batch, length, width]`` in and out."""
         result: Tensor = self.down(F.gelu(self.up(x)))
         return result

@@ -1,12 +1,11 @@
-"""The demo's job: calibrate, then train with AdamW and with SlimAdam, side by side on the same batches."""
+"""Calibrate, then train with AdamW and with SlimAdam, side by side on the same batches."""
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,27 +26,25 @@ Progress = Callable[[Phase, int, float], None]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo trains, and how.
+    """The model of the demo, its text windows and its training.
 
     Attributes:
         steps: Optimizer steps of each training run.
         width: Size of the residual stream, a multiple of ``heads``.
         layers: Transformer blocks.
         lr: Peak learning rate; calibration runs at ``calibration_lr_factor`` of it.
-        seed: Of the initialisation and of the batches.
+        seed: Seed of the initialisation and of the batches.
         heads: Attention heads.
         context: Window length in bytes.
         batch_size: Windows in a batch.
         betas: Decay rates of both moments, as usual in pre-training GPTs.
-        warmup: Share of the steps over which the learning rate rises linearly; then it falls as a cosine, to
-            ``final_lr`` of the peak.
-        final_lr: Where the cosine ends, as a share of the peak.
+        warmup: Share of the steps over which the learning rate rises linearly; then it falls as a cosine.
+        final_lr: The end of the cosine, as a share of the peak.
         calibration_steps: Optimizer steps of the calibration; None: as many as training has.
-        calibration_lr_factor: The calibration's constant learning rate (after the same warmup), as a share of
-            ``lr``.
-        measurements: How often the SNR is measured while calibrating.
-        evaluations: How often the held-out loss is computed while training.
-        held_out_windows: Windows of held-out text that it is computed on.
+        calibration_lr_factor: Constant learning rate of the calibration, after the same warmup, as a share of ``lr``.
+        measurements: Number of SNR measurements in the calibration.
+        evaluations: Number of held-out losses in training.
+        held_out_windows: Windows of held-out text that each is computed on.
 
     Raises:
         ValueError: A setting is out of range.
@@ -81,27 +78,23 @@ class DemoSettings:
             raise ValueError(f"lr={self.lr} must be a positive number")
 
     def new_model(self) -> ByteGPT:
-        """The model at its initialisation: the same numbers each time."""
+        """Return the model at its initialisation: the same numbers each time."""
         torch.manual_seed(self.seed)
         return ByteGPT(self.layers, self.width, self.heads, self.context)
 
 
-@dataclass(frozen=True)
-class OptimizerBytes:
-    """What an optimizer's state costs, in bytes.
-
-    Attributes:
-        second_moments: Tensors under keys that begin with ``exp_avg_sq``.
-        total: All state tensors.
-    """
-
-    second_moments: int
-    total: int
+class DivergedError(ArithmeticError):
+    """A loss was no longer finite; the message says where and what to try."""
 
 
-@dataclass
-class TrainingCurve:
-    """What one training run showed.
+class Trainee:
+    """A model in training, its optimizer and the measurements of its run.
+
+    Args:
+        phase: Name under which progress is reported.
+        model: The model.
+        optimizer: Its optimizer.
+        progress: Called after each step.
 
     Attributes:
         train_losses: Loss of each step's batch, in nats per byte.
@@ -110,10 +103,20 @@ class TrainingCurve:
         step_ms: Duration of each whole training step: forward, backward and optimizer.
     """
 
-    train_losses: list[float] = field(default_factory=list)
-    held_out_losses: dict[int, float] = field(default_factory=dict)
-    optimizer_ms: list[float] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)
+    def __init__(self, phase: Phase, model: ByteGPT, optimizer: Optimizer, progress: Progress) -> None:
+        self.phase: Phase = phase
+        self.model = model
+        self.optimizer = optimizer
+        self.progress = progress
+        self.train_losses: list[float] = []
+        self.held_out_losses: dict[int, float] = {}
+        self.optimizer_ms: list[float] = []
+        self.step_ms: list[float] = []
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return len(self.train_losses)
 
     @property
     def held_out_loss(self) -> float:
@@ -121,91 +124,22 @@ class TrainingCurve:
         return self.held_out_losses[max(self.held_out_losses)]
 
     @property
-    def median_optimizer_ms(self) -> float:
-        """Median duration of ``optimizer.step()`` in milliseconds."""
-        return statistics.median(self.optimizer_ms)
+    def second_moment_bytes(self) -> int:
+        """Bytes of the optimizer's state under keys that begin with ``exp_avg_sq``."""
+        states = self.optimizer.state.values()
+        return sum(value.nbytes for state in states for key, value in state.items() if key.startswith("exp_avg_sq"))
 
     @property
-    def median_step_ms(self) -> float:
-        """Median duration of a training step in milliseconds."""
-        return statistics.median(self.step_ms)
-
-
-@dataclass(frozen=True)
-class OptimizerResult:
-    """A finished training run: its curve, and the bytes of its optimizer's state."""
-
-    curve: TrainingCurve
-    state: OptimizerBytes
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo found.
-
-    Attributes:
-        settings: What was asked for.
-        parameters: Elements of the model.
-        history: The calibration's measurements.
-        plan: The plan chosen from them.
-        adamw: The run with ``torch.optim.AdamW``.
-        slimadam: The run with ``slimadam.SlimAdam`` and the plan.
-        best_plan: The plan where row and column averages compete with plain averages (``forms="best"``).
-        best: The run with it.
-    """
-
-    settings: DemoSettings
-    parameters: int
-    history: SNRHistory
-    plan: CompressionPlan
-    adamw: OptimizerResult
-    slimadam: OptimizerResult
-    best_plan: CompressionPlan
-    best: OptimizerResult
-
-    @property
-    def loss_gap(self) -> float:
-        """How much higher SlimAdam's held-out loss is, as a share of AdamW's."""
-        return self.gap_of(self.slimadam)
-
-    def gap_of(self, run: OptimizerResult) -> float:
-        """How much higher a run's held-out loss is, as a share of AdamW's."""
-        return run.curve.held_out_loss / self.adamw.curve.held_out_loss - 1
-
-    @property
-    def second_moments_saved(self) -> float:
-        """Share of AdamW's second-moment bytes that SlimAdam does without."""
-        return 1 - self.slimadam.state.second_moments / self.adamw.state.second_moments
-
-    @property
-    def state_saved(self) -> float:
-        """Share of all of AdamW's state bytes that SlimAdam does without."""
-        return 1 - self.slimadam.state.total / self.adamw.state.total
-
-
-class DivergedError(ArithmeticError):
-    """A loss was no longer finite; the message says where and what to try."""
-
-
-class Trainee:
-    """A model with its optimizer and what its training shows.
-
-    Args:
-        phase: Name under which progress is reported.
-        model: The model.
-        optimizer: Its optimizer.
-        progress: Called after each step.
-    """
-
-    def __init__(self, phase: Phase, model: ByteGPT, optimizer: Optimizer, progress: Progress) -> None:
-        self.phase: Phase = phase
-        self.model = model
-        self.optimizer = optimizer
-        self.progress = progress
-        self.curve = TrainingCurve()
+    def state_bytes(self) -> int:
+        """Bytes of all of the optimizer's state."""
+        return sum(value.nbytes for state in self.optimizer.state.values() for value in state.values())
 
     def step(self, batch: tuple[Tensor, Tensor], lr: float) -> None:
-        """One training step, timed.
+        """Train for one step and time it.
+
+        Args:
+            batch: Inputs and targets.
+            lr: Learning rate of the step.
 
         Raises:
             DivergedError: The loss is infinite or NaN.
@@ -219,33 +153,60 @@ class Trainee:
         before_update = time.perf_counter()
         self.optimizer.step()
         end = time.perf_counter()
-        self.curve.optimizer_ms.append((end - before_update) * 1e3)
-        self.curve.step_ms.append((end - start) * 1e3)
-        self.curve.train_losses.append(loss.item())
-        if not math.isfinite(self.curve.train_losses[-1]):
+        self.optimizer_ms.append((end - before_update) * 1e3)
+        self.step_ms.append((end - start) * 1e3)
+        self.train_losses.append(loss.item())
+        if not math.isfinite(self.train_losses[-1]):
             raise DivergedError(
                 f"the loss became {loss.item()} at step {self.steps} of {self.phase} with lr={lr:g}; "
                 "choose a smaller learning rate"
             )
-        self.progress(self.phase, self.steps, self.curve.train_losses[-1])
-
-    def result(self) -> OptimizerResult:
-        """The curve so far and what the optimizer's state costs."""
-        return OptimizerResult(self.curve, optimizer_bytes(self.optimizer))
-
-    @property
-    def steps(self) -> int:
-        """Steps taken so far."""
-        return len(self.curve.train_losses)
+        self.progress(self.phase, self.steps, self.train_losses[-1])
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, batch_size: int) -> None:
-        """Add the held-out loss at the current step to the curve."""
-        total = 0.0
-        for start in range(0, len(inputs), batch_size):
-            batch = slice(start, start + batch_size)
-            total += self.model.loss(inputs[batch], targets[batch]).item() * len(inputs[batch])
-        self.curve.held_out_losses[self.steps] = total / len(inputs)
+        """Add the held-out loss at the current step to the curve.
+
+        Args:
+            inputs: All held-out windows.
+            targets: Their next bytes.
+            batch_size: Windows in one forward pass.
+        """
+        batches = zip(torch.split(inputs, batch_size), torch.split(targets, batch_size), strict=True)
+        total = sum(self.model.loss(*batch).item() * len(batch[0]) for batch in batches)
+        self.held_out_losses[self.steps] = total / len(inputs)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The calibration and the three training runs.
+
+    Attributes:
+        settings: The settings they were made with.
+        history: The calibration's measurements.
+        plan: The plan chosen from them.
+        best_plan: The plan where row and column averages compete with plain averages (``forms="best"``).
+        adamw: The run with ``torch.optim.AdamW``.
+        slimadam: The run with ``slimadam.SlimAdam`` and ``plan``.
+        best: The run with ``slimadam.SlimAdam`` and ``best_plan``.
+    """
+
+    settings: DemoSettings
+    history: SNRHistory
+    plan: CompressionPlan
+    best_plan: CompressionPlan
+    adamw: Trainee
+    slimadam: Trainee
+    best: Trainee
+
+    def gap_of(self, run: Trainee) -> float:
+        """Return how much higher a run's held-out loss is, as a share of AdamW's."""
+        return run.held_out_loss / self.adamw.held_out_loss - 1
+
+    @property
+    def second_moments_saved(self) -> float:
+        """Share of AdamW's second-moment bytes that SlimAdam does without."""
+        return 1 - self.slimadam.second_moment_bytes / self.adamw.second_moment_bytes
 
 
 def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> DemoResult:
@@ -254,8 +215,8 @@ def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> Demo
     The runs alternate step by step, so that whatever else the machine does slows all alike.
 
     Args:
-        settings: What to train.
-        data: What to train on.
+        settings: Model and training.
+        data: Text to train on.
         progress: Called after each step.
 
     Raises:
@@ -264,33 +225,25 @@ def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> Demo
     history = calibrate(settings, data, progress)
     plan, best_plan = CompressionPlan.from_snr(history), CompressionPlan.from_snr(history, forms="best")
 
+    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
+
     def trainee(phase: Phase, make: Callable[[ByteGPT], Optimizer]) -> Trainee:
         model = settings.new_model()
         return Trainee(phase, model, make(model), progress)
 
-    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
     adamw = trainee("AdamW", lambda model: torch.optim.AdamW(model.named_parameters(), **options))
     slim = trainee("SlimAdam", lambda model: SlimAdam(model, plan=plan, **options))
     best = trainee("SlimAdam, best form", lambda model: SlimAdam(model, plan=best_plan, **options))
     train(settings, data, (adamw, slim, best))
-    return DemoResult(
-        settings=settings,
-        parameters=sum(parameter.numel() for parameter in adamw.model.parameters()),
-        history=history,
-        plan=plan,
-        adamw=adamw.result(),
-        slimadam=slim.result(),
-        best_plan=best_plan,
-        best=best.result(),
-    )
+    return DemoResult(settings, history, plan, best_plan, adamw, slim, best)
 
 
 def calibrate(settings: DemoSettings, data: ByteData, progress: Progress) -> SNRHistory:
     """Train with AdamW at a small learning rate and measure the SNR of its second moments on the way.
 
     Args:
-        settings: What to train.
-        data: What to train on; the batches are those of the training runs.
+        settings: Model and training.
+        data: Text to train on; the batches are those of the training runs.
         progress: Called after each step.
 
     Raises:
@@ -308,8 +261,13 @@ def calibrate(settings: DemoSettings, data: ByteData, progress: Progress) -> SNR
     return recorder.history
 
 
-def train(settings: DemoSettings, data: ByteData, trainees: tuple[Trainee, ...]) -> None:
+def train(settings: DemoSettings, data: ByteData, trainees: Sequence[Trainee]) -> None:
     """Train all on the same batches, in turn, and evaluate them on the same held-out windows.
+
+    Args:
+        settings: Steps, batches and learning rates.
+        data: Text to train on.
+        trainees: The models.
 
     Raises:
         DivergedError: A loss was no longer finite.
@@ -325,21 +283,15 @@ def train(settings: DemoSettings, data: ByteData, trainees: tuple[Trainee, ...])
 
 
 def learning_rate(settings: DemoSettings, step: int) -> float:
-    """The training rate at a step (from 1): a linear warmup, then a cosine."""
+    """Return the training rate at a step: a linear warmup, then a cosine.
+
+    Args:
+        settings: Peak, warmup and end.
+        step: The step, from 1.
+    """
     warmup = max(1, round(settings.warmup * settings.steps))
     if step <= warmup:
         return settings.lr * step / warmup
     progress = (step - warmup) / (settings.steps - warmup)
     floor = settings.final_lr
     return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def optimizer_bytes(optimizer: Optimizer) -> OptimizerBytes:
-    """What an optimizer's state costs, counted tensor by tensor."""
-    states = optimizer.state.values()
-    return OptimizerBytes(
-        second_moments=sum(
-            value.nbytes for state in states for key, value in state.items() if key.startswith("exp_avg_sq")
-        ),
-        total=sum(value.nbytes for state in states for value in state.values()),
-    )

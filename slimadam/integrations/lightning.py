@@ -1,4 +1,4 @@
-"""Lightning: a callback that measures sharpness. The optimizer itself needs none."""
+"""A Lightning callback that measures sharpness. The optimizer itself needs none."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from slimadam.curvature.critical import CriticalSharpness
 from slimadam.curvature.logger import SharpnessLogger
 from slimadam.curvature.probe.displacement import Memory
 from slimadam.curvature.probe.line import Closure
-from slimadam.curvature.probe.snapshot import RandomState
-from slimadam.integrations.micro_batches import MicroBatch, replayed
+from slimadam.integrations.micro_batches import Loss, replayable, summed
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -67,12 +68,12 @@ class SharpnessCallback(Callback):
         self._csv = csv
         self._tasks = dict(tasks or {})
         self._probe_options: dict[str, Any] = {"tol": tol, "memory": memory}
-        self._batches: list[MicroBatch] = []
+        self._batches: list[Loss] = []
         self._is_supported = False
         self._loaded: dict[str, Any] = {}
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set up the logger: the Trainer has its optimizer now."""
         unsupported = _unsupported(trainer, pl_module)
         self._is_supported = unsupported is None
         if unsupported is not None:
@@ -83,28 +84,28 @@ class SharpnessCallback(Callback):
         if self._loaded:
             self.logger.load_state_dict(self._loaded)
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record the batches of a step in which a measurement is due."""
         if self._is_supported:
             self.logger.steps = trainer.global_step
             if self.logger.is_due:
-                random = RandomState([param.device for param in pl_module.parameters()])
                 arguments = (batch, batch_idx) if _takes_index(pl_module) else (batch,)
-                self._batches.append(MicroBatch(random, partial(_loss, trainer, arguments)))
+                self._batches.append(replayable(partial(_loss, trainer, arguments), pl_module))
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Measure, between backward and the step."""
         batches, self._batches = self._batches, []
         if batches:
-            with _clipped(trainer, pl_module, optimizer), _silent(pl_module):
-                self.logger.measure({"": replayed(batches), **self._tasks})
+            silent = patch.multiple(pl_module, log=_ignore, log_dict=_ignore)
+            with _clipped(trainer, pl_module, optimizer), silent:
+                self.logger.measure({"": summed(batches), **self._tasks})
 
     def state_dict(self) -> dict[str, Any]:
-        """The logger's, for checkpoints."""
+        """Return the logger's state, for checkpoints."""
         return self.logger.state_dict() if self._is_supported else self._loaded
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's."""
+        """Go on from a state of :meth:`state_dict`."""
         self._loaded = state_dict
 
 
@@ -131,7 +132,7 @@ def _loss(trainer: Trainer, arguments: tuple[Any, ...]) -> Tensor:
 
 @contextmanager
 def _clipped(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> Iterator[None]:
-    """Gradients are clipped within the block; Lightning clips the real ones after its callbacks."""
+    """Clip the gradients within the block; Lightning clips the real ones after its callbacks."""
     is_own = type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
     if not trainer.gradient_clip_val and not is_own:
         yield
@@ -139,8 +140,8 @@ def _clipped(trainer: Trainer, module: LightningModule, optimizer: Optimizer) ->
     params = [param for group in optimizer.param_groups for param in group["params"]]
     grads = [param.grad for param in params]
     try:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = None if grad is None else grad.clone()
+        for param in params:
+            param.grad = None if param.grad is None else param.grad.clone()
         module.configure_gradient_clipping(
             optimizer,
             gradient_clip_val=trainer.gradient_clip_val,
@@ -152,20 +153,8 @@ def _clipped(trainer: Trainer, module: LightningModule, optimizer: Optimizer) ->
             param.grad = grad
 
 
-@contextmanager
-def _silent(module: LightningModule) -> Iterator[None]:
-    """Within the block the module logs nothing: its losses are those of other parameters."""
-    names = ("log", "log_dict")
-    before = {name: vars(module)[name] for name in names if name in vars(module)}
-    try:
-        for name in names:
-            setattr(module, name, lambda *args, **kwargs: None)
-        yield
-    finally:
-        for name in names:
-            delattr(module, name)
-            if name in before:
-                setattr(module, name, before[name])
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Log nothing: the losses are those of other parameters."""
 
 
 def _log(trainer: Trainer, scalars: dict[str, float], step: int) -> None:

@@ -1,41 +1,33 @@
-"""Computing a training step's loss again, on its own batches and with its own dropout masks."""
+"""A training step's loss, computed again on its own batches and with its own dropout masks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimadam.curvature.probe.snapshot import RandomState
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One of the batches whose gradients add up to the pending one.
-
-    Attributes:
-        random: The random-number generators before its forward pass.
-        loss: Computes its share of the loss, whose gradient is its share of the pending one.
-    """
-
-    random: RandomState
-    loss: Callable[[], Tensor]
+Loss = Callable[[], Tensor]
 
 
-def replayed(batches: list[MicroBatch]) -> Callable[[], Tensor]:
-    """The loss whose gradient is pending, as a function to be called at any parameters.
+def replayable(loss: Loss, module: nn.Module) -> Loss:
+    """Return the loss of a micro-batch as a function that computes it with the random numbers of now.
 
     Args:
-        batches: All micro-batches since the last step.
+        loss: Computes the micro-batch's share of the loss of a step.
+        module: The model, whose devices tell which random-number generators count.
     """
+    random = RandomState([param.device for param in module.parameters()])
 
-    def loss() -> Tensor:
-        shares = []
-        for batch in batches:
-            batch.random.restore()
-            shares.append(batch.loss().detach())
-        return torch.stack(shares).sum()
+    def again() -> Tensor:
+        random.restore()
+        return loss().detach()
 
-    return loss
+    return again
+
+
+def summed(losses: Sequence[Loss]) -> Loss:
+    """Return the loss of a step, to be called at any parameters, from those of all its micro-batches."""
+    return lambda: torch.stack([loss() for loss in losses]).sum()

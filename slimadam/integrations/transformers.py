@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: what its ``optimizer_cls_and_kwargs`` takes, and a callback that measures sharpness."""
+"""For the Hugging Face Trainer: its argument ``optimizer_cls_and_kwargs``, and a callback that measures sharpness."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from slimadam.curvature.critical import CriticalSharpness
 from slimadam.curvature.logger import SharpnessLogger
 from slimadam.curvature.probe.displacement import Memory
 from slimadam.curvature.probe.line import Closure
-from slimadam.curvature.probe.snapshot import RandomState
-from slimadam.integrations.micro_batches import MicroBatch, replayed
+from slimadam.integrations.micro_batches import Loss, replayable, summed
 from slimadam.optim.slimadam import Params, SlimAdam
 from slimadam.plans.resolver import PlanArgument
 
@@ -30,7 +29,7 @@ except ImportError as error:
 def optimizer_cls_and_kwargs(
     model: nn.Module, args: TrainingArguments, *, plan: PlanArgument = "auto", **options: Any
 ) -> tuple[type[SlimAdam], dict[str, Any]]:
-    """SlimAdam for a Trainer, with the hyperparameters that ``args`` would give its AdamW.
+    """Return SlimAdam for a Trainer, with the hyperparameters that ``args`` would give its AdamW.
 
     The Trainer keeps its two parameter groups, with and without weight decay; names and roles come from ``model``.
 
@@ -56,7 +55,7 @@ def optimizer_cls_and_kwargs(
         raise ValueError(
             f"weight_decay={decay!r}: the Trainer sets it for each group; use TrainingArguments(weight_decay={decay!r})"
         )
-    _refuse_exchange(args)
+    _check_offload(args)
 
     # Bound in a class: the Trainer takes a "model" among the keywords for the parameters themselves, which loses
     # its groups, and takes whatever is not a class for a factory.
@@ -68,13 +67,14 @@ def optimizer_cls_and_kwargs(
     return SlimAdamOfModel, {**from_args, "plan": plan, **options}
 
 
-def _refuse_exchange(args: TrainingArguments) -> None:
-    """Refuse a DeepSpeed config for which Accelerate, at its ``prepare``, exchanges the optimizer for DeepSpeed's own.
+def _check_offload(args: TrainingArguments) -> None:
+    """Check that Accelerate, at its ``prepare``, does not exchange the optimizer for DeepSpeed's own."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    config: Any = {} if plugin is None else plugin.deepspeed_config
+    if plugin is None and args.deepspeed:
+        from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-    Raises:
-        ValueError: Names the entry to set.
-    """
-    config = _deepspeed_config(args)
+        config = HfDeepSpeedConfig(args.deepspeed).config
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
     device = offload.get("device", "none")
     if device != "none" and config.get("zero_force_ds_cpu_optimizer", True):
@@ -83,17 +83,6 @@ def _refuse_exchange(args: TrainingArguments) -> None:
             "DeepSpeedCPUAdam, whose weight decay is not decoupled, in place of SlimAdam; set "
             '"zero_force_ds_cpu_optimizer": false in that config, and plan=None, which is what ZeRO can run'
         )
-
-
-def _deepspeed_config(args: TrainingArguments) -> Mapping[str, Any]:
-    plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is not None:
-        return plugin.deepspeed_config  # type: ignore[no-any-return]
-    if not args.deepspeed:
-        return {}
-    from accelerate.utils.deepspeed import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(args.deepspeed).config  # type: ignore[no-any-return]
 
 
 class SharpnessCallback(TrainerCallback):  # type: ignore[misc]
@@ -145,47 +134,49 @@ class SharpnessCallback(TrainerCallback):  # type: ignore[misc]
         self._csv = csv
         self._tasks = dict(tasks or {})
         self._probe_options: dict[str, Any] = {"tol": tol, "memory": memory}
-        self._batches: list[MicroBatch] = []
+        self._batches: list[Loss] = []
         self._unsupported: str | None = "training has not begun"
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Set up the logger: the Trainer has its optimizer now."""
         self._unsupported = _unsupported(self._trainer)
         if self._unsupported is not None:
-            warnings.warn(f"critical sharpness is not measured: {self._unsupported}", stacklevel=2)
+            self._warn()
             return
         probe = CriticalSharpness(self._trainer.optimizer, **self._probe_options)
         self.logger = SharpnessLogger(probe, self._every, csv=self._csv, log=self._log)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Begin to record the batches of a step in which a measurement is due."""
         self._stop_recording()
         if self._unsupported is None:
-            self.logger.steps = state.global_step
+            self.logger.steps = self._trainer.state.global_step
             if self.logger.is_due:
                 self._trainer.compute_loss = partial(self._recorded_loss, self._trainer.compute_loss)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Measure, between clipping and the step."""
         if self._unsupported is not None or not self.logger.is_due:
             return
         batches = self._batches
         self._stop_recording()
         if batches:
-            self.logger.measure({"": replayed(batches), **self._tasks})
+            self.logger.measure({"": summed(batches), **self._tasks})
         else:
             self._unsupported = "training_step of this Trainer does not call compute_loss"
-            warnings.warn(f"critical sharpness is not measured: {self._unsupported}", stacklevel=2)
+            self._warn()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the Trainer as it was."""
         self._stop_recording()
 
+    def _warn(self) -> None:
+        warnings.warn(f"critical sharpness is not measured: {self._unsupported}", stacklevel=3)
+
     def _recorded_loss(self, compute_loss: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if model.training:
-            random = RandomState([param.device for param in model.parameters()])
             # compute_loss may take labels out of the inputs.
-            self._batches.append(MicroBatch(random, partial(self._loss, model, dict(inputs), *args, **kwargs)))
+            self._batches.append(replayable(partial(self._loss, model, dict(inputs), *args, **kwargs), model))
         return compute_loss(model, inputs, *args, **kwargs)
 
     def _loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:

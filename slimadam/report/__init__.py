@@ -42,37 +42,21 @@ def write_report(
         ValueError: A figure is not SVG.
         ModuleNotFoundError: jinja2 or matplotlib is not installed.
     """
-    # These need jinja2 and matplotlib, which training itself does without.
-    from slimadam.report import page, plots
+    from slimadam.report.page import render  # needs jinja2 and matplotlib, which training itself does without
 
     if not plan:
         raise PlanError("plan has no parameters, so there is nothing to report; calibrate a model first")
-    measured = _by_plan_name(plan, history) if history is not None else {}
-    completed = _completed(plan, measured)
-    html = page.render(
-        completed,
-        title=title,
-        facts={**page.basic_facts(completed, measured), **(facts or {})},
-        figures=[(caption, plots.inline_svg(svg)) for caption, svg in figures],
-        plots=plots.role_plots(completed, measured),
-    )
-    write_whole(path, html)
-
-
-def _by_plan_name(plan: CompressionPlan, history: SNRHistory) -> dict[str, ParameterSNR]:
-    matched = ((plan.match(name), measured) for name, measured in history.items())
-    return {name: measured for name, measured in matched if name is not None}
-
-
-def _completed(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> CompressionPlan:
-    """The plan with shapes, averaged SNRs and roles from the measurements where it has none itself."""
+    measured: dict[str, ParameterSNR] = {}
     rules = dict(plan)
-    for name, found in measured.items():
-        rule = plan[name]
-        rules[name] = replace(
-            rule,
-            shape=found.shape if rule.shape is None else rule.shape,
-            snr=rule.snr or found.average(),
-            role=rule.role or found.role,
-        )
-    return CompressionPlan(rules, cutoff=plan.cutoff)
+    for key, found in ({} if history is None else history).items():
+        name = plan.match(key)
+        if name is not None:
+            measured[name] = found
+            rule = plan[name]
+            rules[name] = replace(
+                rule,
+                shape=found.shape if rule.shape is None else rule.shape,
+                snr=rule.snr or found.average(),
+                role=rule.role or found.role,
+            )
+    write_whole(path, render(CompressionPlan(rules, cutoff=plan.cutoff), measured, title, facts or {}, figures))

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from slimadam.plans.plan import CompressionPlan
 from slimadam.report import labels
-from slimadam.state.rule import Rule
-from slimadam.utils import formatting
+from slimadam.utils.formatting import format_shape
 
 WIDTH = 1120.0
-LABEL_WIDTH = 168.0
+_LABEL_WIDTH = 168.0
 _CHARACTER_WIDTH = 6.4
-_MANY_ROWS = 32
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One parameter: position and width in the drawing, kind of decision, label if it fits, text on hover."""
 
     x: float
@@ -29,44 +25,40 @@ class Cell:
     hover: str
 
 
-@dataclass(frozen=True)
-class StripRow:
-    """One layer."""
+class Layer(NamedTuple):
+    """One row: the name of the layer, its label and its parameters."""
 
     name: str
     label: str
-    y: float
     cells: list[Cell]
 
 
-@dataclass(frozen=True)
-class Strip:
-    """The drawing. Lengths are in units of its own coordinates."""
+def draw(plan: CompressionPlan) -> list[Layer]:
+    """Lay out the cells of a plan's parameters, in the plan's order.
 
-    width: float
-    height: float
-    row_height: float
-    dense: bool
-    rows: list[StripRow]
-
-
-def draw(plan: CompressionPlan) -> Strip:
-    """Lay out the cells of a plan's parameters, in the plan's order."""
+    Each cell takes a minimum and as much again as a gap, plus its share by size.
+    """
+    sides = {name: 1.0 if rule.shape is None else math.sqrt(math.prod(rule.shape)) for name, rule in plan.items()}
     layers = [(layer, list(names)) for layer, names in itertools.groupby(plan, layer_of)]
-    dense = len(layers) > _MANY_ROWS
-    pitch = 17.0 if dense else 28.0
-    most = max(len(names) for _, names in layers)
-    minimum = min(3.0, (WIDTH - LABEL_WIDTH) / (4 * most))
-    scale = min(_largest_scale([plan[name] for name in names], minimum) for _, names in layers)
-    rows = [
-        StripRow(layer, _shortened(layer), index * pitch, _cells(plan, layer, names, scale, minimum))
-        for index, (layer, names) in enumerate(layers)
-    ]
-    return Strip(WIDTH, len(layers) * pitch, pitch - 4, dense, rows)
+    room = WIDTH - _LABEL_WIDTH
+    minimum = min(3.0, room / (4 * max(len(names) for _, names in layers)))
+    scale = min((room - 2 * minimum * len(names)) / max(1.0, sum(sides[name] for name in names)) for _, names in layers)
+    rows = []
+    for layer, names in layers:
+        cells = []
+        x = _LABEL_WIDTH
+        for name in names:
+            rule, width = plan[name], minimum + scale * sides[name]
+            hover = f"{name}\n{format_shape(rule.shape)}: {labels.decision_label(rule)}"
+            label = _fitting_label(name.removeprefix(layer + "."), width)
+            cells.append(Cell(x, width, labels.decision_kind(rule), label, hover))
+            x += width + minimum
+        rows.append(Layer(layer, _shortened(layer), cells))
+    return rows
 
 
 def layer_of(name: str) -> str:
-    """The layer a parameter belongs to: its name up to the first number that is not the last component.
+    """Return the layer of a parameter: its name up to the first number that is not the last component.
 
     Without such a number, the module that owns it.
 
@@ -81,35 +73,12 @@ def layer_of(name: str) -> str:
     return ".".join(parts[:-1]) or name
 
 
-def _largest_scale(rules: Sequence[Rule], minimum: float) -> float:
-    room = WIDTH - LABEL_WIDTH - 2 * minimum * len(rules)
-    return room / max(1.0, sum(_side(rule) for rule in rules))
-
-
-def _side(rule: Rule) -> float:
-    return math.sqrt(math.prod(rule.shape)) if rule.shape is not None else 1.0
-
-
-def _cells(plan: CompressionPlan, layer: str, names: Sequence[str], scale: float, minimum: float) -> list[Cell]:
-    """Each cell takes ``minimum`` and as much again as a gap, plus its share by size."""
-    cells = []
-    x = LABEL_WIDTH
-    for name in names:
-        rule = plan[name]
-        width = minimum + scale * _side(rule)
-        hover = f"{name}\n{formatting.format_shape(rule.shape)}: {labels.decision_label(rule)}"
-        label = _fitting_label(name.removeprefix(layer + "."), width)
-        cells.append(Cell(x, width, labels.decision_kind(rule), label, hover))
-        x += width + minimum
-    return cells
-
-
 def _fitting_label(name: str, width: float) -> str:
-    """The last component of a dotted name other than ``weight``, where it fits."""
+    """Return the last component of a dotted name other than ``weight``, where it fits."""
     label = name.removesuffix(".weight").rpartition(".")[2]
     return label if _CHARACTER_WIDTH * len(label) + 8 <= width else ""
 
 
 def _shortened(name: str) -> str:
-    room = int(LABEL_WIDTH / _CHARACTER_WIDTH) - 3
+    room = int(_LABEL_WIDTH / _CHARACTER_WIDTH) - 3
     return name if len(name) <= room else "…" + name[-room:]

@@ -10,17 +10,63 @@ from markupsafe import Markup
 
 from slimadam.measurement.history import ParameterSNR
 from slimadam.plans.plan import CompressionPlan
-from slimadam.report import labels, network, tables
-from slimadam.report.plots import DEPTH_COLOURS, MAX_ROLES, RolePlot
-from slimadam.utils import formatting
+from slimadam.report import labels, network, plots, tables
+from slimadam.utils.formatting import format_bytes
 
 
-def basic_facts(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> dict[str, str]:
-    """What the plan and the measurements themselves tell."""
+def render(
+    plan: CompressionPlan,
+    measured: Mapping[str, ParameterSNR],
+    title: str,
+    facts: Mapping[str, str],
+    figures: Sequence[tuple[str, str]],
+) -> str:
+    """Return the report as HTML.
+
+    Args:
+        plan: A plan with at least one parameter.
+        measured: Measurements by the plan's parameter names.
+        title: Heading.
+        facts: Further rows of the list of facts.
+        figures: Captions and SVG markup from the caller.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        breakable=lambda name: Markup(".<wbr>").join(name.split(".")), bytes=format_bytes, percent="{:.2%}".format
+    )
+    rows = tables.parameter_rows(plan)
+    kinds = {kind for row in rows for kind, *_ in row.decisions}
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        facts={**_basic_facts(plan, measured), **facts},
+        figures=[(caption, plots.inline_svg(svg)) for caption, svg in figures],
+        headline=tables.headline(plan),
+        unknown_shapes=sum(rule.shape is None for rule in plan.values()),
+        count=len(plan),
+        layers=network.draw(plan),
+        width=network.WIDTH,
+        legend={kind: label for kind, label in labels.LEGEND.items() if kind in kinds},
+        columns=[labels.dims_label(column) for column in tables.snr_columns(plan)],
+        has_others=any(row.others for row in rows),
+        roles=tables.role_rows(plan),
+        plots=plots.role_plots(plan, measured),
+        max_roles=plots.MAX_ROLES,
+        depth_colours=plots.DEPTH_COLOURS,
+        cutoff=plan.cutoff,
+        parameters=rows,
+    )
+
+
+def _basic_facts(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> dict[str, str]:
     compressed = sum(rule.form != "full" for rule in plan.values())
     facts = {"Parameters": f"{len(plan):,} tensors, {compressed:,} of them compressed"}
-    elements = plan.second_moments[1]
-    if elements:
+    if elements := plan.second_moments[1]:
         facts["Elements"] = f"{elements:,}"
     if plan.cutoff is not None:
         facts["SNR cutoff"] = f"{plan.cutoff:g}"
@@ -30,55 +76,3 @@ def basic_facts(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> 
     if steps:
         facts["Measured"] = f"at {len(steps):,} optimizer steps, {steps[0]:,} to {steps[-1]:,}"
     return facts
-
-
-def render(
-    plan: CompressionPlan,
-    *,
-    title: str,
-    facts: Mapping[str, str],
-    figures: Sequence[tuple[str, Markup]],
-    plots: Sequence[RolePlot],
-) -> str:
-    """The report as HTML.
-
-    Args:
-        plan: A plan with at least one parameter.
-        title: Heading.
-        facts: Rows of the list of facts.
-        figures: Captions and inline SVG from the caller.
-        plots: What :func:`slimadam.report.plots.role_plots` drew.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(breakable=_breakable, bytes=formatting.format_bytes, percent=formatting.format_percent)
-    rows = tables.parameter_rows(plan)
-    kinds = {decision.kind for row in rows for decision in row.decisions}
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        facts=facts,
-        figures=figures,
-        headline=tables.headline(plan),
-        unknown_shapes=sum(rule.shape is None for rule in plan.values()),
-        count=len(plan),
-        strip=network.draw(plan),
-        legend={kind: label for kind, label in labels.LEGEND.items() if kind in kinds},
-        columns=[labels.dims_label(column) for column in tables.snr_columns(plan)],
-        has_others=any(row.others for row in rows),
-        roles=tables.role_rows(plan),
-        plots=plots,
-        max_roles=MAX_ROLES,
-        depth_colours=DEPTH_COLOURS,
-        cutoff=plan.cutoff,
-        parameters=rows,
-    )
-
-
-def _breakable(name: str) -> Markup:
-    """A dotted name that may be broken after each dot."""
-    return Markup(".<wbr>").join(name.split("."))

@@ -1,4 +1,4 @@
-"""SNR over training, one row of small plots per role, as SVG that takes its colours from the page."""
+"""SNR over training as small plots, one row per role, in SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from slimadam.measurement.history import ParameterSNR
 from slimadam.plans.plan import CompressionPlan
@@ -25,9 +25,9 @@ Item = TypeVar("Item")
 
 DEPTH_COLOURS = 8
 MAX_LINES = 24
-MAX_POINTS = 48
 MAX_ROLES = 40
-PANELS_PER_ROW = 4
+_MAX_POINTS = 48
+_PANELS_PER_ROW = 4
 
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.52, 1.45
 _LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.62, 0.12, 0.30, 0.42, 0.14
@@ -92,7 +92,7 @@ def role_plots(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> l
 
 
 def inline_svg(svg: str) -> Markup:
-    """SVG markup fit to stand inside an HTML page: only the element, without metadata and namespaces.
+    """Return SVG markup fit to stand inside an HTML page: only the element, without metadata and namespaces.
 
     Raises:
         ValueError: There is no complete ``<svg>`` element.
@@ -105,59 +105,64 @@ def inline_svg(svg: str) -> Markup:
 
 
 def _largest_roles(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> dict[str, dict[str, ParameterSNR]]:
-    """The measurements of each role, roles in the order of the report."""
+    """Return the measurements of each role, roles in the order of the report."""
     roles = {
         role: {name: measured[name] for name in names if name in measured and measured[name].average()}
         for role, names in labels.names_by_role(plan).items()
     }
     sizes = {role: sum(math.prod(found.shape) for found in group.values()) for role, group in roles.items() if group}
-    largest = set(sorted(sizes, key=lambda role: -sizes[role])[:MAX_ROLES])
+    largest = sorted(sizes, key=lambda role: -sizes[role])[:MAX_ROLES]
     return {role: group for role, group in roles.items() if role in largest}
 
 
 def _role_plot(role: str, plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> RolePlot:
-    drawn = {name: measured[name] for name in _evenly(list(measured), MAX_LINES)}
+    names = _evenly(list(measured), MAX_LINES)
+    drawn = [measured[name] for name in names]
     chosen = Counter(labels.chosen_candidate(plan[name]) for name in measured)
-    average = labels.average_over_layers(parameter.average() for parameter in measured.values())
-    candidates = labels.shown_candidates(average, average.keys() & chosen.keys())
+    average = labels.average_over_layers([parameter.average() for parameter in measured.values()])
+    candidates = labels.shown_candidates(average, chosen)
     figure, panels = _figure(len(candidates))
-    limits = _limits(list(drawn.values()), candidates, plan.cutoff)
+    limits = _limits(drawn, candidates, plan.cutoff)
     for index, (panel, candidate) in enumerate(zip(panels, candidates, strict=True)):
-        _draw_lines(panel, list(drawn.values()), candidate, plan.cutoff)
-        _label_panel(panel, candidate, chosen[candidate], len(measured))
+        _draw_panel(panel, drawn, candidate, plan.cutoff)
+        label, times = labels.dims_label(candidate), chosen[candidate]
+        panel.set_title(f"{label} · chosen for {times} of {len(measured)}" if times else label)
+        panel.set_facecolor(_CHOSEN if times else _PLAIN)
         panel.set_ylim(limits)
-        if index % PANELS_PER_ROW:
+        if index % _PANELS_PER_ROW:
             panel.tick_params(labelleft=False)
         else:
             panel.set_ylabel("SNR")
             panel.yaxis.set_label_coords(-0.5 / _PANEL_WIDTH, 0.5)
-    svg = _to_svg(figure, f"SNR over training steps: {role}", list(drawn))
+    svg = _to_svg(figure, f"SNR over training steps: {role}", names)
     return RolePlot(role, svg, round(96 * figure.get_figwidth()), len(drawn), len(measured))
 
 
 def _figure(panel_count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(panel_count, PANELS_PER_ROW)
-    rows = math.ceil(panel_count / PANELS_PER_ROW)
-    pitch = _TOP + _PANEL_HEIGHT + _BOTTOM
+    columns, rows = min(panel_count, _PANELS_PER_ROW), math.ceil(panel_count / _PANELS_PER_ROW)
     width = _LEFT + columns * (_PANEL_WIDTH + _GAP) - _GAP + _RIGHT
-    figure = Figure(figsize=(width, rows * pitch))
-    panels = []
-    for index in range(panel_count):
-        row, column = divmod(index, PANELS_PER_ROW)
-        left = _LEFT + column * (_PANEL_WIDTH + _GAP)
-        bottom = (rows - 1 - row) * pitch + _BOTTOM
-        box = (left / width, bottom / (rows * pitch), _PANEL_WIDTH / width, _PANEL_HEIGHT / (rows * pitch))
-        panels.append(figure.add_axes(box))
-    return figure, panels
+    height = rows * (_TOP + _PANEL_HEIGHT + _BOTTOM)
+    figure = Figure(figsize=(width, height))
+    grid = figure.add_gridspec(
+        rows, columns, left=_LEFT / width, right=1 - _RIGHT / width, bottom=_BOTTOM / height, top=1 - _TOP / height,
+        wspace=_GAP / _PANEL_WIDTH, hspace=(_TOP + _BOTTOM) / _PANEL_HEIGHT,
+    )  # fmt: skip
+    return figure, [figure.add_subplot(grid[divmod(index, columns)]) for index in range(panel_count)]
 
 
-def _draw_lines(panel: Axes, measured: Sequence[ParameterSNR], candidate: Candidate, cutoff: float | None) -> None:
+def _draw_panel(panel: Axes, measured: Sequence[ParameterSNR], candidate: Candidate, cutoff: float | None) -> None:
     panel.set_yscale("log")
     panel.grid(axis="y")
+    panel.set_xlabel("optimizer step", labelpad=2)
+    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    panel.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    panel.yaxis.set_major_locator(LogLocator(numticks=6))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if cutoff:
         panel.axhline(cutoff, color=_CUTOFF, linestyle=(0, (4, 3)), linewidth=1.0)
     for index, parameter in enumerate(measured):
-        series = _evenly(parameter.series(candidate), MAX_POINTS)
+        series = _evenly(parameter.series(candidate), _MAX_POINTS)
         depth = round(index * (DEPTH_COLOURS - 1) / max(1, len(measured) - 1))
         panel.plot(
             [step for step, _ in series],
@@ -169,22 +174,10 @@ def _draw_lines(panel: Axes, measured: Sequence[ParameterSNR], candidate: Candid
         )
 
 
-def _label_panel(panel: Axes, candidate: Candidate, chosen: int, count: int) -> None:
-    label = labels.dims_label(candidate)
-    panel.set_title(f"{label} · chosen for {chosen} of {count}" if chosen else label)
-    panel.set_facecolor(_CHOSEN if chosen else _PLAIN)
-    panel.set_xlabel("optimizer step", labelpad=2)
-    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    panel.yaxis.set_major_locator(LogLocator(numticks=6))
-    panel.yaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
 def _limits(
     measured: Sequence[ParameterSNR], candidates: Sequence[Candidate], cutoff: float | None
 ) -> tuple[float, float]:
-    """Whole decades around everything that is drawn."""
+    """Return whole decades around everything that is drawn."""
     drawn = [_drawable(value) for parameter in measured for candidate in candidates
              for _, value in parameter.series(candidate)]  # fmt: skip
     known = [value for value in [*drawn, cutoff or math.nan] if not math.isnan(value)] or [1.0]
@@ -193,19 +186,19 @@ def _limits(
 
 
 def _drawable(value: float) -> float:
-    """NaN, a gap in the line, for what a logarithmic axis cannot show."""
+    """Return a value within the range of the plots, or NaN, a gap in the line, where a logarithm has none."""
     return min(max(value, _SMALLEST), _LARGEST) if 0 < value < math.inf else math.nan
 
 
 def _evenly(items: Sequence[Item], most: int) -> list[Item]:
-    """At most ``most`` of the items, evenly spaced, first and last among them."""
+    """Return at most ``most`` of the items, evenly spaced, first and last among them."""
     if len(items) <= most:
         return list(items)
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
 def _to_svg(figure: Figure, label: str, names: Sequence[str]) -> Markup:
-    """The figure without what the page sets itself: fonts, identifiers, needless digits and white space."""
+    """Draw the figure without what the page sets itself: fonts, identifiers, needless digits and white space."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = str(inline_svg(buffer.getvalue()))

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from slimadam.plans.plan import CompressionPlan
 from slimadam.report import labels
 from slimadam.state.rule import FACTORED, Candidate, Rule
-from slimadam.utils import formatting
+from slimadam.utils.formatting import format_shape
 
-BYTES_PER_ELEMENT = 4
+_BYTES_PER_ELEMENT = 4
 _COLUMNS: tuple[Candidate, ...] = ((0,), (1,), (0, 1), FACTORED)
 
 
-@dataclass(frozen=True)
-class Quantity:
+class Quantity(NamedTuple):
     """One headline number in bytes, before (AdamW) and after."""
 
     label: str
@@ -30,8 +30,7 @@ class Quantity:
         return 1 - self.after / self.before if self.before else 0.0
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """One SNR in a table; ``kind`` colours it if the candidate was chosen."""
 
     candidate: str
@@ -41,17 +40,11 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """A decision and the number of parameters that share it."""
-
-    kind: str
-    label: str
-    count: int = 1
-
-
-@dataclass(frozen=True)
 class Row:
-    """A row of either table. Elements are None where no shape is known."""
+    """A row of either table, whose decisions are kind, label and number of parameters.
+
+    The second-moment elements ``before`` (AdamW) and ``after`` are None where no shape is known.
+    """
 
     name: str
     role: str
@@ -59,66 +52,61 @@ class Row:
     count: int
     columns: list[Measured | None]
     others: list[Measured]
-    decisions: list[Decision]
+    decisions: list[tuple[str, str, int]]
     before: int | None
     after: int | None
-    reason: str = ""
+    reason: str
 
     @property
     def saved(self) -> str:
         """Share of the elements saved."""
-        if not self.before or self.after is None:
-            return "–"
-        return formatting.format_percent(1 - self.after / self.before)
+        return f"{1 - self.after / self.before:.2%}" if self.before and self.after is not None else "–"
 
 
 def headline(plan: CompressionPlan) -> list[Quantity]:
-    """Second moments, and the optimizer state with a first moment of the same element size."""
-    kept, full = (BYTES_PER_ELEMENT * elements for elements in plan.second_moments)
+    """Return the bytes of second moments, and of the state with a first moment of the same element size."""
+    kept, full = (_BYTES_PER_ELEMENT * elements for elements in plan.second_moments)
     return [Quantity("Second moments", full, kept), Quantity("Optimizer state", 2 * full, full + kept)]
 
 
 def snr_columns(plan: CompressionPlan) -> list[Candidate]:
-    """The candidates of vectors and matrices that were measured for any parameter."""
+    """Return the candidates of vectors and matrices that were measured for any parameter."""
     return [column for column in _COLUMNS if any(column in rule.snr for rule in plan.values())]
 
 
 def role_rows(plan: CompressionPlan) -> list[Row]:
-    """One row per role, SNRs averaged over its parameters."""
-    rows = []
-    for role, names in labels.names_by_role(plan).items():
-        rules = [plan[name] for name in names]
-        shapes = {formatting.format_shape(rule.shape) for rule in rules}
-        shape = shapes.pop() if len(shapes) == 1 else "various"
-        rows.append(_row(plan, role, role, shape, rules))
-    return rows
-
-
-def parameter_rows(plan: CompressionPlan) -> list[Row]:
-    """One row per parameter, in the plan's order."""
+    """Return one row per role, SNRs averaged over its parameters."""
     return [
-        _row(plan, name, labels.known_role(name, rule), formatting.format_shape(rule.shape), [rule])
-        for name, rule in plan.items()
+        _row(plan, role, role, [plan[name] for name in names]) for role, names in labels.names_by_role(plan).items()
     ]
 
 
-def _row(plan: CompressionPlan, name: str, role: str, shape: str, rules: Sequence[Rule]) -> Row:
+def parameter_rows(plan: CompressionPlan) -> list[Row]:
+    """Return one row per parameter, in the plan's order."""
+    return [_row(plan, name, labels.known_role(name, rule), [rule]) for name, rule in plan.items()]
+
+
+def _row(plan: CompressionPlan, name: str, role: str, rules: Sequence[Rule]) -> Row:
+    shapes = {format_shape(rule.shape) for rule in rules}
     chosen = {candidate: rule for rule in rules if (candidate := labels.chosen_candidate(rule)) is not None}
-    snr = labels.average_over_layers(rule.snr for rule in rules)
-    shown = labels.shown_candidates(snr, chosen)
-    measured = {candidate: _measured(candidate, snr[candidate], chosen, plan.cutoff) for candidate in shown}
+    snr = labels.average_over_layers([rule.snr for rule in rules])
+    measured = {
+        candidate: _measured(candidate, snr[candidate], chosen, plan.cutoff)
+        for candidate in labels.shown_candidates(snr, chosen)
+    }
     columns = snr_columns(plan)
-    before, after = _elements(rules)
+    decisions = Counter((labels.decision_kind(rule), labels.decision_label(rule)) for rule in rules)
+    sized = [(rule, rule.shape) for rule in rules if rule.shape is not None]
     return Row(
         name=name,
         role=role,
-        shape=shape,
+        shape=shapes.pop() if len(shapes) == 1 else "various",
         count=len(rules),
         columns=[measured.get(column) for column in columns],
         others=[cell for candidate, cell in measured.items() if candidate not in columns],
-        decisions=_decisions(rules),
-        before=before,
-        after=after,
+        decisions=[(kind, label, count) for (kind, label), count in decisions.most_common()],
+        before=sum(math.prod(shape) for _, shape in sized) if sized else None,
+        after=sum(rule.stored_elements(shape) for rule, shape in sized) if sized else None,
         reason=rules[0].reason,
     )
 
@@ -130,17 +118,3 @@ def _measured(candidate: Candidate, value: float, chosen: Mapping[Candidate, Rul
         above_cutoff=cutoff is not None and value > cutoff,
         kind=labels.decision_kind(chosen[candidate]) if candidate in chosen else "",
     )
-
-
-def _decisions(rules: Iterable[Rule]) -> list[Decision]:
-    counted = Counter((labels.decision_kind(rule), labels.decision_label(rule)) for rule in rules)
-    return [Decision(kind, label, count) for (kind, label), count in counted.most_common()]
-
-
-def _elements(rules: Iterable[Rule]) -> tuple[int | None, int | None]:
-    """Second-moment elements of AdamW and of the plan, over the rules whose shape is known."""
-    sized = [(rule, rule.shape) for rule in rules if rule.shape is not None]
-    if not sized:
-        return None, None
-    before = sum(math.prod(shape) for _, shape in sized)
-    return before, sum(rule.stored_elements(shape) for rule, shape in sized)

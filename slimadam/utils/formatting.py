@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def format_bytes(count: int) -> str:
-    """A number of bytes with a decimal unit."""
+    """Return a number of bytes with a decimal unit."""
     if count < 1000:
         return f"{count} B"
     size, units = count / 1000, ["kB", "MB", "GB", "TB"]
@@ -15,12 +15,7 @@ def format_bytes(count: int) -> str:
 
 
 def format_shape(shape: tuple[int, ...] | None) -> str:
-    """A shape as sizes joined by ``×``."""
+    """Return a shape as sizes joined by ``×``."""
     if shape is None:
         return "unknown"
     return " × ".join(map(str, shape)) if shape else "scalar"
-
-
-def format_percent(share: float) -> str:
-    """A share in 0..1 as a percentage."""
-    return f"{100 * share:.2f}%"

@@ -16,8 +16,7 @@ from click.testing import Result
 
 from slimadam import CompressionPlan, SlimAdam, SNRHistory
 from slimadam.cli import cli
-from slimadam.cli.script.lr_scale import LearningRateScale
-from slimadam.cli.script.observer import Observer
+from slimadam.cli.script.observer import LearningRateScale, Observer
 from slimadam.cli.script.runner import Script
 from tests.command_line import CliRunner
 
@@ -174,7 +173,7 @@ def test_lr_scale_survives_a_step_that_raises() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.0625
     scale.apply(optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.0625
-    scale.restore_all()
+    scale.restore()
     assert optimizer.param_groups[0]["lr"] is rate
 
 

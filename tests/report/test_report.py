@@ -298,20 +298,20 @@ def test_strip_has_a_row_per_layer_and_cells_that_fit() -> None:
         }
     )
     drawing = network.draw(plan)
-    assert [row.name for row in drawing.rows] == ["embed", "blocks.0", "blocks.1", "head"]
-    kinds = [[cell.kind for cell in row.cells] for row in drawing.rows]
+    assert [row.name for row in drawing] == ["embed", "blocks.0", "blocks.1", "head"]
+    kinds = [[cell.kind for cell in row.cells] for row in drawing]
     assert kinds == [["dim1"], ["full", "dim0"], ["other", "factored"], ["full"]]
-    assert drawing.rows[1].cells[1].label == "up"
-    assert drawing.rows[1].cells[1].hover == "blocks.0.mlp.up.weight\n64 × 16: mean over dim 0"
-    ends = [row.cells[-1].x + row.cells[-1].width for row in drawing.rows]
+    assert drawing[1].cells[1].label == "up"
+    assert drawing[1].cells[1].hover == "blocks.0.mlp.up.weight\n64 × 16: mean over dim 0"
+    ends = [row.cells[-1].x + row.cells[-1].width for row in drawing]
     assert max(ends) == pytest.approx(network.WIDTH, abs=4)
-    assert drawing.rows[1].cells[1].width == pytest.approx(drawing.rows[2].cells[0].width)
+    assert drawing[1].cells[1].width == pytest.approx(drawing[2].cells[0].width)
 
 
 @pytest.mark.parametrize("count", [1, 3000])
 def test_strip_of_one_layer_stays_inside_the_drawing(count: int) -> None:
     plan = CompressionPlan({f"params.{index}": Rule(shape=(8, 8)) for index in range(count)})
-    (row,) = network.draw(plan).rows
+    (row,) = network.draw(plan)
     assert all(cell.width > 0 for cell in row.cells)
     assert row.cells[-1].x + row.cells[-1].width <= network.WIDTH
 
@@ -351,7 +351,7 @@ def test_format_snr(value: float, text: str) -> None:
 def test_averages_over_layers_leave_out_what_is_not_a_number() -> None:
     average = labels.average_over_layers([{(0,): 1.0, (1,): math.inf}, {(0,): math.nan}, {(0,): 4.0, (1,): math.inf}])
     assert average == {(0,): 2.5, (1,): math.inf}
-    assert math.isnan(labels.mean_snr([math.nan]))
+    assert math.isnan(labels.average_over_layers([{(0,): math.nan}])[0,])
 
 
 def test_unknown_roles_are_grouped_by_name_without_layer_numbers() -> None:

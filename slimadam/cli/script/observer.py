@@ -1,4 +1,4 @@
-"""Watching the optimizers of a running script: measures, scales the learning rate, ends the script."""
+"""Measure the optimizers of a running script, scale their learning rate, and end the script."""
 
 from __future__ import annotations
 
@@ -6,44 +6,60 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from slimadam.cli.script.lr_scale import LearningRateScale
 from slimadam.cli.script.names import prefix_of, prefixed
-from slimadam.cli.script.runner import StopScript, Terminated
+from slimadam.cli.script.runner import StopScript, Terminated, step_hooks
 from slimadam.measurement.history import SNRHistory
 from slimadam.measurement.recorder import Schedule, SNRRecorder
-from slimadam.utils.torch_private import disable_dynamo
 
 
-def is_adam_like(optimizer: Optimizer) -> bool:
-    """Whether an optimizer that has stepped keeps Adam's second moments."""
-    return any(str(key).startswith("exp_avg_sq") for state in optimizer.state.values() for key in state)
+class LearningRateScale:
+    """Multiplies the learning rate of an optimizer's groups, and puts the very same object back.
 
+    Args:
+        factor: The factor.
+    """
 
-@dataclass(frozen=True)
-class _Watched:
-    recorder: SNRRecorder
-    prefix: str
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._scaled: dict[int, tuple[Optimizer, dict[str, Any], Any, Any]] = {}
+
+    def apply(self, optimizer: Optimizer) -> None:
+        """Scale the rate of each group that is not scaled yet (wrapping optimizers share their groups)."""
+        if self._factor == 1.0:
+            return
+        self.restore(optimizer)  # its last step may have raised
+        for group in optimizer.param_groups:
+            if id(group) not in self._scaled:
+                original = group["lr"]
+                group["lr"] = original * self._factor
+                self._scaled[id(group)] = optimizer, group, original, group["lr"]
+
+    def restore(self, optimizer: Optimizer | None = None) -> None:
+        """Put back the rates scaled for one optimizer, or for all, but those set anew meanwhile."""
+        for key, (owner, group, original, scaled) in list(self._scaled.items()):
+            if optimizer is None or owner is optimizer:
+                if group["lr"] is scaled:
+                    group["lr"] = original
+                del self._scaled[key]
 
 
 class Observer:
-    """Watches every optimizer that steps while :meth:`watching` is active.
+    """Measures every Adam-like optimizer that steps while :meth:`watching` is active.
 
     Args:
-        schedule: At which optimizer steps to measure.
+        schedule: Says at which optimizer steps to measure.
         max_steps: End the script when one optimizer has done so many steps; None for never.
         lr_scale: Factor on the learning rate of Adam-like optimizers, during their steps only.
         on_step: Called with the largest number of steps that one optimizer has done, when it grows.
 
     Attributes:
-        problems: What went wrong while measuring; the script was left to go on.
+        problems: Messages of the errors met while measuring; the script goes on after them.
     """
 
     def __init__(
@@ -60,82 +76,58 @@ class Observer:
         self._learning_rate = LearningRateScale(lr_scale)
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._most_steps = 0
-        self._watched: dict[Optimizer, _Watched] = {}
+        self._recorders: dict[Optimizer, tuple[SNRRecorder, str]] = {}
         self._failed: set[Optimizer] = set()
         self._terminated = False
-        self._process = os.getpid()
 
     @property
     def optimizers(self) -> int:
-        """How many Adam-like optimizers have stepped."""
-        return len(self._watched)
+        """Number of Adam-like optimizers that have stepped."""
+        return len(self._recorders)
 
     @property
     def steps(self) -> int:
         """The most steps that one Adam-like optimizer has done."""
-        return max((watched.recorder.steps for watched in self._watched.values()), default=0)
+        return max((recorder.steps for recorder, _ in self._recorders.values()), default=0)
 
     def history(self) -> SNRHistory:
-        """The measurements of all optimizers.
+        """Return the measurements of all optimizers.
 
         A name that several optimizers use for different parameters gets the class of its outermost module in
         front, and a number where that is not enough either. A parameter that moved on to another optimizer
         has its steps counted on.
         """
-        merged = SNRHistory()
-        ambiguous = self._ambiguous_names()
-        for watched in self._watched.values():
-            for name, measured in watched.recorder.history.items():
-                if name in ambiguous:
-                    name = next(free for free in prefixed(watched.prefix, name) if free not in merged)
-                merged.record(
-                    0,
-                    name,
-                    measured.shape,
-                    {},
-                    measured.role,
-                    measured.part,
-                    measured.batch_dims,
-                    measured.fan_in,
-                    measured.all_names,
-                )
-                done = max(merged[name].values, default=0)
-                for step, values in measured.values.items():
-                    merged.record(done + step, name, measured.shape, values)
-        return merged
-
-    def _ambiguous_names(self) -> set[str]:
         owners: dict[str, set[int]] = {}
-        for watched in self._watched.values():
-            for name, parameter in watched.recorder.parameters.items():
+        for recorder, _ in self._recorders.values():
+            for name, parameter in recorder.parameters.items():
                 owners.setdefault(name, set()).add(id(parameter))
-        return {name for name, parameters in owners.items() if len(parameters) > 1}
+        merged = SNRHistory()
+        for recorder, prefix in self._recorders.values():
+            for name, found in recorder.history.items():
+                if len(owners.get(name, ())) > 1:
+                    name = next(free for free in prefixed(prefix, name) if free not in merged)
+                merged.record(0, name, found.shape, {}, found.role, found.part, found.batch_dims, found.fan_in,
+                              found.all_names)  # fmt: skip
+                done = max(merged[name].values, default=0)
+                for step, values in found.values.items():
+                    merged.record(done + step, name, found.shape, values)
+        return merged
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Observe the optimizer steps of this process, and turn SIGTERM into :class:`Terminated`."""
-        before = register_optimizer_step_pre_hook(self._before_step)
-        after = register_optimizer_step_post_hook(self._after_step)
         try:
-            with self._sigterm_raises():
+            with step_hooks(self._before_step, self._after_step), self._sigterm_raises():
                 yield
         finally:
-            before.remove()
-            after.remove()
-            self._learning_rate.restore_all()
+            self._learning_rate.restore()
 
-    @disable_dynamo
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if os.getpid() != self._process:  # a forked child has inherited the hooks
-            return
         # Before its first step an optimizer has no state yet to tell what it is by.
-        if is_adam_like(optimizer) or (not optimizer.state and "betas" in optimizer.defaults):
+        if _is_adam_like(optimizer) or (not optimizer.state and "betas" in optimizer.defaults):
             self._learning_rate.apply(optimizer)
 
-    @disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if os.getpid() != self._process:
-            return
         self._learning_rate.restore(optimizer)
         steps = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         if optimizer not in self._failed:
@@ -150,17 +142,14 @@ class Observer:
 
     def _measure(self, optimizer: Optimizer) -> None:
         try:
-            if optimizer not in self._watched and is_adam_like(optimizer):
-                self._watch(optimizer)
-            if optimizer in self._watched:
-                self._watched[optimizer].recorder.after_step()
+            if optimizer not in self._recorders and _is_adam_like(optimizer):
+                recorder = SNRRecorder(optimizer, schedule=self._schedule, attach=False)
+                self._recorders[optimizer] = recorder, prefix_of(recorder.parameters.values())
+            if optimizer in self._recorders:
+                self._recorders[optimizer][0].after_step()
         except Exception as error:  # the script must not notice that it is being measured
             self._failed.add(optimizer)
             self.problems.append(f"stopped measuring {type(optimizer).__name__}: {error}")
-
-    def _watch(self, optimizer: Optimizer) -> None:
-        recorder = SNRRecorder(optimizer, schedule=self._schedule, attach=False)
-        self._watched[optimizer] = _Watched(recorder, prefix_of(recorder.parameters.values()))
 
     @contextmanager
     def _sigterm_raises(self) -> Iterator[None]:
@@ -183,3 +172,7 @@ class Observer:
         finally:
             if signal.getsignal(signal.SIGTERM) is handle:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN if self._terminated else signal.SIG_DFL)
+
+
+def _is_adam_like(optimizer: Optimizer) -> bool:
+    return any(str(key).startswith("exp_avg_sq") for state in optimizer.state.values() for key in state)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import inspect
 import itertools
 import mmap
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from slimadam.cli.script.names import as_groups, as_list, pairs, prefix_of, prefixed
-from slimadam.layers.names import NamedParameters, owning_modules, shared_names
+from slimadam.cli.script.names import prefix_of, prefixed
+from slimadam.layers.names import NamedParameters, owning_modules, position_name, shared_names
 from slimadam.layers.splits import key_of
 from slimadam.optim.memory import MemoryReport
 from slimadam.optim.slimadam import SlimAdam
 from slimadam.plans.plan import CompressionPlan
+from slimadam.plans.resolver import NOT_IN_THE_PLAN
 from slimadam.state.rule import Rule, factored_rule, paper_rule
 from slimadam.utils.errors import PlanError
 from slimadam.utils.torch_private import disable_dynamo
@@ -36,8 +38,8 @@ class Substitution:
         plan: A plan for the parameters of all optimizers together, or one by name; ``"none"`` compresses nothing.
 
     Attributes:
-        memory: What each optimizer costs, in the order in which they were built.
-        undecided: Which of them are still measuring, with ``"auto"``.
+        memory: The memory report of each optimizer, in the order in which they were built.
+        undecided: Numbers of the optimizers that are still measuring, with ``"auto"``.
         uncovered: Names of parameters with two or more dimensions that the plan has no entry for.
     """
 
@@ -52,7 +54,7 @@ class Substitution:
 
     @property
     def built_anywhere(self) -> bool:
-        """Whether this process or one that the script has forked has built an optimizer."""
+        """True once this process, or one that the script has forked, has built an optimizer."""
         return bool(self._built[0])
 
     @property
@@ -70,25 +72,15 @@ class Substitution:
             if isinstance(optimizer, adam):
                 self.check_matched()
 
-        places = (
-            (torch.optim, "Adam", adam),
-            (torch.optim, "AdamW", adamw),
-            (import_module("torch.optim.adam"), "Adam", adam),
-            (import_module("torch.optim.adamw"), "AdamW", adamw),
-        )
-        originals = [(module, name, getattr(module, name)) for module, name, _ in places]
-        hook = register_optimizer_step_pre_hook(check_before_first_step)
-        try:
-            for module, name, substitute in places:
-                setattr(module, name, substitute)
+        with ExitStack() as stack:
+            stack.callback(register_optimizer_step_pre_hook(check_before_first_step).remove)
+            for cls in (adam, adamw):
+                for module in (torch.optim, sys.modules[cls.__module__]):
+                    stack.enter_context(patch.object(module, cls.__name__, cls))
             yield
-        finally:
-            hook.remove()
-            for module, name, original in originals:
-                setattr(module, name, original)
 
     def check_matched(self) -> None:
-        """Refuse a plan that has nothing to do with the script.
+        """Check that the plan has to do with the script.
 
         Raises:
             PlanError: No entry matched any parameter.
@@ -99,26 +91,6 @@ class Substitution:
                 f"the plan's {len(unused)} entries, {unused[0]!r} among them, match no parameter of the script's "
                 "optimizers; calibrate this script"
             )
-
-    @property
-    def automatic(self) -> bool:
-        """Whether each optimizer measures for itself and decides."""
-        return self._plan == "auto"
-
-    def new_index(self) -> int:
-        """The number of an optimizer that is being built."""
-        self._built[0] = 1
-        return next(self._count)
-
-    def plan_for(self, named: list[tuple[str, Tensor]], roles: NamedParameters, prefix: str) -> CompressionPlan:
-        """The part of the plan that concerns some parameters of one optimizer, under their own names."""
-        return CompressionPlan(
-            {
-                key_of(name, rule.part): rule
-                for name, tensor in named
-                for rule in self._rules(name, tensor, roles, prefix)
-            }
-        )
 
     def _rules(self, name: str, tensor: Tensor, roles: NamedParameters, prefix: str) -> list[Rule]:
         shape = tuple(tensor.shape)
@@ -132,7 +104,7 @@ class Substitution:
         if not keys:
             if len(shape) > 1:
                 self.uncovered.append(name)
-            return [Rule(shape=shape, reason="not in the plan")]
+            return [Rule(shape=shape, reason=NOT_IN_THE_PLAN)]
         self._used.update(keys)
         return [self._plan[key] for key in keys]
 
@@ -143,37 +115,30 @@ class Substitution:
 
 
 def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimAdam]]:
+    originals = torch.optim.Adam, torch.optim.AdamW
+    is_auto = substitution._plan == "auto"
+
     class Adam(SlimAdam):
         """SlimAdam with the signature and defaults of ``torch.optim.Adam``; ``fused`` is left to SlimAdam."""
 
-        def __init__(
-            self,
-            params: Iterable[Any],
-            lr: float | Tensor = 1e-3,
-            betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-            eps: float = 1e-8,
-            weight_decay: float = 0,
-            amsgrad: bool = False,
-            *,
-            foreach: bool | None = None,
-            maximize: bool = False,
-            capturable: bool = False,
-            differentiable: bool = False,
-            fused: bool | None = None,
-            decoupled_weight_decay: bool = False,
-        ) -> None:
-            self._index = substitution.new_index()
-            self._decoupled = decoupled_weight_decay
-            groups: Any = params if isinstance(params, Tensor) else as_groups(params)
+        def __init__(self, *args: Any, decoupled_weight_decay: bool = False, **kwargs: Any) -> None:
+            self._build(originals[0], decoupled_weight_decay, *args, **kwargs)
+
+        def _build(self, original: type[Optimizer], is_decoupled: bool, /, *args: Any, **kwargs: Any) -> None:
+            signature = inspect.signature(original)
+            options = {key: signature.parameters[key].default for key in ("lr", "betas", "eps", "weight_decay")}
+            options |= signature.bind(*args, **kwargs).arguments
+            options.pop("fused", None)
+            self._index = next(substitution._count)
+            substitution._built[0] = 1
+            self._is_decoupled = is_decoupled
+            groups: Any = options.pop("params")
             if not isinstance(groups, Tensor):
+                groups = _groups(groups)
                 self._look_up(groups)
-            plan = "auto" if substitution.automatic else None
-            super().__init__(
-                groups, lr, betas, eps, weight_decay, amsgrad, plan=plan, foreach=foreach, maximize=maximize,
-                capturable=capturable, differentiable=differentiable,
-            )  # fmt: skip
+            super().__init__(groups, plan="auto" if is_auto else None, **options)
             self._account()
-            if substitution.automatic:
+            if is_auto:
                 self.register_step_post_hook(disable_dynamo(lambda *_: self._account()))
 
         def _account(self) -> None:
@@ -184,29 +149,38 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
                 substitution.undecided.add(self._index)
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
-            self._refuse_l2(param_group)
+            self._check_decoupled(param_group)
             # How AdamW was to be run; SlimAdam chooses the fastest implementation that it has.
-            options = {key: value for key, value in param_group.items() if key != "fused"}
-            group = {**options, "params": as_list(param_group["params"])}
-            if any(self._found.name(_tensor(item)) is None for item in group["params"]):
-                self._look_up([*self.param_groups, group])
-            group["params"] = pairs(group["params"], self._found, len(self.param_groups), self._shared)
-            if not substitution.automatic:
-                group["plan"] = substitution.plan_for(group["params"], self._found, self._prefix)
+            group = {key: value for key, value in param_group.items() if key != "fused"}
+            [group] = _groups([group])
+            if any(self._found.name(tensor) is None for _, tensor in group["params"]):
+                self._look_up(_groups([*self.param_groups, group]))
+            group["params"] = named = list(self._named(group["params"]))
+            if not is_auto:
+                found = [(name, substitution._rules(name, tensor, self._found, self._prefix)) for name, tensor in named]
+                rules = {key_of(name, rule.part): rule for name, own in found for rule in own}
+                group["plan"] = CompressionPlan(rules)
             super().add_param_group(group)
             if self._index in substitution.memory:
                 self._account()
 
         def _look_up(self, groups: list[dict[str, Any]]) -> None:
             items = [item for group in groups for item in group["params"]]
-            tensors = [_tensor(item) for item in items]
-            self._shared = shared_names((item[1], item[0]) for item in items if not isinstance(item, Tensor))
+            tensors = [tensor for _, tensor in items]
+            self._shared = shared_names((tensor, name) for name, tensor in items if name is not None)
             self._found = NamedParameters(owning_modules(tensors))
             self._prefix = prefix_of(tensors)
 
-        def _refuse_l2(self, group: dict[str, Any]) -> None:
+        def _named(self, items: list[tuple[str | None, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            """Yield each parameter of the next group with a name: the script's where it gave one of its own."""
+            for index, (name, tensor) in enumerate(items):
+                if name is None or name in self._shared:
+                    name = self._found.name(tensor) or name or position_name(len(self.param_groups), index)
+                yield name, tensor
+
+        def _check_decoupled(self, group: dict[str, Any]) -> None:
             decay = group.get("weight_decay", self.defaults["weight_decay"])
-            if decay != 0 and not group.get("decoupled_weight_decay", self._decoupled):
+            if decay != 0 and not group.get("decoupled_weight_decay", self._is_decoupled):
                 raise PlanError(
                     f"the script builds Adam with weight_decay={decay}, an L2 penalty, which SlimAdam does not "
                     "have; use torch.optim.AdamW, or pass decoupled_weight_decay=True"
@@ -215,40 +189,26 @@ def _substitutes(substitution: Substitution) -> tuple[type[SlimAdam], type[SlimA
     class AdamW(Adam):
         """SlimAdam with the signature and defaults of ``torch.optim.AdamW``."""
 
-        def __init__(
-            self,
-            params: Iterable[Any],
-            lr: float | Tensor = 1e-3,
-            betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-            eps: float = 1e-8,
-            weight_decay: float = 1e-2,
-            amsgrad: bool = False,
-            *,
-            maximize: bool = False,
-            foreach: bool | None = None,
-            capturable: bool = False,
-            differentiable: bool = False,
-            fused: bool | None = None,
-        ) -> None:
-            super().__init__(
-                params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, foreach=foreach,
-                maximize=maximize, capturable=capturable, differentiable=differentiable, fused=fused,
-            )  # fmt: skip
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._build(originals[1], True, *args, **kwargs)
 
-    for substitute, original in ((Adam, torch.optim.Adam), (AdamW, torch.optim.AdamW)):
+    for substitute, original in zip((Adam, AdamW), originals, strict=True):
         substitute.__qualname__ = substitute.__name__
         substitute.__module__ = f"torch.optim.{substitute.__name__.lower()}"
-        _show_as(substitute, original)
+        # The parameters of this release of torch, for whoever asks which ones there are.
+        init, original_init = vars(substitute)["__init__"], vars(original)["__init__"]
+        init.__signature__ = inspect.signature(original_init)
+        init.__annotations__ = dict(original_init.__annotations__)
     return Adam, AdamW
 
 
-def _show_as(substitute: type[SlimAdam], original: type[Optimizer]) -> None:
-    """Show the parameters of torch's class, of this release, to whoever asks which ones there are."""
-    init: Any = substitute.__init__
-    init.__signature__ = inspect.signature(original.__init__)
-    init.__annotations__ = dict(original.__init__.__annotations__)
+def _groups(params: Any) -> list[dict[str, Any]]:
+    """Return parameter groups whose parameters are a list of pairs of the given name, if any, and the tensor."""
+    given = list(params)
+    groups = [{"params": given}] if given and not isinstance(given[0], dict) else given
+    return [{**group, "params": _pairs(group["params"])} for group in groups]
 
 
-def _tensor(item: Any) -> Tensor:
-    found: Tensor = item if isinstance(item, Tensor) else item[1]
-    return found
+def _pairs(params: Any) -> list[tuple[str | None, Tensor]]:
+    items = [params] if isinstance(params, Tensor) else params
+    return [(None, item) if isinstance(item, Tensor) else item for item in items]
