@@ -13,7 +13,6 @@ from torch import Tensor
 from slimadam.distributed.sharded_moments import distributed_moments, rules_that_shards_allow
 from slimadam.distributed.sharded_rules import local_rules
 from slimadam.layers.splits import key_of
-from slimadam.measurement.monitor import watch_parameter
 from slimadam.optim.checkpoint.state_dict import Checkpointed
 from slimadam.optim.memory import memory_report
 from slimadam.plans.plan import CompressionPlan
@@ -81,7 +80,7 @@ class Replanned(Checkpointed):
 
     def _monitor_parameter(self, name: str, param: Tensor) -> None:
         if self._monitor is not None:
-            watch_parameter(self._monitor, name, param, self._rules[name], self.state.get(param, {}))
+            self._monitor.add(name, param, self._rules[name], self.state.get(param, {}).get("exp_avg_sq"))
 
 
 def _compress(name: str, param: Tensor, rules: Sequence[Rule], state: MutableMapping[str, Any]) -> None:

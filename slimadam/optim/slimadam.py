@@ -15,7 +15,7 @@ from slimadam.kernels.interface import Scalar
 from slimadam.layers.names import is_position, renumbered
 from slimadam.layers.roles import canonical_name
 from slimadam.layers.splits import key_of
-from slimadam.measurement.monitor import Check, Monitor, watch_step
+from slimadam.measurement.monitor import Check, Monitor
 from slimadam.optim.compression import Replanned
 from slimadam.optim.membership import (
     Added,
@@ -478,7 +478,7 @@ class SlimAdam(Replanned):
         if self._measuring is not None:
             self._measure()
         elif self._monitor is not None and not torch.compiler.is_compiling():
-            watch_step(self._monitor, groups, self._rules, self.state, factor)
+            self._monitor.after_step(groups, self._rules, self.state, factor)
         return loss
 
     def _recalled_gradients(self) -> list[list[Tensor]] | None:

@@ -250,8 +250,7 @@ class Checkpointed(Optimizer):
         monitor = Monitor(self._monitor.cutoff)
         if measuring is None:
             for name, param, _ in self._parameters():
-                for rule in rules[name]:
-                    monitor.add(key_of(name, rule.part), rule, param)
+                monitor.add(name, param, rules[name])
             if "monitor" in own:
                 monitor.load_state_dict(own["monitor"])
         return monitor
