@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -186,57 +186,38 @@ class Monitor:
         for names, group, beta2 in tracked:
             self._next = min(self._next, next_look(self.steps, beta2, self.interval) + 1)
             if next_look(step, beta2, self.interval) == step:
-                self._look(names, group, all_rules, clip_factor)
+                self._look(self._sampled(names, group, all_rules), beta2, clip_factor)
         if self.steps % self.interval == 0:
             for names, group in groups:
-                self._measure(names, group, all_rules, states)
+                for _, param, sample in self._sampled(names, group, all_rules):
+                    sample.measure(states.get(param, {}))
             self._warn_once()
 
+    def _sampled(
+        self, names: Sequence[str], group: Mapping[str, Any], all_rules: Mapping[str, Sequence[Rule]]
+    ) -> Iterator[tuple[str, Tensor, _Sample]]:
+        for name, param in zip(names, group["params"], strict=True):
+            for rule in all_rules[name]:
+                sample = self._samples.get(key_of(name, rule.part))
+                if sample is not None:
+                    yield name, param, sample
+
     @torch.no_grad()
-    def _look(
-        self,
-        names: Sequence[str],
-        group: Mapping[str, Any],
-        all_rules: Mapping[str, Sequence[Rule]],
-        clip_factor: Tensor | None,
-    ) -> None:
+    def _look(self, sampled: Iterable[tuple[str, Tensor, _Sample]], beta2: float, clip_factor: Tensor | None) -> None:
         """Update a group's samples: ``v <- beta2 v + (1 - beta2) g**2``, decayed also for the steps not looked at."""
-        beta2 = float(group["betas"][1])
         every, rest = thinning(beta2), max(0, self.interval - filling(beta2))
         window, share = (self.steps - 1) // self.interval, every / (self.interval - rest)
         moments, seen, kept = [], [], []
-        for name, param in zip(names, group["params"], strict=True):
-            if param.grad is None or not (is_dtensor(param) or type(param.grad) is Tensor):
-                continue
-            for rule in all_rules[name]:
-                sample = self._samples.get(key_of(name, rule.part))
-                if sample is not None and is_dtensor(param) == (sample.shard is not None):
-                    seen.append(scale_grad(sample.seen(local_gradient(name, param)), clip_factor))
-                    moments.append(sample.moment_on(seen[-1].device))
-                    kept.append(beta2 ** (every + rest * sample.look(window, share)))
-                    sample.unfilled *= beta2**every
+        for name, param, sample in sampled:
+            known = type(param.grad) is Tensor if sample.shard is None else param.grad is not None
+            if known and is_dtensor(param) == (sample.shard is not None):
+                seen.append(scale_grad(sample.seen(local_gradient(name, param)), clip_factor))
+                moments.append(sample.moment_on(seen[-1].device))
+                kept.append(beta2 ** (every + rest * sample.look(window, share)))
+                sample.unfilled *= beta2**every
         if moments:
             torch._foreach_mul_(moments, kept)
             torch._foreach_addcmul_(moments, seen, seen, 1 - beta2**every)
-
-    @torch.no_grad()
-    def _measure(
-        self,
-        names: Sequence[str],
-        group: Mapping[str, Any],
-        all_rules: Mapping[str, Sequence[Rule]],
-        states: Mapping[Tensor, Mapping[str, Any]],
-    ) -> None:
-        """Measure a group's samples, but for factored parameters without state (collective for DTensors)."""
-        for name, param in zip(names, group["params"], strict=True):
-            stored = second_moment.moments_of(states.get(param, {}), all_rules[name])
-            for rule, averages in second_moment.by_rule(all_rules[name], stored, param.dim()):
-                sample = self._samples.get(key_of(name, rule.part))
-                if sample is None or sample.moment is None or sample.unfilled > _STILL_FILLING:
-                    continue
-                if averages or rule.form != FACTORED:
-                    full = [full_tensor(one) for one in averages] if rule.form == FACTORED else averages
-                    sample.record(sampled_snr(rule, sample.index, sample.full_moment(), full))
 
     def _warn_once(self) -> None:
         declined = [(key, sample) for key, sample in self._samples.items() if sample.declined]
@@ -382,8 +363,17 @@ class _Sample:
         self.moment, self.unfilled = sampled[self.there].to(self.dtype, copy=True), 0.0
         self.record(sampled_snr(self.rule, self.index, sampled, averages))
 
+    @torch.no_grad()
+    def measure(self, state: Mapping[str, Any]) -> None:
+        """Measure, unless the sample is still filling or its factored parameter has no state (collective)."""
+        averages = second_moment.moments_of(state, [self.rule])
+        is_factored = self.rule.form == FACTORED
+        if self.moment is not None and self.unfilled <= _STILL_FILLING and (averages or not is_factored):
+            averages = [full_tensor(one) for one in averages] if is_factored else averages
+            self.record(sampled_snr(self.rule, self.index, self.full_moment(), averages))
+
     def full_moment(self) -> Tensor:
-        """Return the second moments of the full sample (collective for a DTensor)."""
+        """Return the second moments of the full sample (collective)."""
         assert self.moment is not None
         if self.shard is None:
             return self.moment
