@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -40,6 +41,7 @@ MEASUREMENTS: Final = 3
 
 _USUAL_MEASUREMENTS = 8
 _PHASES = 16
+_LARGEST_COUNT = 2**53 - 1  # up to which floating-point numbers count each integer
 _DEVIATIONS = 4
 _STILL_FILLING = 0.06
 _NAMES_IN_WARNING = 5
@@ -47,16 +49,16 @@ _NAMES_IN_WARNING = 5
 
 @dataclass(frozen=True)
 class Check:
-    """What the sample says about one compressed parameter.
+    """State of the sample of one compressed parameter.
 
     Attributes:
         snr: SNR of the sample when it was last measured; NaN before.
-        cutoff: What it is compared with.
+        cutoff: SNR that it is compared with.
         form: How the parameter's second moment is stored, as in :class:`~slimadam.Rule`.
         dims: Dimensions that share one value.
         sampled: Elements whose full second moment is tracked.
-        ready: Whether it has been measured.
-        reason: What to make of it, in words.
+        ready: True once it has been measured.
+        reason: The conclusion, in words.
     """
 
     snr: float
@@ -109,7 +111,7 @@ class Monitor:
     def memory_of(self, keys: Iterable[str]) -> int:
         """Return the bytes of the second moments tracked under some names, known before the first step."""
         samples = [self._samples[key] for key in keys if key in self._samples]
-        return sum(math.prod(sample.held_shape) * sample.dtype.itemsize for sample in samples)
+        return sum(math.prod(counts_of(sample.there)) * sample.dtype.itemsize for sample in samples)
 
     def add(self, name: str, param: Tensor, rules: Sequence[Rule], second_moment: Tensor | None = None) -> None:
         """Track a parameter from now on, from its full second moment where that is known, else from zero.
@@ -121,18 +123,17 @@ class Monitor:
             second_moment: Left aside unless it is of the parameter's shape. Collective for a DTensor.
         """
         self._next = 0
-        keys = [key_of(name, rule.part) for rule in rules]
-        for key, rule in zip(keys, rules, strict=True):
-            self.drop(key)
+        samples = []
+        for rule in rules:
+            self.drop(key := key_of(name, rule.part))
             if rule.form != "full":
-                self._add_piece(key, param, rule)
-        samples = [self._samples[key] for key in keys if key in self._samples]
+                samples += self._add_piece(key, param, rule)
         if samples and isinstance(second_moment, Tensor) and second_moment.shape == param.shape:
             full = full_tensor(second_moment)
             for sample in samples:
                 sample.start(sample.rule.take(full))
 
-    def _add_piece(self, key: str, param: Tensor, rule: Rule) -> None:
+    def _add_piece(self, key: str, param: Tensor, rule: Rule) -> list[_Sample]:
         shape = tuple(param.shape) if rule.part is None else rule.part.shape
         index, shard = place(rule, shape), None
         if is_dtensor(param) and index is not None and rule.part is None:
@@ -145,8 +146,9 @@ class Monitor:
             reason = "cannot be monitored through these shards"
         else:
             self._samples[key] = _Sample(rule, index, second_moment_dtype(param.dtype), self.cutoff, shard)
-            return
+            return [self._samples[key]]
         self._left_out[key] = Check(math.nan, self.cutoff, rule.form, rule.dims, 0, False, reason)
+        return []
 
     def drop(self, key: str) -> None:
         """Forget a parameter or part, as when it goes back to a full second moment."""
@@ -328,12 +330,9 @@ class _Sample:
     lowest: float = math.inf
 
     def __post_init__(self) -> None:
-        self.here, self.there = self.index, (slice(None),) * len(self.index)
-        self.held_shape = counts_of(self.index)
-        if self.shard is not None:
-            pairs = [within(one, *span) for one, span in zip(self.index, self.shard.spans, strict=True)]
-            self.here, self.there = tuple(here for here, _ in pairs), tuple(there for _, there in pairs)
-            self.held_shape = counts_of(self.there)
+        spans = [(0, one.stop) for one in self.index] if self.shard is None else self.shard.spans
+        pairs = [within(one, *span) for one, span in zip(self.index, spans, strict=True)]
+        self.here, self.there = tuple(here for here, _ in pairs), tuple(there for _, there in pairs)
 
     def seen(self, grad: Tensor) -> Tensor:
         """Return the sampled elements of this rank's gradient."""
@@ -341,7 +340,7 @@ class _Sample:
 
     def moment_on(self, device: torch.device) -> Tensor:
         if self.moment is None:
-            self.moment = torch.zeros(self.held_shape, dtype=self.dtype, device=device)
+            self.moment = torch.zeros(counts_of(self.there), dtype=self.dtype, device=device)
         self.moment = self.moment.to(device)
         return self.moment
 
@@ -408,7 +407,7 @@ class _Sample:
 
     @property
     def declined(self) -> bool:
-        """Whether the last measurements are clearly low, and lower than any that it came back from."""
+        """True where the last measurements are clearly low, and lower than any that it came back from."""
         return len(self.recent) == MEASUREMENTS and self.level >= self.cutoff and max(self.recent) < self.lowest
 
     def state_dict(self) -> dict[str, Any]:
@@ -451,16 +450,8 @@ def _damaged(name: str, value: object) -> ValueError:
     return ValueError(f"the saved monitor is damaged ({name}={shown(value)}); pass what state_dict() returned")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
+def _number(smallest: float, largest: float, kind: type[float] = float) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, kind)) and not isinstance(value, bool) and smallest <= value <= largest
 
 
 def _is_snr(value: object) -> bool:
@@ -476,19 +467,19 @@ def _are_snrs(values: Any) -> bool:
 
 
 _FIELDS: Mapping[str, Callable[[Any], bool]] = {
-    "steps": _is_count,
-    "longest_memory": lambda value: _is_number(value) and 0 <= value < math.inf,
+    "steps": _number(0, _LARGEST_COUNT, int),
+    "longest_memory": _number(0, sys.float_info.max),
     "warned": lambda value: isinstance(value, bool),
     "samples": lambda value: isinstance(value, Mapping),
 }
 _SAMPLE_FIELDS: Mapping[str, Callable[[Any], bool]] = {
-    "phase": lambda value: _is_count(value) and value < _PHASES,
+    "phase": _number(0, _PHASES - 1, int),
     "moment": lambda value: value is None or (isinstance(value, Tensor) and value.is_floating_point()),
-    "unfilled": _is_share,
-    "window": lambda value: value == -1 or _is_count(value),
-    "arrived": _is_share,
+    "unfilled": _number(0, 1),
+    "window": _number(-1, _LARGEST_COUNT, int),
+    "arrived": _number(0, 1),
     "latest": _is_snr,
-    "measured": _is_count,
+    "measured": _number(0, _LARGEST_COUNT, int),
     "usual": _are_snrs,
     "recent": _are_snrs,
     "lowest": _is_snr,
