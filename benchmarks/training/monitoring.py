@@ -23,9 +23,7 @@ from benchmarks.harness import machine
 from slimadam import CompressionPlan, SlimAdam, snr
 from slimadam.demo.data import ByteData, load
 from slimadam.demo.training import DemoSettings, calibrate
-from slimadam.measurement.monitor import SHORTEST_INTERVAL, Monitor
-from slimadam.measurement.sampling import MEASUREMENTS
-from slimadam.state.second_moment import moments_of
+from slimadam.measurement.monitor import MEASUREMENTS, SHORTEST_INTERVAL, Monitor
 
 LARGEST_MEMORY_SHARE = 0.01
 LARGEST_TIME_SHARE = 0.005
@@ -36,7 +34,7 @@ CHANGES = ("random", "sparse", "repeated")
 
 
 class Warnings(logging.Handler):
-    """Collects what slimadam warns of."""
+    """Collects the warnings of slimadam."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -49,12 +47,12 @@ class Warnings(logging.Handler):
 
 @dataclass
 class Run:
-    """What one training run showed.
+    """Figures of one training run.
 
     Attributes:
         losses: Loss of each step's batch, in nats per byte.
         step_seconds: Duration of each training step without the monitor.
-        monitor_seconds: What the monitor took in each step.
+        monitor_seconds: Duration of the monitor's part of each step.
         sampled: At each measurement, the SNR of the sample of each parameter.
         whole: That of the whole second moments at the same steps.
         warned_at: Step of the warning, if there was one.
@@ -71,7 +69,7 @@ class Run:
 
     @property
     def time_share(self) -> float:
-        """The monitor's part of the time: both are measured in the same steps, so a busy machine slows both."""
+        """The monitor's share of the time; both are measured in the same steps, so a busy machine slows both."""
         return sum(self.monitor_seconds) / sum(self.step_seconds)
 
 
@@ -97,7 +95,13 @@ class WholeMoments:
 
 
 def other_bytes(data: ByteData, kind: str, seed: int) -> ByteData:
-    """Data of the same length and another kind."""
+    """Return data of the same length and another kind.
+
+    Args:
+        data: The data, whose held-out part stays.
+        kind: One of ``CHANGES``.
+        seed: Seed of the random bytes.
+    """
     generator = torch.Generator().manual_seed(seed)
     count = len(data.train)
     noise = torch.randint(256, (count,), generator=generator, dtype=torch.uint8)
@@ -109,25 +113,21 @@ def other_bytes(data: ByteData, kind: str, seed: int) -> ByteData:
     return ByteData(noise, data.held_out, kind)
 
 
-@torch.no_grad()
-def monitored(run: Run, monitor: Monitor, named: dict[str, Tensor], optimizer: SlimAdam, beta2: float) -> None:
-    """What the optimizer does at the end of a step, timed."""
-    start = time.perf_counter()
-    monitor.update(((name, param.grad) for name, param in named.items()), beta2)
-    monitor.watch(
-        lambda: {name: moments_of(optimizer.state[param], [optimizer.plan[name]]) for name, param in named.items()}
-    )
-    run.monitor_seconds.append(time.perf_counter() - start)
-
-
 def train(settings: DemoSettings, plan: CompressionPlan, halves: tuple[ByteData, ByteData]) -> tuple[Run, Monitor]:
-    """Train on one kind of bytes, then on the other."""
+    """Train on one kind of bytes, then on the other.
+
+    Args:
+        settings: Model, batches and number of steps.
+        plan: How second moments are stored.
+        halves: Data of either half of the steps.
+    """
     model, beta2 = settings.new_model(), settings.betas[1]
     optimizer = SlimAdam(model, plan=plan, lr=settings.lr, betas=settings.betas, monitor=False)
     named: dict[str, Tensor] = dict(model.named_parameters())
     monitor, whole, run, warnings = Monitor(), WholeMoments(named, plan, beta2), Run(), Warnings()
+    groups, rules = [(list(named), optimizer.param_groups[0])], {name: [plan[name]] for name in named}
     for name, param in named.items():
-        monitor.add(name, plan[name], param)
+        monitor.add(name, param, [plan[name]])
     logging.getLogger("slimadam").addHandler(warnings)
     for half, data in enumerate(halves):
         for batch in data.batches(settings.steps // 2, settings.batch_size, settings.context, settings.seed + half):
@@ -138,7 +138,9 @@ def train(settings: DemoSettings, plan: CompressionPlan, halves: tuple[ByteData,
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             run.step_seconds.append(time.perf_counter() - start)
-            monitored(run, monitor, named, optimizer, beta2)
+            start = time.perf_counter()
+            monitor.after_step(groups, rules, optimizer.state)
+            run.monitor_seconds.append(time.perf_counter() - start)
             run.losses.append(loss.item())
             whole.update()
             if monitor.steps % monitor.interval == 0:
@@ -151,12 +153,18 @@ def train(settings: DemoSettings, plan: CompressionPlan, halves: tuple[ByteData,
 
 
 def figures(run: Run, monitor: Monitor, plan: CompressionPlan) -> dict[str, Any]:
-    """What is written of a run."""
+    """Return the figures of a run for the results file.
+
+    Args:
+        run: The run.
+        monitor: Its monitor.
+        plan: The plan it trained under.
+    """
     fallen = [name for name, check in monitor.check().items() if "no longer holds" in check.reason]
     shapes = {name: rule.shape or () for name, rule in plan.items()}
     saved = sum(math.prod(shape) - plan[name].stored_elements(shape) for name, shape in shapes.items())
     return {
-        "memory_share": monitor.memory / (saved * torch.float32.itemsize),
+        "memory_share": monitor.memory_of(plan) / (saved * torch.float32.itemsize),
         "time_share": run.time_share,
         "training_step_ms": 1e3 * statistics.median(run.step_seconds),
         "final_loss": statistics.fmean(run.losses[-50:]),
@@ -175,7 +183,12 @@ def figures(run: Run, monitor: Monitor, plan: CompressionPlan) -> dict[str, Any]
 
 
 def bars(stationary: dict[str, Any], changed: dict[str, Any]) -> dict[str, bool]:
-    """Which promises the two runs of a seed kept."""
+    """Return each bar, and whether the two runs of a seed meet it.
+
+    Args:
+        stationary: Figures of the run on one kind of bytes.
+        changed: Figures of the run whose data changed.
+    """
     both = (stationary, changed)
     return {
         "memory at most 1% of what was saved": all(run["memory_share"] <= LARGEST_MEMORY_SHARE for run in both),
@@ -215,7 +228,14 @@ def main() -> None:
 
 
 def print_seed(seed: int, stationary: dict[str, Any], changed: dict[str, Any], kept: dict[str, bool]) -> None:
-    """One seed's figures, then its bars."""
+    """Print one seed's figures, then its bars.
+
+    Args:
+        seed: The seed.
+        stationary: Figures of the run on one kind of bytes.
+        changed: Figures of the run whose data changed.
+        kept: Whether each bar is met.
+    """
     for label, run in (("stationary", stationary), ("changed", changed)):
         print(
             f"seed {seed} {label:10s} memory {run['memory_share']:.2%} of saved, time {run['time_share']:.2%} of "

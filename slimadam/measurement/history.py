@@ -1,7 +1,7 @@
-"""The SNR of every parameter over training, and its CSV file. What is read is untrusted: every cell is checked.
+"""The SNR of every parameter over training, and its CSV file, in which every cell is checked.
 
-The file is the authors' of arXiv 2503.01843, ``step,key,shape,compress_dims,snr``, with further columns where it
-is known what the parameters are: the part (``of,view,dim,start``), ``batch_dims``, ``role`` and ``fan_in``.
+The columns are those of the authors of arXiv 2503.01843, ``step,key,shape,compress_dims,snr``. Further ones follow
+where the parameters are known: the part (``of,view,dim,start``), ``batch_dims``, ``role`` and ``fan_in``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _INTEGER_TUPLE = re.compile(r"(?:torch\.Size)?[\d\s,()\[\]]*")
 
 @dataclass
 class ParameterSNR:
-    """What was measured of one parameter.
+    """SNR measurements of one parameter.
 
     Attributes:
         shape: Shape of the parameter.
-        role: What the parameter is (:mod:`slimadam.layers.roles`), empty when not known.
-        part: Which part of a parameter it is; None for a whole one.
+        role: Role of the parameter (:mod:`slimadam.layers.roles`), empty when not known.
+        part: The part of a parameter that it is; None for a whole one.
         batch_dims: Number of leading dimensions that count separate matrices.
         fan_in: Dimensions that the forward pass sums over, where known.
         values: For each measured optimizer step (from 1), the SNR of each candidate.
@@ -52,12 +52,11 @@ class ParameterSNR:
     all_names: tuple[str, ...] = ()
 
     def series(self, candidate: Candidate) -> list[tuple[int, float]]:
-        """``(step, snr)`` of one candidate, in the order of the steps."""
-        return [(step, self.values[step][candidate]) for step in sorted(self.values)
-                if candidate in self.values[step]]  # fmt: skip
+        """Return ``(step, snr)`` of one candidate, in the order of the steps."""
+        return [(step, found[candidate]) for step, found in sorted(self.values.items()) if candidate in found]
 
     def average(self) -> dict[Candidate, float]:
-        """The plain mean over the measured steps of each candidate's SNR.
+        """Return the mean over the measured steps of each candidate's SNR.
 
         NaN measurements (non-finite gradients) are left out. A step at which every slice was constant says
         nothing about noise, so infinity counts only if it is all there is.
@@ -110,8 +109,8 @@ class SNRHistory(Mapping[str, ParameterSNR]):
             name: Qualified name of the parameter.
             shape: Shape of the parameter.
             values: SNR of each measured candidate.
-            role: What the parameter is, where known.
-            part: Which part of a parameter it is.
+            role: Role of the parameter, where known.
+            part: The part of a parameter that it is.
             batch_dims: Number of leading dimensions that count separate matrices.
             fan_in: Dimensions that the forward pass sums over, where known.
             all_names: Every name of the whole parameter, where known.
@@ -129,27 +128,23 @@ class SNRHistory(Mapping[str, ParameterSNR]):
             parameter.values.setdefault(int(step), {}).update(values)
 
     def forget_if_reshaped(self, name: str, shape: Sequence[int]) -> None:
-        """Drop what was recorded under a name if the parameter has another shape now: it is another parameter."""
+        """Drop the measurements under a name if they are of another shape, and so of another parameter.
+
+        Args:
+            name: Name of the parameter.
+            shape: Its shape now.
+        """
         if name in self._parameters and self._parameters[name].shape != tuple(shape):
             del self._parameters[name]
 
     def rename(self, keys: Mapping[str, str]) -> None:
-        """Give parameters other names at once; what others were recorded under these, or places, is dropped."""
+        """Give parameters other names at once; other measurements under the new names, or places, are dropped."""
         left = {name: found for name, found in self._parameters.items() if name not in keys and not is_position(name)}
         self._parameters = left | {keys[name]: found for name, found in self._parameters.items() if name in keys}
 
     def save_csv(self, path: str | Path) -> None:
-        """Write one row per measurement.
-
-        The columns are ``step,key,shape,compress_dims,snr`` and, where anything is known of them,
-        ``of,view,dim,start,batch_dims`` (parts), ``role`` and ``fan_in``.
-
-        Args:
-            path: The file to write.
-        """
-        known = any(
-            parameter.part or parameter.batch_dims or parameter.role or parameter.fan_in for parameter in self.values()
-        )
+        """Write one row per measurement to a file, with the further columns where any parameter has them."""
+        known = any(one.part or one.batch_dims or one.role or one.fan_in for one in self.values())
         with Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow([*CSV_COLUMNS, *_PART_COLUMNS, *_LAYOUT_COLUMNS] if known else CSV_COLUMNS)

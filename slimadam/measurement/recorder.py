@@ -1,4 +1,4 @@
-"""Measuring one second moment into a history: what the recorder and ``plan="auto"`` have in common."""
+"""Measuring the SNR of an optimizer's second moments on a schedule."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Schedule = Callable[[int], bool]
 def record(
     history: SNRHistory, step: int, key: str, rule: Rule, second_moment: Tensor | None, all_names: Sequence[str]
 ) -> None:
-    """Measure what a rule is for and add it to a history.
+    """Measure one parameter, or part, and add the SNR to a history.
 
     Args:
-        history: Where to.
+        history: The history to add to.
         step: Optimizer step, from 1.
-        key: What the parameter, or its part, goes by.
-        rule: Says which part of the parameter to take, and what it is.
-        second_moment: Of the whole parameter's shape; None to make it known without a measurement.
+        key: Name of the parameter or part.
+        rule: Rule of the parameter or part, which takes it from the second moment.
+        second_moment: Second moment of the whole parameter; None to make it known without a measurement.
         all_names: Every name of the whole parameter, where known.
     """
     assert rule.shape is not None
@@ -40,12 +40,12 @@ def record(
 
 
 def paper_schedule(step: int) -> bool:
-    """Whether the authors measure at optimizer step ``step`` (from 1)."""
+    """Return whether the authors of the paper measure at optimizer step ``step`` (from 1)."""
     return step == 1 or step % (100 if step <= 1000 else 1000) == 0
 
 
 def every(interval: int) -> Schedule:
-    """A schedule that measures at step 1 and at each multiple of ``interval``.
+    """Return a schedule that measures at step 1 and at each multiple of ``interval``.
 
     Raises:
         ValueError: ``interval`` is not a positive integer.
@@ -58,20 +58,19 @@ def every(interval: int) -> Schedule:
 class SNRRecorder:
     """Records the SNR of an optimizer's second moments on a schedule, through a hook after ``step()``.
 
-    Works with any optimizer whose state holds ``exp_avg_sq`` of the parameter's shape. Gradients and state are
-    only read. A measurement that meets NaN or infinite second moments is recorded as NaN and left out of the
-    averages.
+    Works with any optimizer whose state holds ``exp_avg_sq`` of the parameter's shape. Gradients and state are only
+    read. A measurement of NaN or infinite second moments is recorded as NaN and left out of the averages.
 
     Args:
-        optimizer: The optimizer to watch.
+        optimizer: The optimizer to measure.
         model: The module that owns the parameters; without it names come from the optimizer or from the
             modules alive in the process.
-        schedule: Given the step (from 1), whether to measure. Default: :func:`paper_schedule`.
+        schedule: Says for a step (from 1) whether to measure. Default: :func:`paper_schedule`.
         attach: Register the hook. With False, call :meth:`after_step` yourself.
-        parts: What parameters are made of, by pattern of their names, where their modules do not say.
+        parts: Parts of fused parameters, by pattern of their names, where their modules do not say.
 
     Attributes:
-        history: What was measured so far.
+        history: The measurements so far.
         steps: Optimizer steps seen so far.
 
     Raises:

@@ -1,12 +1,13 @@
 """Signal-to-noise ratio of second moments.
 
-Source: Kalra et al., "When Can You Get Away with Low Memory Adam?" (arXiv 2503.01843), equation for
-``SNR_K``; the factored form judges Shazeer & Stern's row-column product (arXiv 1804.04235) on the same scale.
+Source: Kalra et al., "When Can You Get Away with Low Memory Adam?" (arXiv 2503.01843), equation for ``SNR_K``. The
+factored form judges Shazeer & Stern's row-column product (arXiv 1804.04235) on the same scale.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -22,10 +23,10 @@ _CHUNK_ELEMENTS_ON_ACCELERATORS = 1 << 23
 
 
 def snr(v: Tensor, dims: int | Sequence[int] | Literal["factored"], batch_dims: int = 0) -> float:
-    """Signal-to-noise ratio of a second moment for one way of compressing it.
+    """Compute the signal-to-noise ratio of a second moment for one way of compressing it.
 
     ``SNR_K(v)`` is the mean over the remaining dimensions of ``mean_K(v)**2 / var_K(v)`` with the population
-    variance (arXiv 2503.01843). For ``"factored"`` it is ``mean(f)**2 / var(f)`` of the residual
+    variance. For ``"factored"`` it is ``mean(f)**2 / var(f)`` of the residual
     ``f = v * mean(v) / (r c)``, where ``r`` averages over all dimensions but the first and ``c`` over the
     first (of each matrix); entries whose row or column is zero are left out.
 
@@ -53,9 +54,9 @@ def snr(v: Tensor, dims: int | Sequence[int] | Literal["factored"], batch_dims: 
 
 
 def measure(v: Tensor, batch_dims: int = 0) -> dict[Candidate, float]:
-    """SNR of every candidate of one second moment, in the order of :func:`dimension_subsets`.
+    """Compute the SNR of every candidate of one second moment, in the order of :func:`dimension_subsets`.
 
-    Takes a few passes over ``v`` and, besides averages of ``v``, a few MB of memory.
+    Takes a few passes over ``v`` and a few MB of memory besides averages of ``v``.
 
     Args:
         v: Second moment of any shape.
@@ -83,14 +84,14 @@ def _check_batch_dims(batch_dims: int) -> None:
 
 
 class _Moments(NamedTuple):
-    """Of each slice of ``size`` entries: the mean, and the sum of squared distances from it (None: zero)."""
+    """Mean of each slice of ``size`` entries, and the sum of squared distances from it (None: zero)."""
 
     size: int
     mean: Tensor
     spread: Tensor | None
 
     def pooled(self, dim: int, scratch: Tensor) -> _Moments:
-        """The slices along a dimension taken together."""
+        """Merge the slices along a dimension."""
         mean = self.mean.mean(dim, keepdim=True)
         distance = torch.sub(self.mean, mean, out=scratch[: self.mean.numel()].view(self.mean.shape))
         spread = distance.square_().sum(dim, keepdim=True).mul_(self.size)
@@ -99,7 +100,7 @@ class _Moments(NamedTuple):
         return _Moments(self.size * self.mean.shape[dim], mean, spread)
 
     def joined(self, other: _Moments) -> _Moments:
-        """Each slice with more entries of it (Chan, Golub & LeVeque, 1979)."""
+        """Merge each slice with more entries of it (Chan, Golub & LeVeque, 1979)."""
         assert self.spread is not None
         assert other.spread is not None
         size = self.size + other.size
@@ -109,7 +110,7 @@ class _Moments(NamedTuple):
         return _Moments(size, mean, spread)
 
     def ratios(self) -> Tensor:
-        """Sum and number of the ratios of the slices that are not constant."""
+        """Return the sum and number of the ratios of the slices that are not constant."""
         assert self.spread is not None
         return _sum_and_number(self.mean, self.spread / self.size)
 
@@ -124,10 +125,10 @@ _Known = dict[tuple[int, ...], _Moments]
 
 
 class _Chunks:
-    """A tensor in float64, a few slices along its longest dimension at a time, in memory that is used again.
+    """A tensor in float64, a few slices along its longest dimension at a time, in reused memory.
 
-    float64 tensors are divided by their largest entry, so that squares do not underflow; those of narrower types
-    do not. Complex tensors get a last dimension for real and imaginary parts.
+    float64 tensors are divided by their largest entry so that squares do not underflow; in narrower types they cannot.
+    Complex tensors get a last dimension for real and imaginary parts.
     """
 
     def __init__(self, v: Tensor) -> None:
@@ -151,13 +152,13 @@ class _Chunks:
             yield chunk if self._scale is None else chunk.div_(self._scale)
 
     def split(self, kept: Tensor) -> Sequence[Tensor]:
-        """What of a tensor with some dimensions averaged to size 1 belongs to each chunk."""
+        """Split a tensor with some dimensions averaged to size 1 as the chunks are."""
         if kept.shape[self.longest] > 1:
             return torch.split(kept, self._length, self.longest)
         return [kept] * math.ceil(self.shape[self.longest] / self._length)
 
     def moments(self, dims: tuple[int, ...], known: _Known) -> _Moments:
-        """Moments over ``dims``, from those of a subset, which leaves out the shortest dimension."""
+        """Compute moments over ``dims`` from those of a subset, which leaves out the shortest dimension."""
         if dims not in known:
             shortest = min(dims, key=lambda dim: (self.shape[dim], dim == self.longest))
             subset = tuple(dim for dim in dims if dim != shortest)
@@ -186,7 +187,7 @@ def _ratios(v: Tensor, wanted: Sequence[Candidate], batch_dims: int) -> dict[Can
 def _subset_sums(
     chunks: _Chunks, subsets: Sequence[tuple[int, ...]], averages: Sequence[tuple[int, ...]]
 ) -> tuple[dict[Candidate, Tensor], list[Tensor]]:
-    """Sum and number of each subset's ratios; and the means over the subsets in ``averages``."""
+    """Return the sum and number of each subset's ratios, and the means over the subsets in ``averages``."""
     within = [dims for dims in subsets if chunks.longest not in dims]
     sums: dict[Candidate, Tensor] = {}
     means: list[list[Tensor]] = [[] for _ in averages]
@@ -214,7 +215,7 @@ def _subset_sums(
 def _residual_sum(
     chunks: _Chunks, rows: Tensor, columns: Tensor, row_dims: tuple[int, ...], column_dims: tuple[int, ...]
 ) -> Tensor:
-    """Sum and number of the ratios of each matrix's residual ``f = v * mean(v) / (r c)``.
+    """Return the sum and number of the ratios of each matrix's residual ``f = v * mean(v) / (r c)``.
 
     Row by row, ``sum(f - 1)`` and ``sum((f - 1)**2)`` are those of ``(v mean(v) / c - r) / r``.
     """
@@ -235,15 +236,13 @@ def _residual_sum(
 
 
 def average_snr(measurements: Iterable[Mapping[Candidate, float]]) -> dict[Candidate, float]:
-    """The plain mean of each candidate's SNR; NaN does not count, infinity only where nothing else was measured."""
+    """Return the mean of each candidate's SNR; NaN does not count, infinity only where nothing else was measured."""
     collected: dict[Candidate, list[float]] = {}
     for measured in measurements:
         for candidate, value in measured.items():
             if not math.isnan(value):
                 collected.setdefault(candidate, []).append(value)
-    return {candidate: _mean_of_finite(values) for candidate, values in collected.items()}
-
-
-def _mean_of_finite(values: list[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite else math.inf
+    return {
+        candidate: statistics.fmean(list(filter(math.isfinite, values)) or [math.inf])
+        for candidate, values in collected.items()
+    }

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from slimadam.layers.names import is_position, renumbered
 from slimadam.layers.roles import canonical_name
 from slimadam.layers.splits import key_of
-from slimadam.measurement.monitor import Monitor, watch_parameter
+from slimadam.measurement.monitor import Monitor
 from slimadam.optim.membership import (
     Added,
     Members,
@@ -157,7 +157,7 @@ class Registry:
             states: The optimizer's state.
         """
         if self.monitor is not None and self.measuring is None:
-            watch_parameter(self.monitor, name, param, self.rules[name], states.get(param, {}))
+            self.monitor.add(name, param, self.rules[name], states.get(param, {}).get("exp_avg_sq"))
 
     def hold(self, groups: _Groups) -> None:
         """Remember the parameters of the groups, all of which have names."""

@@ -13,7 +13,7 @@ from slimadam.distributed import grad_scaler
 from slimadam.kernels.interface import Scalar
 from slimadam.layers.roles import canonical_name
 from slimadam.layers.splits import key_of
-from slimadam.measurement.monitor import Check, watch_step
+from slimadam.measurement.monitor import Check
 from slimadam.optim.checkpoint import format
 from slimadam.optim.checkpoint.conversion import in_present_format
 from slimadam.optim.checkpoint.state_dict import add_plan, as_adamw, taken_over
@@ -323,7 +323,7 @@ class SlimAdam(Optimizer):
         if self._registry.measuring is not None:
             self._measure()
         elif self._registry.monitor is not None and not torch.compiler.is_compiling():
-            watch_step(self._registry.monitor, groups, self._registry.rules, self.state, factor)
+            self._registry.monitor.after_step(groups, self._registry.rules, self.state, factor)
         return loss
 
     @torch_private.disable_dynamo

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam
-from slimadam.measurement.sampling_shards import SampleShard
+from slimadam.measurement.sampling import within
 from tests.distributed.test_step import MESHES, mesh_of, moments, sharded
 from tests.ranks import on_ranks
 from tests.versions import shards
@@ -76,8 +76,7 @@ def _found(name: str) -> dict[str, Any]:
     assert of_many is not None
     of_many.load_state_dict(of_one.state_dict())
     for key, sample in of_many._samples.items():
-        assert sample.moment is not None
-        assert torch.equal(sample.whole_moment(sample.moment), of_one._samples[key].moment), key  # type: ignore[arg-type]
+        assert torch.equal(sample.full_moment(), of_one._samples[key].full_moment()), key
     return found
 
 
@@ -121,8 +120,7 @@ def test_shards_hold_each_element_of_a_sample_once(start: int, stride: int, cuts
     wanted = whole[sampled]
     counted = torch.zeros_like(wanted)
     for first, end in itertools.pairwise(cuts):
-        shard = SampleShard(((first, end - first),), None, ())  # type: ignore[arg-type]
-        (here,), (there,) = shard.indices((sampled,))
+        here, there = within(sampled, first, end - first)
         assert torch.equal(whole[first:end][here], wanted[there])
         counted[there] += 1
     assert torch.equal(counted, torch.ones_like(wanted))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from slimadam import snr
 from slimadam.measurement.monitor import Monitor
-from slimadam.measurement.sampling import filling, looks_at, place, thinning
+from slimadam.measurement.sampling import counts_of, filling, next_look, place, take, thinning
+from slimadam.state import second_moment
 from slimadam.state.rule import Rule
 
 
@@ -43,15 +44,15 @@ def test_sample_is_a_small_view_of_whole_slices(
     rule: Rule, shape: tuple[int, ...], sample: tuple[int, ...] | None
 ) -> None:
     tensor = torch.arange(math.prod(shape)).reshape(shape)
-    placement = place(rule, shape)
-    assert placement is not None
-    taken = placement.take(tensor)
+    index = place(rule, shape)
+    assert index is not None
+    taken = take(tensor, index)
     assert taken.numel() <= 0.01 * (tensor.numel() - rule.stored_elements(shape))
     assert taken.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    assert tuple(taken.shape) == placement.counts
+    assert tuple(taken.shape) == counts_of(index)
     assert taken.unique().numel() == taken.numel()
     if sample is not None:
-        assert placement.counts == sample
+        assert counts_of(index) == sample
     else:
         assert taken.numel() > 0.009 * tensor.numel()
         for dim, size in enumerate(shape):
@@ -64,12 +65,28 @@ def test_sample_is_a_small_view_of_whole_slices(
 )
 def test_what_saves_too_little_is_said_to_be_too_small(rule: Rule, shape: tuple[int, ...]) -> None:
     monitor = Monitor()
-    monitor.add("w", rule, torch.zeros(shape))
-    monitor.start("w", torch.ones(shape))
-    assert monitor.memory == 0
+    monitor.add("w", torch.zeros(shape), [rule], torch.ones(shape))
+    assert monitor.memory_of(["w"]) == 0
     check = monitor.check()["w"]
     assert (check.ready, check.sampled, check.reason) == (False, 0, "too small to monitor")
     assert (check.form, check.dims) == (rule.form, rule.dims)
+
+
+def _step(
+    monitor: Monitor,
+    grads: Mapping[str, Tensor | None],
+    beta2: float,
+    stored: Mapping[str, Sequence[Tensor]] | None = None,
+    **other: Any,
+) -> None:
+    """One step of an optimizer whose parameters have these gradients and stored averages."""
+    params = {name: torch.empty_like(torch.zeros(300, 200) if grad is None else grad) for name, grad in grads.items()}
+    for name, param in params.items():
+        param.grad = grads[name]
+    rules = {name: [monitor._samples[name].rule if name in monitor._samples else Rule()] for name in params}
+    states = {params[name]: second_moment.by_key(averages, rules[name]) for name, averages in (stored or {}).items()}
+    group = {"params": list(params.values()), "betas": (0.9, beta2), "capturable": False, **other}
+    monitor.after_step([(list(params), group)], rules, states)
 
 
 def _run(
@@ -84,8 +101,7 @@ def _run(
         for name, parts in averaged.items():
             for part, dims in zip(stored[name], parts, strict=True):
                 part.lerp_(step[name].double().square().mean(dims, keepdim=True), 1 - beta2)
-        monitor.update(step.items(), beta2)
-        monitor.watch(lambda: stored)
+        _step(monitor, step, beta2, {name: parts for name, parts in stored.items() if parts})
     return stored
 
 
@@ -103,16 +119,16 @@ def test_measures_the_snr_of_the_sampled_second_moments(rule: Rule, shape: tuple
     scale = torch.rand(shape).exp()
     grads = [(scale * torch.randn(shape)).to(dtype) for _ in range(20)]
     monitor = Monitor(shortest_interval=20)
-    monitor.add("w", rule, grads[0])
+    monitor.add("w", grads[0], [rule])
     parts = rule.averaged_dims(len(shape)) if rule.form == "factored" else ()
     stored = _run(monitor, [{"w": grad} for grad in grads], 0.85, w=parts)
-    placement = place(rule, shape)
-    assert placement is not None
+    index = place(rule, shape)
+    assert index is not None
     v = _second_moment(grads, 0.85)
-    sample = placement.take(v).numpy()
+    sample = take(v, index).numpy()
     if rule.form == "factored":
         rows, columns = (part.numpy() for part in stored["w"])
-        f = sample / (rows / rows.mean(0))[placement.index[0]] / columns
+        f = sample / (rows / rows.mean(0))[index[0]] / columns
         expected = f.mean() ** 2 / f.var()
     else:
         dims = rule.dims if sample.ndim == len(shape) > 1 else 0
@@ -121,22 +137,22 @@ def test_measures_the_snr_of_the_sampled_second_moments(rule: Rule, shape: tuple
     assert check.snr == pytest.approx(float(expected), rel=2e-5)
     assert (check.ready, check.sampled) == (True, sample.size)
     assert check.reason == "averaging holds"
-    assert monitor.memory == sample.size * (8 if dtype == torch.float64 else 4)
+    assert monitor.memory_of(["w"]) == sample.size * (8 if dtype == torch.float64 else 4)
 
 
 def test_separate_matrices_are_judged_apart() -> None:
     shape = (3, 400, 50)
     grads = [torch.randn(shape) * torch.tensor([1.0, 100.0, 1e-4])[:, None, None] for _ in range(20)]
     monitor = Monitor(shortest_interval=20)
-    monitor.add("experts", PER_MATRIX, grads[0])
+    monitor.add("experts", grads[0], [PER_MATRIX])
     rows, columns = _run(monitor, [{"experts": grad} for grad in grads], 0.85, experts=((2,), (1,)))["experts"]
-    placement = place(PER_MATRIX, shape)
-    assert placement is not None
-    sample = placement.take(_second_moment(grads, 0.85)).numpy()
+    index = place(PER_MATRIX, shape)
+    assert index is not None
+    sample = take(_second_moment(grads, 0.85), index).numpy()
     ratios = []
     for matrix in range(3):
         r, c = rows[matrix].numpy(), columns[matrix].numpy()
-        f = sample[matrix] / ((r / r.mean())[placement.index[1]] * c)
+        f = sample[matrix] / ((r / r.mean())[index[1]] * c)
         ratios.append(f.mean() ** 2 / f.var())
     assert monitor.check()["experts"].snr == pytest.approx(np.mean(ratios), rel=1e-5)
 
@@ -145,26 +161,15 @@ def test_whole_matrix_measured_from_its_true_second_moment_stands_for_it() -> No
     v = torch.rand(400, 300) ** 3 * torch.logspace(-3, 0, 400)[:, None]
     for rule, candidate in ((_mean(1), 1), (_mean(0), 0), (_mean(0, 1), (0, 1)), (FACTORED, "factored")):
         monitor = Monitor()
-        monitor.add("w", rule, v)
-        monitor.start("w", v)
+        monitor.add("w", v, [rule], v)
         check = monitor.check()["w"]
         assert check.ready
         assert check.snr == pytest.approx(snr(v, candidate), rel=0.2)
 
 
-def test_sample_is_placed_where_gradients_arrive() -> None:
-    v = torch.rand(256, 128)
-    v[:100] = 0
-    v[150:] = 0
-    monitor = Monitor()
-    monitor.add("embedding", _mean(1), v)
-    monitor.start("embedding", v)
-    assert math.isfinite(monitor.check()["embedding"].snr)
-
-
 def test_sample_that_nothing_reaches_is_said_to_tell_nothing() -> None:
     monitor = Monitor(shortest_interval=20)
-    monitor.add("w", _mean(1), torch.zeros(300, 200))
+    monitor.add("w", torch.zeros(300, 200), [_mean(1)])
     _run(monitor, [{"w": torch.zeros(300, 200)}] * 20, 0.85)
     check = monitor.check()["w"]
     assert check.snr == math.inf
@@ -176,7 +181,7 @@ def test_sample_that_nothing_reaches_is_said_to_tell_nothing() -> None:
 @pytest.mark.parametrize("beta2", [0.0, 0.9, 0.95, 0.98, 0.999])
 def test_not_ready_before_the_start_at_zero_is_forgotten(beta2: float) -> None:
     monitor = Monitor()
-    monitor.add("w", _mean(1), torch.zeros(300, 200))
+    monitor.add("w", torch.zeros(300, 200), [_mean(1)])
     grad = {"w": torch.randn(300, 200)}
     ready_at = next(
         step for step in range(1, 9000) if _run(monitor, [grad], beta2) is not None and monitor.check()["w"].ready
@@ -185,51 +190,57 @@ def test_not_ready_before_the_start_at_zero_is_forgotten(beta2: float) -> None:
     assert ready_at == -(-filling(beta2) // monitor.interval) * monitor.interval
 
 
-def test_samples_follow_gradients_only_when_they_must() -> None:
-    class Counted(dict[str, Tensor]):
-        looks = 0
+@pytest.mark.parametrize(("beta2", "steps", "looks"), [(0.95, 1000, 5 * 60), (0.98, 1000, 5 * 150), (0.999, 6000, 200)])
+def test_samples_follow_gradients_only_when_they_must(beta2: float, steps: int, looks: int) -> None:
+    class Groups(list[Any]):
+        touched = 0
 
-        def items(self) -> Any:
-            self.looks += 1
-            yield from super().items()
+        def __iter__(self) -> Any:
+            self.touched += 1
+            return super().__iter__()
 
-    def looks(beta2: float, steps: int) -> int:
-        monitor = Monitor()
-        grads = Counted(w=torch.randn(300, 200))
-        monitor.add("w", _mean(1), grads["w"])
-        for _ in range(steps):
-            monitor.update(grads.items(), beta2)
-            monitor.watch(dict)
-        return grads.looks
-
-    assert looks(0.95, 1000) == 5 * 60
-    assert looks(0.999, 6000) == 200
+    monitor, param = Monitor(), torch.randn(300, 200)
+    param.grad = torch.randn(300, 200)
+    monitor.add("w", param, [_mean(1)])
+    groups = Groups([(["w"], {"params": [param], "betas": (0.9, beta2), "capturable": False})])
+    seen, touched = [], []
+    for step in range(steps):
+        before = groups.touched
+        monitor.after_step(groups, {"w": [_mean(1)]}, {})
+        unfilled = monitor.state_dict()["samples"]["w"]["unfilled"]
+        seen += [] if seen and unfilled == seen[-1] else [unfilled]
+        touched += [step] if groups.touched > before else []
+    assert len(seen) - (beta2 < 0.99) == looks
+    assert set(touched) == {
+        0,
+        *_looks(beta2, monitor.interval, steps),
+        *range(monitor.interval - 1, steps, monitor.interval),
+    }
 
 
 def test_what_was_seen_before_a_rest_is_forgotten_as_if_there_had_been_none() -> None:
     """Gradients shrink by 30 and change: the true second moment has forgotten the old ones, so must the sample."""
     before, after = 30 * torch.rand(300, 200) ** 4, torch.rand(300, 200)
     monitor = Monitor()
-    monitor.add("w", _mean(1), before)
+    monitor.add("w", before, [_mean(1)])
     _run(monitor, [{"w": before}] * 200 + [{"w": after}] * 200, 0.95)
-    placement = place(_mean(1), (300, 200))
-    assert placement is not None
-    true = placement.take(_second_moment([before] * 200 + [after] * 200, 0.95))
+    index = place(_mean(1), (300, 200))
+    assert index is not None
+    true = take(_second_moment([before] * 200 + [after] * 200, 0.95), index)
     assert monitor.check()["w"].snr == pytest.approx(snr(true, 1), rel=0.01)
-    assert monitor.check()["w"].snr > 2 * snr(placement.take(before.square()), 1)
+    assert monitor.check()["w"].snr > 2 * snr(take(before.square(), index), 1)
 
 
 def test_goes_on_from_the_true_second_moment() -> None:
     before, after = torch.rand(300, 200) ** 4, torch.rand(300, 200)
     monitor = Monitor()
-    monitor.add("w", _mean(1), before)
-    monitor.start("w", before)
-    index = monitor.state_dict()["samples"]["w"]["phase"] * 150 // 16
+    monitor.add("w", before, [_mean(1)], before)
+    first = monitor.state_dict()["samples"]["w"]["phase"] * 150 // 16
     _run(monitor, [{"w": after}] * 201, 0.99)
-    seen = 3 * sum(looks_at(step, 3) for step in range(200))
+    seen = 3 * len(_looks(0.99, 200, 200))
     assert 197 < seen < 203
     true = 0.99**seen * before + (1 - 0.99**seen) * after**2
-    assert monitor.check()["w"].snr == pytest.approx(snr(true[index::150], 1), rel=1e-4)
+    assert monitor.check()["w"].snr == pytest.approx(snr(true[first::150], 1), rel=1e-4)
 
 
 @pytest.mark.parametrize("spread", [0.4, 1.0, 2.0])
@@ -265,7 +276,7 @@ def _noisy_run(monitor: Monitor, level: float, measurements: int, seed: int = 0)
 
 def _watched() -> Monitor:
     monitor = Monitor(shortest_interval=6)
-    monitor.add("w", _mean(1), torch.zeros(300, 200))
+    monitor.add("w", torch.zeros(300, 200), [_mean(1)])
     return monitor
 
 
@@ -294,7 +305,7 @@ def test_many_names_are_cut_short(caplog: pytest.LogCaptureFixture) -> None:
     flat, spread = torch.rand(300, 200) + 1, torch.rand(300, 200) ** 9
     names = [f"w{index}" for index in range(8)]
     for name in names:
-        monitor.add(name, _mean(1), flat)
+        monitor.add(name, flat, [_mean(1)])
     for grad in (flat, spread):
         _run(monitor, [dict.fromkeys(names, grad)] * 18, 0.5)
     assert "of 8 monitored parameters 8 are" in caplog.text
@@ -345,7 +356,7 @@ def test_rare_large_gradients_are_no_decline(kind: str, caplog: pytest.LogCaptur
 
 def test_factored_parameter_without_averages_is_passed_over() -> None:
     monitor = Monitor(shortest_interval=6)
-    monitor.add("w", FACTORED, torch.zeros(300, 200))
+    monitor.add("w", torch.zeros(300, 200), [FACTORED])
     _run(monitor, [{"w": torch.randn(300, 200)}] * 6, 0.5)
     assert not monitor.check()["w"].ready
     _run(monitor, [{"w": torch.randn(300, 200)}] * 6, 0.5, w=((1,), (0,)))
@@ -358,21 +369,24 @@ def test_periodic_gradients_are_followed(beta2: float, period: int, at: int) -> 
     before, after = torch.rand(300, 200) ** 4, torch.rand(300, 200)
     monitor, steps = Monitor(), round(3 / (1 - beta2)) * period
     steps += -steps % monitor.interval + (200 if beta2 < 0.99 else 0)
-    monitor.add("w", _mean(1), before)
+    monitor.add("w", before, [_mean(1)])
     for step in range(2 * steps):
         grad = (before if step < steps else after) if step % period == at else None
-        monitor.update([("w", grad)], beta2)
-        monitor.watch(dict)
-    placement = place(_mean(1), (300, 200))
-    assert placement is not None
+        _step(monitor, {"w": grad}, beta2)
+    index = place(_mean(1), (300, 200))
+    assert index is not None
     kept = beta2 ** (steps / period)
-    true = kept * placement.take(before**2) + (1 - kept) * placement.take(after**2)
+    true = kept * take(before**2, index) + (1 - kept) * take(after**2, index)
     assert monitor.check()["w"].snr == pytest.approx(snr(true, 1), rel=0.02)
+
+
+def _looks(beta2: float, interval: int, steps: int) -> list[int]:
+    return [step for step in range(steps) if next_look(step, beta2, interval) == step]
 
 
 def test_looks_are_one_in_every_so_many_steps_and_meet_each_remainder() -> None:
     for every in (1, 2, 3, 30):
-        looks = [step for step in range(600 * every) if looks_at(step, every)]
+        looks = _looks(1 - 0.03 / every, 1, 600 * every)
         assert len(looks) == 600
         for period in (2, 3, 7, 10):
             for remainder in range(period):
@@ -389,17 +403,16 @@ def test_a_decline_that_stays_above_the_cutoff_is_no_reason_to_warn(caplog: pyte
 
 
 def test_resumes_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> None:
-    def fresh() -> Monitor:
+    def fresh(start: Tensor | None = None) -> Monitor:
         monitor = Monitor(shortest_interval=20)
-        monitor.add("w", _mean(1), torch.zeros(300, 200))
-        monitor.add("f", FACTORED, torch.zeros(300, 200))
-        monitor.add("small", _mean(1), torch.zeros(3, 2))
+        monitor.add("w", torch.zeros(300, 200), [_mean(1)], start)
+        monitor.add("f", torch.zeros(300, 200), [FACTORED])
+        monitor.add("small", torch.zeros(3, 2), [_mean(1)])
         return monitor
 
     factored = FACTORED.averaged_dims(2)
     grads = [{name: torch.randn(300, 200) * (1 + step) for name in ("w", "f")} for step in range(37)]
-    monitor = fresh()
-    monitor.start("w", torch.rand(300, 200))
+    monitor = fresh(torch.rand(300, 200))
     _run(monitor, grads, 0.8, f=factored)
     file = io.BytesIO()
     torch.save(monitor.state_dict(), file)
@@ -417,6 +430,18 @@ def test_resumes_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
+def test_a_sample_that_an_earlier_release_placed_elsewhere_goes_on_there() -> None:
+    before, after = torch.rand(300, 200) ** 4, torch.rand(300, 200)
+    monitor = _watched()
+    saved = {"moment": before[3 * 150 // 16 :: 150].clone(), "phase": 3, "window": 0, "measured": 1, "unfilled": 0.0}
+    saved |= {"arrived": 1.0, "latest": 2.0, "lowest": 2.0, "usual": (2.0,), "recent": ()}
+    monitor.load_state_dict({"steps": 6, "longest_memory": 2.0, "warned": False, "samples": {"w": saved}})
+    _run(monitor, [{"w": after}] * 6, 0.5)
+    true = 0.5**6 * before + (1 - 0.5**6) * after**2
+    assert monitor.check()["w"].snr == pytest.approx(snr(true[3 * 150 // 16 :: 150], 1), rel=1e-4)
+    assert monitor.state_dict()["samples"]["w"]["phase"] == 3
+
+
 def test_loading_copies() -> None:
     monitor, other = _watched(), _watched()
     _run(monitor, [{"w": torch.randn(300, 200)}] * 6, 0.5)
@@ -429,7 +454,7 @@ def test_loading_copies() -> None:
 
 def test_damaged_state_is_refused_and_changes_nothing() -> None:
     monitor, other = _watched(), Monitor(shortest_interval=6)
-    other.add("w", _mean(0), torch.zeros(300, 200))
+    other.add("w", torch.zeros(300, 200), [_mean(0)])
     for running in (monitor, other):
         _run(running, [{"w": torch.randn(300, 200)}] * 6, 0.5)
     before = monitor.check()
@@ -476,14 +501,13 @@ def test_each_damaged_field_is_named(field: str, values: Sequence[Any]) -> None:
 
 def test_parameters_come_and_go() -> None:
     monitor = Monitor(shortest_interval=6)
-    monitor.add("full", Rule(), torch.zeros(300, 200))
-    monitor.add("complex", _mean(1), torch.zeros(300, 200, dtype=torch.complex64))
+    monitor.add("full", torch.zeros(300, 200), [Rule()])
+    monitor.add("complex", torch.zeros(300, 200, dtype=torch.complex64), [_mean(1)])
     for name in ("w", "frozen"):
-        monitor.add(name, _mean(1), torch.zeros(300, 200))
+        monitor.add(name, torch.zeros(300, 200), [_mean(1)])
     grads = {"w": torch.randn(300, 200), "frozen": None, "unknown": torch.randn(3)}
     for _ in range(6):
-        monitor.update(grads.items(), 0.5)
-        monitor.watch(dict)
+        _step(monitor, grads, 0.5)
     check = monitor.check()
     assert list(check) == ["w", "frozen", "complex"]
     assert (check["w"].ready, check["frozen"].ready) == (True, False)
@@ -492,7 +516,7 @@ def test_parameters_come_and_go() -> None:
     for name in list(check):
         monitor.drop(name)
     assert monitor.check() == {}
-    assert monitor.memory == 0
+    assert monitor.memory_of(["w", "frozen"]) == 0
 
 
 @pytest.mark.parametrize("interval", [0, -1, 2.5])

@@ -180,8 +180,7 @@ def taken_over(state_dict: Mapping[str, Any], registry: Registry, present: Seque
         monitor = Monitor(registry.monitor.cutoff)
         if measuring is None:
             for name, param, _ in registry.parameters(present):
-                for rule in rules[name]:
-                    monitor.add(key_of(name, rule.part), rule, param)
+                monitor.add(name, param, rules[name])
             if "monitor" in own:
                 monitor.load_state_dict(own["monitor"])
     return Taken(groups, owners, saved_state, rules, measuring, monitor)
