@@ -40,7 +40,7 @@ from slimadam.cli.script.runner import SCRIPT_SETTINGS, SIGTERM_EXIT, Outcome, S
 from slimadam.measurement.history import SNRHistory
 from slimadam.measurement.recorder import every, paper_schedule
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.selection import Forms, applicable, idle_patterns
+from slimadam.plans.selection import Forms, idle_patterns
 
 _REDRAW_SECONDS = 0.1
 _REMEDY = (
@@ -166,7 +166,8 @@ def _plan(
     keep: tuple[str, ...],
 ) -> CompressionPlan:
     """The plan; where the budget is out of reach, the one by cutoff, so that no measurement is lost."""
-    fitting = applicable(keep, measured)
+    idle = idle_patterns(keep, measured)
+    fitting = [pattern for pattern in keep if pattern not in idle]
     try:
         return CompressionPlan.from_snr(measured, cutoff, budget=budget, forms=forms, keep=fitting)
     except ValueError as error:

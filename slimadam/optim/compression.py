@@ -17,10 +17,8 @@ from slimadam.measurement.monitor import watch_parameter
 from slimadam.optim.checkpoint.state_dict import Checkpointed
 from slimadam.optim.memory import memory_report
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.resolver import MEASURING
-from slimadam.plans.selection import EXPANDED
 from slimadam.state import second_moment
-from slimadam.state.rule import Rule
+from slimadam.state.rule import Rule, Source
 from slimadam.utils.dtensor import full_tensor, is_dtensor
 from slimadam.utils.formatting import format_bytes
 from slimadam.utils.torch_private import disable_dynamo
@@ -39,7 +37,7 @@ class Replanned(Checkpointed):
         moments = (
             (key_of(name, rule.part), rule, self.state[param]["exp_avg_sq"], self._resolver.all_names(name))
             for name, param, _ in self._parameters()
-            if self._rules[name][0].reason == MEASURING and "exp_avg_sq" in self.state.get(param, {})
+            if self._rules[name][0].source == Source.MEASURING and "exp_avg_sq" in self.state.get(param, {})
             for rule in self._measured[name]
         )
         factorable = not any(group["amsgrad"] for group in self.param_groups)
@@ -51,11 +49,12 @@ class Replanned(Checkpointed):
         """Put a decided plan in force: second moments shrink in place, the rest of their memory is freed."""
         before = memory_report(self._parameters(), self._rules, self.state)
         for name, param, _ in self._parameters():
-            if self._rules[name][0].reason != MEASURING:
+            if self._rules[name][0].source != Source.MEASURING:
                 continue
             unmeasured = "no gradient while plan='auto' measured"
             decided = [
-                plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured)) for rule in self._measured[name]
+                plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured, source=Source.OTHER))
+                for rule in self._measured[name]
             ]
             self._rules[name] = decided if not is_dtensor(param) else rules_that_shards_allow(name, decided, param)
             self._monitor_parameter(name, param)
@@ -97,7 +96,9 @@ def _compress(name: str, param: Tensor, rules: Sequence[Rule], state: MutableMap
 def _expanded_rules(name: str, rules: Sequence[Rule], keys: Collection[str]) -> list[Rule]:
     """A parameter's rules where those of these keys, its name or names of its parts, keep everything."""
     return [
-        replace(rule, form="full", dims=(), reason=EXPANDED)
+        replace(
+            rule, form="full", dims=(), reason="returned to a full second moment by expand()", source=Source.EXPANDED
+        )
         if key_of(name, rule.part) in keys and rule.form != "full"
         else rule
         for rule in rules

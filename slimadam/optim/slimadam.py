@@ -44,10 +44,10 @@ from slimadam.optim.step.stepper import Stepper
 from slimadam.optim.step.tasks import backend_of, check_lacks_all, hyperparameters, initial_state
 from slimadam.plans.auto import AutoPlan, Measuring
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.resolver import DECIDED_BEFORE, MEASURING, PlanArgument, Resolver, check_factored_amsgrad
+from slimadam.plans.resolver import DECIDED_BEFORE, PlanArgument, Resolver, check_factored_amsgrad
 from slimadam.state import second_moment
 from slimadam.state.first_moment import tell_without_codes
-from slimadam.state.rule import Rule, rule_of_whole
+from slimadam.state.rule import Rule, Source, rule_of_whole
 from slimadam.utils import torch_private
 from slimadam.utils.dtensor import is_dtensor, local, on_any_rank
 from slimadam.utils.errors import PlanError, did_you_mean, shown
@@ -235,9 +235,9 @@ class SlimAdam(Replanned):
 
     def _admit(self, name: str, param: Tensor, rules: list[Rule]) -> None:
         """Put a parameter's rules in force: those of its decision, or of ``plan="auto"`` while it measures."""
-        if rules[0].reason == MEASURING:
+        if rules[0].source == Source.MEASURING:
             self._measured[name] = rules
-            rules = [rule_of_whole(rules, DECIDED_BEFORE if self._measuring is None else MEASURING)]
+            rules = [rule_of_whole(rules, DECIDED_BEFORE if self._measuring is None else "")]
         self._rules[name] = rules
         if self._measuring is None:
             self._monitor_parameter(name, param)

@@ -24,9 +24,8 @@ from slimadam.optim.step.stepper import Stepper
 from slimadam.plans.auto import AutoPlan, Measuring
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import DECIDED_BEFORE, Resolver, check_factored_amsgrad
-from slimadam.plans.selection import EXPANDED
 from slimadam.state import second_moment
-from slimadam.state.rule import Rule, fit_rules
+from slimadam.state.rule import Rule, Source, fit_rules
 from slimadam.utils.dtensor import differing, on_any_rank
 from slimadam.utils.torch_private import disable_dynamo
 
@@ -229,7 +228,7 @@ class Checkpointed(Optimizer):
         rules = dict(self._rules)
         for name, param, _ in self._parameters():
             found = [saved[key] for key in saved.keys_of(name)]
-            expanded = any(rule.reason == EXPANDED for rule in [*found, *self._rules[name]])
+            expanded = any(rule.source == Source.EXPANDED for rule in [*found, *self._rules[name]])
             if found and automatic and found[0].owner_shape not in (None, tuple(param.shape)):
                 # Its saved state, where it has any, is refused with the remedy; without, it is as if newly added.
                 rules[name] = [Rule(shape=tuple(param.shape), reason=DECIDED_BEFORE)]

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from slimadam.distributed.sharded_rules import local_rules, warn_of_old_torch
 from slimadam.optim.step.options import check_foreach
-from slimadam.plans.resolver import MEASURING
-from slimadam.state.rule import Rule
+from slimadam.state.rule import Rule, Source
 from slimadam.utils.dtensor import check_placement, is_dtensor
 
 Held = tuple[str, Tensor, dict[str, Any]]
@@ -39,9 +38,9 @@ def check_shards(name: str, param: Tensor, rules: Sequence[Rule]) -> None:
     """
     if is_dtensor(param):
         warn_of_old_torch()
-    if is_dtensor(param) and any(rule.reason == MEASURING or rule.form != "full" for rule in rules):
+    if is_dtensor(param) and any(rule.source == Source.MEASURING or rule.form != "full" for rule in rules):
         check_placement(name, param)
-    if is_dtensor(param) and rules[0].reason != MEASURING:
+    if is_dtensor(param) and rules[0].source != Source.MEASURING:
         local_rules(name, rules, param)
 
 
