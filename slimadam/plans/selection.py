@@ -312,26 +312,27 @@ def least_loss(
     rounding = _ROUNDING * (abs(bound) + price * needed)
     limit = total_loss(best) - bound
     spare, regret = np.array([saved[rows, choice].sum() - needed]), np.zeros(1)
-    path = []
-    for row in range(len(classes)):
+    path, length, at = [], 0, 0
+    for row in np.argsort(np.sort(regrets)[:, :2].sum(1), kind="stable"):  # by the regret of the second cheapest
         possible = np.flatnonzero(regrets[row] <= limit + rounding)
         if len(possible) < 2:
             continue
         spare = (spare[:, None] + gains[row, possible]).ravel()
         regret = (regret[:, None] + regrets[row, possible]).ravel()
-        order = np.lexsort((regret + price * spare, -spare))
+        excess = regret + price * spare
+        order = np.lexsort((excess, -spare))
         order = order[regret[order] <= limit + rounding]
-        excess = (regret + price * spare)[order]
-        kept = order[excess < np.minimum.accumulate(np.append(math.inf, excess))[:-1]]
+        kept = order[excess[order] < np.minimum.accumulate(np.append(math.inf, excess[order]))[:-1]]
         if len(kept) > _LARGEST_FRONTIER:
             kept = kept[np.argpartition(regret[kept], _LARGEST_FRONTIER)[:_LARGEST_FRONTIER]]
         spare, regret = spare[kept], regret[kept]
         path.append((row, kept // len(possible), possible[kept % len(possible)]))
-    excess = np.where(spare >= 0, regret + price * spare, math.inf)
-    at = int(excess.argmin())
-    if excess[at] >= limit - rounding:
+        enough = np.where(spare >= 0, excess[kept], math.inf)
+        if enough.min(initial=math.inf) < limit - rounding:
+            limit, length, at = enough.min(), len(path), int(enough.argmin())
+    if not length:
         return best
-    for row, parents, options_taken in reversed(path):
+    for row, parents, options_taken in reversed(path[:length]):
         choice[row] = options_taken[at]
-        at = parents[at]
+        at = int(parents[at])
     return [*map(int, choice)]
