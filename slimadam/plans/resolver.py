@@ -23,6 +23,8 @@ from slimadam.utils.dtensor import check_not_flat
 from slimadam.utils.errors import PlanError, did_you_mean
 
 PlanArgument = str | Path | CompressionPlan | AutoPlan | None
+_Used = dict[int, tuple[CompressionPlan, set[str]]]
+"""By its id, each plan with the keys that were used."""
 _ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
 
 DECIDED_BEFORE: Final = "added after plan='auto' had decided"
@@ -79,7 +81,7 @@ class Resolver:
         self._matched = set(self._named.matched)
         self._model_names = {name for names in ({} if model is None else names_of(model)).values() for name in names}
         self._all_names: dict[str, list[str]] = {}
-        self._used: list[tuple[CompressionPlan, set[str]]] = []
+        self._used: _Used = {}
         self._owner: MutableMapping[str, Tensor] = WeakValueDictionary()
         # With plan="rules", until a warning has named the parameters that they leave in full.
         self._by_role: dict[str, list[Rule]] | None = {}
@@ -175,8 +177,18 @@ class Resolver:
             found.append(rules)
         if resolved == "rules" and self._by_role is not None:
             self._by_role.update(zip(names, found, strict=True))
-        if isinstance(resolved, CompressionPlan):
-            _tell_uncovered(names, found)
+        missing = [
+            name
+            for name, param, (rule, *_) in zip(names, group["params"], found, strict=True)
+            if rule.source == Source.ABSENT and param.dim() > 1
+        ]
+        if missing:
+            logger.warning(
+                "the plan has no entry for %d parameters with two or more dimensions (%s, ...): "
+                "their second moments stay in full",
+                len(missing),
+                missing[0],
+            )
         return found
 
     def all_names(self, name: str) -> list[str]:
@@ -242,11 +254,11 @@ class Resolver:
         self._known = self._named
         self._told_apart = None
 
-    def snapshot(self) -> tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]:
+    def snapshot(self) -> tuple[dict[str, Tensor], _Used]:
         """Return the notes of :meth:`names` and :meth:`rules`, for :meth:`restore`."""
-        return dict(self._owner), [(plan, set(keys)) for plan, keys in self._used]
+        return dict(self._owner), {key: (plan, set(keys)) for key, (plan, keys) in self._used.items()}
 
-    def restore(self, snapshot: tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]) -> None:
+    def restore(self, snapshot: tuple[dict[str, Tensor], _Used]) -> None:
         """Forget what was noted since the snapshot."""
         self._owner, self._used = WeakValueDictionary(snapshot[0]), snapshot[1]
         self.forget_owners()
@@ -255,7 +267,7 @@ class Resolver:
         """Take over parameters that an earlier resolver has named and found rules for."""
         self._owner = WeakValueDictionary(named)
         if isinstance(self.plan, CompressionPlan):
-            self._used = [(self.plan, set(self.plan))]
+            self._used = {id(self.plan): (self.plan, set(self.plan))}
 
     def check_all_used(self) -> None:
         """Check that each entry of a plan matches a parameter of the optimizer, or of the model if known.
@@ -267,7 +279,7 @@ class Resolver:
         """
         unmatched = {pattern: parts for pattern, parts in self._declared.items() if pattern not in self._matched}
         check_all_matched(unmatched, self._owner)
-        for plan, used in self._used:
+        for plan, used in self._used.values():
             others = (key for key in plan if key not in used)
             unused = [key for key in others if canonical_name(owner_of(key, plan[key].part)) not in self._model_names]
             if unused and all(map(is_position, plan)):
@@ -277,7 +289,7 @@ class Resolver:
                     "model.named_parameters() or model=model"
                 )
             if unused:
-                known = sorted({key for _, keys in self._used for key in keys} | self._model_names)
+                known = sorted({key for _, keys in self._used.values() for key in keys} | self._model_names)
                 hint = did_you_mean(unused[0], known)
                 raise PlanError(
                     f"the plan's entry {unused[0]!r} matches no parameter of the optimizer "
@@ -334,11 +346,7 @@ class Resolver:
         return pieces(given, tuple(param.shape), role, declared)
 
     def _note_use(self, plan: CompressionPlan, keys: Sequence[str]) -> None:
-        used = next((keys for known, keys in self._used if known is plan), None)
-        if used is None:
-            used = set()
-            self._used.append((plan, used))
-        used.update(keys)
+        self._used.setdefault(id(plan), (plan, set()))[1].update(keys)
 
 
 def check_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
@@ -383,21 +391,6 @@ def _unnamed(why: str) -> str:
         f"{why}, but these parameters have none: pass model=model, or params=model.named_parameters(), also those of "
         "several modules, one after the other or in groups"
     )
-
-
-def _tell_uncovered(names: Sequence[str], found: Sequence[Sequence[Rule]]) -> None:
-    missing = [
-        name
-        for name, (rule, *_) in zip(names, found, strict=True)
-        if rule.source == Source.ABSENT and rule.shape is not None and len(rule.shape) > 1
-    ]
-    if missing:
-        logger.warning(
-            "the plan has no entry for %d parameters with two or more dimensions (%s, ...): "
-            "their second moments stay in full",
-            len(missing),
-            missing[0],
-        )
 
 
 def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]], knows_model: bool) -> bool:

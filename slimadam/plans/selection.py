@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from slimadam.layers.roles import BIAS, NORM, canonical_name, role_from_name
 from slimadam.layers.splits import owner_of
 from slimadam.measurement.history import SNRHistory
-from slimadam.state.rule import FACTORED, MAX_NDIM, Candidate, Rule, Source
+from slimadam.state.rule import FACTORED, MAX_NDIM, Rule, Source
 
 Forms = Literal["mean", "best"]
 
@@ -189,16 +189,14 @@ def _options(rule: Rule, forms: Forms) -> list[_Option]:
     """Return the measured candidates that save anything."""
     found = []
     for candidate, snr in rule.snr.items():
-        if candidate != FACTORED or forms == "best":
-            option = _rule_for_candidate(rule, candidate)
-            found.append(_Option(snr, _elements(rule) - option.stored_elements(rule.shape or ()), option))
+        if candidate != FACTORED:
+            option = replace(rule, form="mean", dims=candidate)
+        elif forms == "best":
+            option = replace(rule, form="factored", dims=())
+        else:
+            continue
+        found.append(_Option(snr, _elements(rule) - option.stored_elements(rule.shape or ()), option))
     return [option for option in found if option.saved > 0]
-
-
-def _rule_for_candidate(rule: Rule, candidate: Candidate) -> Rule:
-    if candidate == FACTORED:
-        return replace(rule, form="factored", dims=())
-    return replace(rule, form="mean", dims=candidate)
 
 
 def _elements(rule: Rule) -> int:

@@ -95,33 +95,28 @@ def plan_from_dict(data: object) -> tuple[dict[str, Rule], float | None]:
 
 def rule_to_dict(rule: Rule) -> dict[str, Any]:
     """Return a rule as JSON-compatible data."""
-    data: dict[str, Any] = {"form": rule.form}
-    if rule.dims:
-        data["dims"] = list(rule.dims)
-    if rule.shape is not None:
-        data["shape"] = list(rule.shape)
-    if rule.part is not None:
-        part = rule.part
-        data["part"] = {"of": list(part.of), "view": list(part.view), "dim": part.dim, "start": part.start}
-    if rule.fan_in:
-        data["fan_in"] = list(rule.fan_in)
-    if rule.batch_dims:
-        data["batch_dims"] = rule.batch_dims
-    if rule.role:
-        data["role"] = rule.role
-    if rule.reason:
-        data["reason"] = rule.reason
-    data["source"] = Source(rule.source).value
-    if rule.snr:
-        data["snr"] = [
+    part = rule.part
+    data = {
+        "form": rule.form,
+        "dims": [*rule.dims] or None,
+        "shape": None if rule.shape is None else [*rule.shape],
+        "part": part and {"of": [*part.of], "view": [*part.view], "dim": part.dim, "start": part.start},
+        "fan_in": [*rule.fan_in] or None,
+        "batch_dims": rule.batch_dims or None,
+        "role": rule.role or None,
+        "reason": rule.reason or None,
+        "source": Source(rule.source).value,
+        "snr": [
             {
-                "candidate": candidate if candidate == FACTORED else list(candidate),
+                "candidate": candidate if candidate == FACTORED else [*candidate],
                 "value": value if math.isfinite(value) else "infinity",
             }
             for candidate, value in rule.snr.items()
             if not math.isnan(value)
         ]
-    return data
+        or None,
+    }
+    return {key: value for key, value in data.items() if value is not None}
 
 
 def _rule_from_dict(name: str, data: object) -> Rule:

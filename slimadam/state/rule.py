@@ -26,7 +26,7 @@ MAX_NDIM = 8
 
 
 class Source(str, Enum):
-    """Where a rule comes from. Plan files and checkpoints hold the value."""
+    """Origin of a rule. Plan files and checkpoints hold the value."""
 
     OTHER = "other"
     DEFAULT = "default"
