@@ -296,7 +296,6 @@ class Resolver:
                     f"({len(unused)} of {len(plan)} entries do not). {hint + ' ' if hint else ''}Calibrate this "
                     "model, or pass model=model if this optimizer holds only part of it"
                 )
-
         if self._by_role is not None:
             held = {name: rules for name, rules in self._by_role.items() if name in self._owner}
             self._by_role = None if _tell_without_rule(held, bool(self._model_names)) else held
