@@ -80,8 +80,7 @@ class NamedParameters:
         taken: set[str] = set()
         parts = check_declared(parts)
         for model in models:
-            roles, found = self._layout_of(model, parts)
-            names = names_of(model)
+            layout, names = self._layout_of(model, parts), names_of(model)
             for name, parameter in model.named_parameters():
                 if parameter in self._names:
                     continue
@@ -89,35 +88,23 @@ class NamedParameters:
                 taken.add(free)
                 self._names[parameter] = free
                 self._all_names[parameter] = names[parameter]
-                if name in roles:
-                    self._roles[parameter] = roles[name]
-                    self._pieces[parameter] = found[name]
+                if name in layout:
+                    self._roles[parameter], self._pieces[parameter] = layout[name]
         known = taken.union(*self._all_names.values())
         self.matched = {pattern for pattern in parts if matches_any(pattern, known)}
 
     @staticmethod
-    def _layout_of(
-        model: nn.Module, parts: Mapping[str, Split]
-    ) -> tuple[Mapping[str, ParameterRole], Mapping[str, list[Piece]]]:
+    def _layout_of(model: nn.Module, parts: Mapping[str, Split]) -> dict[str, tuple[ParameterRole, list[Piece]]]:
         if any(map(is_lazy, model.parameters())):
-            return {}, {}  # read again once all shapes are known
+            return {}  # read again once all shapes are known
         try:
             roles = roles_of(model)
-            return roles, pieces_of(model, parts, roles)
+            return {name: (roles[name], found) for name, found in pieces_of(model, parts, roles).items()}
         except PlanError:
             raise
         except Exception as error:  # a module class of others may do anything; names are enough to go on
             logger.warning("the layers of %s cannot be told from its modules (%r)", type(model).__name__, error)
-            return {}, {}
-
-    def _call(self, given: Iterable[tuple[Tensor, str]]) -> None:
-        """Call parameters by the names that they were given, where no two were given the same."""
-        pairs = [(parameter, canonical_name(name)) for parameter, name in given]
-        shared = shared_names(pairs)
-        self._names.update((parameter, name) for parameter, name in pairs if name not in shared)
-
-    def __len__(self) -> int:
-        return len(self._names)
+            return {}
 
     def name(self, parameter: Tensor) -> str | None:
         """Return the parameter's qualified name without wrapper prefixes, or None if no module owns it."""
@@ -158,7 +145,9 @@ class NamedParameters:
         given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
         named = cls(owning_modules(parameters) if model is None else [model], parts)
         if model is None and len(given) == len(parameters):
-            named._call(zip(parameters, given, strict=True))
+            pairs = [(parameter, canonical_name(name)) for parameter, name in zip(parameters, given, strict=True)]
+            shared = shared_names(pairs)
+            named._names.update(pair for pair in pairs if pair[1] not in shared)
         unmatched = {pattern: found for pattern, found in (parts or {}).items() if pattern not in named.matched}
         check_all_matched(unmatched, named._names.values())
         for group_index, group in enumerate(optimizer.param_groups):
@@ -168,7 +157,7 @@ class NamedParameters:
 
 
 def shared_names(given: Iterable[tuple[Tensor, str]]) -> set[str]:
-    """Return the names that stand for several parameters, as those of two modules in one optimizer may."""
+    """Return the names that stand for several parameters, as names in two modules of one optimizer may."""
     first: dict[str, Tensor] = {}
     return {name for parameter, name in given if first.setdefault(name, parameter) is not parameter}
 
