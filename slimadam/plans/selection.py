@@ -177,12 +177,12 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
         return replace(rule, reason=_why_without_options(rule), source=Source.MEASURED)
     best = max(options, key=lambda option: (option.snr, option.saved))
     label = _describe(best.rule)
-    if best.snr <= cutoff:
-        reason = f"the highest SNR, {best.snr:.3g} ({label}), is not above the cutoff {cutoff:g}"
-        return replace(rule, reason=reason, source=Source.MEASURED)
-    has = "have" if best.rule.form == FACTORED else "has"
-    reason = f"{label} {has} the highest SNR, {best.snr:.3g}, above the cutoff {cutoff:g}"
-    return replace(best.rule, reason=reason, source=Source.MEASURED)
+    if best.snr > cutoff:
+        has = "have" if best.rule.form == FACTORED else "has"
+        reason = f"{label} {has} the highest SNR, {best.snr:.3g}, above the cutoff {cutoff:g}"
+        return replace(best.rule, reason=reason, source=Source.MEASURED)
+    reason = f"the highest SNR, {best.snr:.3g} ({label}), is not above the cutoff {cutoff:g}"
+    return replace(rule, reason=reason, source=Source.MEASURED)
 
 
 def _options(rule: Rule, forms: Forms) -> list[_Option]:
