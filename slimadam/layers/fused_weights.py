@@ -89,18 +89,18 @@ def pieces_of_target(model: nn.Module, parts: Mapping[str, Split] | None) -> dic
     return pieces_of(model, parts)
 
 
-def check_all_matched(parts: Mapping[str, Split], names: Iterable[str]) -> None:
+def check_all_matched(patterns: Iterable[str], names: Iterable[str]) -> None:
     """Check that each pattern matches a name.
 
     Args:
-        parts: Declared splits by pattern.
+        patterns: Patterns of ``parts``.
         names: All names, wrapped or not.
 
     Raises:
         PlanError: Names the pattern.
     """
     known = [canonical_name(name) for name in names]
-    for pattern in parts:
+    for pattern in patterns:
         if not matches_any(pattern, known):
             raise PlanError(f"parts: the pattern {pattern!r} matches no parameter of the model; correct or remove it")
 

@@ -148,7 +148,7 @@ class NamedParameters:
             pairs = [(parameter, canonical_name(name)) for parameter, name in zip(parameters, given, strict=True)]
             shared = shared_names(pairs)
             named._names.update(pair for pair in pairs if pair[1] not in shared)
-        unmatched = {pattern: found for pattern, found in (parts or {}).items() if pattern not in named.matched}
+        unmatched = [pattern for pattern in parts or () if pattern not in named.matched]
         check_all_matched(unmatched, named._names.values())
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):

@@ -277,8 +277,7 @@ class Resolver:
         Raises:
             PlanError: Names the entry and the closest parameter.
         """
-        unmatched = {pattern: parts for pattern, parts in self._declared.items() if pattern not in self._matched}
-        check_all_matched(unmatched, self._owner)
+        check_all_matched([pattern for pattern in self._declared if pattern not in self._matched], self._owner)
         for plan, used in self._used.values():
             others = (key for key in plan if key not in used)
             unused = [key for key in others if canonical_name(owner_of(key, plan[key].part)) not in self._model_names]

@@ -29,28 +29,17 @@ class Source(str, Enum):
     """Origin of a rule. Plan files and checkpoints hold the value."""
 
     OTHER = "other"
-    DEFAULT = "default"
-    """In full as all vectors, norm scales and biases."""
-    MEASURED = "measured"
-    """Chosen by SNR, or in full because no measured candidate saves anything."""
-    PAPER = "paper"
-    """Recommended by the paper for the role, or in full where the recommendation saves nothing."""
-    NO_RULE = "no_rule"
-    """In full: the paper recommends nothing for the role."""
-    FACTORED = "factored"
-    """Every matrix factored, and in full what that makes no smaller."""
-    USER = "user"
-    """In full because a pattern of ``keep`` names the parameter."""
-    EXPANDED = "expanded"
-    """In full since a call of ``expand()``."""
-    MEASURING = "measuring"
-    """In full while ``plan="auto"`` measures."""
-    ABSENT = "absent"
-    """In full: the plan has no entry for the parameter."""
-    CARRIED = "carried"
-    """Carried over from the layers of another model."""
-    NO_COUNTERPART = "no_counterpart"
-    """In full: the plan that was carried over has no such layer."""
+    DEFAULT = "default"  # in full as all vectors, norm scales and biases
+    MEASURED = "measured"  # chosen by SNR, or in full because no measured candidate saves anything
+    PAPER = "paper"  # recommended for the role, or in full where the recommendation saves nothing
+    NO_RULE = "no_rule"  # in full: the paper recommends nothing for the role
+    FACTORED = "factored"  # every matrix factored, and in full what that makes no smaller
+    USER = "user"  # in full because a pattern of keep names the parameter
+    EXPANDED = "expanded"  # in full since a call of expand()
+    MEASURING = "measuring"  # in full while plan="auto" measures
+    ABSENT = "absent"  # in full: the plan has no entry for the parameter
+    CARRIED = "carried"  # carried over from the layers of another model
+    NO_COUNTERPART = "no_counterpart"  # in full: the plan that was carried over has no such layer
 
 
 _REASONS_OF_OLD: Final = (
