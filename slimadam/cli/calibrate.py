@@ -23,7 +23,7 @@ from slimadam.cli.script.runner import SCRIPT_SETTINGS, SIGTERM_EXIT, Script, sc
 from slimadam.measurement.history import SNRHistory
 from slimadam.measurement.recorder import every, paper_schedule
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.selection import Forms, applicable, idle_patterns
+from slimadam.plans.selection import Forms, idle_patterns
 from slimadam.report import write_report
 
 _REDRAW_SECONDS = 0.1
@@ -147,7 +147,8 @@ def _plan(
     keep: tuple[str, ...],
 ) -> CompressionPlan:
     """Return the plan; where the budget is out of reach, the one by cutoff, so that no measurement is lost."""
-    fitting = applicable(keep, measured)
+    idle = idle_patterns(keep, measured)
+    fitting = [pattern for pattern in keep if pattern not in idle]
     try:
         return CompressionPlan.from_snr(measured, cutoff, budget=budget, forms=forms, keep=fitting)
     except ValueError as error:

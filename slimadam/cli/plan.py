@@ -17,8 +17,7 @@ from slimadam.cli.console import call, output_path
 from slimadam.layers.roles import names_of
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.serialization import rule_to_dict
-from slimadam.plans.transfer import NO_COUNTERPART
-from slimadam.state.rule import FACTORED, Candidate, Rule, fit_rules
+from slimadam.state.rule import FACTORED, Candidate, Rule, Source, fit_rules
 from slimadam.utils.errors import PlanError
 
 _PLAN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -102,7 +101,7 @@ def _transfer(ctx: click.Context, file: Path, builder: str, out: Path, as_json: 
         ctx.exit(1)
     carried.save(out)
     without = [
-        key for key, rule in carried.items() if rule.reason.startswith(NO_COUNTERPART) and len(rule.shape or ()) > 1
+        key for key, rule in carried.items() if rule.source == Source.NO_COUNTERPART and len(rule.shape or ()) > 1
     ]
     saved = carried.second_moments_saved
     if as_json:

@@ -1,7 +1,7 @@
-"""Which parameters of a model are several logical matrices in one, read off its modules.
+"""Splits fused parameters of a model into their logical matrices, as its modules tell.
 
-Taken only where the module says where one matrix ends and the next begins; elsewhere a parameter counts as one, and a
-plan or ``parts={"pattern": Split(...)}`` can declare what it is made of.
+A parameter counts as one matrix where no module says where one ends and the next begins; a plan or
+``parts={"pattern": Split(...)}`` can declare it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ _ORDER_UNKNOWN = ("Falcon", "CodeGen")
 def pieces_of(
     model: nn.Module, parts: Mapping[str, Split], roles: Mapping[str, ParameterRole] | None = None
 ) -> dict[str, list[Piece]]:
-    """The logical matrices of each parameter.
+    """Find the logical matrices of each parameter.
 
     Args:
         model: Any module, wrapped or not.
-        parts: What parameters are made of, by pattern (``fnmatch``) of any of their names; goes before what modules
-            say.
-        roles: What :func:`~slimadam.layers.roles.roles_of` returns, where at hand.
+        parts: Declared splits by pattern (``fnmatch``) of any of a parameter's names; these go before the modules.
+        roles: Result of :func:`~slimadam.layers.roles.roles_of`, where at hand.
 
     Returns:
         For each name of ``model.named_parameters()`` its pieces: one where it is a single matrix.
@@ -52,17 +51,31 @@ def pieces_of(
 
 
 def declared_parts(parts: Mapping[str, Split], names: Sequence[str]) -> Split | None:
-    """The parts declared by the first pattern that one of a parameter's names matches; None without one."""
+    """Return the split declared by the first pattern that one of a parameter's names matches; None without one.
+
+    Args:
+        parts: Declared splits by pattern.
+        names: Names of the parameter.
+    """
     return next((found for pattern, found in parts.items() if matches_any(pattern, names)), None)
 
 
 def matches_any(pattern: str, names: Iterable[str]) -> bool:
-    """Whether one of the names matches."""
+    """Return whether one of the names matches.
+
+    Args:
+        pattern: As for ``fnmatch``.
+        names: Any names.
+    """
     return any(fnmatchcase(name, pattern) for name in names)
 
 
 def pieces_of_target(model: nn.Module, parts: Mapping[str, Split] | None) -> dict[str, list[Piece]]:
-    """:func:`pieces_of` the model that a plan is made for, after checking both arguments.
+    """Check both arguments, and return :func:`pieces_of` the model that a plan is made for.
+
+    Args:
+        model: Any module.
+        parts: Declared splits by pattern; None is nothing.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -76,14 +89,18 @@ def pieces_of_target(model: nn.Module, parts: Mapping[str, Split] | None) -> dic
     return pieces_of(model, parts)
 
 
-def check_all_matched(parts: Mapping[str, Split], names: Iterable[str]) -> None:
-    """Refuse a pattern that matches no name.
+def check_all_matched(patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Check that each pattern matches a name.
+
+    Args:
+        patterns: Patterns of ``parts``.
+        names: All names, wrapped or not.
 
     Raises:
         PlanError: Names the pattern.
     """
     known = [canonical_name(name) for name in names]
-    for pattern in parts:
+    for pattern in patterns:
         if not matches_any(pattern, known):
             raise PlanError(f"parts: the pattern {pattern!r} matches no parameter of the model; correct or remove it")
 
@@ -97,12 +114,10 @@ def _parts_from_modules(
     owner = modules[".".join(path)]
     while path and path[-1] in WRAPPERS:
         path.pop()
-    parent = modules[".".join(path[:-1])]
     if "parametrizations" in path:
         return None
-    if role.role == "fused_gate_up":
-        return _gate_up(owner, parent, shape, role)
-    return _query_key_value(owner, parent, shape, role)
+    find = _gate_up if role.role == "fused_gate_up" else _query_key_value
+    return find(owner, modules[".".join(path[:-1])], shape, role)
 
 
 def _gate_up(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...], role: ParameterRole) -> Split | None:
@@ -148,7 +163,7 @@ def _thirds(size: int, dim: int) -> Split | None:
 
 
 def _integer_attribute(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """The first of these attributes that is a positive integer, on the module or on its ``config``."""
+    """Return the first of these attributes that is a positive integer, on the module or on its ``config``."""
     for holder in (module, getattr(module, "config", None)):
         for name in names:
             value = getattr(holder, name, None)

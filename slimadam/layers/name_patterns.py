@@ -1,4 +1,4 @@
-"""What names say about a parameter, for where its module does not say it.
+"""Roles that the names of parameters suggest, for where modules do not tell them.
 
 Patterns are searched in a bare name (:func:`bare_name`); the first that matches counts, so narrow ones come first.
 """
@@ -27,12 +27,12 @@ def _compiled(*patterns: tuple[str, str]) -> Patterns:
 
 
 def _last(words: str) -> str:
-    """A pattern for the last component, or components, of a name."""
+    """Make a pattern for the last component, or components, of a name."""
     return rf"(^|\.)({words})$"
 
 
 def _projection(word: str, role: str) -> tuple[tuple[str, str], ...]:
-    """Patterns for query, key or value; alone at the top of a model the word means something else."""
+    """Make patterns for query, key or value; alone at the top of a model the word means something else."""
     letter = word[0]
     return (
         (rf"\.({letter}|{word})$", role),
@@ -145,12 +145,17 @@ MATRIX_ROLES = frozenset(role for _, role in LINEARS + TABLES)
 
 
 def search(patterns: Iterable[tuple[re.Pattern[str], str]], bare: str) -> str:
-    """The role of the first pattern that matches a bare name."""
+    """Return the role of the first pattern that matches a bare name, or ``"unknown"``.
+
+    Args:
+        patterns: Patterns with their roles.
+        bare: Result of :func:`bare_name`.
+    """
     return next((role for pattern, role in patterns if pattern.search(bare)), UNKNOWN)
 
 
 def canonical_name(name: str) -> str:
-    """``name`` without what ``torch.compile``, FSDP, checkpointing and DDP add to it.
+    """Return ``name`` without the components that ``torch.compile``, FSDP, checkpointing and DDP add to it.
 
     Example:
         >>> canonical_name("_orig_mod.module.layers.0.weight")
@@ -163,7 +168,7 @@ def canonical_name(name: str) -> str:
 
 
 def unwrapped_name(name: str) -> str:
-    """:func:`canonical_name` without adapters' holders, parametrized tensors under their own names.
+    """Return :func:`canonical_name` without adapters' holders, parametrized tensors under their own names.
 
     Example:
         >>> unwrapped_name("q_proj.base_layer.weight")
@@ -176,7 +181,7 @@ def unwrapped_name(name: str) -> str:
 
 
 def bare_name(name: str) -> str:
-    """:func:`unwrapped_name` in lower case, without layer numbers and without ``weight`` at its end.
+    """Return :func:`unwrapped_name` in lower case, without layer numbers and without ``weight`` at its end.
 
     Example:
         >>> bare_name("encoder.block.0.layer.1.DenseReluDense.wo.weight")
@@ -186,26 +191,18 @@ def bare_name(name: str) -> str:
     return _WEIGHT.sub("", ".".join(parts))
 
 
-def is_bias(name: str) -> bool:
-    """Whether a parameter's name is that of an additive bias."""
-    leaf = name.rpartition(".")[2]
-    return leaf.startswith("bias") or leaf.endswith("bias")
-
-
 def role_from_name(name: str, ndim: int) -> str:
-    """The role that a parameter's name suggests, for when its module is not at hand.
+    """Return the role that a parameter's name suggests, or ``"unknown"``.
 
     Args:
         name: Qualified parameter name.
         ndim: Number of dimensions of the parameter.
-
-    Returns:
-        The role; ``"unknown"`` where the name does not say it.
     """
     bare = bare_name(name)
     if ndim > 1 and (found := search(RELATIVE_POSITION_BIASES, bare)) != UNKNOWN:
         return found
-    if is_bias(bare):
+    leaf = bare.rpartition(".")[2]
+    if leaf.startswith("bias") or leaf.endswith("bias"):
         return BIAS
     if (found := search(ADAPTERS, bare)) != UNKNOWN:
         return found

@@ -25,19 +25,24 @@ _IN_FRONT = re.compile(r"param_groups\.\d+\.params\.\d+(\.|$)")
 
 
 def position_name(group: int, index: int) -> str:
-    """What a parameter without a name is called: by its place in the optimizer."""
+    """Return the name of a parameter that has none: its place in the optimizer.
+
+    Args:
+        group: Position of its group.
+        index: Position in the group.
+    """
     return f"param_groups.{group}.params.{index}"
 
 
 def is_position(key: str) -> bool:
-    """Whether a parameter, or a part of one, is called by its place in the optimizer."""
+    """Return whether a parameter, or a part of one, is called by its place in the optimizer."""
     return _POSITION.fullmatch(key) is not None
 
 
 def renumbered(names: Sequence[Sequence[str]]) -> list[list[str]]:
     """Return names, group by group, in which every place is the one that the parameter has now.
 
-    So an optimizer that is made of these groups calls them: a place stands for a name, or in front of one that an
+    These are the names in a new optimizer of the same groups. A place stands for a name, or in front of a name that an
     earlier parameter has.
     """
     now: dict[str, str] = {}
@@ -57,7 +62,7 @@ class NamedParameters:
     Args:
         models: Modules that own the parameters. Where one name stands for different parameters of several
             modules, the later ones get their class name in front, and a number where that is taken too.
-        parts: What parameters are made of, by pattern, where their modules do not say.
+        parts: The logical matrices in parameters, by pattern, where their modules do not say.
 
     Attributes:
         matched: The patterns of ``parts`` that match a name.
@@ -75,112 +80,90 @@ class NamedParameters:
         taken: set[str] = set()
         parts = check_declared(parts)
         for model in models:
-            roles, found = self._layout_of(model, parts)
-            names = names_of(model)
+            layout, names = self._layout_of(model, parts), names_of(model)
             for name, parameter in model.named_parameters():
                 if parameter in self._names:
                     continue
-                shown = _free_name(canonical_name(name), class_name(model), taken)
-                taken.add(shown)
-                self._add(parameter, shown, found.get(name))
+                free = _free_name(canonical_name(name), class_name(model), taken)
+                taken.add(free)
+                self._names[parameter] = free
                 self._all_names[parameter] = names[parameter]
-                if name in roles:
-                    self._roles[parameter] = roles[name]
+                if name in layout:
+                    self._roles[parameter], self._pieces[parameter] = layout[name]
         known = taken.union(*self._all_names.values())
         self.matched = {pattern for pattern in parts if matches_any(pattern, known)}
 
     @staticmethod
-    def _layout_of(
-        model: nn.Module, parts: Mapping[str, Split]
-    ) -> tuple[Mapping[str, ParameterRole], Mapping[str, list[Piece]]]:
+    def _layout_of(model: nn.Module, parts: Mapping[str, Split]) -> dict[str, tuple[ParameterRole, list[Piece]]]:
         if any(map(is_lazy, model.parameters())):
-            return {}, {}  # read again once all shapes are known
+            return {}  # read again once all shapes are known
         try:
             roles = roles_of(model)
-            return roles, pieces_of(model, parts, roles)
+            return {name: (roles[name], found) for name, found in pieces_of(model, parts, roles).items()}
         except PlanError:
             raise
         except Exception as error:  # a module class of others may do anything; names are enough to go on
             logger.warning("the layers of %s cannot be told from its modules (%r)", type(model).__name__, error)
-            return {}, {}
-
-    def _add(self, parameter: Tensor, name: str, found: list[Piece] | None = None) -> None:
-        self._names[parameter] = name
-        if found is not None:
-            self._pieces[parameter] = found
-
-    def call(self, given: Iterable[tuple[Tensor, str]]) -> None:
-        """Call parameters by the names that they were given, where no two were given the same."""
-        pairs = [(parameter, canonical_name(name)) for parameter, name in given]
-        shared = shared_names(pairs)
-        for parameter, name in pairs:
-            if name not in shared:
-                self._add(parameter, name)
-
-    def __len__(self) -> int:
-        return len(self._names)
+            return {}
 
     def name(self, parameter: Tensor) -> str | None:
-        """The parameter's qualified name without wrapper prefixes, or None if no module owns it."""
+        """Return the parameter's qualified name without wrapper prefixes, or None if no module owns it."""
         return self._names.get(parameter)
 
     def pieces(self, parameter: Tensor) -> list[Piece]:
-        """The parameter's logical matrices; without a role if no module owns it."""
+        """Return the parameter's logical matrices; without a role if no module owns it."""
         found = self._pieces.get(parameter)
         return pieces("", tuple(parameter.shape), ParameterRole(""), None) if found is None else found
 
     def role(self, parameter: Tensor) -> ParameterRole | None:
-        """Role and layout of the parameter as a whole, or None if no module owns it."""
+        """Return role and layout of the parameter as a whole, or None if no module owns it."""
         return self._roles.get(parameter)
 
     def all_names(self, parameter: Tensor) -> list[str]:
-        """Every name that its module has for the parameter: several where it is tied, none if no module owns it."""
+        """Return every name that its module has for the parameter: several where tied, none if no module owns it."""
         return self._all_names.get(parameter, [])
 
     def owned(self, parameter: Tensor) -> bool:
-        """Whether a module owns it."""
+        """Return whether a module owns the parameter."""
         return parameter in self._pieces
 
     @classmethod
     def of_optimizer(
         cls, optimizer: Optimizer, model: nn.Module | None = None, parts: Mapping[str, Split] | None = None
     ) -> NamedParameters:
-        """Names of everything an optimizer updates.
+        """Name all parameters of an optimizer.
 
-        Taken from ``model``; without one, from the names the optimizer was given; without those, from the
+        Names come from ``model``; without one, from the names the optimizer was given; without those, from the
         modules alive in the process; parameters that no module owns are called by their position.
 
         Args:
             optimizer: Any torch optimizer.
             model: The module that owns its parameters, where at hand.
-            parts: What parameters are made of, by pattern, where their modules do not say.
+            parts: The logical matrices in parameters, by pattern, where their modules do not say.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
-        if model is not None:
-            named = cls([model], parts)
-        elif len(given) == len(parameters):
-            named = cls(owning_modules(parameters), parts)
-            named.call(zip(parameters, given, strict=True))
-        else:
-            named = cls(owning_modules(parameters), parts)
-        unmatched = {pattern: found for pattern, found in (parts or {}).items() if pattern not in named.matched}
+        named = cls(owning_modules(parameters) if model is None else [model], parts)
+        if model is None and len(given) == len(parameters):
+            pairs = [(parameter, canonical_name(name)) for parameter, name in zip(parameters, given, strict=True)]
+            shared = shared_names(pairs)
+            named._names.update(pair for pair in pairs if pair[1] not in shared)
+        unmatched = [pattern for pattern in parts or () if pattern not in named.matched]
         check_all_matched(unmatched, named._names.values())
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
-                if named.name(parameter) is None:
-                    named._add(parameter, position_name(group_index, index))
+                named._names.setdefault(parameter, position_name(group_index, index))
         return named
 
 
 def shared_names(given: Iterable[tuple[Tensor, str]]) -> set[str]:
-    """Return the names that stand for several parameters, as those of two modules in one optimizer may."""
+    """Return the names that stand for several parameters, as names in two modules of one optimizer may."""
     first: dict[str, Tensor] = {}
     return {name for parameter, name in given if first.setdefault(name, parameter) is not parameter}
 
 
 class ToldApart:
-    """Names of parameters that those given do not tell apart, or not as a plan does: as ``calibrate`` calls them.
+    """Names as in ``calibrate`` for parameters that their given names do not tell apart, or not as a plan does.
 
     The modules alive in the process are looked through when a name is first asked for.
 
@@ -197,77 +180,71 @@ class ToldApart:
         self._owners = 0
 
     def name(self, parameter: Tensor, given: str | None) -> str | None:
-        """Return what it is called where its module is one of several, or its given name is that of several.
+        """Return its name where its module is one of several, or its given name is that of several; else None.
 
         Args:
             parameter: One of the parameters.
-            given: Its given name, if it has one; where that is not its module's, with something in front or not, it
-                stands.
+            given: Its given name, if it has one. It stands where it does not end in the module's own.
         """
-        if self._named is None:
-            self._look_up()
-        assert self._named is not None
+        named = self._look_up() if self._named is None else self._named
         own, is_shared = self._own_names.get(id(parameter)), given in self.shared
         if own is None or (self._owners < 2 and not is_shared):
             return None
         fits = given is None or is_shared or given == own or given.endswith(f".{own}")
-        return self._named.name(parameter) if fits else None
+        return named.name(parameter) if fits else None
 
-    def _look_up(self) -> None:
+    def _look_up(self) -> NamedParameters:
         modules = owning_modules(self._parameters)
-        self._named = NamedParameters(modules)
         missing = set(map(id, self._parameters))
         for module in modules:
             found = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
             self._own_names.update((key, found[key]) for key in missing.intersection(found))
             self._owners += not missing.isdisjoint(found)
             missing.difference_update(found)
-
-
-def _free_name(name: str, owner: str, taken: set[str]) -> str:
-    """``name``, or with its owner's class (and a number) in front where another module has that name."""
-    if name not in taken:
-        return name
-    owners = (owner if number == 1 else f"{owner}#{number}" for number in itertools.count(1))
-    return next(shown for shown in (f"{one}.{name}" for one in owners) if shown not in taken)
-
-
-def owning_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:
-    """The outermost modules alive in the process that own the given parameters, in the order of these.
-
-    Of a parameter that several own, the owner is the one that owns most of them all; modules that are nobody's owner
-    come last.
-
-    Args:
-        parameters: Parameters of any modules.
-    """
-    wanted = {id(parameter) for parameter in parameters}
-    alive = _modules_in(gc.get_objects())
-    inner = {id(child) for module in alive for child in _children(module)}
-    covered = {id(module): _owned(module, wanted) for module in alive if id(module) not in inner}
-    outermost = [module for module in alive if covered.get(id(module))]
-    return _in_order(sorted(outermost, key=lambda module: -covered[id(module)]), parameters)
-
-
-class _Last:
-    """The names and layers that were read last, for the next optimizer over the same modules."""
-
-    def __init__(self) -> None:
-        self._key: list[tuple[int, list[tuple[str, int]]]] = []
-        self._named = NamedParameters()
-
-    def read(self, modules: Sequence[nn.Module], parts: Mapping[str, Split]) -> NamedParameters:
-        """Return what :class:`NamedParameters` finds in the modules."""
-        if parts or not HAS_WEAK_TENSORS:  # else it would keep the parameters alive
-            return NamedParameters(modules, parts)
-        key = [(id(one), [(name, id(param)) for name, param in one.named_parameters()]) for one in modules]
-        # A parameter that has died has left, and its id may be another's.
-        if key != self._key or any(self._named.name(param) is None for one in modules for param in one.parameters()):
-            self._key, self._named = key, NamedParameters(modules)
+        self._named = NamedParameters(modules)
         return self._named
 
 
-_last = _Last()
+def _free_name(name: str, owner: str, taken: set[str]) -> str:
+    """Return ``name``, with its owner's class (and a number) in front where another module has that name."""
+    numbered = (f"{owner}{'' if number == 1 else f'#{number}'}.{name}" for number in itertools.count(1))
+    return next(free for free in itertools.chain([name], numbered) if free not in taken)
+
+
+def owning_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:
+    """Return the outermost modules alive in the process that own the given parameters, in the order of these.
+
+    Of several owners of a parameter, the one that owns most of all parameters counts; modules that are nobody's owner
+    then come last.
+    """
+    places: dict[int, int] = {}
+    for index, parameter in enumerate(parameters):
+        places.setdefault(id(parameter), index)
+    # type(), not isinstance(): proxies among the collected objects may answer __class__ with an exception. A module
+    # whose constructor has not finished has no parameters yet.
+    alive: list[nn.Module] = [
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), nn.Module) and {"_modules", "_parameters"} <= found.__dict__.keys()
+    ]
+    inner = {id(child) for module in alive for child in module.children()}
+    owned = [(module, _places(module, places)) for module in alive if id(module) not in inner]
+    owned = sorted((pair for pair in owned if pair[1]), key=lambda pair: -len(pair[1]))
+    first, left = {}, set(places.values())
+    for module, own in owned:
+        first[id(module)] = min(left.intersection(own), default=len(parameters))
+        left.difference_update(own)
+    return sorted((module for module, _ in owned), key=lambda module: first[id(module)])
+
+
+def _places(module: nn.Module, places: Mapping[int, int]) -> list[int]:
+    try:
+        return [places[key] for key in map(id, module.parameters()) if key in places]
+    except Exception:  # any module alive in the process, whatever its class does
+        return []
+
+
+_last_read: dict[tuple[object, ...], NamedParameters] = {}
 
 
 def read_modules(modules: Sequence[nn.Module], parts: Mapping[str, Split]) -> NamedParameters:
@@ -277,35 +254,12 @@ def read_modules(modules: Sequence[nn.Module], parts: Mapping[str, Split]) -> Na
         modules: As for :class:`NamedParameters`.
         parts: As there.
     """
-    return _last.read(modules, parts)
-
-
-def _modules_in(objects: Iterable[object]) -> list[nn.Module]:
-    # type(), not isinstance(): proxies among the collected objects may answer __class__ with an exception.
-    return [found for found in objects if issubclass(type(found), nn.Module)]  # type: ignore[misc]
-
-
-def _in_order(modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> list[nn.Module]:
-    """Sort by the first parameter that each owns and none before it does: what is alive comes in no order."""
-    places: dict[int, int] = {}
-    for index, parameter in enumerate(parameters):
-        places.setdefault(id(parameter), index)
-    first = {}
-    for module in modules:
-        own = [places.pop(key) for key in map(id, module.parameters()) if key in places]
-        first[id(module)] = min(own, default=len(parameters))
-    return sorted(modules, key=lambda module: first[id(module)])
-
-
-def _owned(module: nn.Module, wanted: set[int]) -> int:
-    # A module whose constructor has not finished has no parameters yet.
-    if "_modules" not in module.__dict__ or "_parameters" not in module.__dict__:
-        return 0
-    try:
-        return sum(id(parameter) in wanted for parameter in module.parameters())
-    except Exception:  # any module alive in the process, whatever its class does
-        return 0
-
-
-def _children(module: nn.Module) -> list[nn.Module]:
-    return list(module.children()) if "_modules" in module.__dict__ else []
+    if parts or not HAS_WEAK_TENSORS:  # else it would keep the parameters alive
+        return NamedParameters(modules, parts)
+    key = tuple((id(one), *((name, id(param)) for name, param in one.named_parameters())) for one in modules)
+    named = _last_read.get(key)
+    # A parameter that has died has left, and its id may be another's.
+    if named is None or any(named.name(param) is None for one in modules for param in one.parameters()):
+        _last_read.clear()
+        named = _last_read[key] = NamedParameters(modules)
+    return named

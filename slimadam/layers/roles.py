@@ -1,7 +1,7 @@
-"""What a parameter is: read off the module graph first, off names second.
+"""Roles of parameters: read off the module graph first, off names second.
 
 A role is a short name such as ``"query"`` or ``"mlp_down"``; ``"unknown"`` where nothing says what a tensor
-does. With it comes the layout: which dimensions of the stored tensor are fan-in and which fan-out.
+does. With it comes the layout: the dimensions of the stored tensor that are fan-in and fan-out.
 """
 
 from __future__ import annotations
@@ -14,29 +14,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from slimadam.layers import name_patterns
-from slimadam.layers.name_patterns import (
-    BIAS,
-    NORM,
-    UNKNOWN,
-    bare_name,
-    canonical_name,
-    role_from_name,
-    search,
-    unwrapped_name,
-)
+from slimadam.layers.name_patterns import BIAS as BIAS
+from slimadam.layers.name_patterns import NORM as NORM
+from slimadam.layers.name_patterns import UNKNOWN as UNKNOWN
+from slimadam.layers.name_patterns import bare_name, search, unwrapped_name
+from slimadam.layers.name_patterns import canonical_name as canonical_name
+from slimadam.layers.name_patterns import role_from_name as role_from_name
 from slimadam.utils import torch_private
-
-__all__ = [
-    "BIAS",
-    "NORM",
-    "UNKNOWN",
-    "ParameterRole",
-    "canonical_name",
-    "names_of",
-    "recommended_dims",
-    "role_from_name",
-    "roles_of",
-]
 
 
 class ParameterRole(NamedTuple):
@@ -55,7 +39,7 @@ class ParameterRole(NamedTuple):
     fan_out: tuple[int, ...] = ()
 
 
-# Names that mean something only beside others: what must be there, and what the names then are.
+# Roles of names that mean something only beside others.
 _AMONG_SIBLINGS: tuple[tuple[frozenset[str], Mapping[str, str]], ...] = tuple(
     (frozenset(names.split()), roles)
     for names, roles in (
@@ -84,7 +68,7 @@ _FEED_FORWARD = frozenset({"fused_gate_up", "mlp_gate", "mlp_up", "mlp_down"})
 
 
 def class_name(module: nn.Module) -> str:
-    """The name of a module's class; ``fully_shard`` gives it another one, ``FSDP`` in front."""
+    """Return the name of a module's class, without the ``FSDP`` that ``fully_shard`` puts in front."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(module, fsdp.FSDPModule):
         return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, fsdp.FSDPModule))
@@ -92,24 +76,13 @@ def class_name(module: nn.Module) -> str:
 
 
 def roles_of(model: nn.Module) -> dict[str, ParameterRole]:
-    """Role and layout of each parameter of a model.
-
-    Args:
-        model: Any module, wrapped or not.
-
-    Returns:
-        For each name of ``model.named_parameters()``: its role.
-    """
+    """Return role and layout for each name of ``model.named_parameters()``, wrapped or not."""
     graph = _Graph(model)
     return {name: graph.role_of(name, parameter) for name, parameter in model.named_parameters()}
 
 
 def names_of(model: nn.Module) -> dict[Tensor, list[str]]:
-    """Every name of each parameter, without wrapper prefixes: several where it is tied, that of the first module first.
-
-    Args:
-        model: Any module, wrapped or not.
-    """
+    """Return all names of each parameter, without wrapper prefixes: several where it is tied, in module order."""
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(canonical_name(name))
@@ -125,7 +98,7 @@ class _Linear(NamedTuple):
 
 
 class _Graph:
-    """A model's modules by their paths without wrappers, and what only several of them together tell."""
+    """A model's modules by their paths without wrappers, with their children, tables and vocabulary sizes."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules: dict[str, nn.Module] = {}
@@ -142,7 +115,12 @@ class _Graph:
             self._add_child(unwrapped_name(name), None)
 
     def role_of(self, name: str, parameter: Tensor) -> ParameterRole:
-        """Role and layout of the parameter called ``name``."""
+        """Return role and layout of a parameter.
+
+        Args:
+            name: Its name in the model.
+            parameter: The parameter.
+        """
         path, leaf = _split(unwrapped_name(name))
         module, shape = self._modules[path], tuple(parameter.shape)
         table = self._tables.get(id(parameter)) or self._tables.get(id(module))
@@ -203,7 +181,7 @@ class _Graph:
         return UNKNOWN
 
     def _role_by_sizes(self, path: str, linear: _Linear, *, named: bool) -> str:
-        """The role of a matrix whose name does not tell it: its sizes and those of its siblings may."""
+        """Tell the role of a matrix from its sizes and those of its siblings, where its name does not tell it."""
         parent, own = _split(path)
         if linear.outputs > 1 and linear.outputs == _expert_count(self._modules[parent]):
             return "router"
@@ -234,7 +212,7 @@ class _Graph:
         return "head_transform" if hidden else role
 
     def _linears(self, parent: str) -> dict[str, _Linear]:
-        """The children that multiply by a matrix, in their order."""
+        """Return the children that multiply by a matrix, in their order."""
         children = self._children.get(parent, {})
         found = {own: _as_linear(module) for own, module in children.items() if module is not None}
         return {own: linear for own, linear in found.items() if linear is not None}
@@ -278,7 +256,7 @@ class _Graph:
         return _matrix(role) if ndim == 2 and role != UNKNOWN else ParameterRole(role)
 
     def _inputs_last(self, path: str, experts: int) -> bool:
-        """Whether the stacks of a module are stored ``[experts, out, in]`` rather than ``[experts, in, out]``."""
+        """Return whether stacks of a module are stored ``[experts, out, in]`` rather than ``[experts, in, out]``."""
         module = self._modules[path]
         declared = getattr(module, "is_transposed", None)
         if isinstance(declared, bool):
@@ -298,7 +276,7 @@ class _Graph:
         return True
 
     def _router_width(self, parent: str, experts: int) -> int | None:
-        """The width of what enters a block of experts: its router has one output for each of them."""
+        """Return the input width of a block of experts, from its router, which has one output for each of them."""
         for path, module in self._modules.items():
             weight = torch_private.parameters(module).get("weight")
             inside = not parent or f"{path}.".startswith(f"{parent}.")
@@ -350,31 +328,17 @@ def _joined(parent: str, own: str) -> str:
     return f"{parent}.{own}" if parent else own
 
 
-_RULES: Mapping[str, str] = {
-    "token_embedding": "fan_in",
-    "position_embedding": "fan_in",
-    "patch_embedding": "fan_in",
-    "lm_head": "fan_in",
-    "query": "fan_in",
-    "key": "fan_in",
-    "value": "fan_out",
-    "attention_output": "fan_out",
-    "mlp_up": "fan_out",
-    "mlp_gate": "fan_out",
-    "mlp_down": "fan_out",
-}
+_AVERAGED_OVER_FAN_IN = frozenset(
+    {"token_embedding", "position_embedding", "patch_embedding", "lm_head", "query", "key"}
+)
+_AVERAGED_OVER_FAN_OUT = frozenset({"value", "attention_output", "mlp_up", "mlp_gate", "mlp_down"})
 
 
 def recommended_dims(role: ParameterRole) -> tuple[int, ...]:
-    """The dimensions that the paper recommends averaging over for a role (arXiv 2503.01843, section on rules).
+    """Return the dimensions that the paper recommends averaging over; none where it gives no rule.
 
-    Args:
-        role: Role and layout of the parameter.
-
-    Returns:
-        Dimensions to average over, as the parameter is stored; empty where the paper gives no rule.
+    Source: arXiv 2503.01843, section on rules.
     """
-    side = _RULES.get(role.role)
-    if side is None:
-        return ()
-    return role.fan_in if side == "fan_in" else role.fan_out
+    if role.role in _AVERAGED_OVER_FAN_IN:
+        return role.fan_in
+    return role.fan_out if role.role in _AVERAGED_OVER_FAN_OUT else ()

@@ -25,12 +25,12 @@ class Part:
     """A range along one dimension of a view of a parameter.
 
     Attributes:
-        label: What it is called, for instance ``"query"``.
+        label: Its name, for instance ``"query"``.
         of: Shape of the whole parameter.
         view: Shape that the parameter is read as: ``of``, or ``of`` with dimensions split (heads).
         dim: Dimension of the view along which the parts lie.
-        start: Where this part begins along it.
-        size: How long it is along it.
+        start: First index along it.
+        size: Size along it.
     """
 
     label: str
@@ -46,14 +46,14 @@ class Part:
         return *self.view[: self.dim], self.size, *self.view[self.dim + 1 :]
 
     def take(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor of shape ``of``, sharing its memory."""
+        """Return the part of a tensor of shape ``of``, as a view."""
         whole = tensor if self.view == self.of else tensor.view(self.view)
         return whole.narrow(self.dim, self.start, self.size)
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a stored parameter falls into logical matrices.
+    """The logical matrices in a stored parameter.
 
     Attributes:
         sizes: Label and size of each part along ``dim``, in their order. Labels that are roles, such as ``"query"``,
@@ -86,7 +86,7 @@ class Split:
             raise ValueError(f"view={self.view!r} must be a tuple of integers, such as (12, 64, 768), or None")
 
     def divide(self, name: str, shape: Shape) -> list[Part]:
-        """The parts of a parameter.
+        """Return the parts of a parameter.
 
         Args:
             name: The parameter's name, for errors.
@@ -116,7 +116,7 @@ def _is_integer(value: object) -> bool:
 
 
 def check_declared(parts: object) -> Mapping[str, Split]:
-    """The ``parts`` argument: what parameters are made of, by pattern of their names; None is nothing.
+    """Return the ``parts`` argument, the splits of parameters by pattern of their names; None is nothing.
 
     Raises:
         ValueError: It is no mapping from patterns to :class:`Split`.
@@ -134,12 +134,12 @@ def check_declared(parts: object) -> Mapping[str, Split]:
 
 
 class Piece(NamedTuple):
-    """What one rule is for: a whole parameter, or one part of it.
+    """A whole parameter, or one part of it: each has a rule of its own.
 
     Attributes:
         shape: Its shape.
         role: Its role and layout.
-        part: Which part it is; None for a whole parameter.
+        part: The part; None for a whole parameter.
         batch_dims: Number of leading dimensions that count separate matrices.
     """
 
@@ -150,23 +150,33 @@ class Piece(NamedTuple):
 
 
 def key_of(name: str, part: Part | None) -> str:
-    """What a piece of the parameter ``name`` goes by in plans and histories."""
+    """Return the key of a piece in plans and histories.
+
+    Args:
+        name: The parameter's name.
+        part: The part; None for a whole parameter.
+    """
     return name if part is None else f"{name}[{part.label}]"
 
 
 def owner_of(key: str, part: Part | None) -> str:
-    """The parameter's name from :func:`key_of`."""
+    """Return the parameter's name from :func:`key_of`.
+
+    Args:
+        key: The key of a piece.
+        part: The part; None for a whole parameter.
+    """
     return key if part is None else key.removesuffix(f"[{part.label}]")
 
 
 def pieces(name: str, shape: Shape, role: ParameterRole, parts: Split | None) -> list[Piece]:
-    """The pieces of one parameter.
+    """Return the pieces of one parameter.
 
     Args:
         name: Its name, for errors.
         shape: Its shape.
         role: Its role and layout.
-        parts: How it falls into parts; None if it does not.
+        parts: Its logical matrices; None where it is one.
 
     Raises:
         PlanError: The parts do not fit the shape.
@@ -177,24 +187,29 @@ def pieces(name: str, shape: Shape, role: ParameterRole, parts: Split | None) ->
         return [Piece(shape, role, None, batch_dims)]
     found = []
     for part in parts.divide(name, shape):
-        groups = split_dims(name, shape, part.view)
+        groups = _split_dims(name, shape, part.view)
         fans = (tuple(dim for old in fan for dim in groups[old]) for fan in (role.fan_in, role.fan_out))
         found.append(Piece(part.shape, ParameterRole(part.label, *fans), part, parts.batch_dims))
     return found
 
 
 def check_parts(name: str, parts: Sequence[Part], shape: Shape) -> None:
-    """Refuse parts that are not exactly the parameter.
+    """Check that parts are together exactly the parameter.
+
+    Args:
+        name: The parameter's name, for errors.
+        parts: Its parts.
+        shape: Its shape.
 
     Raises:
-        PlanError: Says which part does not fit, and how.
+        PlanError: Names the part that does not fit.
     """
     first = parts[0] if parts else Part("", shape, shape, 0, 0, 0)
     if first.of != shape:
         raise PlanError(
             f"{name!r}: the plan's parts are of shape {first.of}, the parameter has {shape}; calibrate this model"
         )
-    split_dims(name, shape, first.view)
+    _split_dims(name, shape, first.view)
     if not 0 <= first.dim < len(first.view):
         raise PlanError(f"{name!r}: dim={first.dim} of its parts is out of range for the view {first.view}")
     if len({part.label for part in parts}) != len(parts):
@@ -215,15 +230,12 @@ def check_parts(name: str, parts: Sequence[Part], shape: Shape) -> None:
         )
 
 
-def split_dims(name: str, shape: Shape, view: Shape) -> list[tuple[int, ...]]:
-    """For each dimension of ``shape`` the dimensions of ``view`` that it is split into.
+def _split_dims(name: str, shape: Shape, view: Shape) -> list[tuple[int, ...]]:
+    """Return the dimensions of ``view`` that each dimension of ``shape`` is split into.
 
     Example:
-        >>> split_dims("query.weight", (768, 512), (12, 64, 512))
+        >>> _split_dims("query.weight", (768, 512), (12, 64, 512))
         [(0, 1), (2,)]
-
-    Raises:
-        PlanError: The view does not only split dimensions.
     """
     groups: list[tuple[int, ...]] = []
     at = 0

@@ -15,10 +15,8 @@ from slimadam.layers.splits import key_of
 from slimadam.optim.memory import memory_report
 from slimadam.optim.registry import Registry
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.resolver import MEASURING
-from slimadam.plans.selection import EXPANDED
 from slimadam.state import second_moment
-from slimadam.state.rule import Rule
+from slimadam.state.rule import Rule, Source
 from slimadam.utils.dtensor import full_tensor, is_dtensor
 from slimadam.utils.formatting import format_bytes
 
@@ -39,7 +37,7 @@ def decision(
     moments = (
         (key_of(name, rule.part), rule, states[param]["exp_avg_sq"], registry.resolver.all_names(name))
         for name, param, _ in registry.parameters(groups)
-        if registry.rules[name][0].reason == MEASURING and "exp_avg_sq" in states.get(param, {})
+        if registry.rules[name][0].source == Source.MEASURING and "exp_avg_sq" in states.get(param, {})
         for rule in registry.measured[name]
     )
     factorable = not any(group["amsgrad"] for group in groups)
@@ -63,11 +61,12 @@ def compress(
     before = memory_report(registry.parameters(groups), registry.rules, states)
     registry.measuring = None
     for name, param, _ in registry.parameters(groups):
-        if registry.rules[name][0].reason != MEASURING:
+        if registry.rules[name][0].source != Source.MEASURING:
             continue
         unmeasured = "no gradient while plan='auto' measured"
         decided = [
-            plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured)) for rule in registry.measured[name]
+            plan.get(key_of(name, rule.part), replace(rule, reason=unmeasured, source=Source.OTHER))
+            for rule in registry.measured[name]
         ]
         registry.rules[name] = decided if not is_dtensor(param) else rules_that_shards_allow(name, decided, param)
         registry.sample(name, param, states)
@@ -121,7 +120,9 @@ def _compress(name: str, param: Tensor, rules: Sequence[Rule], state: MutableMap
 def _expanded_rules(name: str, rules: Sequence[Rule], keys: Collection[str]) -> list[Rule]:
     """A parameter's rules where those of these keys, its name or names of its parts, keep everything."""
     return [
-        replace(rule, form="full", dims=(), reason=EXPANDED)
+        replace(
+            rule, form="full", dims=(), reason="returned to a full second moment by expand()", source=Source.EXPANDED
+        )
         if key_of(name, rule.part) in keys and rule.form != "full"
         else rule
         for rule in rules

@@ -11,8 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from slimadam.layers.names import position_name
 from slimadam.layers.roles import canonical_name
-from slimadam.plans.resolver import MEASURING
-from slimadam.state.rule import Rule, resized_rule
+from slimadam.state.rule import Rule, Source, resized_rule
 from slimadam.utils.dtensor import FLAT
 from slimadam.utils.errors import shown
 from slimadam.utils.torch_private import by_tensor, reference
@@ -168,7 +167,7 @@ def may_stand_for_another(rules: Sequence[Rule], param: Tensor) -> bool:
     alike = before is None or len(shape) == len(before)
     if before is None or shape == before or (alike and rules[0].part is None):
         return True
-    return all(rule.form == "full" and (rule.reason != MEASURING or alike) for rule in rules)
+    return all(rule.form == "full" and (rule.source != Source.MEASURING or alike) for rule in rules)
 
 
 def rules_for_another(name: str, rules: Sequence[Rule], param: Tensor) -> list[Rule]:
@@ -186,7 +185,8 @@ def rules_for_another(name: str, rules: Sequence[Rule], param: Tensor) -> list[R
     if before is None or shape == before:
         return list(rules)
     if may_stand_for_another(rules, param):
-        one = rules[0] if rules[0].part is None and len(shape) == len(before) else Rule(reason=rules[0].reason)
+        alike = rules[0].part is None and len(shape) == len(before)
+        one = rules[0] if alike else Rule(reason=rules[0].reason, source=rules[0].source)
         return [resized_rule(one, shape)]
     parts = ", ".join(rule.part.label for rule in rules if rule.part is not None)
     why = f", one for each of its parts ({parts}), which have no size in another shape" if parts else ""
@@ -261,8 +261,8 @@ def check_one_for_each(
         before = names[added.group_index] if added.group_index < len(names) else ()
         params = groups[added.group_index]["params"]
         alone = len(params) == 1 and params[0].dim() == 1 and len(before) > 1 and gone.issuperset(before)
-        planned = [rule for name in before for rule in rules[name] if rule.form != "full" or rule.reason == MEASURING]
-        if alone and planned:
+        of_before = [rule for name in before for rule in rules[name]]
+        if alone and any(rule.form != "full" or rule.source == Source.MEASURING for rule in of_before):
             raise RuntimeError(
                 f"param_groups[{added.group_index}]['params'] has 1 parameters, but had {len(before)}: one vector for "
                 f"all of them is the work of a library such as DeepSpeed, {FLAT}; plan=None takes it as it is"

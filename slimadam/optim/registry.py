@@ -27,8 +27,8 @@ from slimadam.optim.step.options import check_group, normalize_group
 from slimadam.optim.step.param_groups import Held, check_shards, named_parameters
 from slimadam.plans.auto import AutoPlan, Measuring
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.resolver import DECIDED_BEFORE, MEASURING, PlanArgument, Resolver, check_factored_amsgrad
-from slimadam.state.rule import Rule, rule_of_whole
+from slimadam.plans.resolver import DECIDED_BEFORE, PlanArgument, Resolver, check_factored_amsgrad
+from slimadam.state.rule import Rule, Source, rule_of_whole
 from slimadam.utils.errors import PlanError
 
 _Groups = Sequence[dict[str, Any]]
@@ -142,9 +142,9 @@ class Registry:
 
     def _admit(self, name: str, param: Tensor, rules: list[Rule], states: Mapping[Tensor, Any]) -> None:
         """Put a parameter's rules in force: those of its decision, or of ``plan="auto"`` while it measures."""
-        if rules[0].reason == MEASURING:
+        if rules[0].source == Source.MEASURING:
             self.measured[name] = rules
-            rules = [rule_of_whole(rules, DECIDED_BEFORE if self.measuring is None else MEASURING)]
+            rules = [rule_of_whole(rules, DECIDED_BEFORE if self.measuring is None else "")]
         self.rules[name] = rules
         self.sample(name, param, states)
 

@@ -1,4 +1,4 @@
-"""``plan="auto"``: measure on the optimizer's own second moments while it runs as AdamW, then decide.
+"""``plan="auto"``: measures on the optimizer's own second moments while it runs as AdamW, then decides.
 
 Source of the measurement and the rule: arXiv 2503.01843.
 """
@@ -17,7 +17,7 @@ from slimadam.layers.splits import Part, Split, check_declared
 from slimadam.measurement.history import SNRHistory
 from slimadam.measurement.recorder import record
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.selection import Forms, applicable, check_choice, check_keep
+from slimadam.plans.selection import Forms, check_choice, check_keep, idle_patterns
 from slimadam.state.rule import FACTORED, Rule, normalize_candidate
 from slimadam.utils.errors import shown
 
@@ -26,16 +26,16 @@ logger = logging.getLogger("slimadam")
 
 @dataclass(frozen=True)
 class AutoPlan:
-    """How ``plan="auto"`` measures and decides.
+    """Settings of ``plan="auto"``.
 
     Attributes:
         calibration_steps: Optimizer steps as AdamW, after which the second moments shrink.
-        measurements: How many times the SNR is measured in these steps, at equal distances, the last at their end.
+        measurements: Number of times the SNR is measured in these steps, at equal distances, the last at their end.
         cutoff: SNR that a candidate must exceed.
         budget: Share of the measured second moments to save instead, at the least loss (elements over SNR).
         forms: ``"best"``: averages and the factored form compete. ``"mean"``: averages only, as in the paper.
         keep: Patterns of names or roles that stay in full.
-        parts: What parameters are made of, by pattern of their names, where their modules do not say, such as
+        parts: The logical matrices in parameters, by pattern of their names, where their modules do not say, such as
             ``{"*.qkv.weight": Split({"query": 768, "key": 768, "value": 768})}``.
 
     Raises:
@@ -53,7 +53,7 @@ class AutoPlan:
     def __post_init__(self) -> None:
         for name in ("calibration_steps", "measurements"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_count(value) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer >= 1")
         check_choice(self.cutoff, self.forms, self.budget)
         if not isinstance(self.keep, tuple):
@@ -62,12 +62,11 @@ class AutoPlan:
         check_declared(self.parts)
 
     def measures(self, step: int) -> bool:
-        """Whether to measure after optimizer step ``step`` (from 1)."""
+        """Return whether to measure after optimizer step ``step`` (from 1)."""
         if step > self.calibration_steps:
             return False
-        # Which of the equal intervals the step ends, if any.
         count = min(self.measurements, self.calibration_steps)
-        number = round(step * count / self.calibration_steps)
+        number = round(step * count / self.calibration_steps)  # of the interval that the step may end
         return number >= 1 and round(number * self.calibration_steps / count) == step
 
 
@@ -75,7 +74,7 @@ Moment = tuple[str, Rule, Tensor, Sequence[str]]
 
 
 class Measuring:
-    """The phase before the decision: what was measured so far, and after how many steps.
+    """The phase before the decision: the measurements so far.
 
     Args:
         settings: How to measure and decide.
@@ -112,17 +111,17 @@ class Measuring:
         if first is None:
             return None
         self.steps += 1
-        last = self.steps >= self.settings.calibration_steps
-        if last or self.settings.measures(self.steps):
+        choice = self.settings
+        last = self.steps >= choice.calibration_steps
+        if last or choice.measures(self.steps):
             for key, rule, second_moment, names in itertools.chain([first], moments):
                 record(self.history, self.steps, key, rule, second_moment, names)
         if not last:
             return None
-        choice = self.settings
-        keep = applicable(choice.keep, self.history)
-        for pattern in choice.keep:
-            if pattern not in keep:
-                logger.warning("plan='auto': keep: no parameter has the name or role %r", pattern)
+        idle = idle_patterns(choice.keep, self.history)
+        for pattern in idle:
+            logger.warning("plan='auto': keep: no parameter has the name or role %r", pattern)
+        keep = [pattern for pattern in choice.keep if pattern not in idle]
         try:
             return CompressionPlan.from_snr(self.history, choice.cutoff, budget=choice.budget, forms=forms, keep=keep)
         except ValueError as error:
@@ -130,7 +129,7 @@ class Measuring:
             return CompressionPlan.from_snr(self.history, choice.cutoff, forms=forms, keep=keep)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this phase, in plain numbers and text."""
+        """Return the phase as plain numbers and text, for a checkpoint."""
         measured = [
             {
                 "name": name,
@@ -149,12 +148,12 @@ class Measuring:
 
     @classmethod
     def from_dict(cls, settings: AutoPlan, data: Mapping[str, Any], plan: CompressionPlan) -> Measuring:
-        """The inverse of :meth:`to_dict`. Measurements of parts that are not parts now are left out, which is told.
+        """Read the data of :meth:`to_dict`. Measurements of parts that are not parts now are left out, with a warning.
 
         Args:
             settings: How to measure and decide.
-            data: What :meth:`to_dict` returned.
-            plan: Says what each parameter, or part of one, is.
+            data: The data.
+            plan: Rules of the parameters, or parts of them, as they are now.
 
         Raises:
             ValueError: The data is not what :meth:`to_dict` returned.
@@ -163,7 +162,9 @@ class Measuring:
         if not isinstance(data, Mapping):
             raise ValueError(f"the state dict's record of plan='auto' is damaged (it is {shown(data)})")
         try:
-            measuring.steps = _step_count(data["steps"])
+            measuring.steps = data["steps"]
+            if not _is_count(measuring.steps):
+                raise ValueError(f"steps={shown(measuring.steps)} must be an integer >= 0")
             others = []
             for parameter in data["measured"]:
                 name, shape = parameter["name"], tuple(parameter["shape"])
@@ -186,11 +187,8 @@ class Measuring:
 
 
 def _place(part: Part | None) -> list[object] | None:
-    """Where a part lies in its parameter."""
     return None if part is None else [list(part.of), list(part.view), part.dim, part.start, part.size]
 
 
-def _step_count(steps: object) -> int:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(f"steps={shown(steps)} must be an integer >= 0")
-    return steps
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

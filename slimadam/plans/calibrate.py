@@ -1,7 +1,6 @@
-"""Measuring the SNR of second moments while an Adam-like optimizer trains.
+"""Calibration in one call: trains for a while, measures the SNR and chooses a plan.
 
-Source: arXiv 2503.01843; the schedule is the authors': the first step, then every 100, and every 1,000 after
-the first 1,000.
+Source: arXiv 2503.01843.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ def calibrate(
     schedule: Schedule = paper_schedule,
     on_step: Callable[[int], None] | None = None,
 ) -> CompressionPlan:
-    """Train for a while with AdamW, measure, and choose a plan. The model comes back as it was.
+    """Train for a while with AdamW, measure, and choose a plan. The model is restored at the end.
 
     Args:
-        model: The model to calibrate. Parameters, buffers, gradients and modes are restored at the end.
+        model: The model to calibrate; its parameters, buffers, gradients and modes are restored.
         train_step: Computes the loss of the next batch; called once a step, takes no arguments and returns a
             scalar tensor to call ``backward()`` on.
         steps: Optimizer steps to run.
@@ -58,12 +57,8 @@ def calibrate(
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps={steps!r} must be an integer >= 1")
-    optimizer = torch.optim.AdamW(
-        (parameter for parameter in model.parameters() if parameter.requires_grad),
-        lr=lr,
-        betas=betas,
-        weight_decay=weight_decay,
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay)
     recorder = SNRRecorder(optimizer, model, schedule, parts=parts)
     restore = _snapshot(model)
     try:
@@ -83,7 +78,7 @@ def calibrate(
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
-    """A function that puts parameters, buffers, gradients and modes back as they are now."""
+    """Return a function that puts parameters, buffers, gradients and modes back as they are now."""
     tensors = [*model.parameters(), *model.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]

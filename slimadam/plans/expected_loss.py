@@ -1,4 +1,4 @@
-"""What a plan will probably cost, said beforehand from what was measured.
+"""The cost to expect of a plan, from its measured SNRs.
 
 A second moment that is replaced by something of signal-to-noise ratio ``SNR`` loses the share ``1 / (1 + SNR)`` of its
 mean square: ``var / (mean**2 + var)``. Averaged over a model's elements that share orders plans by how far training
@@ -19,11 +19,11 @@ OBSERVED: Final = (
     (0.3, -0.0130, 0.0323),
     (1.0, -0.0745, 0.0247),
 )
-"""Up to which share averaged away, between which differences to AdamW's held-out loss 80% of the runs ended."""
+"""Up to a share averaged away: the differences to AdamW's held-out loss between which 80% of the runs ended."""
 
 
 class Expectation(NamedTuple):
-    """What to expect of a plan.
+    """The outcome to expect of a plan.
 
     Attributes:
         averaged_away: Share of the second moments' mean square that the plan's averages leave out, in 0..1.
@@ -43,11 +43,7 @@ class Expectation(NamedTuple):
 
 
 def expectation(rules: Iterable[Rule]) -> Expectation | None:
-    """What to expect of rules whose SNR was measured; None where a compressed one's was not.
-
-    Args:
-        rules: The rules of all parameters, with their shapes.
-    """
+    """Return what to expect of the rules of all parameters; None where a compressed one has no SNR or no shape."""
     lost, elements = 0.0, 0
     for rule in rules:
         if rule.shape is None:

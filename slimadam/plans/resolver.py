@@ -1,4 +1,4 @@
-"""From the ``plan`` argument to one rule for each parameter of an optimizer."""
+"""Resolves the ``plan`` argument to the rules of each parameter of an optimizer."""
 
 from __future__ import annotations
 
@@ -18,35 +18,27 @@ from slimadam.layers.roles import BIAS, NORM, UNKNOWN, ParameterRole, canonical_
 from slimadam.layers.splits import Piece, key_of, owner_of, pieces
 from slimadam.plans.auto import AutoPlan
 from slimadam.plans.plan import CompressionPlan
-from slimadam.state.rule import NO_ELEMENTS, NO_RULE, Rule, factored_rule, fit_rules, full_rule, paper_rule
+from slimadam.state.rule import NO_ELEMENTS, Rule, Source, factored_rule, fit_rules, full_rule, paper_rule
 from slimadam.utils.dtensor import check_not_flat
 from slimadam.utils.errors import PlanError, did_you_mean
 
 PlanArgument = str | Path | CompressionPlan | AutoPlan | None
-ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
+_Used = dict[int, tuple[CompressionPlan, set[str]]]
+"""By its id, each plan with the keys that were used."""
+_ResolvedPlan = CompressionPlan | AutoPlan | Literal["rules", "factored"] | None
 
 DECIDED_BEFORE: Final = "added after plan='auto' had decided"
-MEASURING: Final = "plan='auto' is still measuring: as AdamW until it has decided"
-NOT_IN_THE_PLAN: Final = "not in the plan"
-OF_THE_OPTIMIZER: Final = "the optimizer's"
-LARGEST_SHARE_WITHOUT_RULE: Final = 0.1
-NAMES_IN_WARNING: Final = 3
-logger = logging.getLogger("slimadam")
+_OF_THE_OPTIMIZER: Final = "the optimizer's"
+_LARGEST_SHARE_WITHOUT_RULE: Final = 0.1
+_NAMES_IN_WARNING: Final = 3
 _DEFAULT: Final = object()
+logger = logging.getLogger("slimadam")
 
 
-def read_plan(plan: object) -> ResolvedPlan:
-    """The ``plan`` argument, with files read.
-
-    Raises:
-        PlanError: A file is missing or holds no plan.
-        TypeError: The argument is none of the kinds that are taken.
-    """
+def _read_plan(plan: object) -> _ResolvedPlan:
     if plan is None or plan == "none":  # as configuration files and the command line say it
         return None
-    if isinstance(plan, CompressionPlan) or plan == "rules" or plan == "factored":
-        return plan
-    if isinstance(plan, AutoPlan):
+    if isinstance(plan, (CompressionPlan, AutoPlan)) or plan == "rules" or plan == "factored":
         return plan
     if plan == "auto":
         return AutoPlan()
@@ -65,19 +57,23 @@ def read_plan(plan: object) -> ResolvedPlan:
 class Resolver:
     """Finds names and rules for the parameters of one optimizer, and remembers which plan entries were used.
 
-    Without a model, names are those that the optimizer was given; what the parameters are is then read off the
-    modules alive in the process that own these very tensors.
+    Without a model, names are those that the optimizer was given, and roles come from the modules alive in the process
+    that own the parameters.
 
     Args:
         plan: The optimizer's ``plan`` argument.
         model: Module that owns the parameters, if known.
+
+    Raises:
+        PlanError: A file is missing or holds no plan.
+        TypeError: An argument is of the wrong type.
     """
 
     def __init__(self, plan: object, model: nn.Module | None) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} must be an nn.Module or None")
         self._arguments = {"plan": plan, "model": model}
-        self.plan = read_plan(plan)
+        self.plan = _read_plan(plan)
         self._declared = self.plan.parts if isinstance(self.plan, AutoPlan) else {}
         self._named = NamedParameters([] if model is None else [model], self._declared)
         self._known = self._named
@@ -85,14 +81,14 @@ class Resolver:
         self._matched = set(self._named.matched)
         self._model_names = {name for names in ({} if model is None else names_of(model)).values() for name in names}
         self._all_names: dict[str, list[str]] = {}
-        self._used: list[tuple[CompressionPlan, set[str]]] = []
+        self._used: _Used = {}
         self._owner: MutableMapping[str, Tensor] = WeakValueDictionary()
-        # With plan="rules", until it was said once what they leave in full.
+        # With plan="rules", until a warning has named the parameters that they leave in full.
         self._by_role: dict[str, list[Rule]] | None = {}
 
     @property
     def cutoff(self) -> float:
-        """The SNR cutoff that the plan was or will be chosen with; 1 where it says none."""
+        """The SNR cutoff that the plan was or will be chosen with; 1 without one."""
         return 1.0 if self.chosen_by_cutoff is None else self.chosen_by_cutoff
 
     @property
@@ -105,8 +101,8 @@ class Resolver:
     def take_arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         """Take plan and model from a group, and return its plan if that is its own.
 
-        ``ZeroRedundancyOptimizer`` puts the optimizer's arguments into each group, and what the group has then into its
-        state dict: there a word stands for a plan or a model.
+        ``ZeroRedundancyOptimizer`` puts the optimizer's arguments into each group, and saves these with its state dict:
+        a word is left there for a plan or a model.
 
         Raises:
             TypeError: The group has a model of its own.
@@ -115,22 +111,25 @@ class Resolver:
         for key, argument in self._arguments.items():
             if key in group:
                 value = group.pop(key)
-                if value is not argument and value != OF_THE_OPTIMIZER:
+                if value is not argument and value != _OF_THE_OPTIMIZER:
                     own[key] = value
                 elif not isinstance(value, (str, NoneType)):
-                    group[key] = OF_THE_OPTIMIZER
+                    group[key] = _OF_THE_OPTIMIZER
         if own.pop("model", None) is not None:
             raise TypeError("model in a parameter group: it is for a whole optimizer; pass model=model to SlimAdam")
         return own
 
     def names(self, group: Mapping[str, Any], group_index: int) -> list[str]:
-        """A name for each parameter of a group: as given, else from the model, else its position.
+        """Name each parameter of a group: as given, else from the model, else by its position.
 
         A name that another parameter has already gets the position in front.
+
+        Args:
+            group: The parameter group.
+            group_index: Its position.
         """
-        params: Sequence[Tensor] = group["params"]
         names = []
-        for index, param in enumerate(params):
+        for index, param in enumerate(group["params"]):
             given = self._given_name(group, index)
             name = given or position_name(group_index, index)
             if self._owner.setdefault(name, param) is not param:
@@ -139,7 +138,7 @@ class Resolver:
         return names
 
     def rules(self, group: Mapping[str, Any], names: Sequence[str], plan: object = _DEFAULT) -> list[list[Rule]]:
-        """The rules of each parameter of a group: one, or one for each of its parts.
+        """Return the rules of each parameter of a group: one, or one for each of its parts.
 
         Args:
             group: The parameter group.
@@ -150,24 +149,26 @@ class Resolver:
             PlanError: The plan does not fit.
             RuntimeError: Another library has laid parameters end to end.
         """
-        resolved = self.plan if plan is _DEFAULT else read_plan(plan)
+        resolved = self._resolved(plan)
         if isinstance(resolved, AutoPlan) and plan is not _DEFAULT:
             raise PlanError(
                 f"plan={plan!r} in a parameter group: 'auto' is for a whole optimizer; pass it to SlimAdam, and give "
                 "the groups that it should leave alone a plan of their own, such as None"
             )
+        given = [self._given_name(group, index) for index in range(len(names))]
         if resolved is not None and not isinstance(resolved, CompressionPlan):
             self._look_for_owners(group["params"])
         else:
             self.forget_owners()
             if self._arguments["model"] is None:
-                self._told_apart = self._tell_apart(group, names)
+                shared = {one for one, name in zip(given, names, strict=True) if one is not None and one != name}
+                self._told_apart = ToldApart([*self._owner.values(), *group["params"]], shared)
         found = []
-        for index, (name, param) in enumerate(zip(names, group["params"], strict=True)):
+        for name, param, given_name in zip(names, group["params"], given, strict=True):
             self._all_names[name] = self._known.all_names(param)
             if resolved is not None:
                 check_not_flat(name, param)
-            rules = self._rules_of(resolved, name, param, self._given_name(group, index))
+            rules = self._rules_of(resolved, name, param, given_name)
             if param.numel() == 0 and any(rule.form != "full" for rule in rules):
                 rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason=NO_ELEMENTS)]
             rules = _readable_rules(name, param, group, rules, resolved)
@@ -176,12 +177,22 @@ class Resolver:
             found.append(rules)
         if resolved == "rules" and self._by_role is not None:
             self._by_role.update(zip(names, found, strict=True))
-        if isinstance(resolved, CompressionPlan):
-            _tell_uncovered(names, found)
+        missing = [
+            name
+            for name, param, (rule, *_) in zip(names, group["params"], found, strict=True)
+            if rule.source == Source.ABSENT and param.dim() > 1
+        ]
+        if missing:
+            logger.warning(
+                "the plan has no entry for %d parameters with two or more dimensions (%s, ...): "
+                "their second moments stay in full",
+                len(missing),
+                missing[0],
+            )
         return found
 
     def all_names(self, name: str) -> list[str]:
-        """Every name that the module has for the parameter of that name; none where it is not known."""
+        """Return every name that the module has for the parameter of that name; none where it is not known."""
         return self._all_names.get(name, [])
 
     def of_model(self, param: Tensor) -> str | None:
@@ -189,7 +200,12 @@ class Resolver:
         return self._named.name(param)
 
     def note(self, name: str, param: Tensor | None) -> None:
-        """Take note that a parameter has a name, or that none has it any more."""
+        """Take note of the parameter that has a name.
+
+        Args:
+            name: The name.
+            param: The parameter; None where no parameter has the name any more.
+        """
         if param is None:
             self._owner.pop(name, None)
         else:
@@ -199,7 +215,7 @@ class Resolver:
         """Take note of other names of all parameters.
 
         Args:
-            names: The names of now by those of before.
+            names: The present names by the previous ones.
         """
         self._owner = WeakValueDictionary({names[name]: param for name, param in self._owner.items() if name in names})
         self._all_names = {names[name]: known for name, known in self._all_names.items() if name in names}
@@ -214,10 +230,18 @@ class Resolver:
             self._matched |= self._named.matched
 
     def note_without_shape(self, name: str, plan: object = _DEFAULT) -> None:
-        """Take note that entries of a plan are for a parameter whose shape is not known yet."""
-        resolved = self.plan if plan is _DEFAULT else read_plan(plan)
+        """Take note that entries of a plan are for a parameter whose shape is not known yet.
+
+        Args:
+            name: The parameter's name.
+            plan: The plan of its group, if that has its own.
+        """
+        resolved = self._resolved(plan)
         if isinstance(resolved, CompressionPlan):
             self._note_use(resolved, resolved.keys_of(name))
+
+    def _resolved(self, plan: object) -> _ResolvedPlan:
+        return self.plan if plan is _DEFAULT else _read_plan(plan)
 
     def _look_for_owners(self, params: Sequence[Tensor]) -> None:
         if not all(self._known.owned(param) for param in params):
@@ -230,11 +254,11 @@ class Resolver:
         self._known = self._named
         self._told_apart = None
 
-    def snapshot(self) -> tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]:
-        """What :meth:`names` and :meth:`rules` have taken note of, for :meth:`restore`."""
-        return dict(self._owner), [(plan, set(keys)) for plan, keys in self._used]
+    def snapshot(self) -> tuple[dict[str, Tensor], _Used]:
+        """Return the notes of :meth:`names` and :meth:`rules`, for :meth:`restore`."""
+        return dict(self._owner), {key: (plan, set(keys)) for key, (plan, keys) in self._used.items()}
 
-    def restore(self, snapshot: tuple[dict[str, Tensor], list[tuple[CompressionPlan, set[str]]]]) -> None:
+    def restore(self, snapshot: tuple[dict[str, Tensor], _Used]) -> None:
         """Forget what was noted since the snapshot."""
         self._owner, self._used = WeakValueDictionary(snapshot[0]), snapshot[1]
         self.forget_owners()
@@ -243,19 +267,18 @@ class Resolver:
         """Take over parameters that an earlier resolver has named and found rules for."""
         self._owner = WeakValueDictionary(named)
         if isinstance(self.plan, CompressionPlan):
-            self._used = [(self.plan, set(self.plan))]
+            self._used = {id(self.plan): (self.plan, set(self.plan))}
 
     def check_all_used(self) -> None:
-        """Refuse a plan with an entry that matches no parameter of the optimizer, or of the model if known.
+        """Check that each entry of a plan matches a parameter of the optimizer, or of the model if known.
 
-        Where the paper's rules leave much in full, one warning says so.
+        Warns where the paper's rules leave much in full.
 
         Raises:
             PlanError: Names the entry and the closest parameter.
         """
-        unmatched = {pattern: parts for pattern, parts in self._declared.items() if pattern not in self._matched}
-        check_all_matched(unmatched, self._owner)
-        for plan, used in self._used:
+        check_all_matched([pattern for pattern in self._declared if pattern not in self._matched], self._owner)
+        for plan, used in self._used.values():
             others = (key for key in plan if key not in used)
             unused = [key for key in others if canonical_name(owner_of(key, plan[key].part)) not in self._model_names]
             if unused and all(map(is_position, plan)):
@@ -265,14 +288,13 @@ class Resolver:
                     "model.named_parameters() or model=model"
                 )
             if unused:
-                known = sorted({key for _, keys in self._used for key in keys} | self._model_names)
+                known = sorted({key for _, keys in self._used.values() for key in keys} | self._model_names)
                 hint = did_you_mean(unused[0], known)
                 raise PlanError(
                     f"the plan's entry {unused[0]!r} matches no parameter of the optimizer "
                     f"({len(unused)} of {len(plan)} entries do not). {hint + ' ' if hint else ''}Calibrate this "
                     "model, or pass model=model if this optimizer holds only part of it"
                 )
-
         if self._by_role is not None:
             held = {name: rules for name, rules in self._by_role.items() if name in self._owner}
             self._by_role = None if _tell_without_rule(held, bool(self._model_names)) else held
@@ -282,23 +304,20 @@ class Resolver:
             return canonical_name(group["param_names"][index])
         return self._named.name(group["params"][index])
 
-    def _rules_of(self, plan: ResolvedPlan, name: str, param: Tensor, given: str | None) -> list[Rule]:
+    def _rules_of(self, plan: _ResolvedPlan, name: str, param: Tensor, given: str | None) -> list[Rule]:
         shape = tuple(param.shape)
         found = self._pieces(param, given)
+        role = found[0].role.role if len(found) == 1 else ""
         if plan is None:
-            return [Rule(shape=shape, role=_whole_role(found), reason="plan=None: as AdamW")]
-        if isinstance(plan, AutoPlan):
-            return [full_rule(piece, MEASURING) for piece in found]
-        if plan == "factored":
-            return [factored_rule(piece) for piece in found]
-        if plan == "rules":
-            if given is None and not self._known.owned(param):
-                raise PlanError(_unnamed("plan='rules' goes by layer role"))
-            return [paper_rule(piece) for piece in found]
+            return [Rule(shape=shape, role=role, reason="plan=None: as AdamW")]
+        if plan == "rules" and given is None and not self._known.owned(param):
+            raise PlanError(_unnamed("plan='rules' goes by layer role"))
+        if not isinstance(plan, CompressionPlan):
+            return [_rule_of_piece(plan, piece) for piece in found]
         keys = self._keys(plan, name, param, given)
         self._note_use(plan, keys)
         if not keys:
-            return [Rule(shape=shape, role=_whole_role(found), reason=NOT_IN_THE_PLAN)]
+            return [Rule(shape=shape, role=role, reason="not in the plan", source=Source.ABSENT)]
         return fit_rules(name, [plan[key] for key in keys], shape)
 
     def _keys(self, plan: CompressionPlan, name: str, param: Tensor, given: str | None) -> list[str]:
@@ -314,28 +333,27 @@ class Resolver:
             raise PlanError(_unnamed("the plan goes by parameter names"))
         return [] if told is None else plan.keys_of(told)
 
-    def _tell_apart(self, group: Mapping[str, Any], names: Sequence[str]) -> ToldApart:
-        given = [self._given_name(group, index) for index in range(len(names))]
-        shared = {one for one, name in zip(given, names, strict=True) if one is not None and one != name}
-        return ToldApart([*self._owner.values(), *group["params"]], shared)
-
     def _pieces(self, param: Tensor, given: str | None) -> list[Piece]:
         declared = None if given is None else declared_parts(self._declared, [given])
         if given is None or (self._known.owned(param) and declared is None):
             return self._known.pieces(param)
-        role = self._known.role(param) or _role_by_name(given, param.dim())
+        role = self._known.role(param)
+        if role is None:  # a guess by name, with the layout that Linear and Embedding use
+            by_name, ndim = role_from_name(given, param.dim()), param.dim()
+            role = ParameterRole(by_name, (1,), (0,)) if ndim == 2 else ParameterRole(by_name if ndim < 2 else UNKNOWN)
         return pieces(given, tuple(param.shape), role, declared)
 
     def _note_use(self, plan: CompressionPlan, keys: Sequence[str]) -> None:
-        used = next((keys for known, keys in self._used if known is plan), None)
-        if used is None:
-            used = set()
-            self._used.append((plan, used))
-        used.update(keys)
+        self._used.setdefault(id(plan), (plan, set()))[1].update(keys)
 
 
 def check_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
-    """Refuse amsgrad where a second moment is factored.
+    """Check that amsgrad is off where a second moment is factored.
+
+    Args:
+        name: The parameter's name.
+        rule: Its rule.
+        group: Its parameter group.
 
     Raises:
         PlanError: The two are combined.
@@ -347,34 +365,23 @@ def check_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> N
         )
 
 
-def _role_by_name(name: str, ndim: int) -> ParameterRole:
-    """A role guessed from a name, with the layout that Linear and Embedding use."""
-    role = role_from_name(name, ndim)
-    return ParameterRole(role, (1,), (0,)) if ndim == 2 else ParameterRole(role if ndim < 2 else UNKNOWN)
-
-
-def _whole_role(pieces: Sequence[Piece]) -> str:
-    return pieces[0].role.role if len(pieces) == 1 else ""
+def _rule_of_piece(plan: AutoPlan | Literal["rules", "factored"], piece: Piece) -> Rule:
+    if isinstance(plan, AutoPlan):
+        return full_rule(piece, "plan='auto' is still measuring: as AdamW until it has decided", Source.MEASURING)
+    return factored_rule(piece) if plan == "factored" else paper_rule(piece)
 
 
 def _readable_rules(
-    name: str, param: Tensor, group: Mapping[str, Any], rules: list[Rule], plan: ResolvedPlan
+    name: str, param: Tensor, group: Mapping[str, Any], rules: list[Rule], plan: _ResolvedPlan
 ) -> list[Rule]:
-    """The rules, or one for the whole parameter where it cannot be stored in parts that nobody asked for.
-
-    Raises:
-        PlanError: The plan asks for parts.
-    """
+    """Return the rules, or one for the whole parameter where it cannot be stored in parts that nobody asked for."""
     if rules[0].part is None or not (param.is_complex() or group["differentiable"]):
         return rules
     why = f"a {param.dtype} parameter" if param.is_complex() else "a group with differentiable=True"
-    if isinstance(plan, CompressionPlan):
+    if plan is None or isinstance(plan, CompressionPlan):
         raise PlanError(f"{name!r}: {why} cannot be stored in parts; give the parameter one rule in the plan")
-    whole = Piece(tuple(param.shape), ParameterRole(""))
     logger.warning("%r counts as one matrix: %s cannot be stored in parts", name, why)
-    if isinstance(plan, AutoPlan):
-        return [full_rule(whole, MEASURING)]
-    return [factored_rule(whole) if plan == "factored" else paper_rule(whole)]
+    return [_rule_of_piece(plan, Piece(tuple(param.shape), ParameterRole("")))]
 
 
 def _unnamed(why: str) -> str:
@@ -384,31 +391,16 @@ def _unnamed(why: str) -> str:
     )
 
 
-def _tell_uncovered(names: Sequence[str], found: Sequence[Sequence[Rule]]) -> None:
-    missing = [
-        name
-        for name, (rule, *_) in zip(names, found, strict=True)
-        if rule.reason == NOT_IN_THE_PLAN and rule.shape is not None and len(rule.shape) > 1
-    ]
-    if missing:
-        logger.warning(
-            "the plan has no entry for %d parameters with two or more dimensions (%s, ...): "
-            "their second moments stay in full",
-            len(missing),
-            missing[0],
-        )
-
-
 def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]], knows_model: bool) -> bool:
     """Warn if the paper's rules leave weights in full that are more than a small share of all elements."""
     sized = [(name, rule, math.prod(rule.shape or ())) for name, rules in by_name.items() for rule in rules]
     left = [
         (key_of(name, rule.part), rule.role, elements)
         for name, rule, elements in sized
-        if rule.reason.startswith(NO_RULE) and len(rule.shape or ()) > 1 and rule.role not in (NORM, BIAS)
+        if rule.source == Source.NO_RULE and len(rule.shape or ()) > 1 and rule.role not in (NORM, BIAS)
     ]
     share = sum(elements for *_, elements in left) / max(1, sum(elements for *_, elements in sized))
-    if share <= LARGEST_SHARE_WITHOUT_RULE:
+    if share <= _LARGEST_SHARE_WITHOUT_RULE:
         return False
     unknown = [key for key, role, _ in left if role == UNKNOWN]
     others = [key for key, role, _ in left if role != UNKNOWN]
@@ -426,5 +418,5 @@ def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]], knows_model: bool)
 
 
 def _weights(keys: Sequence[str]) -> str:
-    shown_keys = ", ".join(keys[:NAMES_IN_WARNING]) + (", ..." if len(keys) > NAMES_IN_WARNING else "")
+    shown_keys = ", ".join(keys[:_NAMES_IN_WARNING]) + (", ..." if len(keys) > _NAMES_IN_WARNING else "")
     return f"{len(keys)} {'weight' if len(keys) == 1 else 'weights'} ({shown_keys})"

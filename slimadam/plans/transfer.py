@@ -1,4 +1,4 @@
-"""Carrying a plan to another model of the same family: by layer role, averaged over depth (arXiv 2503.01843)."""
+"""Carries a plan to another model of the same family: by layer role, averaged over depth (arXiv 2503.01843)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final
 
 from torch import nn
 
@@ -16,40 +15,40 @@ from slimadam.layers.name_patterns import MATRIX_ROLES
 from slimadam.layers.roles import UNKNOWN, canonical_name, names_of, role_from_name
 from slimadam.layers.splits import Part, Piece, Split, key_of
 from slimadam.measurement.snr import average_snr
-from slimadam.plans.selection import Forms, asked_for, choose_by_cutoff, keep_full
-from slimadam.state.rule import FACTORED, Rule, full_rule
+from slimadam.plans.selection import Forms, choose_by_cutoff, keep_full
+from slimadam.state.rule import FACTORED, Rule, Source, full_rule
 from slimadam.utils.errors import PlanError
 
-NO_COUNTERPART: Final = "the plan has no "
-
-Kind = tuple[str, int]
+_Kind = tuple[str, int]
 
 
 def rules_for_model(
     rules: Mapping[str, Rule], cutoff: float | None, model: nn.Module, parts: Mapping[str, Split] | None
 ) -> dict[str, Rule]:
-    """A rule for each logical matrix of a model, from rules that were chosen for another.
+    """Make a rule for each logical matrix of a model from rules that were chosen for another.
 
     Layers of the same role and number of dimensions count as one kind; those of unknown role by their name without
     layer numbers. With a cutoff, the SNR of each candidate is averaged over the layers of a kind and decides anew;
-    without one (chosen by budget, or not measured) the most common rule of the kind holds. What was kept in full, or
-    returned to it, because somebody asked for it stays so under the same name.
+    without one (chosen by budget, or not measured) the most common rule of the kind holds. Parameters that somebody
+    asked to keep in full, or to expand, stay in full under the same name.
 
     Args:
         rules: The rules to carry over, by key.
         cutoff: SNR cutoff that they were chosen with, if any.
         model: The model to carry them to.
-        parts: What its parameters are made of, where the model does not say.
+        parts: The logical matrices in its parameters, where the model does not say.
 
     Raises:
         PlanError: Nothing carries over, or a pattern of ``parts`` matches nothing.
     """
     found = pieces_of_target(model, parts)
-    kinds: dict[Kind, list[Rule]] = {}
+    kinds: dict[_Kind, list[Rule]] = {}
     kept: dict[str, Rule] = {}
     for key, rule in rules.items():
-        kinds.setdefault(_kind(key, rule.role, _ndim(key, rule), rule.part), []).append(rule)
-        if asked_for(rule):
+        # Rules that fit any shape are taken to be for matrices.
+        ndim = len(rule.shape) if rule.shape is not None else max([2, *(dim + 1 for dim in rule.dims)])
+        kinds.setdefault(_kind(key, rule.role, ndim, rule.part), []).append(rule)
+        if _asked_for(rule):
             kept[canonical_name(key)] = rule
     all_names, parameters = names_of(model), dict(model.named_parameters())
     carried = {}
@@ -57,29 +56,31 @@ def rules_for_model(
         names = all_names[parameters[name]]
         for piece in pieces:
             keys = [key for key in (key_of(one, piece.part) for one in names) if key in kept]
-            rule = full_rule(piece, kept[keys[0]].reason) if keys else _carried(names, piece, kinds, cutoff)
+            if keys:
+                rule = full_rule(piece, kept[keys[0]].reason, kept[keys[0]].source)
+            else:
+                rule = _carried(names, piece, kinds, cutoff)
             carried[key_of(name, piece.part)] = rule
     matrices = [rule for rule in carried.values() if len(rule.shape or ()) > 1]
-    if matrices and all(rule.reason.startswith(NO_COUNTERPART) for rule in matrices):
+    if matrices and all(rule.source == Source.NO_COUNTERPART for rule in matrices):
         raise PlanError(
             f"the plan has no kind of layer in common with {type(model).__name__}; calibrate a model of its family"
         )
     return carried
 
 
-def _ndim(key: str, rule: Rule) -> int:
-    """Number of dimensions; rules that fit any shape are taken to be for matrices."""
-    return len(rule.shape) if rule.shape is not None else max([2, *(dim + 1 for dim in rule.dims)])
+def _asked_for(rule: Rule) -> bool:
+    return rule.form == "full" and rule.source in (Source.USER, Source.EXPANDED)
 
 
-def _kind(key: str, role: str, ndim: int, part: Part | None) -> Kind:
+def _kind(key: str, role: str, ndim: int, part: Part | None) -> _Kind:
     role = role or role_from_name(key, ndim)
     says_nothing = role == UNKNOWN if part is None else role not in MATRIX_ROLES  # a label may be any word
     return (re.sub(r"(?<![^.])\d+(?![^.])", "*", canonical_name(key)) if says_nothing else role), ndim
 
 
-def _kinds_of(names: Sequence[str], piece: Piece) -> list[Kind]:
-    """What kind a piece of a parameter may count as, the best first: for a tied one, by each of its names."""
+def _kinds_of(names: Sequence[str], piece: Piece) -> list[_Kind]:
+    """Return the kinds that a piece may count as, the best first: for a tied parameter, by each of its names."""
     ndim, keys = len(piece.shape), [key_of(name, piece.part) for name in names]
     found = [_kind(keys[0], piece.role.role, ndim, piece.part)]
     if piece.part is None:
@@ -90,30 +91,36 @@ def _kinds_of(names: Sequence[str], piece: Piece) -> list[Kind]:
     return found
 
 
-def _carried(names: Sequence[str], piece: Piece, kinds: Mapping[Kind, Sequence[Rule]], cutoff: float | None) -> Rule:
+def _carried(names: Sequence[str], piece: Piece, kinds: Mapping[_Kind, Sequence[Rule]], cutoff: float | None) -> Rule:
     possible = _kinds_of(names, piece)
     kind = next((kind for kind in possible if kind in kinds), possible[0])
-    empty = full_rule(piece, f"{NO_COUNTERPART}{kind[0].replace('_', ' ')}")
+    words = kind[0].replace("_", " ")
     found = [_in_layout_of(piece, rule) for rule in kinds.get(kind, [])]
+    empty = full_rule(piece, f"the plan has no {words}", Source.NO_COUNTERPART)
     kept = keep_full(empty, None)
     if kept is not None or not found:
         return kept or empty
-    matrices = "matrix" if len(found) == 1 else "matrices"
-    origin = f"carried over from {len(found)} {matrices} ({kind[0].replace('_', ' ')})"
-    kept_count = sum(map(asked_for, found))
+    origin = f"carried over from {len(found)} {'matrix' if len(found) == 1 else 'matrices'} ({words})"
+    kept_count = sum(map(_asked_for, found))
     if kept_count:
         origin += f" ({kept_count} of {len(found)} were kept in full as asked)"
+    measured = replace(empty, snr=average_snr(rule.snr for rule in found), source=Source.CARRIED)
     if all(rule.form == "full" for rule in found):
-        return replace(empty, snr=average_snr(rule.snr for rule in found), reason=f"{origin}, all in full")
-    if cutoff is None or not any(rule.snr for rule in found):
-        return _most_common(empty, found, origin)
-    forms: Forms = "best" if any(rule.form == FACTORED for rules in kinds.values() for rule in rules) else "mean"
-    chosen = choose_by_cutoff({"": replace(empty, snr=average_snr(rule.snr for rule in found))}, cutoff, forms)[""]
-    return replace(chosen, reason=f"{origin}: {chosen.reason}")
+        return replace(measured, reason=f"{origin}, all in full")
+    if cutoff is not None and any(rule.snr for rule in found):
+        any_factored = any(rule.form == FACTORED for rules in kinds.values() for rule in rules)
+        forms: Forms = "best" if any_factored else "mean"
+        chosen = choose_by_cutoff(measured, cutoff, forms)
+        return replace(chosen, reason=f"{origin}: {chosen.reason}", source=Source.CARRIED)
+    ((form, dims), count), *_ = Counter((rule.form, rule.dims) for rule in found).most_common()
+    common = replace(measured, form=form, dims=dims, snr={}, reason=f"{origin}: the rule of {count} of them")
+    if common.stored_elements(piece.shape) >= math.prod(piece.shape):
+        return replace(common, form="full", dims=(), reason=f"{origin}, whose rule saves nothing here")
+    return common
 
 
 def _in_layout_of(piece: Piece, rule: Rule) -> Rule:
-    """The rule for a matrix that is stored the other way round, where both ways are known."""
+    """Transpose the rule for a matrix that is stored the other way round, where both ways are known."""
     if not rule.fan_in or not piece.role.fan_in or rule.fan_in == piece.role.fan_in or rule.shape is None:
         return rule
     dims = range(rule.batch_dims, len(rule.shape))
@@ -128,12 +135,3 @@ def _in_layout_of(piece: Piece, rule: Rule) -> Rule:
 
     snr = {key if key == FACTORED else move(key): value for key, value in rule.snr.items()}
     return replace(rule, dims=move(rule.dims), snr=snr)
-
-
-def _most_common(empty: Rule, found: Sequence[Rule], origin: str) -> Rule:
-    ((form, dims), count), *_ = Counter((rule.form, rule.dims) for rule in found).most_common()
-    rule = replace(empty, form=form, dims=dims, reason=f"{origin}: the rule of {count} of them")
-    shape = empty.shape or ()
-    if rule.stored_elements(shape) >= math.prod(shape):
-        return replace(empty, reason=f"{origin}, whose rule saves nothing here")
-    return rule

@@ -1,4 +1,4 @@
-"""How one parameter's second moment is stored."""
+"""The rule of a parameter: how its second moment is stored, and where that comes from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal, get_args
+from enum import Enum
+from typing import Any, Final, Literal, get_args
 
 from torch import Tensor
 
@@ -14,20 +15,58 @@ from slimadam.layers.roles import BIAS, NORM, ParameterRole, recommended_dims
 from slimadam.layers.splits import Part, Piece, check_parts, owner_of
 from slimadam.utils.errors import PlanError, shown
 
-NO_RULE: Final = "the paper has no rule for"
-TOO_SMALL: Final = "too small to save anything"
-BY_CHOICE: Final = "every matrix factored, by choice"
-NOT_SMALLER: Final = "not a matrix that factoring makes smaller"
 NO_ELEMENTS: Final = "no elements"
 
 Dims = tuple[int, ...]
 Form = Literal["full", "mean", "factored"]
-
-
 Candidate = tuple[int, ...] | Literal["factored"]
 """Dimensions to average over, or ``"factored"`` for row and column averages."""
 FACTORED: Final = "factored"
 MAX_NDIM = 8
+
+
+class Source(str, Enum):
+    """Origin of a rule. Plan files and checkpoints hold the value."""
+
+    OTHER = "other"
+    DEFAULT = "default"  # in full as all vectors, norm scales and biases
+    MEASURED = "measured"  # chosen by SNR, or in full because no measured candidate saves anything
+    PAPER = "paper"  # recommended for the role, or in full where the recommendation saves nothing
+    NO_RULE = "no_rule"  # in full: the paper recommends nothing for the role
+    FACTORED = "factored"  # every matrix factored, and in full what that makes no smaller
+    USER = "user"  # in full because a pattern of keep names the parameter
+    EXPANDED = "expanded"  # in full since a call of expand()
+    MEASURING = "measuring"  # in full while plan="auto" measures
+    ABSENT = "absent"  # in full: the plan has no entry for the parameter
+    CARRIED = "carried"  # carried over from the layers of another model
+    NO_COUNTERPART = "no_counterpart"  # in full: the plan that was carried over has no such layer
+
+
+_REASONS_OF_OLD: Final = (
+    ("fewer than two dimensions", Source.DEFAULT),
+    ("norm: never compressed by default", Source.DEFAULT),
+    ("bias: never compressed by default", Source.DEFAULT),
+    ("averaging over dimension", Source.MEASURED),
+    ("row and column averages", Source.MEASURED),
+    ("the highest SNR, ", Source.MEASURED),
+    ("stays in full: the budget", Source.MEASURED),
+    ("the paper's rule for ", Source.PAPER),
+    ("too small to save anything", Source.PAPER),
+    ("the paper has no rule for ", Source.NO_RULE),
+    ("every matrix factored, by choice", Source.FACTORED),
+    ("not a matrix that factoring makes smaller", Source.FACTORED),
+    ("kept in full as asked", Source.USER),
+    ("returned to a full second moment by expand()", Source.EXPANDED),
+    ("plan='auto' is still measuring", Source.MEASURING),
+    ("not in the plan", Source.ABSENT),
+    ("carried over from ", Source.CARRIED),
+    ("the plan has no ", Source.NO_COUNTERPART),
+)
+
+
+def source_of_reason(reason: str) -> Source:
+    """Return the source that a reason meant in plans, checkpoints and pickles that were written without one."""
+    return next((source for start, source in _REASONS_OF_OLD if reason.startswith(start)), Source.OTHER)
 
 
 @dataclass(frozen=True)
@@ -40,12 +79,13 @@ class Rule:
             averages, whose product stands in for the matrix).
         shape: Shape of the parameter, or of the part; None in rules that fit any shape.
         snr: The averaged SNR of each candidate that was measured.
-        reason: Why, in words.
+        reason: Why, in words for people.
         role: What the parameter is.
-        part: Which part of a parameter the rule is for; None for all of it.
+        part: Part of the parameter that the rule is for; None for all of it.
         batch_dims: Number of leading dimensions that count separate matrices (experts, heads): the factored form
             keeps row and column averages of each.
         fan_in: Dimensions that the forward pass sums over, where known: how the parameter is stored.
+        source: Where the rule comes from.
     """
 
     dims: tuple[int, ...] = ()
@@ -57,9 +97,13 @@ class Rule:
     part: Part | None = None
     batch_dims: int = 0
     fan_in: tuple[int, ...] = ()
+    source: Source = Source.OTHER
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"source": source_of_reason(state["reason"]), **state})
 
     def state_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the second-moment tensors for a parameter of the given shape.
+        """Return the shapes of the second-moment tensors for a parameter of the given shape.
 
         One tensor for ``"full"`` and ``"mean"`` (size 1 in ``dims``), two for ``"factored"``: the averages of the
         rows, over all dimensions after the first that is no batch dimension, and of the columns, over that one.
@@ -67,18 +111,18 @@ class Rule:
         return tuple(reduced_shape(shape, dims) for dims in self.averaged_dims(len(shape)))
 
     def averaged_dims(self, ndim: int) -> tuple[tuple[int, ...], ...]:
-        """For each second-moment tensor, the dimensions it is averaged over."""
+        """Return the dimensions that each second-moment tensor is averaged over."""
         if self.form == FACTORED:
             return tuple(range(self.batch_dims + 1, ndim)), (self.batch_dims,)
         return (self.dims,)
 
     def stored_elements(self, shape: tuple[int, ...]) -> int:
-        """Second-moment elements kept for a parameter of the given shape."""
+        """Count the second-moment elements kept for a parameter of the given shape."""
         return sum(math.prod(kept) for kept in self.state_shapes(shape))
 
     @property
     def storage(self) -> tuple[Form, Dims, Part | None, int]:
-        """What decides how a second moment is stored, without what explains it."""
+        """All that decides how a second moment is stored."""
         return self.form, self.dims, self.part, self.batch_dims
 
     @property
@@ -87,18 +131,29 @@ class Rule:
         return self.shape if self.part is None else self.part.of
 
     def take(self, tensor: Tensor) -> Tensor:
-        """What the rule is for, of a tensor of the parameter's shape: all of it, or a view of the part."""
+        """Return the view of a tensor of the parameter's shape that the rule is for."""
         return tensor if self.part is None else self.part.take(tensor)
 
 
 def reduced_shape(shape: tuple[int, ...], dims: Iterable[int]) -> tuple[int, ...]:
-    """``shape`` with size 1 in ``dims``."""
+    """Return ``shape`` with size 1 in some dimensions.
+
+    Args:
+        shape: Any shape.
+        dims: Dimensions of it.
+    """
     dims = set(dims)
     return tuple(1 if dim in dims else size for dim, size in enumerate(shape))
 
 
-def full_rule(piece: Piece, reason: str) -> Rule:
-    """The second moment as AdamW keeps it."""
+def full_rule(piece: Piece, reason: str, source: Source = Source.OTHER) -> Rule:
+    """Keep the second moment as AdamW does.
+
+    Args:
+        piece: The parameter, or part of one, that the rule is for.
+        reason: Why, in words.
+        source: Where the rule comes from.
+    """
     return Rule(
         shape=piece.shape,
         reason=reason,
@@ -106,81 +161,78 @@ def full_rule(piece: Piece, reason: str) -> Rule:
         part=piece.part,
         batch_dims=piece.batch_dims,
         fan_in=piece.role.fan_in,
+        source=source,
     )
 
 
-def rule_of_whole(rules: Sequence[Rule], reason: str) -> Rule:
-    """One rule that keeps a parameter as AdamW does, in the place of those of its parts."""
-    if rules[0].part is None:
-        return replace(rules[0], reason=reason)
-    return Rule(shape=rules[0].owner_shape, reason=reason)
+def rule_of_whole(rules: Sequence[Rule], reason: str = "") -> Rule:
+    """Return one rule that keeps a parameter as AdamW does, in the place of those of its parts.
+
+    Args:
+        rules: Those of the parameter, all in full.
+        reason: Why, in words; without it, the reason and source of the first.
+    """
+    first = rules[0]
+    if first.part is not None:
+        first = Rule(shape=first.owner_shape, reason=first.reason, source=first.source)
+    return replace(first, reason=reason, source=Source.OTHER) if reason else first
 
 
 def paper_rule(piece: Piece) -> Rule:
-    """The paper's recommendation for a role, where it has one and it saves anything."""
-    dims = recommended_dims(piece.role)
+    """Follow the paper's recommendation for a role, where it has one and it saves anything."""
+    role, dims = piece.role.role, recommended_dims(piece.role)
     if not dims:
-        return full_rule(piece, f"{NO_RULE} {piece.role.role}")
+        return full_rule(piece, f"the paper has no rule for {role}", Source.NO_RULE)
     if math.prod(reduced_shape(piece.shape, dims)) >= math.prod(piece.shape):
-        return full_rule(piece, TOO_SMALL)
-    return replace(full_rule(piece, f"the paper's rule for {piece.role.role}"), dims=dims, form="mean")
+        return full_rule(piece, "too small to save anything", Source.PAPER)
+    return replace(full_rule(piece, f"the paper's rule for {role}", Source.PAPER), dims=dims, form="mean")
 
 
 def factored_rule(piece: Piece) -> Rule:
-    """The factored form where it saves anything, the full one elsewhere."""
-    shape = piece.shape
-    rule = replace(full_rule(piece, BY_CHOICE), form="factored")
-    if (
-        len(shape) < piece.batch_dims + 2
-        or piece.role.role in (NORM, BIAS)
-        or rule.stored_elements(shape) >= math.prod(shape)
-    ):
-        return full_rule(piece, NOT_SMALLER)
-    return rule
+    """Factor the second moment where that saves anything, and keep it in full elsewhere."""
+    rule = replace(full_rule(piece, "every matrix factored, by choice", Source.FACTORED), form="factored")
+    is_matrix = len(piece.shape) >= piece.batch_dims + 2 and piece.role.role not in (NORM, BIAS)
+    if is_matrix and rule.stored_elements(piece.shape) < math.prod(piece.shape):
+        return rule
+    return full_rule(piece, "not a matrix that factoring makes smaller", Source.FACTORED)
 
 
 def resized_rule(rule: Rule, shape: tuple[int, ...]) -> Rule:
-    """Return the rule of a whole parameter for another size of it; what the size has decided is decided anew."""
+    """Return the rule of a whole parameter for another size of it. A choice that the size decides is made anew.
+
+    Args:
+        rule: The rule for the present size.
+        shape: The new size.
+    """
     fan_out = tuple(dim for dim in range(rule.batch_dims, len(shape)) if rule.fan_in and dim not in rule.fan_in)
     piece = Piece(shape, ParameterRole(rule.role, rule.fan_in, fan_out), None, rule.batch_dims)
-    if rule.reason in (BY_CHOICE, NOT_SMALLER):
+    if rule.source == Source.FACTORED:
         return factored_rule(piece)
     if rule.form != "full" and 0 in shape:
         return full_rule(piece, NO_ELEMENTS)
-    return paper_rule(piece) if rule.reason == TOO_SMALL else replace(rule, shape=shape)
-
-
-def check_together(name: str, rules: Sequence[Rule]) -> None:
-    """Refuse the rules of one parameter that are not exactly one for the whole, or one for each of its parts.
-
-    Raises:
-        PlanError: Says which part does not fit, and how.
-    """
-    parts = [rule.part for rule in rules if rule.part is not None]
-    if parts and len(parts) != len(rules):
-        raise PlanError(f"{name!r}: the plan has a rule for the whole parameter and one for its part; remove one")
-    if parts:
-        check_parts(name, parts, parts[0].of)
+    if rule.source == Source.PAPER and rule.form == "full":
+        return paper_rule(piece)
+    return replace(rule, shape=shape)
 
 
 def fit_rules(name: str, rules: Sequence[Rule], shape: tuple[int, ...]) -> list[Rule]:
-    """The rules of one parameter (several if it falls into parts) checked against its actual shape.
+    """Check the rules of one parameter (several if it falls into parts) against its actual shape.
+
+    Args:
+        name: The parameter's name, for errors.
+        rules: One rule, or one for each part.
+        shape: The parameter's shape.
+
+    Returns:
+        The rules with that shape, in the order of the parts.
 
     Raises:
         PlanError: The rules were made for another shape, or name a dimension the parameter lacks.
     """
-    if rules[0].part is None:
-        return [_fit_rule(name, rules[0], shape)]
-    check_parts(name, [rule.part for rule in rules if rule.part is not None], shape)
-    return in_order(rules)
-
-
-def in_order(rules: Iterable[Rule]) -> list[Rule]:
-    """The rules of one parameter in the order in which its parts lie in it, which is that of its state."""
-    return sorted(rules, key=lambda rule: rule.part.start if rule.part else 0)
-
-
-def _fit_rule(name: str, rule: Rule, shape: tuple[int, ...]) -> Rule:
+    rule = rules[0]
+    if rule.part is not None:
+        check_parts(name, [rule.part for rule in rules if rule.part is not None], shape)
+        return in_order(rules)
     if rule.shape is not None and rule.shape != shape:
         raise PlanError(
             f"{name!r}: the plan is for shape {rule.shape}, the parameter has {shape}; "
@@ -188,11 +240,20 @@ def _fit_rule(name: str, rule: Rule, shape: tuple[int, ...]) -> Rule:
         )
     fitted = replace(rule, shape=shape)
     check_rule(name, fitted)
-    return fitted
+    return [fitted]
+
+
+def in_order(rules: Iterable[Rule]) -> list[Rule]:
+    """Sort the rules of one parameter as its parts lie in it, which is the order of its state."""
+    return sorted(rules, key=lambda rule: rule.part.start if rule.part else 0)
 
 
 def check_rule(name: str, rule: Rule) -> None:
-    """Refuse a rule that contradicts itself.
+    """Check that a rule does not contradict itself.
+
+    Args:
+        name: The name it has in the plan, for errors.
+        rule: The rule.
 
     Raises:
         PlanError: A dimension is out of range, or the form needs another shape.
@@ -226,7 +287,7 @@ def check_rule(name: str, rule: Rule) -> None:
 
 
 def dimension_subsets(ndim: int) -> list[tuple[int, ...]]:
-    """All non-empty subsets of ``range(ndim)``, smallest first.
+    """Return all non-empty subsets of ``range(ndim)``, smallest first.
 
     Example:
         >>> dimension_subsets(2)
@@ -237,7 +298,11 @@ def dimension_subsets(ndim: int) -> list[tuple[int, ...]]:
 
 
 def normalize_candidate(dims: object, ndim: int) -> Candidate:
-    """``dims`` as a sorted tuple of non-negative dimensions, or ``"factored"``.
+    """Return ``dims`` as a sorted tuple of non-negative dimensions, or ``"factored"``.
+
+    Args:
+        dims: A dimension, several, or ``"factored"``.
+        ndim: Number of dimensions of the tensor.
 
     Raises:
         ValueError: ``dims`` is not a non-empty set of dimensions of an ``ndim``-dimensional tensor.

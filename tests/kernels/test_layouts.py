@@ -13,6 +13,7 @@ from torch import nn
 from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam, SNRRecorder, Split
 from slimadam.layers.fused_weights import pieces_of
 from slimadam.plans import resolver
+from slimadam.state.rule import Source
 
 
 class Conv1D(nn.Module):
@@ -133,7 +134,7 @@ def test_a_tied_weight_goes_by_each_of_its_names() -> None:
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_rule_for_either_name_of_a_tied_weight_carries_over(kept: bool) -> None:
-    given = Rule(shape=(40, 16), reason="kept in full as asked (keep='x')") if kept else Rule((1,), "mean", (40, 16))
+    given = Rule(shape=(40, 16), source=Source.USER) if kept else Rule((1,), "mean", (40, 16))
     plan = CompressionPlan({"lm_head.weight": given, "mid.weight": Rule((1,), "mean", (16, 16))})
     carried = plan.for_model(Tied(32))
     assert (carried["wte.weight"].form, carried["wte.weight"].dims) == (given.form, given.dims)

@@ -211,7 +211,7 @@ JSON_VALUES = st.recursive(
     max_leaves=8,
 )
 RULE_LIKE = st.dictionaries(
-    st.sampled_from(["form", "dims", "shape", "role", "reason", "snr"]),
+    st.sampled_from(["form", "dims", "shape", "role", "reason", "source", "snr"]),
     JSON_VALUES | st.sampled_from(["full", "mean", "factored", [0], [0, 1], [3, 4], [{"candidate": [0], "value": 1}]]),
 )
 

@@ -22,8 +22,7 @@ from slimadam.layers.splits import key_of
 from slimadam.optim.memory import MemoryReport
 from slimadam.optim.slimadam import SlimAdam
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.resolver import NOT_IN_THE_PLAN
-from slimadam.state.rule import Rule, factored_rule, paper_rule
+from slimadam.state.rule import Rule, Source, factored_rule, paper_rule
 from slimadam.utils.errors import PlanError
 from slimadam.utils.torch_private import disable_dynamo
 
@@ -104,7 +103,7 @@ class Substitution:
         if not keys:
             if len(shape) > 1:
                 self.uncovered.append(name)
-            return [Rule(shape=shape, reason=NOT_IN_THE_PLAN)]
+            return [Rule(shape=shape, reason="not in the plan", source=Source.ABSENT)]
         self._used.update(keys)
         return [self._plan[key] for key in keys]
 

@@ -13,7 +13,7 @@ from slimadam.optim.checkpoint import format
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state import second_moment
 from slimadam.state.first_moment import decoded, stored_first_moment, with_own_keys
-from slimadam.state.rule import Rule, fit_rules
+from slimadam.state.rule import Rule, Source, fit_rules
 from slimadam.utils.dtensor import full_tensor, is_dtensor, place
 from slimadam.utils.errors import shown
 
@@ -113,7 +113,9 @@ def _rules_under(plan: CompressionPlan | None, name: str, old: Sequence[Rule]) -
     keys = [] if plan is None else plan.keys_of(name)
     if plan is None or not keys:
         role = old[0].role if old[0].part is None else ""
-        return [Rule(shape=shape, role=role, reason="not in the plan" if plan else "plan=None: as AdamW")]
+        if plan:
+            return [Rule(shape=shape, role=role, reason="not in the plan", source=Source.ABSENT)]
+        return [Rule(shape=shape, role=role, reason="plan=None: as AdamW")]
     return fit_rules(name, [plan[key] for key in keys], shape)
 
 

@@ -22,10 +22,9 @@ from slimadam.optim.step.param_groups import Held, named_parameters
 from slimadam.plans.auto import AutoPlan, Measuring
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import DECIDED_BEFORE, check_factored_amsgrad
-from slimadam.plans.selection import EXPANDED
 from slimadam.state import second_moment
 from slimadam.state.first_moment import FIRST_MOMENTS, with_own_keys
-from slimadam.state.rule import Rule, fit_rules
+from slimadam.state.rule import Rule, Source, fit_rules
 from slimadam.utils.dtensor import differing, on_any_rank
 
 # Torch's Adam has the option, and AdamW's groups the key, from 2.7 on.
@@ -201,7 +200,7 @@ def _phase(
     rules = dict(registry.rules)
     for name, param, _ in registry.parameters(groups):
         found = [saved[key] for key in saved.keys_of(name)]
-        expanded = any(rule.reason == EXPANDED for rule in [*found, *registry.rules[name]])
+        expanded = any(rule.source == Source.EXPANDED for rule in [*found, *registry.rules[name]])
         if found and automatic and found[0].owner_shape not in (None, tuple(param.shape)):
             # Its saved state, where it has any, is refused with the remedy; without, it is as if newly added.
             rules[name] = [Rule(shape=tuple(param.shape), reason=DECIDED_BEFORE)]

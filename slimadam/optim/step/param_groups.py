@@ -12,10 +12,9 @@ from torch.nn import Parameter
 from slimadam.distributed.sharded_rules import local_rules, warn_of_old_torch
 from slimadam.kernels.layout import is_marked
 from slimadam.optim.step.options import check_foreach
-from slimadam.plans.resolver import MEASURING
 from slimadam.state import second_moment
 from slimadam.state.first_moment import FIRST_MOMENTS
-from slimadam.state.rule import Rule
+from slimadam.state.rule import Rule, Source
 from slimadam.utils.dtensor import check_placement, is_dtensor, local
 
 Held = tuple[str, Tensor, dict[str, Any]]
@@ -50,9 +49,9 @@ def check_shards(name: str, param: Tensor, rules: Sequence[Rule]) -> None:
     """
     if is_dtensor(param):
         warn_of_old_torch()
-    if is_dtensor(param) and any(rule.reason == MEASURING or rule.form != "full" for rule in rules):
+    if is_dtensor(param) and any(rule.source == Source.MEASURING or rule.form != "full" for rule in rules):
         check_placement(name, param)
-    if is_dtensor(param) and rules[0].reason != MEASURING:
+    if is_dtensor(param) and rules[0].source != Source.MEASURING:
         local_rules(name, rules, param)
 
 
