@@ -36,6 +36,7 @@ COMMANDS = {
     "throughput": "speed/throughput.py",
     "torch_properties": "correctness/torch_properties.py",
     "transfer": "training/transfer.py",
+    "walk": "correctness/walk.py",
     "warmup.__main__": "warmup/run.py",
 }
 """For each command, ``python -m benchmarks.<name>``, its file."""
