@@ -29,8 +29,8 @@ def _figure(path: Path, rows: int, columns: int, height: float, **options: Any) 
         figure.savefig(path, dpi=150)
 
 
-def draw_gap(result: dict[str, Any], folder: Path) -> None:
-    """Gap of each plan, and gap over the two predictors that matter."""
+def _draw_gap(result: dict[str, Any], folder: Path) -> None:
+    """Draw the gap of each plan, and the gap over the two predictors that matter."""
     points = [point for point in result["points"] if point["predictors"]]
     workloads = sorted({point["workload"] for point in points})
     plans = list(dict.fromkeys(point["plan"] for point in points))
@@ -82,8 +82,8 @@ def _draw_scatter(axes: Axes, points: list[dict[str, Any]], line: dict[str, Any]
     axes.axhline(0, color="black", linewidth=0.6)
 
 
-def draw_steps(result: dict[str, Any], folder: Path) -> None:
-    """How soon AutoPlan's choice is that of the whole run, and what deciding early costs."""
+def _draw_steps(result: dict[str, Any], folder: Path) -> None:
+    """Draw how soon AutoPlan's choice is that of the whole run, and what deciding early costs."""
     workloads = sorted({row["workload"] for row in result["agreement"]})
     rates = sorted({row["lr"] for row in result["agreement"]})
     best = [row for row in result["agreement"] if row["forms"] == "best"]
@@ -127,8 +127,8 @@ def _grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], l
     return {key: [row for row in rows if tuple(row[name] for name in names) == key] for key in keys}
 
 
-def draw_findings(result: dict[str, Any], folder: Path) -> None:
-    """SNR of each role over training; and one panel for each other finding."""
+def _draw_findings(result: dict[str, Any], folder: Path) -> None:
+    """Draw the SNR of each role over training, and one panel for each other finding."""
     if "roles" in result:
         by_role = result["roles"]["by_role"]
         with _figure(folder / "calibration-roles.png", 2, 3, 4.6, sharex=True, sharey=True) as axes:
@@ -221,7 +221,7 @@ def _legend_below(axes: Axes, **options: Any) -> None:
 
 
 DRAWN: dict[str, Callable[[dict[str, Any], Path], None]] = {
-    "gap": draw_gap,
-    "steps": draw_steps,
-    "findings": draw_findings,
+    "gap": _draw_gap,
+    "steps": _draw_steps,
+    "findings": _draw_findings,
 }

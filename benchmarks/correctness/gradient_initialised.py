@@ -71,7 +71,14 @@ def running(implementation: str) -> Iterator[None]:
 
 
 def errors(implementation: str, forms: Iterable[str]) -> dict[str, float]:
-    """The largest relative error of five steps by form and precision; first moments in the parameter's precision."""
+    """Return the largest relative error of five steps by form and precision.
+
+    First moments are in the parameter's precision.
+
+    Args:
+        implementation: Name of the way to take a step.
+        forms: Keys of :data:`FORMS`.
+    """
     found = {}
     for form in forms:
         for dtype in (torch.float32, torch.float64):
@@ -84,10 +91,14 @@ def errors(implementation: str, forms: Iterable[str]) -> dict[str, float]:
 
 
 def rounded_moments(implementation: str, forms: Iterable[str]) -> float:
-    """The largest error with first moments in a precision of their own, as a share of what rounding explains.
+    """Return the largest error with first moments in a precision of their own, as a share of what rounding explains.
+
+    Args:
+        implementation: Name of the way to take a step.
+        forms: Keys of :data:`FORMS`.
 
     Raises:
-        WrongStepError: It is more than that.
+        WrongStepError: The error is larger than rounding explains.
     """
     worst = 0.0
     in_interpreter = implementation == "triton" and not torch.cuda.is_available()
@@ -117,7 +128,7 @@ def first_update_of_adams() -> float:
 def _stepped(
     implementation: str, form: str, dtype: torch.dtype, momentum_dtype: torch.dtype | str | None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Where a parameter began, where five steps took it, and the gradients."""
+    """Take five steps; return the parameter before and after them, and the gradients."""
     shape, rules = FORMS[form]
     device = "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
     # Small beside the updates, so that these are what is compared.

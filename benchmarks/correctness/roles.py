@@ -1,4 +1,4 @@
-"""What every parameter of known architectures is taken for: ``python -m benchmarks.roles``.
+"""Compare the roles of parameters with a table kept by hand: ``python -m benchmarks.roles``.
 
 Compares :func:`slimadam.layers.roles.roles_of` with a table kept by hand, for toy sizes of published architectures and
 for modules as people write them. Bar: no role or layout is wrong, and no matrix is without a role but those of which

@@ -1,4 +1,4 @@
-"""What works in this environment: ``python -m benchmarks.supported [--out FOLDER] [--only PATTERN ...]``.
+"""Check which steps work in this environment: ``python -m benchmarks.supported [--out FOLDER] [--only PATTERN ...]``.
 
 Every plan with every implementation and first moment takes 25 steps. Each must end where the formula in float64 does,
 and autograd must see each step: a backward pass through a graph recorded before it raises. ``make versions`` runs this
@@ -75,7 +75,12 @@ class Implementation:
     uses_triton: bool = False
 
     def is_tried(self, plan: str, momentum: str) -> bool:
-        """Return whether a row is worth its time: compiling takes half a minute."""
+        """Return whether a row is worth its time: compiling takes half a minute.
+
+        Args:
+            plan: A key of :data:`PLANS`.
+            momentum: A key of :data:`MOMENTA`.
+        """
         return not self.is_compiled or (plan in ("None", "factored") and momentum == "float32")
 
     def missing(self, momentum: Any) -> str | None:

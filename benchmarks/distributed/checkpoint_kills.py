@@ -44,8 +44,8 @@ def build(mesh: Any) -> tuple[nn.Module, SlimAdam]:
     return model, SlimAdam(model, lr=1e-2, plan="factored")
 
 
-def train(model: nn.Module, optimizer: SlimAdam, steps: range) -> None:
-    """Steps on gradients that only the step decides."""
+def _train(model: nn.Module, optimizer: SlimAdam, steps: range) -> None:
+    """Step with gradients that depend on the step alone."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     for step in steps:
@@ -62,8 +62,8 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("step-*/.metadata"))
 
 
-def rank_main(rank: int, folder: Path, in_background: bool, pipe: Connection) -> None:
-    """One of two ranks: save, train, tell that the next save begins, and save until done or killed."""
+def _rank_main(rank: int, folder: Path, in_background: bool, pipe: Connection) -> None:
+    """Run one of two ranks: save, train, tell that the next save begins, and save until done or killed."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.checkpoint.state_dict_saver import async_save, save
     from torch.distributed.device_mesh import init_device_mesh
@@ -73,7 +73,7 @@ def rank_main(rank: int, folder: Path, in_background: bool, pipe: Connection) ->
     group = torch.distributed.new_group(backend="gloo")
     model, optimizer = build(init_device_mesh("cpu", (2,)))
     for number in range(1, KILLED + 1):
-        train(model, optimizer, range(3 * number, 3 * number + 3))
+        _train(model, optimizer, range(3 * number, 3 * number + 3))
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         target = folder / f"step-{number}"
         torch.distributed.barrier()
@@ -119,8 +119,8 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
     return whole(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)))
 
 
-def trial(seed: int, in_background: bool) -> dict[str, Any]:
-    """Kill one rank in a save; what the previous checkpoint, and the newest complete one, hold then."""
+def _trial(seed: int, in_background: bool) -> dict[str, Any]:
+    """Kill one rank in a save; return what the previous checkpoint and the newest complete one hold then."""
     drawn = random.Random(seed)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -128,7 +128,7 @@ def trial(seed: int, in_background: bool) -> dict[str, Any]:
         folder = Path(temporary)
         pipes = [context.Pipe() for _ in range(2)]
         ranks = [
-            context.Process(target=rank_main, args=(rank, folder, in_background, pipe))
+            context.Process(target=_rank_main, args=(rank, folder, in_background, pipe))
             for rank, (_, pipe) in enumerate(pipes)
         ]
         for rank in ranks:
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=20, help="trials; every other one saves in the background")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)
-    trials = [trial(seed, in_background=bool(seed % 2)) for seed in range(given.kills)]
+    trials = [_trial(seed, in_background=bool(seed % 2)) for seed in range(given.kills)]
     lost = [one["seed"] for one in trials if not one["previous_is_bitwise_the_same"]]
     in_time = sum(one["newest_complete"] == f"step-{PREVIOUS}" for one in trials)
     write(

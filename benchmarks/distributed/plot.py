@@ -19,7 +19,12 @@ _LINES = (("--", "o"), ("-", "s"), (":", "^"))
 
 
 def draw(models: dict[str, Any], path: Path) -> Path:
-    """State, and what is left of the second moments, over the number of ranks; returns the path."""
+    """Draw the state, and what is left of the second moments, over the number of ranks.
+
+    Args:
+        models: Figures by model.
+        path: File of the picture, which is also returned.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4.4), layout="constrained", facecolor="white")
         state, kept = figure.subplots(1, 2)

@@ -53,7 +53,7 @@ PASSES_OVER_THE_BUFFER = 6
 
 @dataclass(frozen=True)
 class Cost:
-    """What a rank's optimizer keeps, moves and sends, in bytes unless said.
+    """Sizes of what a rank's optimizer keeps, moves and sends, in bytes unless said otherwise.
 
     Attributes:
         elements: Number of parameter elements on the rank.
@@ -74,7 +74,12 @@ class Cost:
 
 @contextmanager
 def pretended(ranks: int, rank: int = 0) -> Iterator[None]:
-    """A process group of ranks that do not exist, but for this one; collectives return at once."""
+    """Enter a process group of ranks that do not exist, but for this one; collectives return at once.
+
+    Args:
+        ranks: Size of the group.
+        rank: Number of this process.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
@@ -85,7 +90,12 @@ def pretended(ranks: int, rank: int = 0) -> Iterator[None]:
 
 
 def sharded(shapes: Shapes, device: str = "meta") -> nn.Module:
-    """Parameters of a model as ``fully_shard`` lays them out, with gradients of zero."""
+    """Return a model's parameters as ``fully_shard`` lays them out, with gradients of zero.
+
+    Args:
+        shapes: Shapes by qualified name.
+        device: Device of the shards; on ``"meta"`` they take no memory.
+    """
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     model = skeleton(shapes, device)
     fully_shard(model, mesh=mesh)
@@ -95,7 +105,12 @@ def sharded(shapes: Shapes, device: str = "meta") -> nn.Module:
 
 
 def optimizer_of(model: nn.Module, way: str) -> SlimAdam:
-    """SlimAdam in one of the ways, without samples for ``snr_check()``."""
+    """Return SlimAdam in one of the ways, without samples for ``snr_check()``.
+
+    Args:
+        model: Model whose parameters are trained.
+        way: A key of :data:`WAYS`.
+    """
     return SlimAdam(model, monitor=False, **WAYS[way])
 
 
@@ -133,7 +148,7 @@ def _held(optimizer: SlimAdam) -> Iterator[tuple[Tensor, LocalRule, Sequence[Dim
 
 
 def _asks(rule: LocalRule, averaged: Sequence[Dims]) -> bool:
-    """Whether a second moment needs other ranks."""
+    """Return whether a second moment needs other ranks."""
     return any(rule.summed_over(dims) for dims in averaged)
 
 
@@ -146,17 +161,29 @@ def _moved(param: Tensor, rule: LocalRule, averaged: Sequence[Dims], exp_avg: Te
 
 
 def on_wire(numbers: int, ranks: int) -> float:
-    """Bytes that each rank sends in a ring's all-reduce of float32 numbers."""
+    """Return the bytes that each rank sends in a ring's all-reduce of float32 numbers.
+
+    Args:
+        numbers: Numbers that are reduced.
+        ranks: Size of the ring.
+    """
     return 2 * FLOAT * numbers * (ranks - 1) / ranks
 
 
 def fsdp_on_wire(parameters: int, ranks: int) -> float:
-    """Bytes that each rank sends for one forward and backward pass: weights gathered twice, gradients scattered."""
+    """Return the bytes that each rank sends for a forward and a backward pass.
+
+    Weights are gathered twice and gradients scattered once.
+
+    Args:
+        parameters: Elements of the model.
+        ranks: Size of the group.
+    """
     return 3 * WEIGHT * parameters * (ranks - 1) / ranks
 
 
-def figures_of(shapes: Shapes, ranks: int) -> dict[str, Any]:
-    """What each way to train a model costs on a number of ranks."""
+def _figures_of(shapes: Shapes, ranks: int) -> dict[str, Any]:
+    """Return the cost of each way to train a model on a number of ranks."""
     found: dict[str, Any] = {"fsdp_on_wire": fsdp_on_wire(elements(shapes), ranks), "ways": {}}
     with pretended(ranks):
         model = sharded(shapes)
@@ -170,7 +197,7 @@ def figures_of(shapes: Shapes, ranks: int) -> dict[str, Any]:
 
 
 def wrong(models: dict[str, Any]) -> list[str]:
-    """Where SlimAdam's accounting of ``plan=None`` is not that of AdamW, or a step sends more than one all-reduce."""
+    """Return a line wherever ``plan=None`` does not count as AdamW does, or a step sends more than one all-reduce."""
     found = []
     for model, by_ranks in models.items():
         for ranks, figures in by_ranks["ranks"].items():
@@ -196,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shapes = MODELS[model]()
         models[model] = {"parameters": elements(shapes), "ranks": {}}
         for ranks in options.ranks:
-            figures = models[model]["ranks"][str(ranks)] = figures_of(shapes, ranks)
+            figures = models[model]["ranks"][str(ranks)] = _figures_of(shapes, ranks)
             for label, way in figures["ways"].items():
                 print(
                     f"{model:10s} {ranks:4d} ranks  {label:28s} state {way['state'] / 1e9:8.3f} GB  "

@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Comparison:
-    """What was measured.
+    """Figures of the contenders, and the reasons why others have none.
 
     Attributes:
         rows: Figures by label.
@@ -76,7 +76,7 @@ class _Bench:
         self.copy, self.copied_bytes = stopwatch.copier(device)
 
     def fits(self, contender: Contender, optimizer: Optimizer) -> bool:
-        """Whether its state and what its step allocates can be had."""
+        """Return whether memory holds its state and what its step allocates."""
         state = optimizer.memory().total if isinstance(optimizer, SlimAdam) else 8 * self.elements
         lists = stopwatch.is_cuda(self.device) or "foreach" in contender.label
         return stopwatch.free_bytes(self.device) > state + 8 * (self.elements if lists else self.largest)
@@ -245,7 +245,7 @@ def _side_by_side(bench: _Bench, one: _Built, fused: _Built, turn: int) -> tuple
 
 
 def _figures(bench: _Bench, one: _Built, copied: float) -> Row:
-    """What is reported of a contender; ``copied`` is how many milliseconds the copy takes."""
+    """Return the reported figures of a contender; ``copied`` is the duration of the copy in milliseconds."""
     median = statistics.median(lap.total for lap in one.laps)
     moved = 3 * bench.dtype.itemsize + 2 * one.row["state_bytes_per_parameter"]
     bandwidth = moved * bench.elements / median / 1e6

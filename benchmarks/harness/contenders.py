@@ -47,12 +47,17 @@ class Contender:
         return None
 
     def step_of(self, optimizer: Optimizer) -> Callable[[], Any]:
-        """What is timed."""
+        """Return the call that is timed."""
         return torch.compile(optimizer.step) if self.compiled else optimizer.step
 
 
 def slimadam(label: str, settings: Mapping[str, Any]) -> Contender:
-    """SlimAdam with a plan and options."""
+    """Return SlimAdam with a plan and options.
+
+    Args:
+        label: Description for tables.
+        settings: Arguments of :class:`slimadam.SlimAdam`, the plan included.
+    """
     return Contender(f"SlimAdam ({label})", lambda model: SlimAdam(model, **settings), "slimadam", settings=settings)
 
 
@@ -74,7 +79,7 @@ def without_library() -> Contender:
 
 
 def torch_own() -> list[Contender]:
-    """What PyTorch ships, compiled AdamW last because compiling takes longest."""
+    """Return PyTorch's optimizers, compiled AdamW last because compiling takes longest."""
     return [
         Contender(DEFAULT, lambda model: torch.optim.AdamW(model.parameters())),
         Contender("AdamW (foreach)", lambda model: torch.optim.AdamW(model.parameters(), foreach=True)),

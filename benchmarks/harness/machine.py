@@ -1,4 +1,4 @@
-"""Where a figure comes from: processor, versions, date."""
+"""Describe the machine a figure comes from, and write figures with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("slimadam", "torch", "numpy", "triton")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, accelerator, versions and date, for a result file."""
+    """Return processor, cores, accelerator, versions and date, for a result file."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -34,7 +34,12 @@ def describe() -> dict[str, Any]:
 
 
 def results_folder(description: str | None, arguments: Sequence[str] | None) -> Path:
-    """The folder for results from the command line of a benchmark that takes nothing else."""
+    """Parse the command line of a benchmark that takes nothing but a folder; return that folder.
+
+    Args:
+        description: Docstring of the benchmark, for ``--help``.
+        arguments: Words of the command line; None for the process's own.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     folder: Path = parser.parse_args(arguments).out
@@ -42,7 +47,13 @@ def results_folder(description: str | None, arguments: Sequence[str] | None) -> 
 
 
 def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write figures with the machine's description as ``results/<name>.json``; returns the path."""
+    """Write figures with the machine's description as ``<name>.json`` and return the path.
+
+    Args:
+        name: Name of the file, without its suffix.
+        figures: Figures that JSON can hold.
+        folder: Folder of the file, made if it is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": describe(), **figures}, indent=1) + "\n")

@@ -31,7 +31,14 @@ def code() -> ByteData:
 
 
 def batch(text: Tensor, seed: int, windows: int, context: int) -> tuple[Tensor, Tensor]:
-    """Random windows of a text: inputs and the bytes after them, each of shape ``[windows, context]``."""
+    """Return random windows of a text: inputs and the bytes after them, each of shape ``[windows, context]``.
+
+    Args:
+        text: Bytes of the text.
+        seed: Seed of the windows' places.
+        windows: Number of windows.
+        context: Bytes in a window.
+    """
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(text) - context, (windows,), generator=generator)
     found = text[starts[:, None] + torch.arange(context + 1)].long()

@@ -17,7 +17,12 @@ _COLOURS = {"prose": "#2166ac", "code": "#d1662a", "the worse of both": "#1a1a1a
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:
-    """Sharpness and what fine-tuning did, both over the share of prose, all seeds; returns the picture's path."""
+    """Draw the sharpness and the changes by fine-tuning over the share of prose, for all seeds.
+
+    Args:
+        result: Figures of the benchmark.
+        path: File of the picture, which is also returned.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.8), layout="constrained", facecolor="white")
         before, after = figure.subplots(1, 2)

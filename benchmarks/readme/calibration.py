@@ -8,13 +8,18 @@ from typing import Any
 
 
 def origin(machine: dict[str, Any]) -> str:
-    """Where and when a result was measured, in one line."""
+    """Return in one line where and when a result was measured."""
     versions = f"Python {machine['python']}, torch {machine['versions']['torch']}"
     return f"({machine['processor']}, {machine['cores']} cores, {versions}, {machine['date']})"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells of each row.
+    """
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -71,7 +76,7 @@ def roles(result: dict[str, Any]) -> str:
 
 
 def monitoring(result: dict[str, Any]) -> str:
-    """What watching costs, and when it warns."""
+    """Return the cost of the monitor, and the steps at which it warned."""
     rows = [
         [
             str(run["seed"]),
@@ -96,7 +101,7 @@ def _warned(run: dict[str, Any]) -> str:
 
 
 def snr_overhead(result: dict[str, Any]) -> str:
-    """What measuring costs in the default schedule."""
+    """Return the cost of measuring in the default schedule."""
     rows = [
         [name, f"{found['step_ms']:.0f} ms", f"{found['measuring_ms']:.0f} ms", f"{found['overhead']:.2%}"]
         for name, found in result["models"].items()
@@ -165,7 +170,7 @@ def calibration_steps(result: dict[str, Any]) -> str:
 
 
 def calibration_findings(result: dict[str, Any]) -> str:
-    """Which findings of the paper the small models reproduce."""
+    """Return the findings of the paper that the small models reproduce."""
     found = [entry for entry in result.values() if isinstance(entry, dict) and "finding" in entry]
     rows = [[entry["finding"], "yes" if entry["reproduced"] else "no", _measured(entry)] for entry in found]
     return (

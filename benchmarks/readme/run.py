@@ -153,7 +153,7 @@ def _bytes(row: dict[str, Any] | None) -> str:
 
 
 def kernels(result: dict[str, Any]) -> str:
-    """What the Triton kernels compile to: the largest of each kernel's variants."""
+    """Return the resources of the compiled Triton kernels: the largest of each kernel's variants."""
     by_kernel: dict[str, list[dict[str, Any]]] = {}
     for variant in result["variants"]:
         by_kernel.setdefault(variant["kernel"], []).append(variant)
@@ -222,7 +222,7 @@ def _saved(run: dict[str, Any], plan: str, what: str) -> float:
 
 
 def interop(result: dict[str, Any]) -> str:
-    """What each library's run matched, saved and computed."""
+    """Return the figures of each library's run."""
     rows = [
         f"| {run['integration']} | {run['model']} | {run['matched']} of {run['parameters']} | {run['saved']:.1%} | "
         f"{run['difference']:.1g} |"
@@ -255,7 +255,7 @@ def mixed_precision(result: dict[str, Any]) -> str:
 
 
 def momentum(result: dict[str, Any]) -> str:
-    """What each precision of the first moment costs and holds."""
+    """Return the cost and size of each precision of the first moment."""
     labels = list(result["gaps"])
     sizes = [max(run["runs"][label]["bytes_per_parameter"] for run in result["runs"]) for label in labels]
     losses = [

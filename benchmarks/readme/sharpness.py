@@ -11,7 +11,7 @@ PARTS = ("uv", "edge", "tracking", "schedule", "regimes")
 
 
 def section(part: str) -> Callable[[dict[str, Any]], str]:
-    """What a part of ``python -m benchmarks.sharpness`` found: each criterion, and the figures behind it."""
+    """Return a writer for one part of ``python -m benchmarks.sharpness``: each criterion, and the figures behind it."""
 
     def filled(result: dict[str, Any]) -> str:
         rows = [[finding, "yes" if held else "**no**"] for finding, held in result["findings"].items()]

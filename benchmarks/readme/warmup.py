@@ -9,7 +9,7 @@ from benchmarks.readme.calibration import origin
 
 
 def warmup(result: dict[str, Any]) -> str:
-    """What trains with which warmup, steps saved, GI-Adam."""
+    """Return the rates that train with each warmup, the steps saved, and GI-Adam's figures."""
     training, exactness = result["training"], result["exactness"]
     lines = [
         f"`python -m benchmarks.warmup` {origin(result['machine'])}: {len(training['seeds'])} seeds, "

@@ -1,4 +1,4 @@
-"""What measuring critical sharpness costs: ``python -m benchmarks.sharpness_cost``.
+"""Measure the cost of critical sharpness: ``python -m benchmarks.sharpness_cost``.
 
 Memory: the allocator's peak during a measurement whose closure allocates nothing, beside what was allocated before, in
 bytes per parameter of GPT-2 small's shapes, for each way to keep the parameters.
@@ -59,13 +59,13 @@ class MemoryRow:
 
     @property
     def is_met(self) -> bool:
-        """Whether nothing else of any size was held."""
+        """Return whether nothing else of any size was held."""
         return self.peak <= self.kept + self.direction + ALLOWANCE
 
 
 @dataclass
 class TimeRow:
-    """What measuring took in one training run.
+    """Cost of measuring in one training run.
 
     Attributes:
         optimizer: Its label.
@@ -85,14 +85,14 @@ class TimeRow:
 
 
 def optimizers(lr: float) -> dict[str, Callable[[nn.Module], Optimizer]]:
-    """What is measured with."""
+    """Return the optimizers that are measured with."""
     return {
         "SlimAdam rules": lambda model: SlimAdam(model, lr=lr, plan="rules", betas=(0.9, 0.95)),
         "torch AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95)),
     }
 
 
-def memory_row(label: str, optimizer: Optimizer, memory: Memory) -> MemoryRow:
+def _memory_row(label: str, optimizer: Optimizer, memory: Memory) -> MemoryRow:
     """Measure along the pending update with a loss that never rises, up to 4 times the learning rate."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     elements = sum(param.numel() for param in params)
@@ -130,11 +130,11 @@ def memory_rows(shapes: dict[str, tuple[int, ...]]) -> list[MemoryRow]:
         for param in model.parameters():
             param.grad = torch.randn_like(param)
         optimizer.step()
-        rows += [memory_row(label, optimizer, memory) for memory in get_args(Memory)]
+        rows += [_memory_row(label, optimizer, memory) for memory in get_args(Memory)]
     return rows
 
 
-def time_row(settings: DemoSettings, data: ByteData, label: str, memory: Memory, interval: int) -> TimeRow:
+def _time_row(settings: DemoSettings, data: ByteData, label: str, memory: Memory, interval: int) -> TimeRow:
     """Train as the demo does, and measure every so many steps."""
     model = settings.new_model()
     optimizer = optimizers(settings.lr)[label](model)
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     intervals = (20, 5) if options.quick else INTERVALS
     print(f"{'time of training':36s}{'every':>8s}{'forwards':>11s}{'share':>8s}{'of all':>8s}")
     for label, memory, interval in itertools.product(optimizers(1e-3), get_args(Memory), intervals):
-        in_time.append(time_row(settings, data, label, memory, interval))
+        in_time.append(_time_row(settings, data, label, memory, interval))
         last = in_time[-1]
         shares = f"{last.time_share:8.2%}{last.total_share:8.2%}"
         print(f"{label:20s}{memory:16s}{interval:8d}{last.forward_passes:11.2f}{shares}")

@@ -29,7 +29,12 @@ def _figure(path: Path, columns: int, height: float, **options: Any) -> Iterator
 
 
 def draw_uv(result: dict[str, Any], folder: Path) -> None:
-    """The behaviours of the UV model over steps, and late sharpness over the learning rate."""
+    """Draw the behaviours of the UV model over steps, and late sharpness over the learning rate.
+
+    Args:
+        result: Figures of the part.
+        folder: Folder of the picture.
+    """
     with _figure(folder / "sharpness-uv.png", 2, 3.4, width_ratios=(1, 1.4)) as (left, right):
         for (name, run), colour in zip(result["runs"].items(), COLOURS, strict=False):
             shares = np.array(run["sharpness"]) * run["lr"] / 2
@@ -47,7 +52,12 @@ def draw_uv(result: dict[str, Any], folder: Path) -> None:
 
 
 def draw_edge(result: dict[str, Any], folder: Path) -> None:
-    """Each optimizer's sharpness as a share of its threshold, by learning rate."""
+    """Draw each optimizer's sharpness as a share of its threshold, by learning rate.
+
+    Args:
+        result: Figures of the part.
+        folder: Folder of the picture.
+    """
     names = list(dict.fromkeys(run["optimizer"] for run in result["runs"]))
     with _figure(folder / "sharpness-edge.png", len(names), 3.2, sharey=True) as axes:
         for panel, name in zip(axes, names, strict=True):
@@ -63,7 +73,12 @@ def draw_edge(result: dict[str, Any], folder: Path) -> None:
 
 
 def draw_tracking(result: dict[str, Any], folder: Path) -> None:
-    """Critical, directional and Hessian sharpness along each run, as shares of their thresholds."""
+    """Draw critical, directional and Hessian sharpness along each run, as shares of their thresholds.
+
+    Args:
+        result: Figures of the part.
+        folder: Folder of the picture.
+    """
     with _figure(folder / "sharpness-tracking.png", len(result["runs"]), 3.2, sharey=True) as axes:
         for panel, (name, rows) in zip(axes, result["runs"].items(), strict=True):
             steps = [row["step"] for row in rows]
@@ -78,7 +93,12 @@ def draw_tracking(result: dict[str, Any], folder: Path) -> None:
 
 
 def draw_schedule(result: dict[str, Any], folder: Path) -> None:
-    """Critical sharpness and 2/lr over the steps of the schedule."""
+    """Draw critical sharpness and 2/lr over the steps of the schedule.
+
+    Args:
+        result: Figures of the part.
+        folder: Folder of the picture.
+    """
     with _figure(folder / "sharpness-schedule.png", len(result["runs"]), 3.2) as axes:
         for panel, (name, run) in zip(axes, result["runs"].items(), strict=True):
             steps = [row["step"] for row in run["rows"]]
@@ -90,7 +110,12 @@ def draw_schedule(result: dict[str, Any], folder: Path) -> None:
 
 
 def draw_regimes(result: dict[str, Any], folder: Path) -> None:
-    """One run's sharpness with its regimes as bands."""
+    """Draw one run's sharpness with its regimes as bands.
+
+    Args:
+        result: Figures of the part.
+        folder: Folder of the picture.
+    """
     with _figure(folder / "sharpness-regimes.png", 1, 3.2) as (panel,):
         rows = result["rows"]
         panel.plot([row["step"] for row in rows], [row["sharpness"] for row in rows], color="black", linewidth=1.1)
@@ -102,5 +127,5 @@ def draw_regimes(result: dict[str, Any], folder: Path) -> None:
 
 
 def _positive(values: Sequence[float | None]) -> list[float]:
-    """What a logarithmic axis can show; nothing else is drawn."""
+    """Replace values that a logarithmic axis cannot show with NaN, which is not drawn."""
     return [math.nan if value is None or value <= 0 else value for value in values]

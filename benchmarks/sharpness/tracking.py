@@ -42,8 +42,8 @@ def study(quick: bool) -> dict[str, Any]:
     """Both runs' rows and agreement, and the worst error on quadratics."""
     steps, every = (60, 5) if quick else (1600, 10)
     runs = {
-        "gradient descent": rows_of(lambda params: torch.optim.SGD(params, lr=0.4), False, steps, every),
-        "Adam": rows_of(lambda params: torch.optim.Adam(params, lr=1e-3, betas=(0.9, 0.99)), True, steps, every),
+        "gradient descent": _rows_of(lambda params: torch.optim.SGD(params, lr=0.4), False, steps, every),
+        "Adam": _rows_of(lambda params: torch.optim.Adam(params, lr=1e-3, betas=(0.9, 0.99)), True, steps, every),
     }
     found = {name: summary(rows) for name, rows in runs.items()}
     worst = max(quadratic_errors(1 if quick else 10))
@@ -52,7 +52,7 @@ def study(quick: bool) -> dict[str, Any]:
         "agreement": found,
         "table": [line for name, one in found.items() for line in _lines(name, one)],
         "worst_error_on_quadratics": worst,
-        "findings": {finding: held for name, one in found.items() for finding, held in findings(name, one).items()},
+        "findings": {finding: held for name, one in found.items() for finding, held in _findings(name, one).items()},
         "bars": {
             f"worst error of critical sharpness on quadratics {worst:.2%}, below {LARGEST_ERROR:.0%}":
             worst < LARGEST_ERROR
@@ -71,8 +71,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def findings(name: str, found: dict[str, dict[str, float]]) -> dict[str, bool]:
-    """Where critical sharpness tracks the others."""
+def _findings(name: str, found: dict[str, dict[str, float]]) -> dict[str, bool]:
+    """Return whether critical sharpness tracks the others."""
     whole = found["all"]
     held = {
         f"{name}: critical tracks directional sharpness (correlation {CLOSELY:g})":
@@ -103,10 +103,10 @@ def _lines(name: str, found: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def rows_of(
+def _rows_of(
     make: Callable[[list[nn.Parameter]], Optimizer], preconditioned: bool, steps: int, every: int
 ) -> list[dict[str, Any]]:
-    """All three every so many steps of a full-batch run, as shares of their thresholds."""
+    """Measure all three at every ``every``-th step of a full-batch run, as shares of their thresholds."""
     workload = FullBatch()
     model = workload.new_model(seed=0)
     closure = workload.closure(model)

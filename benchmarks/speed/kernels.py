@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, without a GPU: ``python -m benchmarks.kernels [--out FILE]``.
+"""Compile the Triton kernels ahead, without a GPU: ``python -m benchmarks.kernels [--out FILE]``.
 
 Every variant is compiled ahead for sm_80 and sm_90. Printed: registers a thread, bytes spilled to local memory, shared
 memory of a program, 128-bit loads and stores in its code, and the bytes it must move for each parameter. Exits with 1
@@ -82,13 +82,13 @@ class Variant:
 
     @property
     def is_shared(self) -> bool:
-        """Whether several warps of a program divide by the same second moment, which one of them stores."""
+        """Return whether several warps of a program divide by the same second moment, which one of them stores."""
         return self.kernel in (kernels.update_rows, kernels.update_columns)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a variant became."""
+    """Resources and checks of a compiled variant."""
 
     kernel: str
     precision: str
@@ -161,7 +161,7 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
             yield Variant(update, precision, name, constants, num_warps, *wide, moved + second + again)
 
 
-def compile_variant(variant: Variant, architecture: int) -> Compiled:
+def _compile_variant(variant: Variant, architecture: int) -> Compiled:
     """Compile for an architecture such as 90, and read what came out."""
     constants = dict(variant.constants)
     if "grad_scale and found_inf" not in variant.flags:
@@ -211,7 +211,7 @@ def _wide_accesses(instruction: str, ptx: str) -> int:
 
 
 def has_barrier_before_store(ptx: str) -> bool:
-    """Whether all warps wait for each other between the last load before the first store, and that store.
+    """Return whether all warps wait for each other between the last load before the first store, and that store.
 
     Args:
         ptx: Code of ``update_rows`` or ``update_columns``, whose first store is that of the second moment.
@@ -243,7 +243,7 @@ def main() -> None:
     made = []
     for variant in variants():
         for architecture in arguments.architecture:
-            found = compile_variant(variant, architecture)
+            found = _compile_variant(variant, architecture)
             made.append(found)
             moved = "" if found.bytes_per_parameter is None else f"{found.bytes_per_parameter:.2f}"
             print(

@@ -1,4 +1,4 @@
-"""Which launch settings are fastest on this GPU: ``python -m benchmarks.launch_settings --out DIR``.
+"""Find the fastest launch settings for this GPU: ``python -m benchmarks.launch_settings --out DIR``.
 
 For each kernel and width of tile in ``slimadam.kernels.triton.launch.SETTINGS``, steps a stack of matrices that the
 kernel takes with every candidate in turn, and prints the medians. The table in the code is edited by hand: kernels that
@@ -47,7 +47,12 @@ HYPER = Hyperparameters()
 
 
 def candidates(kind: Kind, columns: int) -> list[Settings]:
-    """Settings to try, the present ones first."""
+    """Return the settings to try, the present ones first.
+
+    Args:
+        kind: Kind of kernel.
+        columns: Width of its tile.
+    """
     lines = [count if kind == "columns" else max(1, count // columns) for count in ELEMENTS[kind]]
     tried = [Settings(each, columns, warps) for each in dict.fromkeys(lines) for warps in WARPS]
     present = SETTINGS[kind, columns]
@@ -57,7 +62,18 @@ def candidates(kind: Kind, columns: int) -> list[Settings]:
 def measure(
     kind: Kind, columns: int, dtype: torch.dtype, device: str, copies: int, rounds: int
 ) -> dict[str, float | str]:
-    """Median milliseconds of a step by settings, the present ones first; a text says why some cannot be launched."""
+    """Return median milliseconds of a step by settings, the present ones first.
+
+    A text says why some settings cannot be launched.
+
+    Args:
+        kind: Kind of kernel.
+        columns: Width of its tile.
+        dtype: Precision of parameters, gradients and first moments.
+        device: Device of the tensors.
+        copies: Matrices in one step; a single one is small.
+        rounds: Timed steps of each settings.
+    """
     shape, averaged = SHAPES[kind, columns]
     shape = shape if copies > 1 else (8, shape[1] if kind == "rows" else 256)  # the length of rows decides on the tile
     entries = [_entry(shape, averaged, dtype, device) for _ in range(copies)]

@@ -1,4 +1,4 @@
-"""Bytes of training per parameter, weights, gradients and state: ``python -m benchmarks.memory``.
+"""Compute bytes of training per parameter, weights, gradients and state: ``python -m benchmarks.memory``.
 
 Computed from shapes, and checked against what is really allocated: on a CPU by walking every tensor that model and
 optimizer hold, on CUDA by the allocator's peak too. "In backward": each parameter has its own optimizer, which steps as
@@ -60,7 +60,7 @@ class Row:
     cuda_peak: float | None = None
 
     def wrong(self) -> str | None:
-        """Where what is allocated is not what was computed."""
+        """Return a phrase where the allocated bytes are not those computed, or None."""
         for held, computed in ((self.held, self.computed_held), (self.peak, self.computed)):
             if held and computed and abs(held / computed - 1) > LARGEST_DIFFERENCE:
                 return f"{held:.4f} bytes per parameter are held, not {computed:.4f}"
@@ -70,7 +70,12 @@ class Row:
 
 
 def ways(recipe: str, peers: Sequence[str]) -> list[Contender]:
-    """AdamW, SlimAdam with each first moment, and others' optimizers."""
+    """Return AdamW, SlimAdam with each first moment, and others' optimizers.
+
+    Args:
+        recipe: A key of :data:`RECIPES`.
+        peers: Keys of ``PEERS``.
+    """
     rounding = {"bf16_stochastic_round": True} if recipe == "pure bfloat16" else {}
     momenta: dict[str, dict[str, Any]] = {
         "rules": {},
@@ -83,10 +88,10 @@ def ways(recipe: str, peers: Sequence[str]) -> list[Contender]:
     return [adamw, *found, *(PEERS[name] for name in peers)]
 
 
-def measure(
+def _measure(
     shapes: Shapes, recipe: str, contender: Contender, in_backward: bool, device: str, allocate: bool = True
 ) -> Row:
-    """The bytes of one way to train.
+    """Measure the bytes of one way to train.
 
     Raises:
         Exception: Whatever an optimizer raises that cannot run here.
@@ -113,7 +118,15 @@ def measure(
 def rows_of(
     model: str, device: str, peers: Sequence[str], left_out: dict[str, str], recipes: Sequence[str] = tuple(RECIPES)
 ) -> Iterator[Row]:
-    """Every way to train a model, what is left out noted; only computed where memory is too small."""
+    """Yield every way to train a model; what memory cannot hold is only computed.
+
+    Args:
+        model: Name of the model.
+        device: ``"cpu"`` or ``"cuda"``.
+        peers: Keys of ``PEERS``.
+        left_out: Gets the reason for each contender without a row.
+        recipes: Keys of :data:`RECIPES`.
+    """
     shapes = MODELS[model]()
     allocate = stopwatch.free_bytes(device) > 20 * elements(shapes)
     for recipe in recipes:
@@ -121,7 +134,7 @@ def rows_of(
             reason = contender.missing()
             try:
                 for in_backward in (False, True) if reason is None else ():
-                    yield measure(shapes, recipe, contender, in_backward, device, allocate)
+                    yield _measure(shapes, recipe, contender, in_backward, device, allocate)
             except Exception as error:  # what another project's optimizer raises here is why it has no row
                 if contender.settings is not None and not isinstance(error, NotImplementedError):
                     raise

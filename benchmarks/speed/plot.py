@@ -16,7 +16,13 @@ _OURS, _THEIRS = "#2166ac", "#9a9a9a"
 
 
 def draw(rows: dict[str, dict[str, Any]], title: str, path: Path) -> Path:
-    """Time of a step and state of each optimizer, fastest first; returns the picture's path."""
+    """Draw the time of a step and the state of each optimizer, fastest first.
+
+    Args:
+        rows: Figures by label.
+        title: Title of the picture.
+        path: File of the picture, which is also returned.
+    """
     order = sorted(rows, key=lambda label: -rows[label]["ratio"])
     panels = (
         ("ratio", "time of a step, relative to AdamW (fused)", ".2f"),

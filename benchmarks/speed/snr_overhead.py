@@ -1,4 +1,4 @@
-"""What ``plan="auto"`` spends on measuring: ``python -m benchmarks.snr_overhead``.
+"""Measure the time that ``plan="auto"`` spends on measuring: ``python -m benchmarks.snr_overhead``.
 
 Times whole training steps of two models and the measuring of all their second moments, in turn, so that a busy machine
 slows both. Bar: spread over the default schedule's steps, measuring costs at most 1% of a step. Before anything is
@@ -38,12 +38,12 @@ def worst_error() -> float:
     for shape, scale in itertools.product([(31, 17), (2000, 700), (24, 16, 3, 3)], [1e-40, 1e-8, 1e37]):
         v = torch.rand(shape, generator=generator).add(0.1).pow(4).mul(scale)
         for candidate, value in measure(v).items():
-            errors.append(abs(value / formula(v.numpy(), candidate) - 1))
+            errors.append(abs(value / _formula(v.numpy(), candidate) - 1))
     return max(errors)
 
 
-def formula(v: np.ndarray[Any, Any], candidate: Candidate) -> float:
-    """The ratio as defined in arXiv 2503.01843, for entries that vary, in float64."""
+def _formula(v: np.ndarray[Any, Any], candidate: Candidate) -> float:
+    """Return the ratio as defined in arXiv 2503.01843, for entries that vary, in float64."""
     v = v.astype(np.float64) / v.max()
     dims: tuple[int, ...] | None = None
     if candidate == FACTORED:
@@ -69,8 +69,8 @@ def gpt2_small() -> tuple[nn.Module, Callable[[], Tensor]]:
     return model, lambda: F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def seconds(rounds: int, model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, float]:
-    """Median seconds of a training step, and of measuring every second moment once."""
+def _seconds(rounds: int, model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, float]:
+    """Return the median seconds of a training step, and of measuring every second moment once."""
     optimizer = SlimAdam(model, lr=1e-4, plan=None)
     steps, measurements = [], []
     for turn in range(rounds + 2):
@@ -102,7 +102,7 @@ def main() -> None:
     figures = {}
     for label, make in models.items():
         torch.manual_seed(0)
-        step, measuring = seconds(arguments.rounds, *make())
+        step, measuring = _seconds(arguments.rounds, *make())
         overhead = measured * measuring / (schedule.calibration_steps * step)
         figures[label] = {"step_ms": 1e3 * step, "measuring_ms": 1e3 * measuring, "overhead": overhead}
         times = f"step {1e3 * step:8.1f} ms   measuring {1e3 * measuring:8.1f} ms"

@@ -62,11 +62,11 @@ def run(seed: int) -> dict[str, Any]:
         if seed == PICTURED_SEED:
             shutil.copy(Path(folder, "loss.png"), PICTURE)
     result: dict[str, Any] = json.loads(finished.stdout)
-    return {"seed": seed, "seconds": seconds, "bars": bars(result, seconds), "result": result}
+    return {"seed": seed, "seconds": seconds, "bars": _bars(result, seconds), "result": result}
 
 
-def bars(result: dict[str, Any], seconds: float) -> dict[str, bool]:
-    """Which promises one run kept. A role counts only if all of its layers chose what the paper recommends."""
+def _bars(result: dict[str, Any], seconds: float) -> dict[str, bool]:
+    """Return which promises one run kept; a role counts only if all of its layers chose what the paper recommends."""
     layers = {row["role"]: row for row in result["layers"]}
     return {
         f"held-out loss at most {LARGEST_GAP:.0%} above AdamW's": result["loss_gap"] <= LARGEST_GAP,
@@ -107,7 +107,7 @@ def print_run(measured: dict[str, Any]) -> None:
 
 
 def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is written: machine, versions, settings and date once, the figures for each seed, no curves."""
+    """Return what is written: machine, versions, settings and date once, the figures for each seed, no curves."""
     first = runs[0]["result"]
     return {
         **{key: first[key] for key in ("date", "machine", "versions", "settings", "data", "parameters")},

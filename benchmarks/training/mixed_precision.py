@@ -24,8 +24,8 @@ RUNS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 }
 
 
-def held_out_losses(settings: DemoSettings, data: ByteData) -> dict[str, float]:
-    """The held-out loss of each run, in nats per byte."""
+def _held_out_losses(settings: DemoSettings, data: ByteData) -> dict[str, float]:
+    """Return the held-out loss of each run, in nats per byte."""
     trainees = {}
     for label, (dtype, options) in RUNS.items():
         model = settings.new_model().to(dtype)
@@ -44,7 +44,7 @@ def main() -> None:
     runs = []
     for seed in arguments.seeds:
         settings = DemoSettings(seed=seed, steps=arguments.steps)
-        losses = held_out_losses(settings, load(None, settings.context))
+        losses = _held_out_losses(settings, load(None, settings.context))
         gaps = {label: loss / losses["float32"] - 1 for label, loss in losses.items()}
         runs.append({"seed": seed, "held_out_loss": losses, "gap": gaps})
         for label, loss in losses.items():

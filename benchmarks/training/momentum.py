@@ -39,7 +39,12 @@ Requantise = Callable[[Tensor, Tensor], Tensor]
 
 
 def stored(value: Tensor, grad: Tensor) -> Tensor:
-    """The code that SlimAdam uses."""
+    """Return a first moment that SlimAdam's code stored and read again.
+
+    Args:
+        value: First moment.
+        grad: Gradient of the step.
+    """
     codes = int8.new_codes(value)
     scales = int8.new_scales(codes)
     int8.encode(value, grad, codes, scales)
@@ -58,7 +63,12 @@ class Levels(NamedTuple):
     bounds: Tensor
 
     def requantise(self, value: Tensor, grad: Tensor) -> Tensor:
-        """See :data:`Requantise`."""
+        """Return a first moment that was stored and read again, see :data:`Requantise`.
+
+        Args:
+            value: First moment.
+            grad: Gradient of the step, unused.
+        """
         padded = torch.nn.functional.pad(value.flatten(), (0, -value.numel() % int8.BLOCK))
         blocks = padded.view(-1, int8.BLOCK)
         scale = blocks.abs().amax(1, keepdim=True)
@@ -94,8 +104,8 @@ CODES: dict[str, Requantise] = {
 }
 
 
-def compare_codes(settings: DemoSettings, data: ByteData, plan: CompressionPlan) -> dict[str, float]:
-    """Root-mean-square error of the update direction over a training, relative to the direction's, by code.
+def _compare_codes(settings: DemoSettings, data: ByteData, plan: CompressionPlan) -> dict[str, float]:
+    """Return the root-mean-square error of the update direction over a training, relative to the direction's, by code.
 
     The mean over ten steps at equal distances.
     """
@@ -132,8 +142,8 @@ def _inverse_denominator(optimizer: SlimAdam, plan: CompressionPlan, name: str, 
     return 1 / denominator
 
 
-def train_each(settings: DemoSettings, data: ByteData, plan: CompressionPlan) -> dict[str, dict[str, float]]:
-    """Held-out loss (nats per byte) and bytes of state per parameter of each run."""
+def _train_each(settings: DemoSettings, data: ByteData, plan: CompressionPlan) -> dict[str, dict[str, float]]:
+    """Return the held-out loss (nats per byte) and the bytes of state per parameter of each run."""
     trainees = {}
     for label, dtype in DTYPES.items():
         model = settings.new_model()
@@ -164,18 +174,18 @@ def main() -> int:
         data = load(None, settings.context)
         plan = CompressionPlan.from_snr(calibrate(settings, data, lambda phase, step, loss: None), forms="best")
         if not codes:
-            codes = compare_codes(settings, data, plan)
+            codes = _compare_codes(settings, data, plan)
             for code, error in codes.items():
                 print(f"{code:20s} error of the update direction {error:.2%}", flush=True)
         runs.append({"seed": seed, "second_moments_saved": plan.second_moments_saved}
-                    | {"runs": train_each(settings, data, plan)})  # fmt: skip
+                    | {"runs": _train_each(settings, data, plan)})  # fmt: skip
         for label, found in runs[-1]["runs"].items():
             print(
                 f"seed {seed}  {label:10s} {found['held_out_loss']:.4f}  {found['bytes_per_parameter']:.4f} B",
                 flush=True,
             )
-    gaps = {label: mean_gap(runs, label) for label in DTYPES}
-    held = bars(runs, gaps)
+    gaps = {label: _mean_gap(runs, label) for label in DTYPES}
+    held = _bars(runs, gaps)
     for bar, passed in held.items():
         print(f"{'pass' if passed else 'FAIL'}  {bar}")
     figures: dict[str, Any] = {"steps": arguments.steps, "codes": codes, "runs": runs, "gaps": gaps, "bars": held}
@@ -183,14 +193,14 @@ def main() -> int:
     return 0 if all(held.values()) else 1
 
 
-def mean_gap(runs: list[dict[str, Any]], label: str) -> float:
-    """How much higher the mean held-out loss is than None's, as a share."""
+def _mean_gap(runs: list[dict[str, Any]], label: str) -> float:
+    """Return by which share the mean held-out loss is higher than None's."""
     mean, native = (statistics.fmean(run["runs"][one]["held_out_loss"] for run in runs) for one in (label, "None"))
     return mean / native - 1
 
 
-def bars(runs: list[dict[str, Any]], gaps: dict[str, float]) -> dict[str, bool]:
-    """Which promises were kept."""
+def _bars(runs: list[dict[str, Any]], gaps: dict[str, float]) -> dict[str, bool]:
+    """Return which promises were kept."""
     held = {}
     size = {label: max(run["runs"][label]["bytes_per_parameter"] for run in runs) for label in DTYPES}
     for label, below in BYTES_BELOW.items():

@@ -49,7 +49,7 @@ class Warnings(logging.Handler):
 
 @dataclass
 class Run:
-    """What one training run showed.
+    """Figures of one training run.
 
     Attributes:
         losses: Loss of each step's batch, in nats per byte.
@@ -96,8 +96,8 @@ class WholeMoments:
         return {name: snr(moment, self.plan[name].dims or "factored") for name, moment in self.moments.items()}
 
 
-def other_bytes(data: ByteData, kind: str, seed: int) -> ByteData:
-    """Data of the same length and another kind."""
+def _other_bytes(data: ByteData, kind: str, seed: int) -> ByteData:
+    """Return data of the same length and another kind."""
     generator = torch.Generator().manual_seed(seed)
     count = len(data.train)
     noise = torch.randint(256, (count,), generator=generator, dtype=torch.uint8)
@@ -110,8 +110,8 @@ def other_bytes(data: ByteData, kind: str, seed: int) -> ByteData:
 
 
 @torch.no_grad()
-def monitored(run: Run, monitor: Monitor, named: dict[str, Tensor], optimizer: SlimAdam, beta2: float) -> None:
-    """What the optimizer does at the end of a step, timed."""
+def _monitored(run: Run, monitor: Monitor, named: dict[str, Tensor], optimizer: SlimAdam, beta2: float) -> None:
+    """Run and time the optimizer's work at the end of a step."""
     start = time.perf_counter()
     monitor.update(((name, param.grad) for name, param in named.items()), beta2)
     monitor.watch(
@@ -120,7 +120,7 @@ def monitored(run: Run, monitor: Monitor, named: dict[str, Tensor], optimizer: S
     run.monitor_seconds.append(time.perf_counter() - start)
 
 
-def train(settings: DemoSettings, plan: CompressionPlan, halves: tuple[ByteData, ByteData]) -> tuple[Run, Monitor]:
+def _train(settings: DemoSettings, plan: CompressionPlan, halves: tuple[ByteData, ByteData]) -> tuple[Run, Monitor]:
     """Train on one kind of bytes, then on the other."""
     model, beta2 = settings.new_model(), settings.betas[1]
     optimizer = SlimAdam(model, plan=plan, lr=settings.lr, betas=settings.betas, monitor=False)
@@ -138,7 +138,7 @@ def train(settings: DemoSettings, plan: CompressionPlan, halves: tuple[ByteData,
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             run.step_seconds.append(time.perf_counter() - start)
-            monitored(run, monitor, named, optimizer, beta2)
+            _monitored(run, monitor, named, optimizer, beta2)
             run.losses.append(loss.item())
             whole.update()
             if monitor.steps % monitor.interval == 0:
@@ -150,8 +150,8 @@ def train(settings: DemoSettings, plan: CompressionPlan, halves: tuple[ByteData,
     return run, monitor
 
 
-def figures(run: Run, monitor: Monitor, plan: CompressionPlan) -> dict[str, Any]:
-    """What is written of a run."""
+def _figures(run: Run, monitor: Monitor, plan: CompressionPlan) -> dict[str, Any]:
+    """Return the figures of a run that are written."""
     fallen = [name for name, check in monitor.check().items() if "no longer holds" in check.reason]
     shapes = {name: rule.shape or () for name, rule in plan.items()}
     saved = sum(math.prod(shape) - plan[name].stored_elements(shape) for name, shape in shapes.items())
@@ -174,8 +174,8 @@ def figures(run: Run, monitor: Monitor, plan: CompressionPlan) -> dict[str, Any]
     }
 
 
-def bars(stationary: dict[str, Any], changed: dict[str, Any]) -> dict[str, bool]:
-    """Which promises the two runs of a seed kept."""
+def _bars(stationary: dict[str, Any], changed: dict[str, Any]) -> dict[str, bool]:
+    """Return which promises the two runs of a seed kept."""
     both = (stationary, changed)
     return {
         "memory at most 1% of what was saved": all(run["memory_share"] <= LARGEST_MEMORY_SHARE for run in both),
@@ -202,20 +202,20 @@ def main() -> None:
         history = calibrate(settings, data, lambda phase, step, loss: None)
         plan = CompressionPlan.from_snr(history, forms=arguments.forms)
         stationary, altered = (
-            figures(*train(settings, plan, (data, second)), plan)
-            for second in (data, other_bytes(data, arguments.change, seed))
+            _figures(*_train(settings, plan, (data, second)), plan)
+            for second in (data, _other_bytes(data, arguments.change, seed))
         )
-        kept = bars(stationary, altered)
+        kept = _bars(stationary, altered)
         results.append({"seed": seed, "bars": kept, "stationary": stationary, "changed": altered})
-        print_seed(seed, stationary, altered, kept)
+        _print_seed(seed, stationary, altered, kept)
     settings_used = {name: getattr(arguments, name) for name in ("steps", "change", "forms")}
     print("written:", machine.write("monitoring", {"settings": settings_used, "runs": results}))
     if not all(all(result["bars"].values()) for result in results):
         raise SystemExit(1)
 
 
-def print_seed(seed: int, stationary: dict[str, Any], changed: dict[str, Any], kept: dict[str, bool]) -> None:
-    """One seed's figures, then its bars."""
+def _print_seed(seed: int, stationary: dict[str, Any], changed: dict[str, Any], kept: dict[str, bool]) -> None:
+    """Print one seed's figures, then its bars."""
     for label, run in (("stationary", stationary), ("changed", changed)):
         print(
             f"seed {seed} {label:10s} memory {run['memory_share']:.2%} of saved, time {run['time_share']:.2%} of "

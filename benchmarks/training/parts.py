@@ -64,8 +64,8 @@ def fused_gpt(settings: DemoSettings) -> nn.Module:
     return model
 
 
-def calibrated(job: Bytes, lr: float, steps: int, seed: int) -> dict[str, SNRHistory]:
-    """The measurements for each reading, of one run at a tenth of the learning rate."""
+def _calibrated(job: Bytes, lr: float, steps: int, seed: int) -> dict[str, SNRHistory]:
+    """Return the measurements for each reading, of one run at a tenth of the learning rate."""
     recorders = {}
 
     def make(model: nn.Module) -> Optimizer:
@@ -78,8 +78,8 @@ def calibrated(job: Bytes, lr: float, steps: int, seed: int) -> dict[str, SNRHis
     return {label: recorder.history for label, recorder in recorders.items()}
 
 
-def compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
-    """SNR, second moments kept and held-out loss of each reading and choice of forms."""
+def _compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
+    """Return SNR, second moments kept and held-out loss of each reading and choice of forms."""
     job = Bytes(fused_gpt)
 
     def loss(make: Callable[[nn.Module], Optimizer]) -> float:
@@ -91,7 +91,7 @@ def compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
     adamw = loss(lambda model: torch.optim.AdamW(model.parameters(), lr=lr, betas=job.betas))
     plans = {
         f"{label}, {forms}": CompressionPlan.from_snr(history, forms=forms)
-        for label, history in calibrated(job, lr, steps, seed).items()
+        for label, history in _calibrated(job, lr, steps, seed).items()
         for forms in FORMS
     }
     losses = {label: loss(slim(plan)) for label, plan in plans.items()}
@@ -127,7 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = []
     for seed in arguments.seeds:
-        run = compare(arguments.lr, arguments.steps, seed)
+        run = _compare(arguments.lr, arguments.steps, seed)
         runs.append(run)
         for label, reading in run["readings"].items():
             print(f"seed {seed}  {label:22s} {reading['gap']:+.2%}  {reading['saved']:.1%} saved", flush=True)

@@ -14,7 +14,12 @@ _STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocat
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:
-    """Final loss by method and target rate for each model, a mark where not every seed trains; returns the path."""
+    """Draw the final loss by method and target rate for each model, a mark where not every seed trains.
+
+    Args:
+        result: Figures of the benchmark.
+        path: File of the picture, which is also returned.
+    """
     models = result["models"]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.9 * len(models), 4.4), layout="constrained", facecolor="white")

@@ -1,4 +1,4 @@
-"""What warmup from the critical learning rate saves, and what GI-Adam does: ``python -m benchmarks.warmup``.
+"""Compare warmup from the critical learning rate with plain warmup, and check GI-Adam: ``python -m benchmarks.warmup``.
 
 ``exactness``: GI-Adam's first five steps in every implementation and form beside the formula. ``training``: the range
 of target rates that train with each warmup, the steps saved, the sharpness at initialisation. Without either, both.
@@ -42,7 +42,7 @@ def exactness(forms: Sequence[str]) -> dict[str, Any]:
 
 
 def exactness_bars(result: dict[str, Any]) -> dict[str, bool]:
-    """What must hold."""
+    """Return whether each bar of the exactness is met."""
     update = result["first_update_over_adams"] / result["sqrt_of_1_minus_beta2"]
     return {
         f"GI-Adam's first five steps are within {gradient_initialised.LARGEST_ERROR:g} of the formula, in "
@@ -60,15 +60,15 @@ def training(study: Study) -> dict[str, Any]:
         print(f"training the {name}: {len(study.methods) * len(study.rates) * len(study.seeds)} runs", flush=True)
         runs = Runs(study, name).run()
         found[name] = {
-            **summary(runs, guessing_loss(WORKLOADS[name], study.seeds[0])),
+            **_summary(runs, guessing_loss(WORKLOADS[name], study.seeds[0])),
             "at_initialisation": [sharpness.initial(WORKLOADS[name], seed) for seed in study.seeds],
             "seconds": time.monotonic() - began,
         }
     return {"steps": study.steps, "betas": BETAS, "rates": study.rates, "seeds": study.seeds, "models": found}
 
 
-def summary(runs: Runs, guessing: float) -> dict[str, Any]:
-    """The phase diagram, what trains, and what catapult warmup saves, of one model."""
+def _summary(runs: Runs, guessing: float) -> dict[str, Any]:
+    """Return the phase diagram, what trains, and what catapult warmup saves, of one model."""
     study = runs.study
     table = {
         method.label: [runs.losses(method, rate) for rate in study.rates] for method in study.methods
@@ -117,7 +117,7 @@ def _against_linear(runs: Runs, catapult: Method, learnt: float, limit: float) -
 
 
 def training_bars(result: dict[str, Any]) -> dict[str, bool]:
-    """What must hold."""
+    """Return whether each bar of the training is met."""
     bars = {}
     for name, found in result["models"].items():
         for row in found["catapult"]:

@@ -76,11 +76,21 @@ class Bytes:
         return self._build(self._settings)
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """As the demo: random windows of the training text."""
+        """Yield random windows of the training text, as the demo does.
+
+        Args:
+            steps: Number of batches.
+            seed: Seed of the windows' places.
+        """
         return self._data.batches(steps, self._settings.batch_size, self._settings.context, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the next byte in nats."""
+        """Return the mean cross-entropy of the next byte in nats.
+
+        Args:
+            model: Language model.
+            batch: Inputs and targets.
+        """
         return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     def held_out(self) -> Iterator[Batch]:

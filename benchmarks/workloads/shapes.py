@@ -13,7 +13,14 @@ def gpt2_small() -> Shapes:
 
 
 def gpt2(width: int, layers: int, vocabulary: int, context: int) -> Shapes:
-    """A model laid out as :func:`gpt2_small`, of any size."""
+    """Return shapes laid out as :func:`gpt2_small`, of any size.
+
+    Args:
+        width: Width of the residual stream.
+        layers: Number of blocks.
+        vocabulary: Number of tokens.
+        context: Number of positions.
+    """
     shapes: Shapes = {"wte.weight": (vocabulary, width), "wpe.weight": (context, width)}
     for layer in range(layers):
         block = f"h.{layer}."

@@ -28,6 +28,11 @@ def register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter below ``root`` under a qualified name.
 
     Four-dimensional weights go into convolutions, so that layer roles know which dimensions are inputs.
+
+    Args:
+        root: Module that gets the parameter.
+        name: Qualified name.
+        parameter: The parameter.
     """
     *path, leaf = name.split(".")
     module = root

@@ -30,7 +30,15 @@ class UVModel(nn.Module):
 
     @classmethod
     def random(cls, width: int, inputs: int, target: float, seed: int, dtype: torch.dtype) -> UVModel:
-        """Standard normal parameters, and a random example of length one."""
+        """Return a model of standard normal parameters, and a random example of length one.
+
+        Args:
+            width: Number of hidden units.
+            inputs: Number of inputs.
+            target: Target of the example.
+            seed: Seed of the random numbers.
+            dtype: Precision.
+        """
         generator = torch.Generator().manual_seed(seed)
         weight, readout, example = (
             torch.randn(shape, generator=generator, dtype=dtype) for shape in ((width, inputs), (width,), (inputs,))

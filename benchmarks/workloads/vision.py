@@ -68,7 +68,12 @@ class Digits:
         return self._build()
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """Random images with their labels."""
+        """Yield random images with their labels.
+
+        Args:
+            steps: Number of batches.
+            seed: Seed of the choice.
+        """
         images, labels = self._data[0]
         generator = torch.Generator().manual_seed(seed)
         for _ in range(steps):
@@ -76,7 +81,12 @@ class Digits:
             yield images[chosen], labels[chosen]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the class in nats."""
+        """Return the mean cross-entropy of the class in nats.
+
+        Args:
+            model: The classifier.
+            batch: Images and labels.
+        """
         return F.cross_entropy(model(batch[0]).logits, batch[1])
 
     def held_out(self) -> Iterator[Batch]:

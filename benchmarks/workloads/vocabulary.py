@@ -59,11 +59,21 @@ class Words:
         return model
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """As the demo: random windows of the training text."""
+        """Yield random windows of the training text, as the demo does.
+
+        Args:
+            steps: Number of batches.
+            seed: Seed of the windows' places.
+        """
         return self.data.batches(steps, self._settings.batch_size, self._settings.context, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the next word in nats."""
+        """Return the mean cross-entropy of the next word in nats.
+
+        Args:
+            model: Language model.
+            batch: Inputs and targets.
+        """
         return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     def held_out(self) -> Iterator[Batch]:
