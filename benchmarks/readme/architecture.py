@@ -112,8 +112,9 @@ def draw(path: Path = PICTURE) -> None:
             (x, subject), y = PACKAGES[package], height[package]
             _draw_package(axes, LABELS.get(package, package), subject, x, y)
             for other in found:
-                ends = {"xy": (PACKAGES[other][0], height[other] + HEIGHT / 2), "xytext": (x, y - HEIGHT / 2)}
-                axes.annotate("", **ends, arrowprops={"arrowstyle": "-|>", "color": REFERENCE_COLOUR})
+                end = (PACKAGES[other][0], height[other] + HEIGHT / 2)
+                arrow = {"arrowstyle": "-|>", "color": REFERENCE_COLOUR}
+                axes.annotate("", xy=end, xytext=(x, y - HEIGHT / 2), arrowprops=arrow)
         axes.set_xlim(-0.5, 3.5)
         axes.set_ylim(-0.5, max(height.values()) + 0.5)
         figure.savefig(path, dpi=100, metadata={"Description": description(), "Software": None})

@@ -6,22 +6,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-
-def origin(machine: dict[str, Any]) -> str:
-    """Return in one line where and when a result was measured."""
-    versions = f"Python {machine['python']}, torch {machine['versions']['torch']}"
-    return f"({machine['processor']}, {machine['cores']} cores, {versions}, {machine['date']})"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table.
-
-    Args:
-        header: Titles of the columns.
-        rows: Cells of each row.
-    """
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+from benchmarks.readme.markdown import origin, table
 
 
 def parts(result: dict[str, Any]) -> str:

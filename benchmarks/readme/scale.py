@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.readme.calibration import origin, table
+from benchmarks.readme.markdown import origin, table
 
 ADAMW = "AdamW"
 CARD = 80

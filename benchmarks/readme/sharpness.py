@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.readme.calibration import origin, table
+from benchmarks.readme.markdown import origin, table
 
 PARTS = ("uv", "edge", "tracking", "schedule", "regimes")
 
