@@ -99,17 +99,17 @@ def _finished(find: Callable[[Setting], Measurements], setting: Setting) -> list
 
 
 def matrices(histories: Histories) -> list[ParameterSNR]:
-    """Everything measured that has at least two dimensions."""
+    """Return every measured parameter that has at least two dimensions."""
     return [parameter for history in histories for parameter in history.values() if len(parameter.shape) > 1]
 
 
 def best_average(parameter: ParameterSNR) -> float:
-    """The highest SNR among the plain averages, the paper's candidates."""
+    """Return the highest SNR among the plain averages, the paper's candidates."""
     return max(value for candidate, value in parameter.average().items() if candidate != FACTORED)
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """``exp`` of the mean logarithm."""
+    """Return ``exp`` of the mean logarithm."""
     return math.exp(fmean(map(math.log, values)))
 
 
@@ -142,7 +142,7 @@ def _roles(small: Histories, full: Histories) -> dict[str, Any]:
 
 
 def _over_training(histories: Histories, role: str, label: str) -> list[tuple[int, float]]:
-    """Median over layers and runs at each measured step."""
+    """Return median over layers and runs at each measured step."""
     values: dict[int, list[float]] = defaultdict(list)
     for parameter in matrices(histories):
         if parameter.role == role:
@@ -152,7 +152,7 @@ def _over_training(histories: Histories, role: str, label: str) -> list[tuple[in
 
 
 def learning_rate(sweeps: Mapping[str, Mapping[float, Histories]]) -> dict[str, Any]:
-    """How the SNR changes with the learning rate, matrix by matrix, for each decay of the second moments."""
+    """Return how the SNR changes with the learning rate, matrix by matrix, for each decay of the second moments."""
     rows = {}
     for label, by_rate in sweeps.items():
         rates = sorted(lr for lr in by_rate if by_rate[lr])
@@ -183,7 +183,7 @@ def _falls(row: Mapping[str, Any]) -> bool:
 
 
 def vocabulary(histories: Mapping[int, SNRHistory]) -> dict[str, Any]:
-    """SNR of embedding and head for growing heavy-tailed vocabularies."""
+    """Return SNR of embedding and head for growing heavy-tailed vocabularies."""
     snr = {
         role: {
             label: {str(size): parameter.average()[candidate] for size, history in histories.items()
@@ -219,7 +219,7 @@ def _initialisation(gpt2: Histories, torch: Histories) -> dict[str, Any]:
 
 
 def vision(histories: Mapping[str, SNRHistory]) -> dict[str, Any]:
-    """How far the second moments of vision models can be averaged."""
+    """Return how far the second moments of vision models can be averaged."""
     models: dict[str, dict[str, Any]] = {
         name: {"saved_at_cutoff_1": _saved([history]), "saved_at_cutoff_2": _saved([history], 2.0),
                "snr_by_role": _by_role(history)}
@@ -233,7 +233,7 @@ def vision(histories: Mapping[str, SNRHistory]) -> dict[str, Any]:
 
 
 def _by_role(history: SNRHistory) -> dict[str, dict[str, float]]:
-    """SNR along each single dimension or group of them, averaged over the layers of a role."""
+    """Return SNR along each single dimension or group of them, averaged over the layers of a role."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for parameter in matrices([history]):
         for candidate, value in parameter.average().items():

@@ -88,7 +88,7 @@ def _plans_of(runs: Runs, setting: Setting) -> dict[str, CompressionPlan]:
 
 
 def worse_dimension(history: SNRHistory) -> CompressionPlan:
-    """Every matrix averaged over the single dimension with the lowest SNR."""
+    """Return a plan that averages every matrix over the single dimension with the lowest SNR."""
     rules = {}
     for name, measured in history.items():
         snr = measured.average()
@@ -159,7 +159,7 @@ def _loss_by_learning_rate(runs: Runs, grid: Grid, name: str) -> dict[str, float
 
 
 def fits(points: list[Point]) -> dict[str, Any]:
-    """Lines over each predictor, against what saying "no gap" would miss."""
+    """Fit lines over each predictor, and compare them with the guess "no gap"."""
     gaps = [point.gap for point in points]
     workloads = sorted({point.workload for point in points})
     by_workload = {name: root_mean_square(point.gap for point in points if point.workload == name)
@@ -178,7 +178,7 @@ def _fit_as_data(line: Fit) -> dict[str, Any]:
 
 
 def summary(points: list[Point]) -> list[dict[str, Any]]:
-    """Mean gap over the seeds of each plan, and how sure it is."""
+    """Return the mean gap over the seeds of each plan, and its standard error."""
 
     def key(point: Point) -> tuple[str, float, int, str]:
         return point.workload, point.lr, point.steps, point.plan

@@ -22,7 +22,7 @@ _MARKERS = ("o", "s", "^", "D")
 
 @contextmanager
 def _figure(path: Path, rows: int, columns: int, height: float, **options: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """Axes ``[rows, columns]`` of a picture as wide as the README."""
+    """Yield axes ``[rows, columns]`` of a picture as wide as the README."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, height), layout="constrained", facecolor="white")
         yield figure.subplots(rows, columns, squeeze=False, **options)
@@ -122,7 +122,7 @@ def _draw_automatic(axes: Axes, runs: list[dict[str, Any]]) -> None:
 
 
 def _grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Rows by the values of the named columns, in order."""
+    """Return rows by the values of the named columns, in order."""
     keys = sorted({tuple(row[name] for name in names) for row in rows})
     return {key: [row for row in rows if tuple(row[name] for name in names) == key] for key in keys}
 

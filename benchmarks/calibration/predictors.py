@@ -71,12 +71,12 @@ class Fit:
 
 
 def root_mean_square(values: Iterable[float]) -> float:
-    """The root of the mean square."""
+    """Return the root of the mean square."""
     return math.sqrt(fmean(value**2 for value in values))
 
 
 def chosen_candidate(rule: Rule) -> Candidate | None:
-    """How a rule compresses; None if it does not."""
+    """Return how a rule compresses; None if it does not."""
     if rule.form == "full":
         return None
     return FACTORED if rule.form == FACTORED else rule.dims

@@ -41,7 +41,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 
 @cache
 def workload(name: str) -> Workload:
-    """The workload of that name, its data read once."""
+    """Return the workload of that name, its data read once."""
     return WORKLOADS[name]()
 
 
@@ -94,14 +94,14 @@ class Grid:
     compared_steps: tuple[int, ...]
 
     def short_settings(self) -> Iterator[Setting]:
-        """Every workload, learning rate and seed."""
+        """Yield every workload, learning rate and seed."""
         for seed in self.seeds:
             for name, rates in self.learning_rates.items():
                 for lr in rates:
                     yield Setting(name, lr, self.steps, seed)
 
     def long_settings(self) -> Iterator[Setting]:
-        """The longer runs."""
+        """Yield the settings of the longer runs."""
         for setting in self.short_settings():
             if setting.workload in self.long_workloads and setting.lr in self.learning_rates[setting.workload][:2]:
                 yield replace(setting, steps=self.long_steps)
@@ -182,15 +182,15 @@ class Runs:
         self._done: dict[str, dict[str, Any]] = {line["run"]: line for line in map(json.loads, lines)}
 
     def adamw(self, setting: Setting) -> Outcome:
-        """AdamW, measured on the way."""
+        """Return the outcome of AdamW, measured on the way."""
         return self._measured(setting, "AdamW", training_rate(setting.lr, setting.steps))
 
     def perturbed(self, setting: Setting) -> Outcome:
-        """AdamW from an initialisation that differs in the sixth digit: how far runs drift apart by themselves."""
+        """Return the outcome of AdamW from an initialisation that differs in the sixth digit."""
         return self._outcome(setting, "AdamW, perturbed", _adamw(setting), perturbation=1e-6)
 
     def other_batches(self, setting: Setting) -> Outcome:
-        """AdamW from the same initialisation on other batches."""
+        """Return the outcome of AdamW from the same initialisation on other batches."""
         return self._outcome(setting, "AdamW, other batches", _adamw(setting), batch_seed=setting.seed + 1000)
 
     def compressed(self, setting: Setting, plan: CompressionPlan) -> Outcome:

@@ -69,7 +69,7 @@ class Measurements:
 
     @classmethod
     def load(cls, path: Path) -> Measurements:
-        """The inverse of :meth:`save`."""
+        """Read what :meth:`save` wrote."""
         data = json.loads(path.read_text(encoding="utf-8"))
         history = SNRHistory()
         for parameter in data["parameters"]:

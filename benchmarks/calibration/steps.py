@@ -94,7 +94,7 @@ def _automatic_run(runs: Runs, setting: Setting, steps: int) -> dict[str, Any]:
 
 
 def mean_over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each combination of what is varied, with the means of what is measured."""
+    """Return one row for each combination of what is varied, with the means of what is measured."""
     varied = [name for name in ("workload", "lr", "forms", "calibration_steps") if name in rows[0]]
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -52,7 +52,7 @@ MOMENTA: tuple[torch.dtype | str, ...] = (torch.float32, torch.bfloat16, "int8")
 
 
 def missing() -> dict[str, str]:
-    """Implementations that cannot run here, and why."""
+    """Return the implementations that cannot run here, and the reasons."""
     found = {}
     if importlib.util.find_spec("triton") is None:
         found["triton"] = "Triton is not installed"
@@ -64,7 +64,7 @@ def missing() -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(implementation: str) -> Iterator[None]:
-    """Within the block SlimAdam takes Triton on a CPU too, in Triton's interpreter, if that is the implementation."""
+    """Let SlimAdam take Triton on a CPU too, in Triton's interpreter, if that is the implementation."""
     on_triton = mock.patch.object(dispatch, "runs_triton", return_value=True)
     with on_triton if implementation == "triton" else contextlib.nullcontext():
         yield
@@ -114,7 +114,7 @@ def rounded_moments(implementation: str, forms: Iterable[str]) -> float:
 
 
 def first_update_of_adams() -> float:
-    """The size of the first update over that of Adam; the formula says ``sqrt(1 - beta2)``."""
+    """Return the size of the first update over that of Adam; the formula says ``sqrt(1 - beta2)``."""
     updates = []
     for variance_init in ("zeros", "gradient"):
         param = torch.zeros(_MATRIX, dtype=torch.float64, requires_grad=True)

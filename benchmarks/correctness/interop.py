@@ -44,7 +44,7 @@ BAR = 1e-6
 
 
 def llama() -> nn.Module:
-    """A Llama of 2 layers and width 16, the same at each call."""
+    """Return a Llama of 2 layers and width 16, the same at each call."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes))
@@ -52,7 +52,7 @@ def llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """A GPT-2 of 2 layers and width 16, without dropout: transposed Conv1D weights, fused QKV, tied embeddings."""
+    """Return a GPT-2 of 2 layers, width 16, without dropout: transposed Conv1D weights, fused QKV, tied embeddings."""
     torch.manual_seed(0)
     sizes = {"n_positions": LENGTH, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -78,7 +78,7 @@ class Tokens(Dataset[Batch]):
 
 
 def batches() -> DataLoader[Batch]:
-    """All sequences in order."""
+    """Yield all sequences in order."""
     return DataLoader(Tokens(), batch_size=BATCH_SIZE)
 
 
@@ -143,7 +143,7 @@ def by_hand(model: nn.Module, plan: PlanArgument, *, bf16: bool = False, accumul
 
 
 def trainer_arguments(folder: str, **options: Any) -> TrainingArguments:
-    """Arguments of a silent Trainer on the CPU with this module's hyperparameters."""
+    """Return arguments of a silent Trainer on the CPU with this module's hyperparameters."""
     defaults: dict[str, Any] = {
         "output_dir": folder,
         "use_cpu": True,
@@ -248,12 +248,12 @@ class TokenModule(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> SlimAdam:
-        """Names without the prefix of this module, as in a plan made for the inner model."""
+        """Return an optimizer of names without this module's prefix, as in a plan made for the inner model."""
         return new_optimizer(self.model, self._plan)
 
 
 def lightning_trainer(**options: Any) -> lightning.Trainer:
-    """A silent Lightning Trainer on the CPU."""
+    """Return a silent Lightning Trainer on the CPU."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -291,7 +291,7 @@ def _distributed_data_parallel(model: nn.Module, plan: PlanArgument) -> Run:
 
 @contextlib.contextmanager
 def accelerate_settings_restored() -> Iterator[None]:
-    """Accelerate, and the Trainer through it, keep precision and compilation in globals and in the environment."""
+    """Restore precision and compilation, which Accelerate and the Trainer keep in globals and the environment."""
     before = dict(os.environ)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
@@ -307,7 +307,7 @@ _ended_group: deque[Any] = deque(maxlen=1)
 
 @contextlib.contextmanager
 def one_process_group() -> Iterator[None]:
-    """A gloo group of this process alone.
+    """Enter a gloo group of this process alone.
 
     It outlives what it ran, until the next group begins: where DistributedDataParallel's reducer holds a group last, it
     ends it with the interpreter's lock in hand, and waits for ever for a gloo thread that wants the lock.
@@ -351,7 +351,7 @@ class Outcome:
 
 
 def second_moments(run: Run) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of the second moments in the state, by the model's own parameter names."""
+    """Return shapes of the second moments in the state, by the model's own parameter names."""
     states = {name: run.optimizer.state[param] for name, param in run.model.named_parameters()}
     return {
         name: [tuple(value.shape) for key, value in state.items() if key.startswith("exp_avg_sq")]

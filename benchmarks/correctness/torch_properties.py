@@ -36,7 +36,7 @@ def outcome(name: str, variant: str) -> tuple[str, str]:
 
 
 def share(outcomes: dict[str, str]) -> dict[str, Any]:
-    """How many of the properties that apply to a variant hold."""
+    """Return how many of the properties that apply to a variant hold."""
     applicable = [name for name, result in outcomes.items() if result != CANNOT]
     passed = [name for name in applicable if outcomes[name] == PASSES]
     return {"passed": len(passed), "applicable": len(applicable), "share": len(passed) / len(applicable)}

@@ -34,7 +34,7 @@ PRELOADED = ("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed
 
 
 def build(mesh: Any) -> tuple[nn.Module, SlimAdam]:
-    """A tiny model and its optimizer, both the same in every process."""
+    """Return a tiny model and its optimizer, both the same in every process."""
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def _train(model: nn.Module, optimizer: SlimAdam, steps: range) -> None:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The folders of finished checkpoints, oldest first: ``.metadata`` is put in place last, by a rename."""
+    """Return the folders of finished checkpoints, oldest first: ``.metadata`` is put in place last, by a rename."""
     return sorted(path.parent for path in folder.glob("step-*/.metadata"))
 
 
@@ -94,7 +94,7 @@ def _rank_main(rank: int, folder: Path, in_background: bool, pipe: Connection) -
 
 
 def whole(state: Any) -> dict[str, torch.Tensor]:
-    """Every tensor of a nested dict, by its path, gathered."""
+    """Return every tensor of a nested dict, by its path, gathered."""
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
     flat, _ = flatten_state_dict(state)
@@ -106,7 +106,7 @@ def whole(state: Any) -> dict[str, torch.Tensor]:
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint as one process loads it."""
+    """Return a checkpoint as one process loads it."""
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 

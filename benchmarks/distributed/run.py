@@ -70,7 +70,7 @@ def _rank(rank: int, ranks: int, backends: Sequence[str], folder: str) -> None:
 
 
 def _compared(backend: str, sharded: int) -> dict[str, Any]:
-    """The same training whole and in shards of one dimension."""
+    """Train once in full and once in shards of one dimension, and compare."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode

@@ -140,7 +140,7 @@ def cost(optimizer: SlimAdam) -> Cost:
 
 
 def _held(optimizer: SlimAdam) -> Iterator[tuple[Tensor, LocalRule, Sequence[Dims]]]:
-    """Each parameter with its rule on this rank, and what each of its second moments is averaged over."""
+    """Yield each parameter with its rule on this rank, and the averaged dimensions of each of its second moments."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for param, (name, rule) in zip(params, optimizer.plan.items(), strict=True):
         (here,) = local_rules(name, [rule], param)
@@ -153,7 +153,7 @@ def _asks(rule: LocalRule, averaged: Sequence[Dims]) -> bool:
 
 
 def _moved(param: Tensor, rule: LocalRule, averaged: Sequence[Dims], exp_avg: Tensor) -> int:
-    """Weight, momentum and second moments are read and written, the gradient read, and once more before averages."""
+    """Return the bytes of a step: weight and moments read and written, the gradient read, twice for averages."""
     gradient = 2 if _asks(rule, averaged) else 1
     momentum = 2 * exp_avg.dtype.itemsize
     moments = sum(math.prod(rule.stored_shape(dims)) for dims in averaged)

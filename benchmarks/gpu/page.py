@@ -42,7 +42,7 @@ def page(run: Mapping[str, Any], stages: Mapping[str, Items]) -> str:
 
 
 def _checks(items: Items) -> list[str]:
-    """How far each check is from float64."""
+    """Return how far each check is from float64."""
     rows = []
     for name, item in items.items():
         backends = ", ".join(f"{backend} {count}" for backend, count in item.get("backends", {}).items())

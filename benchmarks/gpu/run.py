@@ -86,7 +86,7 @@ def run_isolated(name: str, stage: Stage, settings: Settings, folder: Path) -> d
 
 
 def failures(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each item that failed and each bar that was missed."""
+    """Return a line for each item that failed and each bar that was missed."""
     lines = []
     for name, items in stages.items():
         for label, item in items.items():

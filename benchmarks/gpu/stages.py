@@ -187,7 +187,7 @@ def missing_rows(chosen: Sequence[Contender], found: Collection[str], reasons: M
 
 
 def _contenders(settings: Settings, *, compiled: bool) -> list[Contender]:
-    """On a quick run those that need no compiler; compiled AdamW, which takes long, once and last."""
+    """Return the contenders: those without a compiler on a quick run, else compiled AdamW, which takes long, last."""
     torchs = [one for one in torch_own() if not one.compiled]
     if settings.quick:
         return [*(one for one in torchs if one.label == FUSED), *(one for one in ours() if one.label == RULES)]

@@ -82,7 +82,7 @@ class _Bench:
         return stopwatch.free_bytes(self.device) > state + 8 * (self.elements if lists else self.largest)
 
     def build(self, contender: Contender, optimizer: Optimizer, before: int) -> _Built:
-        """State made by a step, and what it costs; ``before`` is what was allocated before the optimizer was made."""
+        """Make the state by a step and measure it; ``before`` is what was allocated before the optimizer was made."""
         step = contender.step_of(optimizer)
         step()
         allocated = self.allocated() - before
@@ -105,7 +105,7 @@ class _Bench:
         return _Built(contender, optimizer, step, row)
 
     def allocated(self) -> int:
-        """Bytes in use on CUDA."""
+        """Return bytes in use on CUDA."""
         return torch.cuda.memory_allocated(self.device) if stopwatch.is_cuda(self.device) else 0
 
 
@@ -164,14 +164,14 @@ def _batch(
 
 
 def ratios_to_default(rows: dict[str, Row]) -> dict[str, float]:
-    """Times relative to AdamW as it comes, where that was measured."""
+    """Return times relative to AdamW as it comes, where that was measured."""
     if DEFAULT not in rows:
         return {}
     return {label: row["ratio"] / rows[DEFAULT]["ratio"] for label, row in rows.items()}
 
 
 def _built(bench: _Bench, contender: Contender, found: Comparison) -> _Built | None:
-    """A contender ready to be timed; None, with the reason in ``found``, or without one where memory is short."""
+    """Return a contender ready to be timed, or None: with the reason in ``found``, or without where memory is short."""
     reason = contender.missing()
     if reason is not None:
         found.left_out[contender.label] = reason
@@ -236,7 +236,7 @@ def _time(bench: _Bench, built: list[_Built], rounds: int, found: Comparison) ->
 
 
 def _side_by_side(bench: _Bench, one: _Built, fused: _Built, turn: int) -> tuple[stopwatch.Lap, stopwatch.Lap]:
-    """A step of a contender and one of fused AdamW, which goes first in every other turn."""
+    """Time a step of a contender and one of fused AdamW, which goes first in every other turn."""
     if turn % 2:
         own = stopwatch.lap(one.step, bench.device)
         return own, stopwatch.lap(fused.step, bench.device)

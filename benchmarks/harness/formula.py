@@ -90,7 +90,7 @@ def _averages(squared: Tensor, rule: Rule) -> list[Tensor]:
 
 
 def _stand_in(parts: Sequence[Tensor], rule: Rule, ndim: int) -> Tensor:
-    """The second moment that row and column averages stand for: ``r c / mean(r)``."""
+    """Return the second moment that row and column averages represent: ``r c / mean(r)``."""
     if len(parts) == 1:
         return parts[0]
     rows, columns = parts
@@ -115,5 +115,5 @@ def _blocks(values: Tensor) -> Tensor:
 
 
 def _rounded_up(values: Tensor) -> Tensor:
-    """The smallest power of two that is not below each value, none of which is negative; zero for zero."""
+    """Return the smallest power of two that is not below each value, none of which is negative; zero for zero."""
     return torch.where(values > 0, torch.exp2(values.log2().ceil()), torch.zeros_like(values))

@@ -15,7 +15,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 def prose() -> ByteData:
-    """The docstrings of numpy, one file in ten held out; the choice depends on neither machine nor seed."""
+    """Return the docstrings of numpy, one file in ten held out; the choice depends on neither machine nor seed."""
     root = Path(numpy.__file__).parent
     files = [file.relative_to(root) for file in root.rglob("*.py") if "tests" not in file.parts]
     train: list[str] = []
@@ -26,7 +26,7 @@ def prose() -> ByteData:
 
 
 def code() -> ByteData:
-    """Python's standard library, as in the demo."""
+    """Return Python's standard library, as in the demo."""
     return read_standard_library()
 
 

@@ -242,7 +242,7 @@ def _held_out(settings: Settings, texts: Texts, model: ByteGPT) -> Losses:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The curves, the changes and the verdict."""
+    """Print the curves, the changes and the verdict."""
     shares = result["settings"]["shares"]
     for one in result["runs"]:
         advice, (low, high) = one["advice"], one["advice"]["intervals"]["prose"]
@@ -288,7 +288,7 @@ def _step(model: ByteGPT, optimizer: SlimAdam, inputs: Tensor, targets: Tensor, 
 
 
 def _seed(run_seed: int, purpose: int, number: int) -> int:
-    """Different for each, so that no batch is drawn for two purposes."""
+    """Return a seed that differs for each purpose, so that no batch is drawn for two."""
     return (run_seed * 10 + purpose) * 1_000_000 + number
 
 

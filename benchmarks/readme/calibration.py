@@ -10,7 +10,7 @@ from benchmarks.readme.markdown import origin, table
 
 
 def parts(result: dict[str, Any]) -> str:
-    """SNR and loss of a fused weight read as one matrix, as three, and head by head."""
+    """Return SNR and loss of a fused weight read as one matrix, as three, and head by head."""
     first = result["runs"][0]["readings"]
 
     def factored(label: str) -> float:
@@ -27,7 +27,7 @@ def parts(result: dict[str, Any]) -> str:
 
 
 def transfer(result: dict[str, Any]) -> str:
-    """A carried plan against one of the model's own."""
+    """Return the comparison of a carried plan with one of the model's own."""
     rows = []
     for forms, mean in result["mean_difference"].items():
         runs = [run[forms] for run in result["runs"]]
@@ -50,7 +50,7 @@ def _runs(result: dict[str, Any]) -> str:
 
 
 def roles(result: dict[str, Any]) -> str:
-    """How many matrices have a name."""
+    """Return how many matrices have a name."""
     total = result["total"]
     published = [found["name"] for found in result["architectures"] if found["source"] == "transformers"]
     return (
@@ -99,7 +99,7 @@ def snr_overhead(result: dict[str, Any]) -> str:
 
 
 def calibration_gap(result: dict[str, Any]) -> str:
-    """Loss gaps by plan, workload, learning rate and length."""
+    """Return loss gaps by plan, workload, learning rate and length."""
     plans = list(dict.fromkeys(row["plan"] for row in result["summary"]))
     settings = list(dict.fromkeys((row["workload"], row["lr"], row["steps"]) for row in result["summary"]))
     cells = {
@@ -134,7 +134,7 @@ def _other_batches(noise: dict[str, Any]) -> str:
 
 
 def calibration_steps(result: dict[str, Any]) -> str:
-    """How long plan="auto" has to measure."""
+    """Return how long plan="auto" has to measure."""
     compared = [row for row in result["agreement"] if row["forms"] == "best"]
     lengths = sorted({row["calibration_steps"] for row in compared})
     settings = list(dict.fromkeys((row["workload"], row["lr"]) for row in compared))
@@ -167,7 +167,7 @@ def calibration_findings(result: dict[str, Any]) -> str:
 
 
 def _measured(finding: dict[str, Any]) -> str:
-    """The figures behind one finding."""
+    """Return the figures behind one finding."""
     if "by_role" in finding:
         roles = finding["by_role"].values()
         return f"{sum(role['agreeing'] for role in roles)} of {sum(role['matrices'] for role in roles)} matrices"

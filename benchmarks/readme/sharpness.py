@@ -24,7 +24,7 @@ def section(part: str) -> Callable[[dict[str, Any]], str]:
 
 
 def cost(result: dict[str, Any]) -> str:
-    """Memory, forward passes and time of a measurement."""
+    """Return memory, forward passes and time of a measurement."""
     memory = [
         [row["optimizer"], f"`{row['memory']}`", f"{row['kept']:.2f}", f"{row['direction']:.2f}", f"{row['peak']:.2f}"]
         for row in result["memory"]

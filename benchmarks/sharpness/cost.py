@@ -115,14 +115,14 @@ def _memory_row(label: str, optimizer: Optimizer, memory: Memory) -> MemoryRow:
 
 
 def peak_bytes(seen: Any) -> int:
-    """The most that was allocated at once while the profiler watched, over what was at its start."""
+    """Return the most that was allocated at once while the profiler watched, over what was at its start."""
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return int(max(itertools.accumulate(sizes, initial=0)))
 
 
 def memory_rows(shapes: dict[str, tuple[int, ...]]) -> list[MemoryRow]:
-    """Every mode with every optimizer."""
+    """Measure every mode with every optimizer."""
     rows = []
     for label, make in optimizers(1e-3).items():
         model = skeleton(shapes, "cpu", torch.float32)

@@ -41,7 +41,7 @@ QUICK: dict[str, dict[float, int]] = {"gradient descent": {0.4: 900}, "Adam": {2
 
 
 def study(quick: bool) -> dict[str, Any]:
-    """Each run's trace and regimes, and what was reproduced."""
+    """Return each run's trace and regimes, and what was reproduced."""
     runs = [
         _trace(name, lr, steps, 70 if quick else MEASUREMENTS)
         for name, rates in (QUICK if quick else RUNS).items()

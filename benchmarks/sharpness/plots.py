@@ -21,7 +21,7 @@ _EDGE: dict[str, Any] = {"color": _GREY, "linewidth": 0.8, "linestyle": "--"}
 
 @contextmanager
 def _figure(path: Path, columns: int, height: float, **options: Any) -> Iterator[Sequence[Axes]]:
-    """Axes side by side in a picture as wide as a page."""
+    """Yield axes side by side in a picture as wide as a page."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, height), layout="constrained", facecolor="white")
         yield figure.subplots(1, columns, squeeze=False, **options)[0]

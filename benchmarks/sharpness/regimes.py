@@ -21,7 +21,7 @@ LABELS = ("early transient", "intermediate saturation", "progressive sharpening"
 
 
 def study(quick: bool) -> dict[str, Any]:
-    """The run and its regimes."""
+    """Return the run and its regimes."""
     rows = _trace(600 if quick else 6000, 60 if quick else 160)
     found = regimes(rows, margin=MARGIN)
     labels = [regime.label for regime in found]

@@ -70,7 +70,7 @@ def _run(part: str, options: argparse.Namespace) -> bool:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to six significant digits, all through; what is not finite, and has no JSON, is None."""
+    """Round floats to six significant digits, all through; values without JSON, which are not finite, become None."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -83,7 +83,7 @@ def phase(step: int, steps: int) -> str:
 
 
 def study(quick: bool) -> dict[str, Any]:
-    """Each optimizer's run, what its phases show, and whether the sharpness follows."""
+    """Return each optimizer's run, what its phases show, and whether the sharpness follows."""
     rows = {
         name: _train(way._replace(steps=40, batch_size=8), 2) if quick else _train(way, 8) for name, way in WAYS.items()
     }
@@ -97,7 +97,7 @@ def study(quick: bool) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By phase: the median share of ``2/lr``, and the rank correlation with it."""
+    """Return by phase the median share of ``2/lr``, and the rank correlation with it."""
     found = [row for row in rows if row["status"] == "found"]
     by_phase = {"all": found, **{name: [row for row in found if row["phase"] == name] for name in PHASES}}
     decay = _sharpness(by_phase["decay"])

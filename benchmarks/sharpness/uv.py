@@ -57,7 +57,7 @@ RUNS = {
 
 
 def study(quick: bool) -> dict[str, Any]:
-    """The four runs, the scan of learning rates, and what was reproduced."""
+    """Return the four runs, the scan of learning rates, and what was reproduced."""
     runs = {name: _trajectory(run, 120 if quick else 300) for name, run in RUNS.items()}
     rates = np.linspace(0.9, 1.7, 201 if quick else 401)
     scanned = scan(rates, 2_000 if quick else 40_000)
@@ -113,7 +113,7 @@ def _trajectory(run: Run, steps: int) -> dict[str, Any]:
 
 
 def error_at(width: int) -> float:
-    """Relative error of ``hessian_sharpness`` for random parameters and inputs of half the width."""
+    """Return relative error of ``hessian_sharpness`` for random parameters and inputs of half the width."""
     model = UVModel.random(width, (width + 1) // 2, TARGET, seed=width, dtype=torch.float64)
     dense: float = torch.linalg.eigvalsh(model.hessian())[-1].item()
     return abs(hessian_sharpness(model.parameters(), model.loss()) / dense - 1)
@@ -182,7 +182,7 @@ def scan(rates: Floats, steps: int) -> dict[str, Any]:
 
 
 def _hessians(weight: Floats, readout: Floats, error: Floats, root: float) -> Floats:
-    """As :meth:`UVModel.hessian` for an example of one, ``[rates, 2 width, 2 width]``."""
+    """Return :meth:`UVModel.hessian` for an example of one, ``[rates, 2 width, 2 width]``."""
     width = weight.shape[1]
     slope = np.concatenate([readout, weight], axis=1) / root
     mixed = error[:, :, None] / root * np.eye(width)
@@ -193,7 +193,7 @@ def _hessians(weight: Floats, readout: Floats, error: Floats, root: float) -> Fl
 
 
 def period(values: Floats) -> int | None:
-    """The smallest period up to 64 with which values repeat themselves."""
+    """Return the smallest period up to 64 with which values repeat themselves."""
     for candidate in range(1, min(_LONGEST_PERIOD, len(values) // 2) + 1):
         if np.abs(values[candidate:] - values[:-candidate]).max() <= _SAME * np.abs(values).max():
             return candidate

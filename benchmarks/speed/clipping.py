@@ -72,7 +72,7 @@ def _contenders(model: nn.Module) -> dict[str, _Contender]:
 
 
 def _laps(model: nn.Module, rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of each contender's steps, clipping included."""
+    """Return milliseconds of each contender's steps, clipping included."""
     for param in model.parameters():
         param.grad = torch.randn_like(param)
     contenders = _contenders(model)

@@ -105,7 +105,7 @@ class Compiled:
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel in every precision, and each flag once."""
+    """Yield every kernel in every precision, and each flag once."""
     for precision in PRECISIONS:
         yield from _updates(precision, "")
     for flags in ("AMSGRAD", "MAXIMIZE", "unaligned", "grad_scale and found_inf"):
@@ -206,7 +206,7 @@ def _source(kernel: Any, constants: dict[str, Any]) -> Any:
 
 
 def _wide_accesses(instruction: str, ptx: str) -> int:
-    """How often 16 bytes are read or written at once."""
+    """Return how often 16 bytes are read or written at once."""
     return len(re.findall(rf"{instruction}\.global[\w.:]*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", ptx))
 
 

@@ -95,7 +95,7 @@ def measure(
 
 
 def _launched(entries: list[Entry], device: str) -> TritonStep | str:
-    """A step with the settings that are in the table now, run once; or why that cannot be."""
+    """Return a step with the settings that are in the table now, run once; or why that cannot be."""
     try:
         step = TritonStep(entries, HYPER)
         _milliseconds(step, device)
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _unusable(device: str) -> str | None:
-    """Why kernels cannot be launched on a device, or None."""
+    """Return why kernels cannot be launched on a device, or None."""
     trial = "to try the program without one, set TRITON_INTERPRET=1 and pass --quick --device cpu"
     if not stopwatch.is_cuda(device):
         return None if os.environ.get("TRITON_INTERPRET") == "1" else f"launch settings are measured on a GPU; {trial}"
@@ -152,7 +152,7 @@ def _unusable(device: str) -> str | None:
 
 
 def _summary(found: dict[str, float | str]) -> str:
-    """The fastest settings, the present ones, and a line for each that cannot be launched."""
+    """Return the fastest settings, the present ones, and a line for each that cannot be launched."""
     times = {label: value for label, value in found.items() if not isinstance(value, str)}
     now = next(iter(found))
     best = min(times, key=times.__getitem__, default=None)

@@ -153,7 +153,7 @@ def _computed_state(shapes: Shapes, contender: Contender, dtype: torch.dtype) ->
 
 
 def _train(model: nn.Module, contender: Contender, device: str) -> tuple[int, int]:
-    """Bytes held by a model, its gradients and its optimizer; between steps and at most."""
+    """Return the bytes held by a model, its gradients and its optimizer; between steps and at most."""
     optimizer = _quietly(contender, model)
     for param in model.parameters():
         param.grad = torch.full_like(param, 1e-3)
@@ -165,7 +165,7 @@ def _train(model: nn.Module, contender: Contender, device: str) -> tuple[int, in
 
 
 def _train_in_backward(model: nn.Module, contender: Contender, device: str) -> tuple[int, int]:
-    """Likewise, one optimizer a parameter, each gradient freed by the hook that uses it."""
+    """Return the same with one optimizer a parameter, each gradient freed by the hook that uses it."""
     largest = 0
 
     def use(param: nn.Parameter) -> None:
@@ -192,7 +192,7 @@ def _train_in_backward(model: nn.Module, contender: Contender, device: str) -> t
 
 
 def _steps(device: str) -> int:
-    """The first makes the state; on CUDA the peak of another one is read."""
+    """Take a step that makes the state, and on CUDA read the peak of another one."""
     return 2 if stopwatch.is_cuda(device) else 1
 
 
@@ -216,7 +216,7 @@ HEADS = " " * 73 + "".join(f"{head:>11s}" for head in ("held", "peak", "computed
 
 
 def line(row: Row) -> str:
-    """A row of the printed table."""
+    """Return a row of the printed table."""
     figures = (row.held, row.peak, row.computed_held, row.computed, row.cuda_peak)
     cells = "".join(f"{'' if figure is None else format(figure, '.3f'):>11s}" for figure in figures)
     return f"{row.recipe:15s}{row.optimizer:46s}{'in backward' if row.in_backward else '':12s}{cells}"

@@ -32,7 +32,7 @@ GPT2_TOKENS = 64
 
 
 def worst_error() -> float:
-    """The largest relative error of a measured ratio against the float64 formula, over sizes and scales."""
+    """Return the largest relative error of a measured ratio against the float64 formula, over sizes and scales."""
     generator = torch.Generator().manual_seed(0)
     errors = []
     for shape, scale in itertools.product([(31, 17), (2000, 700), (24, 16, 3, 3)], [1e-40, 1e-8, 1e37]):
@@ -55,7 +55,7 @@ def _formula(v: np.ndarray[Any, Any], candidate: Candidate) -> float:
 
 
 def byte_gpt() -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The demo's model and its loss on a batch of the demo's size."""
+    """Return the demo's model and its loss on a batch of the demo's size."""
     settings = DemoSettings()
     model = settings.new_model()
     tokens = torch.randint(256, (settings.batch_size, settings.context + 1))
@@ -63,7 +63,7 @@ def byte_gpt() -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 def gpt2_small() -> tuple[nn.Module, Callable[[], Tensor]]:
-    """GPT-2 124M and its loss on one short sequence."""
+    """Return GPT-2 124M and its loss on one short sequence."""
     model = GPT2LMHeadModel(GPT2Config())
     tokens = torch.randint(50257, (1, GPT2_TOKENS + 1))
     return model, lambda: F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())

@@ -101,7 +101,7 @@ def _kept_busy(processes: int) -> Iterator[None]:
 
 
 def table(found: Comparison) -> list[str]:
-    """A line for each row, and the reasons of those that have none."""
+    """Return a line for each row, and the reasons of those that have none."""
     heads = ["ms", "of fused", "GB/s", "of copy", "state B/p", "calls/p", "allocated", "peak", "launches", "host ms"]
     keys = {
         "milliseconds": ".2f",

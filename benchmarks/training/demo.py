@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def run(seed: int) -> dict[str, Any]:
-    """The command as users type it, at its defaults but for the seed, with wall-clock seconds and bars."""
+    """Run the command as users type it, at its defaults but for the seed, with wall-clock seconds and bars."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         command = [sys.executable, "-m", "slimadam", "demo", "--seed", str(seed), "--out", folder, "--json"]
@@ -79,7 +79,7 @@ def _bars(result: dict[str, Any], seconds: float) -> dict[str, bool]:
 
 
 def _favourite(layer: dict[str, Any]) -> list[int]:
-    """The dimensions with the highest SNR averaged over the layers of a role, as the table shows it."""
+    """Return the dimensions with the highest SNR averaged over the layers of a role, as the table shows it."""
     averages = [entry for entry in layer["snr"] if isinstance(entry["dims"], list)]
     best: list[int] = max(averages, key=lambda entry: entry["value"])["dims"]
     return best
@@ -91,7 +91,7 @@ def _wording(role: str, dims: list[int], layer: dict[str, Any]) -> str:
 
 
 def print_run(measured: dict[str, Any]) -> None:
-    """The figures of one seed, then its bars."""
+    """Print the figures of one seed, then its bars."""
     result = measured["result"]
     adamw, slim = result["adamw"], result["slimadam"]
     print(
@@ -126,7 +126,7 @@ def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def without_curves(run: dict[str, Any]) -> dict[str, Any]:
-    """A training run's figures without its losses over time."""
+    """Return a training run's figures without its losses over time."""
     return {key: value for key, value in run.items() if key not in ("train_losses", "held_out_losses")}
 
 

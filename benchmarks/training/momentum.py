@@ -81,13 +81,13 @@ class Levels(NamedTuple):
 
 
 def power(exponent: int) -> Levels:
-    """Levels ``(q / 127)**exponent``, rounded to nearest before the power is taken."""
+    """Return levels ``(q / 127)**exponent``, rounded to nearest before the power is taken."""
     steps = torch.arange(128) / 127
     return Levels(steps**exponent, (steps[:-1] + 0.5 / 127) ** exponent)
 
 
 def dynamic() -> Levels:
-    """Seven decades, the higher the more levels: tree-like, as in arXiv 2110.02861."""
+    """Return levels over seven decades, the higher the more levels: tree-like, as in arXiv 2110.02861."""
     decades = [torch.linspace(0.1, 1, 2**bits + 1)[:-1] * 10.0 ** (bits - 6) for bits in range(7)]
     middles = [decade + 0.45 * 10.0 ** (bits - 6) / 2**bits for bits, decade in enumerate(decades)]
     values = torch.cat([torch.zeros(1), *middles])

@@ -71,7 +71,7 @@ class Run:
 
     @property
     def time_share(self) -> float:
-        """The monitor's part of the time: both are measured in the same steps, so a busy machine slows both."""
+        """Return the monitor's part of the time: both are measured in the same steps, so a busy machine slows both."""
         return sum(self.monitor_seconds) / sum(self.step_seconds)
 
 
@@ -85,14 +85,14 @@ class WholeMoments:
         self.beta2 = beta2
 
     def update(self) -> None:
-        """See this step's gradients."""
+        """Update the second moments with this step's gradients."""
         moments = list(self.moments.values())
         grads = [param.grad for param in self.params.values() if param.grad is not None]
         torch._foreach_mul_(moments, self.beta2)
         torch._foreach_addcmul_(moments, grads, grads, 1 - self.beta2)
 
     def snr(self) -> dict[str, float]:
-        """SNR of each under its rule."""
+        """Return the SNR of each under its rule."""
         return {name: snr(moment, self.plan[name].dims or "factored") for name, moment in self.moments.items()}
 
 

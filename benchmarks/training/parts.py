@@ -45,7 +45,7 @@ class FusedAttention(nn.Module):
         self.out = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape ``[batch, length, width]`` in and out."""
+        """Attend; shape ``[batch, length, width]`` in and out."""
         fused = self.qkv_proj(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(fused[0], fused[1], fused[2], is_causal=True)
         result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
@@ -53,7 +53,7 @@ class FusedAttention(nn.Module):
 
 
 def fused_gpt(settings: DemoSettings) -> nn.Module:
-    """The demo's model with fused attention, from the same initial numbers."""
+    """Return the demo's model with fused attention, from the same initial numbers."""
     model = ByteGPT(settings.layers, settings.width, settings.heads, settings.context)
     for block in model.blocks:
         assert isinstance(block, Block)

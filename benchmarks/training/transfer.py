@@ -30,7 +30,7 @@ MEASUREMENTS = 8
 
 
 def task(size: dict[str, int]) -> Bytes:
-    """The demo's job with a byte GPT of the given size."""
+    """Return the demo's job with a byte GPT of the given size."""
     return Bytes(lambda settings: ByteGPT(size["layers"], size["width"], size["heads"], settings.context))
 
 

@@ -27,7 +27,7 @@ ALLOWED_LOSS = 0.01
 
 
 def exactness(forms: Sequence[str]) -> dict[str, Any]:
-    """GI-Adam beside the formula."""
+    """Compare GI-Adam with the formula."""
     missing = gradient_initialised.missing()
     ran = [name for name in gradient_initialised.IMPLEMENTATIONS if name not in missing]
     errors = {name: gradient_initialised.errors(name, forms) for name in ran}
@@ -53,7 +53,7 @@ def exactness_bars(result: dict[str, Any]) -> dict[str, bool]:
 
 
 def training(study: Study) -> dict[str, Any]:
-    """All runs of a study, by model."""
+    """Train all runs of a study, by model."""
     found = {}
     for name in study.workloads:
         began = time.monotonic()
@@ -94,7 +94,7 @@ def _largest_rate(study: Study, row: list[list[float]], limit: float) -> float |
 
 
 def _against_linear(runs: Runs, catapult: Method, learnt: float, limit: float) -> dict[str, Any]:
-    """Steps saved, and the final loss above that of linear warmup of the same slope, as a share of what is learnt."""
+    """Return steps saved, and the loss above that of linear warmup of the same slope, as a share of what is learnt."""
     study, linear = runs.study, Method("linear", catapult.warmup)
     saved = []
     for rate in study.rates:

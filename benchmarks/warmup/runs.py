@@ -81,7 +81,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """With the warmup's length."""
+        """Return the name with the warmup's length."""
         return f"{self.name} {self.warmup}" if self.warmup else self.name
 
 
@@ -105,7 +105,7 @@ class Study:
 
     @cached_property
     def methods(self) -> tuple[Method, ...]:
-        """The columns."""
+        """Return the columns of the table."""
         return (
             Method("no warmup"),
             *(Method("linear", warmup) for warmup in self.warmups),
@@ -187,7 +187,7 @@ def _critical_lr(workload: Workload, model: nn.Module, batch: Batch, variance_in
 
 
 def train(workload: Workload, method: Method, rate: float, seed: int, steps: int, critical: float) -> Run:
-    """One run; it ends where the loss is no longer finite.
+    """Train one run; it ends where the loss is no longer finite.
 
     Args:
         workload: What is trained.

@@ -11,7 +11,7 @@ _INIT_STD = 0.02
 
 
 def skeleton(shapes: Shapes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The parameters of a model, drawn from a normal distribution with standard deviation 0.02.
+    """Return the parameters of a model, drawn from a normal distribution with standard deviation 0.02.
 
     Args:
         shapes: Shapes by qualified name.

@@ -28,7 +28,7 @@ class Workload(Protocol):
     betas: tuple[float, float]
 
     def new_model(self, seed: int) -> nn.Module:
-        """A model at the initialisation that the seed decides."""
+        """Return a model at the initialisation that the seed decides."""
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
         """Yield batches of inputs and targets, the same ones for the same seed.
@@ -47,7 +47,7 @@ class Workload(Protocol):
         """
 
     def held_out(self) -> Iterator[Batch]:
-        """All that the model never trains on, in batches."""
+        """Yield all that the model never trains on, in batches."""
 
 
 def train(

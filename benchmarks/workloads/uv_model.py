@@ -46,18 +46,18 @@ class UVModel(nn.Module):
         return cls(weight, readout, example / example.norm(), target)
 
     def forward(self) -> Tensor:
-        """``f``, a scalar."""
+        """Return ``f``, a scalar."""
         output: Tensor = self.readout @ (self.weight @ self.example) / len(self.readout) ** 0.5
         return output
 
     def loss(self) -> Tensor:
-        """``(f - y)**2 / 2``."""
+        """Return ``(f - y)**2 / 2``."""
         loss: Tensor = (self() - self.target).square() / 2
         return loss
 
     @torch.no_grad()
     def hessian(self) -> Tensor:
-        """The Hessian of the loss in float64, written out.
+        """Return the Hessian of the loss in float64, written out.
 
         ``grad f grad f^T + (f - y) grad^2 f``, where the second derivative of ``f`` by ``v_i`` and ``U_ij`` is
         ``x_j / sqrt(width)`` and every other is zero. Rows and columns in the order of ``parameters()``: ``U``, ``v``.

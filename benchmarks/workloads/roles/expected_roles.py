@@ -86,7 +86,7 @@ def rows(template: str, layout: str = "oi", /, **roles: str) -> dict[str, Expect
 
 
 def collapsed(name: str) -> str:
-    """A name with ``*`` for layer numbers."""
+    """Return a name with ``*`` for layer numbers."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
