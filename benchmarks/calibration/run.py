@@ -73,8 +73,7 @@ def _print_steps(result: dict[str, Any]) -> None:
             f"{row['workload']} lr {row['lr']:g}, plan='auto' after {row['calibration_steps']} steps: "
             f"gap {row['gap']:+.2%}, {row['second_moments_saved']:.1%} saved"
         )
-    for bar, held in result["bars"].items():
-        print(f"  {'pass' if held else 'FAIL'}  {bar}")
+    machine.print_bars(result["bars"])
 
 
 def _print_findings(result: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ on every declared Python. Exits with 1 if a row fails.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -261,8 +260,7 @@ def release(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, keep it in ``supported.json`` beside those of other Pythons, and return 1 if a row failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result file")
+    parser = machine.parser(__doc__)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows whose name matches")
     chosen = parser.parse_args(arguments)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}")

@@ -9,7 +9,6 @@ newest folder that has a ``.metadata`` file.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness.machine import RESULTS, write
+from benchmarks.harness import machine
 from slimadam import SlimAdam
 
 SHAPE = (256, 7)
@@ -163,16 +162,14 @@ def _trial(seed: int, in_background: bool) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the trials and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="trials; every other one saves in the background")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)
     trials = [_trial(seed, in_background=bool(seed % 2)) for seed in range(given.kills)]
     lost = [one["seed"] for one in trials if not one["previous_is_bitwise_the_same"]]
     in_time = sum(one["newest_complete"] == f"step-{PREVIOUS}" for one in trials)
-    write(
-        "checkpoint_kills", {"kills": len(trials), "before_the_end": in_time, "lost": lost, "trials": trials}, given.out
-    )
+    figures = {"kills": len(trials), "before_the_end": in_time, "lost": lost, "trials": trials}
+    machine.write("checkpoint_kills", figures, given.out)
     print(f"{len(trials)} kills, {in_time} before the save was complete; previous checkpoint lost in {len(lost)}")
 
 

@@ -10,7 +10,6 @@ Weights, gradients and sums are float32, as FSDP2's mixed precision keeps shards
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -212,10 +211,9 @@ def wrong(models: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compute, print, write ``results/scale.json`` and ``docs/scale.png``; 1 if the accounting contradicts itself."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-8b", "llama-70b"])
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the picture")
     options = parser.parse_args(arguments)
     models: dict[str, Any] = {}

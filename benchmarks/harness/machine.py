@@ -1,4 +1,4 @@
-"""Describe the machine a figure comes from, and write figures with it."""
+"""Describe the machine a figure comes from, and print and write figures with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ def describe() -> dict[str, Any]:
     }
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with ``--out``, the folder of the results; a benchmark's docstring names its command."""
+    command = re.search(r"python -m [\w.]+", description or "")
+    made = argparse.ArgumentParser(
+        prog=command and command[0],
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return made
+
+
 def results_folder(description: str | None, arguments: Sequence[str] | None) -> Path:
     """Parse the command line of a benchmark that takes nothing but a folder; return that folder.
 
@@ -40,10 +53,15 @@ def results_folder(description: str | None, arguments: Sequence[str] | None) -> 
         description: Docstring of the benchmark, for ``--help``.
         arguments: Words of the command line; None for the process's own.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    folder: Path = parser.parse_args(arguments).out
+    folder: Path = parser(description).parse_args(arguments).out
     return folder
+
+
+def print_bars(bars: Mapping[str, bool]) -> bool:
+    """Print each bar and whether it was met; return whether all were."""
+    for bar, met in bars.items():
+        print(f"  {'pass' if met else 'FAIL'}  {bar}", flush=True)
+    return all(bars.values())
 
 
 def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:

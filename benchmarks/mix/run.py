@@ -14,7 +14,6 @@ advice holds that share.
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 import time
@@ -83,8 +82,7 @@ Checkpoint = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write ``results/mix.json`` and the picture; the exit code is 1 if the advice is not confirmed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
+    parser = machine.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a few steps of each, written to a temporary folder")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -8,13 +8,11 @@ first: parameters are bit for bit what they were.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -164,8 +162,7 @@ def _time_row(settings: DemoSettings, data: ByteData, label: str, memory: Memory
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; 1 where a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
+    parser = machine.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="small models: to see that it runs")
     options = parser.parse_args(arguments)
     settings = DemoSettings(steps=60, layers=1, width=32, context=32) if options.quick else DemoSettings(steps=400)

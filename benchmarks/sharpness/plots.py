@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from slimadam.utils.plot_style import COLOURS, STYLE
+from benchmarks.harness.picture import picture
+from slimadam.utils.plot_style import COLOURS
 
 _GREY = "#7a7a7a"
 _EDGE: dict[str, Any] = {"color": _GREY, "linewidth": 0.8, "linestyle": "--"}
-
-
-@contextmanager
-def _figure(path: Path, columns: int, height: float, **options: Any) -> Iterator[Sequence[Axes]]:
-    """Yield axes side by side in a picture as wide as a page."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, height), layout="constrained", facecolor="white")
-        yield figure.subplots(1, columns, squeeze=False, **options)[0]
-        figure.savefig(path, dpi=120)
 
 
 def draw_uv(result: dict[str, Any], folder: Path) -> None:
@@ -35,7 +23,7 @@ def draw_uv(result: dict[str, Any], folder: Path) -> None:
         result: Figures of the part.
         folder: Folder of the picture.
     """
-    with _figure(folder / "sharpness-uv.png", 2, 3.4, width_ratios=(1, 1.4)) as (left, right):
+    with picture(folder / "sharpness-uv.png", 2, 3.4, dpi=120, width_ratios=(1, 1.4)) as ((left, right),):
         for (name, run), colour in zip(result["runs"].items(), COLOURS, strict=False):
             shares = np.array(run["sharpness"]) * run["lr"] / 2
             left.plot(shares[:100], color=colour, linewidth=1.1, label=name)
@@ -59,7 +47,7 @@ def draw_edge(result: dict[str, Any], folder: Path) -> None:
         folder: Folder of the picture.
     """
     names = list(dict.fromkeys(run["optimizer"] for run in result["runs"]))
-    with _figure(folder / "sharpness-edge.png", len(names), 3.2, sharey=True) as axes:
+    with picture(folder / "sharpness-edge.png", len(names), 3.2, dpi=120, sharey=True) as (axes,):
         for panel, name in zip(axes, names, strict=True):
             runs = [run for run in result["runs"] if run["optimizer"] == name]
             for run, colour in zip(runs, COLOURS, strict=False):
@@ -79,7 +67,7 @@ def draw_tracking(result: dict[str, Any], folder: Path) -> None:
         result: Figures of the part.
         folder: Folder of the picture.
     """
-    with _figure(folder / "sharpness-tracking.png", len(result["runs"]), 3.2, sharey=True) as axes:
+    with picture(folder / "sharpness-tracking.png", len(result["runs"]), 3.2, dpi=120, sharey=True) as (axes,):
         for panel, (name, rows) in zip(axes, result["runs"].items(), strict=True):
             steps = [row["step"] for row in rows]
             for (key, style), colour in zip((("hessian", "-"), ("directional", "-"), ("critical", ".")), COLOURS,
@@ -99,7 +87,7 @@ def draw_schedule(result: dict[str, Any], folder: Path) -> None:
         result: Figures of the part.
         folder: Folder of the picture.
     """
-    with _figure(folder / "sharpness-schedule.png", len(result["runs"]), 3.2) as axes:
+    with picture(folder / "sharpness-schedule.png", len(result["runs"]), 3.2, dpi=120) as (axes,):
         for panel, (name, run) in zip(axes, result["runs"].items(), strict=True):
             steps = [row["step"] for row in run["rows"]]
             critical = _positive([row["critical"] and row["critical"] * 2 / row["lr"] for row in run["rows"]])
@@ -116,7 +104,7 @@ def draw_regimes(result: dict[str, Any], folder: Path) -> None:
         result: Figures of the part.
         folder: Folder of the picture.
     """
-    with _figure(folder / "sharpness-regimes.png", 1, 3.2) as (panel,):
+    with picture(folder / "sharpness-regimes.png", 1, 3.2, dpi=120) as ((panel,),):
         rows = result["rows"]
         panel.plot([row["step"] for row in rows], [row["sharpness"] for row in rows], color="black", linewidth=1.1)
         panel.axhline(rows[0]["threshold"], **_EDGE, label="2/lr")

@@ -8,10 +8,8 @@ timed it is compared with the float64 formula; a wrong one stops the run.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,11 +122,10 @@ def measure(shapes: Shapes, rounds: int, device: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure, print a table and write ``clipping.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="gpt2-small")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each optimizer")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     shapes = MODELS[options.model]()
     found = measure(shapes, options.rounds, options.device)

@@ -8,7 +8,6 @@ with no barrier after their loads.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
 import re
@@ -235,8 +234,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     """Compile everything, print a table, write ``results/kernels.json``; exit 1 if a variant is not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result file")
+    parser = machine.parser(__doc__)
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, nargs="+", default=ARCHITECTURES)
     arguments = parser.parse_args()
     print(f"{'kernel':15s} {'precision':20s} {'variant':36s} sm  registers  spilled  shared  wide ld/st  B/parameter")

@@ -8,11 +8,9 @@ update in place must not be tuned while they train. It needs a GPU; with ``TRITO
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,11 +115,10 @@ def _entry(shape: tuple[int, int], averaged: tuple[Dims, ...], dtype: torch.dtyp
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write ``launch_settings.json`` kernel by kernel; 1 if settings in the table do not launch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="one small matrix, one round")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")

@@ -7,14 +7,12 @@ soon as the gradient is there and frees it, so that only one gradient exists at 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -224,11 +222,10 @@ def line(row: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compute, allocate, compare, print, write ``results/memory.json``; 1 if bytes are not what was computed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["gpt2-small", "llama-1b"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="other projects' optimizers")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     figures: dict[str, Any] = {"device": options.device, "models": {}}
     wrong = []

@@ -7,7 +7,6 @@ timed, measured ratios are compared with the float64 formula; a wrong one stops 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
@@ -89,7 +88,7 @@ def _seconds(rounds: int, model: nn.Module, loss: Callable[[], Tensor]) -> tuple
 
 def main() -> None:
     """Measure, print a table, write ``results/snr_overhead.json``; exit 1 if the bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     error = worst_error()
@@ -108,7 +107,7 @@ def main() -> None:
         times = f"step {1e3 * step:8.1f} ms   measuring {1e3 * measuring:8.1f} ms"
         print(f"{label:32s} {times}   {overhead:.3%}   bar {BAR:.0%}")
     found = {"measurements": measured, "steps": schedule.calibration_steps, "worst_error": error, "models": figures}
-    print("written:", machine.write("snr_overhead", found))
+    print("written:", machine.write("snr_overhead", found, arguments.out))
     if any(figure["overhead"] > BAR for figure in figures.values()):
         raise SystemExit(1)
 

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import machine
+
 LARGEST_GAP = 0.01
 SMALLEST_SAVING = 0.9
 LONGEST_SECONDS = 180.0
@@ -102,8 +104,7 @@ def print_run(measured: dict[str, Any]) -> None:
         f"{slim['median_optimizer_ms']:.2f} ms, training step {adamw['median_step_ms']:.1f} -> "
         f"{slim['median_step_ms']:.1f} ms, {measured['seconds']:.0f} s"
     )
-    for bar, held in measured["bars"].items():
-        print(f"  {'pass' if held else 'FAIL'}  {bar}")
+    machine.print_bars(measured["bars"])
 
 
 def report(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ per parameter, embeddings and vectors included, and a mean held-out loss of the 
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable
@@ -162,7 +161,7 @@ def _train_each(settings: DemoSettings, data: ByteData, plan: CompressionPlan) -
 
 def main() -> int:
     """Compare, train, print, write ``results/momentum.json``; the exit code is 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=DemoSettings.steps)
     arguments = parser.parse_args()
@@ -186,11 +185,10 @@ def main() -> int:
             )
     gaps = {label: _mean_gap(runs, label) for label in DTYPES}
     held = _bars(runs, gaps)
-    for bar, passed in held.items():
-        print(f"{'pass' if passed else 'FAIL'}  {bar}")
+    met = machine.print_bars(held)
     figures: dict[str, Any] = {"steps": arguments.steps, "codes": codes, "runs": runs, "gaps": gaps, "bars": held}
-    print("written:", machine.write("momentum", figures))
-    return 0 if all(held.values()) else 1
+    print("written:", machine.write("momentum", figures, arguments.out))
+    return 0 if met else 1
 
 
 def _mean_gap(runs: list[dict[str, Any]], label: str) -> float:

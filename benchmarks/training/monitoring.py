@@ -8,7 +8,6 @@ warns, the SNR of the whole second moments, tracked beside it, is shown for comp
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import statistics
@@ -187,7 +186,7 @@ def _bars(stationary: dict[str, Any], changed: dict[str, Any]) -> dict[str, bool
 
 def main() -> None:
     """Train, print, write ``results/monitoring.json``; exit 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--change", choices=CHANGES, default="sparse", help="what the data changes to")
@@ -209,7 +208,7 @@ def main() -> None:
         results.append({"seed": seed, "bars": kept, "stationary": stationary, "changed": altered})
         _print_seed(seed, stationary, altered, kept)
     settings_used = {name: getattr(arguments, name) for name in ("steps", "change", "forms")}
-    print("written:", machine.write("monitoring", {"settings": settings_used, "runs": results}))
+    print("written:", machine.write("monitoring", {"settings": settings_used, "runs": results}, arguments.out))
     if not all(all(result["bars"].values()) for result in results):
         raise SystemExit(1)
 
@@ -223,8 +222,7 @@ def _print_seed(seed: int, stationary: dict[str, Any], changed: dict[str, Any], 
             f"{run['below_cutoff']['sample']}, whole {run['below_cutoff']['whole']} of {run['monitored']}"
         )
     print(f"  {changed['warning']}")
-    for bar, held in kept.items():
-        print(f"  {'pass' if held else 'FAIL'}  {bar}", flush=True)
+    machine.print_bars(kept)
 
 
 if __name__ == "__main__":

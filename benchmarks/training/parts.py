@@ -6,7 +6,6 @@ then trained with each plan from the same initialisation on the same batches.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -120,7 +119,7 @@ def _best(snr: Mapping[Any, float]) -> dict[str, float]:
 
 def main() -> None:
     """Calibrate, train, print a table, write ``results/parts.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -135,7 +134,7 @@ def main() -> None:
     for label, mean in means.items():
         print(f"{label}: {mean:+.2%} on average")
     settings = {"lr": arguments.lr, "steps": arguments.steps}
-    print("written:", machine.write("parts", {**settings, "runs": runs, "mean_gap": means}))
+    print("written:", machine.write("parts", {**settings, "runs": runs, "mean_gap": means}, arguments.out))
 
 
 if __name__ == "__main__":

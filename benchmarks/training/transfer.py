@@ -7,7 +7,6 @@ initialisation on the same batches. Bar: the carried plan's held-out loss is at 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -82,7 +81,7 @@ def _agreement(a: CompressionPlan, b: CompressionPlan) -> float:
 
 def main() -> None:
     """Calibrate, carry over, train; print a table, write ``results/transfer.json``; exit 1 if the bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -102,7 +101,7 @@ def main() -> None:
     for forms, mean in means.items():
         print(f"{forms}: {mean:+.2%} on average, bar {BAR:.1%}")
     settings = {"lr": arguments.lr, "steps": arguments.steps, "small": SMALL, "large": LARGE}
-    print("written:", machine.write("transfer", {**settings, "runs": runs, "mean_difference": means}))
+    print("written:", machine.write("transfer", {**settings, "runs": runs, "mean_difference": means}, arguments.out))
     if any(mean > BAR for mean in means.values()):
         raise SystemExit(1)
 

@@ -6,7 +6,6 @@ of target rates that train with each warmup, the steps saved, the sharpness at i
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
@@ -165,10 +164,9 @@ def _print_exactness(result: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write ``results/warmup.json`` and ``docs/warmup.png``; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.warmup", description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("what", nargs="?", choices=["exactness", "training"], help="only this; nothing is written then")
     parser.add_argument("--quick", action="store_true", help="one form and a few short runs, to see that it works")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the picture")
     options = parser.parse_args(arguments)
     result: dict[str, Any] = {}
@@ -182,12 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["training"] = training(QUICK if options.quick else Study())
         _print_training(result["training"])
         bars |= training_bars(result["training"])
-    for bar, held in bars.items():
-        print(f"  {'pass' if held else 'FAIL'}  {bar}")
+    met = machine.print_bars(bars)
     if options.what is None:
         print("written:", machine.write("warmup", {**result, "bars": bars}, options.out))
         print("written:", draw(result["training"], options.docs / "warmup.png"))
-    return 0 if all(bars.values()) else 1
+    return 0 if met else 1
 
 
 if __name__ == "__main__":
