@@ -10,6 +10,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 
 COMMANDS = {
+    "architecture": "readme/architecture.py",
     "calibration.__main__": "calibration/run.py",
     "checkpoint_kills": "distributed/checkpoint_kills.py",
     "clipping": "speed/clipping.py",
@@ -36,6 +37,7 @@ COMMANDS = {
     "throughput": "speed/throughput.py",
     "torch_properties": "correctness/torch_properties.py",
     "transfer": "training/transfer.py",
+    "walk": "correctness/walk.py",
     "warmup.__main__": "warmup/run.py",
 }
 """For each command, ``python -m benchmarks.<name>``, its file."""

@@ -24,6 +24,9 @@ FLOORS = [
 MOST_FILES = 9
 """In one folder."""
 
+TOPS = ["slimadam", "kernels", "benchmarks"]
+NO_VERBS = {"What", "Whether", "Which", "Of", "Where"}
+
 SOURCES = {
     path.relative_to(ROOT / folder): ast.parse(path.read_text(encoding="utf-8"))
     for folder in (".", "slimadam")
@@ -69,8 +72,55 @@ def test_kernels_know_nothing_of_the_package() -> None:
     assert len(kernels) >= 10
 
 
-@pytest.mark.parametrize("top", ["slimadam", "kernels", "benchmarks"])
+@pytest.mark.parametrize("top", TOPS)
 def test_folders_have_few_files(top: str) -> None:
     folders = {path.parent for path in (ROOT / top).rglob("*.py")}
     counts = {str(folder.relative_to(ROOT)): len(list(folder.glob("*.py"))) for folder in folders}
     assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+Defined = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _defined(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, Defined, bool]]:
+    """Yield each class and function with its qualified name, and whether a class holds it; none within functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, Defined):
+            name = f"{inside}{node.name}"
+            yield name, node, isinstance(tree, ast.ClassDef)
+            if isinstance(node, ast.ClassDef):
+                yield from _defined(node, f"{name}.")
+        elif isinstance(node, ast.If | ast.Try | ast.With):
+            yield from _defined(node, inside)
+
+
+def _count_of_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef, in_class: bool) -> int:
+    """Count a function's arguments, ``self`` and ``cls`` left out."""
+    given = function.args
+    static = any(isinstance(each, ast.Name) and each.id == "staticmethod" for each in function.decorator_list)
+    return len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs) - (in_class and not static)
+
+
+@pytest.mark.parametrize("top", TOPS)
+def test_docstrings_begin_with_a_verb(top: str) -> None:
+    offenders = []
+    for path in sorted((ROOT / top).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for name, node in [("", tree), *((name, node) for name, node, _ in _defined(tree))]:
+            text = ast.get_docstring(node)
+            if text and text.split()[0].rstrip(",") in NO_VERBS:
+                offenders.append(f"{path.relative_to(ROOT)}: {name}: {text.splitlines()[0]}")
+    assert offenders == [], "\n".join(offenders)
+
+
+@pytest.mark.parametrize("top", TOPS)
+def test_public_functions_say_what_their_arguments_are(top: str) -> None:
+    offenders = []
+    for path in sorted((ROOT / top).rglob("*.py")):
+        for name, node, in_class in _defined(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ast.get_docstring(node)
+            if isinstance(node, ast.ClassDef) or any(part.startswith("_") for part in name.split(".")):
+                continue
+            if text is not None and "Args:" not in text and _count_of_arguments(node, in_class) >= 2:
+                offenders.append(f"{path.relative_to(ROOT)}: {name}")
+    assert offenders == [], "\n".join(offenders)

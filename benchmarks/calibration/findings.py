@@ -1,4 +1,4 @@
-"""Which findings of arXiv 2503.01843 hold for the small models here."""
+"""Check for the small models here which findings of arXiv 2503.01843 hold."""
 
 from __future__ import annotations
 
@@ -42,7 +42,12 @@ Histories = Sequence[SNRHistory]
 
 
 def study(runs: Runs, grid: Grid) -> dict[str, Any]:
-    """Measure, and say of each finding whether it was reproduced. What is unfinished is left out."""
+    """Measure, and say of each finding whether it was reproduced; leave out what is unfinished.
+
+    Args:
+        runs: Runs, finished or not.
+        grid: Settings that the study covers.
+    """
     lowest = grid.finding_rates[0]
 
     def small(lr: float) -> list[SNRHistory]:
@@ -56,30 +61,30 @@ def study(runs: Runs, grid: Grid) -> dict[str, Any]:
         return runs.measurements(Setting(workload, lowest, grid.steps, grid.seeds[0])).history
 
     findings: dict[str, Callable[[], dict[str, Any]]] = {
-        "roles": lambda: roles(small(lowest), full(lowest)),
+        "roles": lambda: _roles(small(lowest), full(lowest)),
         "learning_rate": lambda: learning_rate(
             {label: {lr: full(lr, name) for lr in grid.swept_rates} for label, name in SWEPT.items()}
         ),
         "vocabulary": lambda: vocabulary({size: one(name) for size, name in VOCABULARIES.items()}),
-        "initialisation": lambda: initialisation([one(GPT)], [one(TORCH_INITIALISATION)]),
+        "initialisation": lambda: _initialisation([one(GPT)], [one(TORCH_INITIALISATION)]),
         "vision": lambda: vision({name: one(name) for name in VISION}),
-        "transfer": lambda: transfer(runs, grid),
+        "transfer": lambda: _transfer(runs, grid),
     }
     result: dict[str, Any] = {"learning_rate_of_roles": lowest}
     for name, find in findings.items():
         with suppress(UnfinishedError):
             result[name] = find()
-    result["savings"] = savings(runs, grid)
+    result["savings"] = _savings(runs, grid)
     return result
 
 
-def savings(runs: Runs, grid: Grid) -> dict[str, dict[str, float]]:
-    """Share of second moments that plain averages save in each model, measured at the full learning rate."""
+def _savings(runs: Runs, grid: Grid) -> dict[str, dict[str, float]]:
+    """Return the share of second moments that plain averages save in each model, measured at the full learning rate."""
     rows = {}
     for name in WORKLOADS:
         setting = Setting(name, grid.finding_rates[0], grid.steps, grid.seeds[0])
         for found in _finished(runs.measurements, setting):
-            rows[name] = {f"saved_at_cutoff_{cutoff}": saved([found.history], cutoff) for cutoff in (1, 2)}
+            rows[name] = {f"saved_at_cutoff_{cutoff}": _saved([found.history], cutoff) for cutoff in (1, 2)}
     return rows
 
 
@@ -94,27 +99,27 @@ def _finished(find: Callable[[Setting], Measurements], setting: Setting) -> list
 
 
 def matrices(histories: Histories) -> list[ParameterSNR]:
-    """Everything measured that has at least two dimensions."""
+    """Return every measured parameter that has at least two dimensions."""
     return [parameter for history in histories for parameter in history.values() if len(parameter.shape) > 1]
 
 
 def best_average(parameter: ParameterSNR) -> float:
-    """The highest SNR among the plain averages, the paper's candidates."""
+    """Return the highest SNR among the plain averages, the paper's candidates."""
     return max(value for candidate, value in parameter.average().items() if candidate != FACTORED)
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """``exp`` of the mean logarithm."""
+    """Return ``exp`` of the mean logarithm."""
     return math.exp(fmean(map(math.log, values)))
 
 
-def saved(histories: Histories, cutoff: float = 1.0) -> float:
-    """Share of second moments that the paper's rule saves, averaged over the runs."""
+def _saved(histories: Histories, cutoff: float = 1.0) -> float:
+    """Return the share of second moments that the paper's rule saves, averaged over the runs."""
     return fmean(CompressionPlan.from_snr(history, cutoff).second_moments_saved for history in histories)
 
 
-def roles(small: Histories, full: Histories) -> dict[str, Any]:
-    """SNR by role, at a tenth of the learning rate and at all of it; the former is what the paper's rule uses."""
+def _roles(small: Histories, full: Histories) -> dict[str, Any]:
+    """Return the SNR by role, at a tenth of the learning rate, which the paper's rule uses, and at all of it."""
     by_role: dict[str, dict[str, Any]] = {}
     for role, dims in PAPER_DIMS.items():
         averages = [parameter.average() for parameter in matrices(small) if parameter.role == role]
@@ -137,7 +142,7 @@ def roles(small: Histories, full: Histories) -> dict[str, Any]:
 
 
 def _over_training(histories: Histories, role: str, label: str) -> list[tuple[int, float]]:
-    """Median over layers and runs at each measured step."""
+    """Return median over layers and runs at each measured step."""
     values: dict[int, list[float]] = defaultdict(list)
     for parameter in matrices(histories):
         if parameter.role == role:
@@ -147,7 +152,7 @@ def _over_training(histories: Histories, role: str, label: str) -> list[tuple[in
 
 
 def learning_rate(sweeps: Mapping[str, Mapping[float, Histories]]) -> dict[str, Any]:
-    """How the SNR changes with the learning rate, matrix by matrix, for each decay of the second moments."""
+    """Return how the SNR changes with the learning rate, matrix by matrix, for each decay of the second moments."""
     rows = {}
     for label, by_rate in sweeps.items():
         rates = sorted(lr for lr in by_rate if by_rate[lr])
@@ -161,8 +166,8 @@ def learning_rate(sweeps: Mapping[str, Mapping[float, Histories]]) -> dict[str, 
             "lower_at_the_largest_rate": fmean(lower),
             "snr_of_best_average": {f"{lr:g}": geometric_mean(best[lr]) for lr in rates},
             "snr_of_row_and_column_averages": {f"{lr:g}": geometric_mean(factored[lr]) for lr in rates},
-            "saved_at_cutoff_1": {f"{lr:g}": saved(by_rate[lr]) for lr in rates},
-            "saved_at_cutoff_2": {f"{lr:g}": saved(by_rate[lr], 2.0) for lr in rates},
+            "saved_at_cutoff_1": {f"{lr:g}": _saved(by_rate[lr]) for lr in rates},
+            "saved_at_cutoff_2": {f"{lr:g}": _saved(by_rate[lr], 2.0) for lr in rates},
         }
     return {
         "finding": "the SNR falls as the learning rate grows",
@@ -172,13 +177,13 @@ def learning_rate(sweeps: Mapping[str, Mapping[float, Histories]]) -> dict[str, 
 
 
 def _falls(row: Mapping[str, Any]) -> bool:
-    """Whether most matrices, and their mean, have a lower SNR at the largest rate than at the smallest."""
+    """Return whether most matrices, and their mean, have a lower SNR at the largest rate than at the smallest."""
     smallest, *_, largest = row["snr_of_best_average"].values()
     return bool(largest < smallest and row["lower_at_the_largest_rate"] > LARGEST_DROP)
 
 
 def vocabulary(histories: Mapping[int, SNRHistory]) -> dict[str, Any]:
-    """SNR of embedding and head for growing heavy-tailed vocabularies."""
+    """Return SNR of embedding and head for growing heavy-tailed vocabularies."""
     snr = {
         role: {
             label: {str(size): parameter.average()[candidate] for size, history in histories.items()
@@ -195,8 +200,8 @@ def vocabulary(histories: Mapping[int, SNRHistory]) -> dict[str, Any]:
     }
 
 
-def initialisation(gpt2: Histories, torch: Histories) -> dict[str, Any]:
-    """SNR from a standard deviation of 0.02 and from torch's defaults, by role."""
+def _initialisation(gpt2: Histories, torch: Histories) -> dict[str, Any]:
+    """Return the SNR from a standard deviation of 0.02 and from torch's defaults, by role."""
     by_role = {
         label: {
             role: geometric_mean([best_average(found) for found in matrices(histories) if found.role == role])
@@ -214,9 +219,9 @@ def initialisation(gpt2: Histories, torch: Histories) -> dict[str, Any]:
 
 
 def vision(histories: Mapping[str, SNRHistory]) -> dict[str, Any]:
-    """How far the second moments of vision models can be averaged."""
+    """Return how far the second moments of vision models can be averaged."""
     models: dict[str, dict[str, Any]] = {
-        name: {"saved_at_cutoff_1": saved([history]), "saved_at_cutoff_2": saved([history], 2.0),
+        name: {"saved_at_cutoff_1": _saved([history]), "saved_at_cutoff_2": _saved([history], 2.0),
                "snr_by_role": _by_role(history)}
         for name, history in histories.items()
     }  # fmt: skip
@@ -228,7 +233,7 @@ def vision(histories: Mapping[str, SNRHistory]) -> dict[str, Any]:
 
 
 def _by_role(history: SNRHistory) -> dict[str, dict[str, float]]:
-    """SNR along each single dimension or group of them, averaged over the layers of a role."""
+    """Return SNR along each single dimension or group of them, averaged over the layers of a role."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for parameter in matrices([history]):
         for candidate, value in parameter.average().items():
@@ -237,8 +242,8 @@ def _by_role(history: SNRHistory) -> dict[str, dict[str, float]]:
     return {role: {candidate: fmean(values) for candidate, values in row.items()} for role, row in found.items()}
 
 
-def transfer(runs: Runs, grid: Grid) -> dict[str, Any]:
-    """Share of matrices for which a tenth of the learning rate and all of it choose the same."""
+def _transfer(runs: Runs, grid: Grid) -> dict[str, Any]:
+    """Return the share of matrices for which a tenth of the learning rate and all of it choose the same."""
     rows = {}
     for name, rates in grid.learning_rates.items():
         for lr in rates:

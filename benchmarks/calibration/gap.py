@@ -45,19 +45,24 @@ CHOICES: tuple[tuple[str, Forms, float], ...] = (
 
 
 def study(runs: Runs, grid: Grid) -> dict[str, Any]:
-    """Train with each plan, compare with AdamW, and fit the gap to each predictor."""
+    """Train with each plan, compare with AdamW, and fit the gap to each predictor.
+
+    Args:
+        runs: Runs, finished or not.
+        grid: Settings that the study covers.
+    """
     points: list[Point] = []
     for setting in grid.short_settings():
         with suppress(UnfinishedError):
-            points += points_of(runs, setting)
+            points += _points_of(runs, setting)
     long: list[Point] = []
     for setting in grid.long_settings():
         with suppress(UnfinishedError):
-            long += long_points_of(runs, setting, grid)
+            long += _long_points_of(runs, setting, grid)
     return {
         "summary": summary([*points, *long]),
-        "noise": noise(runs, grid),
-        "loss_by_learning_rate": {name: loss_by_learning_rate(runs, grid, name) for name in grid.learning_rates},
+        "noise": _noise(runs, grid),
+        "loss_by_learning_rate": {name: _loss_by_learning_rate(runs, grid, name) for name in grid.learning_rates},
         "fits": {
             title: fits(some)
             for title, chosen in SETS.items()
@@ -71,8 +76,8 @@ def _recorded(point: Point) -> dict[str, float]:
     return {name: point.predictors[name] for name in (NOISE_SHARE, GROWTH) if name in point.predictors}
 
 
-def plans_of(runs: Runs, setting: Setting) -> dict[str, CompressionPlan]:
-    """The plans compared: five that a calibration at a tenth of the rate chooses, and two that ask nothing."""
+def _plans_of(runs: Runs, setting: Setting) -> dict[str, CompressionPlan]:
+    """Return the plans compared: five chosen by a calibration at a tenth of the rate, and two without calibration."""
     history = runs.calibration(setting).history
     chosen = {
         f"{words}, cutoff {cutoff:g}": CompressionPlan.from_snr(history, cutoff, forms=forms)
@@ -83,7 +88,7 @@ def plans_of(runs: Runs, setting: Setting) -> dict[str, CompressionPlan]:
 
 
 def worse_dimension(history: SNRHistory) -> CompressionPlan:
-    """Every matrix averaged over the single dimension with the lowest SNR."""
+    """Return a plan that averages every matrix over the single dimension with the lowest SNR."""
     rules = {}
     for name, measured in history.items():
         snr = measured.average()
@@ -95,12 +100,12 @@ def worse_dimension(history: SNRHistory) -> CompressionPlan:
     return CompressionPlan(rules)
 
 
-def points_of(runs: Runs, setting: Setting) -> list[Point]:
-    """Every plan of a setting, with what the calibration and AdamW's own run said of it."""
+def _points_of(runs: Runs, setting: Setting) -> list[Point]:
+    """Return every plan of a setting, with what the calibration and AdamW's own run measured."""
     reference = runs.adamw(setting)
     sources = {"at 0.1 lr": runs.calibration(setting), "at lr": runs.measurements(setting)}
     points = []
-    for label, plan in plans_of(runs, setting).items():
+    for label, plan in _plans_of(runs, setting).items():
         known = {
             f"{name}, {where}": value
             for where, measured in sources.items()
@@ -111,9 +116,9 @@ def points_of(runs: Runs, setting: Setting) -> list[Point]:
     return points
 
 
-def long_points_of(runs: Runs, setting: Setting, grid: Grid) -> list[Point]:
-    """The two plans that matter most, chosen by the short calibration, in a longer run."""
-    plans = plans_of(runs, replace(setting, steps=grid.steps))
+def _long_points_of(runs: Runs, setting: Setting, grid: Grid) -> list[Point]:
+    """Return the two plans that matter most, chosen by the short calibration, in a longer run."""
+    plans = _plans_of(runs, replace(setting, steps=grid.steps))
     reference = runs.adamw(setting)
     return [_point(setting, label, runs.compressed(setting, plans[label]), reference, {}) for label in (AVERAGES, BEST)]
 
@@ -128,8 +133,8 @@ def _point(setting: Setting, plan: str, outcome: Outcome, reference: Outcome, kn
     )
 
 
-def noise(runs: Runs, grid: Grid) -> dict[str, Any]:
-    """How far AdamW is from itself, as a share of its held-out loss, for the first seed of each setting.
+def _noise(runs: Runs, grid: Grid) -> dict[str, Any]:
+    """Return how far AdamW is from itself, as a share of its held-out loss, for the first seed of each setting.
 
     ``perturbed``: with an initialisation that differs in the sixth digit. ``other batches``: with other batches.
     """
@@ -143,8 +148,8 @@ def noise(runs: Runs, grid: Grid) -> dict[str, Any]:
     return {kind: {"root_mean_square": root_mean_square(gaps.values()), **gaps} for kind, gaps in found.items() if gaps}
 
 
-def loss_by_learning_rate(runs: Runs, grid: Grid, name: str) -> dict[str, float]:
-    """AdamW's held-out loss, averaged over the seeds: is the rate below or above the best one?"""
+def _loss_by_learning_rate(runs: Runs, grid: Grid, name: str) -> dict[str, float]:
+    """Return AdamW's held-out loss by rate, averaged over the seeds, to show whether a rate is below the best one."""
     losses: dict[str, list[float]] = defaultdict(list)
     for setting in grid.short_settings():
         if setting.workload == name:
@@ -154,7 +159,7 @@ def loss_by_learning_rate(runs: Runs, grid: Grid, name: str) -> dict[str, float]
 
 
 def fits(points: list[Point]) -> dict[str, Any]:
-    """Lines over each predictor, against what saying "no gap" would miss."""
+    """Fit lines over each predictor, and compare them with the guess "no gap"."""
     gaps = [point.gap for point in points]
     workloads = sorted({point.workload for point in points})
     by_workload = {name: root_mean_square(point.gap for point in points if point.workload == name)
@@ -173,7 +178,7 @@ def _fit_as_data(line: Fit) -> dict[str, Any]:
 
 
 def summary(points: list[Point]) -> list[dict[str, Any]]:
-    """Mean gap over the seeds of each plan, and how sure it is."""
+    """Return the mean gap over the seeds of each plan, and its standard error."""
 
     def key(point: Point) -> tuple[str, float, int, str]:
         return point.workload, point.lr, point.steps, point.plan

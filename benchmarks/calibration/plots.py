@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.calibration.gap import PICTURED, SETS
 from benchmarks.calibration.predictors import Point
-from slimadam.utils.plot_style import COLOURS, STYLE
+from benchmarks.harness.picture import picture
+from slimadam.utils.plot_style import COLOURS
 
 _MARKERS = ("o", "s", "^", "D")
 
 
-@contextmanager
-def _figure(path: Path, rows: int, columns: int, height: float, **options: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """Axes ``[rows, columns]`` of a picture as wide as the README."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, height), layout="constrained", facecolor="white")
-        yield figure.subplots(rows, columns, squeeze=False, **options)
-        figure.savefig(path, dpi=150)
-
-
-def draw_gap(result: dict[str, Any], folder: Path) -> None:
-    """Gap of each plan, and gap over the two predictors that matter."""
+def _draw_gap(result: dict[str, Any], folder: Path) -> None:
+    """Draw the gap of each plan, and the gap over the two predictors that matter."""
     points = [point for point in result["points"] if point["predictors"]]
     workloads = sorted({point["workload"] for point in points})
     plans = list(dict.fromkeys(point["plan"] for point in points))
-    with _figure(folder / "calibration-gap.png", 1, len(workloads), 3.6, sharey=True) as axes:
+    with picture(folder / "calibration-gap.png", len(workloads), 3.6, sharey=True) as axes:
         for panel, workload in zip(axes[0], workloads, strict=True):
             _draw_gaps(panel, [point for point in points if point["workload"] == workload], plans)
             panel.set_title(workload)
@@ -42,7 +31,7 @@ def draw_gap(result: dict[str, Any], folder: Path) -> None:
         axes[0, 0].invert_yaxis()
         axes[0, 0].figure.supxlabel("held-out loss above AdamW's (dots: seeds, bars: their means)", fontsize=9)
     panels = [(title, predictor) for title, predictor in PICTURED if title in result["fits"]]
-    with _figure(folder / "calibration-predictor.png", 1, len(PICTURED), 3.8, sharey=True) as axes:
+    with picture(folder / "calibration-predictor.png", len(PICTURED), 3.8, sharey=True) as axes:
         for panel, (title, predictor) in zip(axes[0], panels, strict=False):
             chosen = [point for point in points if SETS[title](Point(**point))]
             line = next(fit for fit in result["fits"][title]["predictors"] if fit["predictor"] == predictor)
@@ -82,12 +71,12 @@ def _draw_scatter(axes: Axes, points: list[dict[str, Any]], line: dict[str, Any]
     axes.axhline(0, color="black", linewidth=0.6)
 
 
-def draw_steps(result: dict[str, Any], folder: Path) -> None:
-    """How soon AutoPlan's choice is that of the whole run, and what deciding early costs."""
+def _draw_steps(result: dict[str, Any], folder: Path) -> None:
+    """Draw how soon AutoPlan's choice is that of the whole run, and what deciding early costs."""
     workloads = sorted({row["workload"] for row in result["agreement"]})
     rates = sorted({row["lr"] for row in result["agreement"]})
     best = [row for row in result["agreement"] if row["forms"] == "best"]
-    with _figure(folder / "calibration-steps.png", 1, 3, 3.4) as axes:
+    with picture(folder / "calibration-steps.png", 3, 3.4) as axes:
         agreement, noise, gap = axes[0]
         for key, rows in _grouped(best, "workload", "lr").items():
             steps = [row["calibration_steps"] for row in rows]
@@ -122,16 +111,16 @@ def _draw_automatic(axes: Axes, runs: list[dict[str, Any]]) -> None:
 
 
 def _grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Rows by the values of the named columns, in order."""
+    """Return rows by the values of the named columns, in order."""
     keys = sorted({tuple(row[name] for name in names) for row in rows})
     return {key: [row for row in rows if tuple(row[name] for name in names) == key] for key in keys}
 
 
-def draw_findings(result: dict[str, Any], folder: Path) -> None:
-    """SNR of each role over training; and one panel for each other finding."""
+def _draw_findings(result: dict[str, Any], folder: Path) -> None:
+    """Draw the SNR of each role over training, and one panel for each other finding."""
     if "roles" in result:
         by_role = result["roles"]["by_role"]
-        with _figure(folder / "calibration-roles.png", 2, 3, 4.6, sharex=True, sharey=True) as axes:
+        with picture(folder / "calibration-roles.png", 3, 4.6, rows=2, sharex=True, sharey=True) as axes:
             for panel, (role, row) in zip(axes.flat, by_role.items(), strict=False):
                 _draw_role(panel, role, row)
             for panel in axes[1]:
@@ -139,7 +128,7 @@ def draw_findings(result: dict[str, Any], folder: Path) -> None:
             for panel in axes[:, 0]:
                 panel.set_ylabel("SNR (median)")
             axes[0, 2].legend(loc="lower right")
-    with _figure(folder / "calibration-findings.png", 2, 2, 6.4) as axes:
+    with picture(folder / "calibration-findings.png", 2, 6.4, rows=2) as axes:
         panels = {
             "learning_rate": _draw_learning_rate,
             "vocabulary": _draw_vocabulary,
@@ -221,7 +210,7 @@ def _legend_below(axes: Axes, **options: Any) -> None:
 
 
 DRAWN: dict[str, Callable[[dict[str, Any], Path], None]] = {
-    "gap": draw_gap,
-    "steps": draw_steps,
-    "findings": draw_findings,
+    "gap": _draw_gap,
+    "steps": _draw_steps,
+    "findings": _draw_findings,
 }

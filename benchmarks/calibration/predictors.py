@@ -1,4 +1,4 @@
-"""What might say beforehand how much a plan costs: one figure for a whole model, from an AdamW run's measurements."""
+"""Predict how much a plan costs: one figure for a whole model, from the measurements of an AdamW run."""
 
 from __future__ import annotations
 
@@ -71,22 +71,26 @@ class Fit:
 
 
 def root_mean_square(values: Iterable[float]) -> float:
-    """The root of the mean square."""
+    """Return the root of the mean square."""
     return math.sqrt(fmean(value**2 for value in values))
 
 
 def chosen_candidate(rule: Rule) -> Candidate | None:
-    """How a rule compresses; None if it does not."""
+    """Return how a rule compresses; None if it does not."""
     if rule.form == "full":
         return None
     return FACTORED if rule.form == FACTORED else rule.dims
 
 
 def predictors(plan: CompressionPlan, measured: Measurements) -> dict[str, float]:
-    """Each candidate predictor for a plan, from what one AdamW run measured.
+    """Return each candidate predictor for a plan, from what one AdamW run measured.
 
     Means over elements count every element of a matrix alike and those in full as unchanged; what is measured
     at several steps is averaged over them. ``u`` is AdamW's update without learning rate and weight decay.
+
+    Args:
+        plan: Plan whose cost is to be predicted.
+        measured: Measurements of an AdamW run.
     """
     candidates = {name: chosen_candidate(rule) for name, rule in plan.items()}
     return {
@@ -158,7 +162,12 @@ def _ratio(change: Change) -> float:
 
 
 def fit(points: list[Point], predictor: str) -> Fit:
-    """The least-squares line of the gap over one predictor."""
+    """Fit a least-squares line of the gap over one predictor.
+
+    Args:
+        points: Plans with their gaps and predictors.
+        predictor: Name of the predictor.
+    """
     x, y = _columns(points, predictor)
     slope, intercept = _line(x, y)
     residuals = y - intercept - slope * x

@@ -1,4 +1,4 @@
-"""The evidence for how slimadam chooses: ``python -m benchmarks.calibration [gap|steps|findings|all]``.
+"""Gather the evidence for how slimadam chooses: ``python -m benchmarks.calibration [gap|steps|findings|all]``.
 
 ``gap``: how far held-out losses are from AdamW's, and which statistic predicts it. ``steps``: how long
 ``plan="auto"`` has to measure. ``findings``: which findings of arXiv 2503.01843 small models reproduce.
@@ -32,48 +32,8 @@ RUNS = Path("build/calibration")
 PICTURES = Path(__file__).resolve().parents[2] / "docs"
 
 
-def main() -> None:
-    """Run the studies asked for, print their figures, write results and pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", choices=[*STUDIES, "all"], default="all")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
-    parser.add_argument("--finished", action="store_true", help="train nothing: report the runs that are finished")
-    parser.add_argument("--quick", action="store_true", help="a few steps of each, written to a temporary folder")
-    arguments = parser.parse_args()
-    grid = QUICK if arguments.quick else FULL
-    grid = replace(grid, seeds=tuple(arguments.seeds)) if arguments.seeds else grid
-    chosen = list(STUDIES) if arguments.study == "all" else [arguments.study]
-    torch.set_num_threads(1)
-    if arguments.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            run(chosen, grid, Runs(Path(folder, "runs"), held_out_batches=1), Path(folder), Path(folder))
-    else:
-        run(chosen, grid, Runs(RUNS, may_train=not arguments.finished), machine.RESULTS, PICTURES)
-
-
-def run(studies: list[str], grid: Grid, runs: Runs, results: Path, pictures: Path) -> None:
-    """Run the named studies.
-
-    Args:
-        studies: Keys of :data:`STUDIES`.
-        grid: What they cover.
-        runs: The runs that are finished, and the means to do the others.
-        results: Where ``calibration_<study>.json`` go.
-        pictures: Where ``calibration-*.png`` go.
-    """
-    for name in studies:
-        result = STUDIES[name](runs, grid)
-        PRINTED[name](result)
-        plots.DRAWN[name](result, pictures)
-        print("written:", machine.write(f"calibration_{name}", result, results))
-
-
-if __name__ == "__main__":
-    main()
-
-
-def print_gap(result: dict[str, Any]) -> None:
-    """Gaps by plan, the noise, and the best predictors."""
+def _print_gap(result: dict[str, Any]) -> None:
+    """Print gaps by plan, the noise, and the best predictors."""
     for row in result["summary"]:
         error = f" +-{row['standard_error']:.2%}" if row["standard_error"] is not None else ""
         print(
@@ -98,8 +58,8 @@ def _line(fit: dict[str, Any]) -> str:
     return f"{fit['predictor']:46s} {ranks}  Pearson {fit['pearson']:+.2f}  {line}{error}"
 
 
-def print_steps(result: dict[str, Any]) -> None:
-    """Agreement with whole runs, gaps of real runs, bars."""
+def _print_steps(result: dict[str, Any]) -> None:
+    """Print agreement with whole runs, gaps of real runs, and bars."""
     for row in result["agreement"]:
         where = (
             f"{row['workload']:9s} lr {row['lr']:<5g} forms {row['forms']:4s} after {row['calibration_steps']:3d} steps"
@@ -113,12 +73,11 @@ def print_steps(result: dict[str, Any]) -> None:
             f"{row['workload']} lr {row['lr']:g}, plan='auto' after {row['calibration_steps']} steps: "
             f"gap {row['gap']:+.2%}, {row['second_moments_saved']:.1%} saved"
         )
-    for bar, held in result["bars"].items():
-        print(f"  {'pass' if held else 'FAIL'}  {bar}")
+    machine.print_bars(result["bars"])
 
 
-def print_findings(result: dict[str, Any]) -> None:
-    """Each finding, whether it was reproduced, and its main figures."""
+def _print_findings(result: dict[str, Any]) -> None:
+    """Print each finding, whether it was reproduced, and its main figures."""
     for name, found in result.items():
         if isinstance(found, dict) and "finding" in found:
             print(f"{'reproduced    ' if found['reproduced'] else 'NOT reproduced'}  {name}: {found['finding']}")
@@ -137,7 +96,47 @@ def _rounded(value: Any) -> Any:
 
 
 PRINTED: dict[str, Callable[[dict[str, Any]], None]] = {
-    "gap": print_gap,
-    "steps": print_steps,
-    "findings": print_findings,
+    "gap": _print_gap,
+    "steps": _print_steps,
+    "findings": _print_findings,
 }
+
+
+def main() -> None:
+    """Run the studies asked for, print their figures, write results and pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=[*STUDIES, "all"], default="all")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
+    parser.add_argument("--finished", action="store_true", help="train nothing: report the runs that are finished")
+    parser.add_argument("--quick", action="store_true", help="a few steps of each, written to a temporary folder")
+    arguments = parser.parse_args()
+    grid = QUICK if arguments.quick else FULL
+    grid = replace(grid, seeds=tuple(arguments.seeds)) if arguments.seeds else grid
+    chosen = list(STUDIES) if arguments.study == "all" else [arguments.study]
+    torch.set_num_threads(1)
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            _run(chosen, grid, Runs(Path(folder, "runs"), held_out_batches=1), Path(folder), Path(folder))
+    else:
+        _run(chosen, grid, Runs(RUNS, may_train=not arguments.finished), machine.RESULTS, PICTURES)
+
+
+def _run(studies: list[str], grid: Grid, runs: Runs, results: Path, pictures: Path) -> None:
+    """Run the named studies.
+
+    Args:
+        studies: Keys of :data:`STUDIES`.
+        grid: Settings that they cover.
+        runs: Finished runs, and the means to do the others.
+        results: Folder of ``calibration_<study>.json``.
+        pictures: Folder of ``calibration-*.png``.
+    """
+    for name in studies:
+        result = STUDIES[name](runs, grid)
+        PRINTED[name](result)
+        plots.DRAWN[name](result, pictures)
+        print("written:", machine.write(f"calibration_{name}", result, results))
+
+
+if __name__ == "__main__":
+    main()

@@ -41,13 +41,13 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 
 @cache
 def workload(name: str) -> Workload:
-    """The workload of that name, its data read once."""
+    """Return the workload of that name, its data read once."""
     return WORKLOADS[name]()
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs that are compared have in common: initialisation, batches and schedule.
+    """The initialisation, batches and schedule that compared runs have in common.
 
     Attributes:
         workload: A key of :data:`WORKLOADS`.
@@ -66,8 +66,87 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Settings that the calibration studies cover.
+
+    Attributes:
+        seeds: Of initialisation and batches.
+        learning_rates: Peak learning rates of each workload that is compressed in several ways.
+        steps: Optimizer steps of a run.
+        long_steps: Of the longer runs.
+        long_workloads: Which workloads have longer runs, at the first two learning rates.
+        automatic_workload: Where AutoPlan decides by itself, at the first two learning rates.
+        automatic_steps: After how many steps it does.
+        finding_rates: Peak learning rates at which the paper's findings are looked for, the smallest first.
+        swept_rates: Learning rates at which the SNR is measured to see whether it falls.
+        compared_steps: After how many steps its choice is compared with that of the whole run.
+    """
+
+    seeds: tuple[int, ...]
+    learning_rates: Mapping[str, tuple[float, ...]]
+    steps: int
+    long_steps: int
+    long_workloads: tuple[str, ...]
+    automatic_workload: str
+    automatic_steps: tuple[int, ...]
+    finding_rates: tuple[float, ...]
+    swept_rates: tuple[float, ...]
+    compared_steps: tuple[int, ...]
+
+    def short_settings(self) -> Iterator[Setting]:
+        """Yield every workload, learning rate and seed."""
+        for seed in self.seeds:
+            for name, rates in self.learning_rates.items():
+                for lr in rates:
+                    yield Setting(name, lr, self.steps, seed)
+
+    def long_settings(self) -> Iterator[Setting]:
+        """Yield the settings of the longer runs."""
+        for setting in self.short_settings():
+            if setting.workload in self.long_workloads and setting.lr in self.learning_rates[setting.workload][:2]:
+                yield replace(setting, steps=self.long_steps)
+
+    def automatic_settings(self) -> Iterator[Setting]:
+        """Yield the settings in which AutoPlan decides by itself."""
+        for setting in self.short_settings():
+            if setting.workload == self.automatic_workload and setting.lr in self._rates(setting):
+                yield setting
+
+    def _rates(self, setting: Setting) -> tuple[float, ...]:
+        return self.learning_rates[setting.workload][:2]
+
+
+FULL = Grid(
+    seeds=(0, 1, 2),
+    learning_rates={"byte GPT": (1e-3, 3e-3), "byte LSTM": (1e-3, 3e-3, 1e-2, 3e-2), "word GPT": (1e-3, 3e-3)},
+    steps=400,
+    long_steps=1200,
+    long_workloads=("byte GPT", "byte LSTM"),
+    automatic_workload="byte GPT",
+    automatic_steps=(50, 100, 200),
+    finding_rates=(1e-3, 3e-3),
+    swept_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    compared_steps=(40, 80, 120, 160, 200, 280, 400),
+)
+
+
+QUICK = Grid(
+    seeds=(0,),
+    learning_rates={"digits ResNet": (1e-3,), "digits ViT": (1e-3,)},
+    steps=3,
+    long_steps=4,
+    long_workloads=("digits ResNet",),
+    automatic_workload="digits ResNet",
+    automatic_steps=(1, 2),
+    finding_rates=(1e-3,),
+    swept_rates=(1e-3, 1e-2),
+    compared_steps=(2, 3),
+)
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What a run ended with.
+    """Figures at the end of a run.
 
     Attributes:
         held_out_loss: In nats per target, after the last step.
@@ -103,25 +182,35 @@ class Runs:
         self._done: dict[str, dict[str, Any]] = {line["run"]: line for line in map(json.loads, lines)}
 
     def adamw(self, setting: Setting) -> Outcome:
-        """AdamW, measured on the way."""
+        """Return the outcome of AdamW, measured on the way."""
         return self._measured(setting, "AdamW", training_rate(setting.lr, setting.steps))
 
     def perturbed(self, setting: Setting) -> Outcome:
-        """AdamW from an initialisation that differs in the sixth digit: how far runs drift apart by themselves."""
+        """Return the outcome of AdamW from an initialisation that differs in the sixth digit."""
         return self._outcome(setting, "AdamW, perturbed", _adamw(setting), perturbation=1e-6)
 
     def other_batches(self, setting: Setting) -> Outcome:
-        """AdamW from the same initialisation on other batches."""
+        """Return the outcome of AdamW from the same initialisation on other batches."""
         return self._outcome(setting, "AdamW, other batches", _adamw(setting), batch_seed=setting.seed + 1000)
 
     def compressed(self, setting: Setting, plan: CompressionPlan) -> Outcome:
-        """SlimAdam with a plan; plans with the same forms share a run."""
+        """Return the outcome of SlimAdam with a plan; plans with the same forms share a run.
+
+        Args:
+            setting: Initialisation, batches and schedule.
+            plan: Plan of the optimizer.
+        """
         forms = {name: (rule.form, rule.dims) for name, rule in plan.items()}
         digest = hashlib.sha256(repr(forms).encode()).hexdigest()[:16]
         return self._outcome(setting, f"plan {digest}", _slimadam(setting, plan))
 
     def automatic(self, setting: Setting, plan: AutoPlan) -> Outcome:
-        """SlimAdam that decides by itself on the way."""
+        """Return the outcome of SlimAdam with a plan that it decides while it trains.
+
+        Args:
+            setting: Initialisation, batches and schedule.
+            plan: How the optimizer measures and decides.
+        """
         label = (
             f"AutoPlan, {plan.calibration_steps} steps, {plan.measurements} measurements, forms {plan.forms}, "
             f"cutoff {plan.cutoff:g}"
@@ -129,12 +218,12 @@ class Runs:
         return self._outcome(setting, label, _slimadam(setting, plan))
 
     def calibration(self, setting: Setting) -> Measurements:
-        """What the demo's calibration measures, at a tenth of the learning rate."""
+        """Return the measurements of the demo's calibration, at a tenth of the learning rate."""
         self._measured(setting, "calibration", calibration_rate(setting.lr, setting.steps))
         return Measurements.load(self._measurements_path(setting, "calibration"))
 
     def measurements(self, setting: Setting) -> Measurements:
-        """What :meth:`adamw` measured at the full learning rate."""
+        """Return the measurements of :meth:`adamw`, at the full learning rate."""
         self.adamw(setting)
         return Measurements.load(self._measurements_path(setting, "AdamW"))
 
@@ -197,82 +286,3 @@ def _slimadam(setting: Setting, plan: CompressionPlan | AutoPlan) -> Callable[[n
 
 def _saved(optimizer: Optimizer) -> float:
     return optimizer.memory().second_moments_saved if isinstance(optimizer, SlimAdam) else 0.0
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What the calibration studies cover.
-
-    Attributes:
-        seeds: Of initialisation and batches.
-        learning_rates: Peak learning rates of each workload that is compressed in several ways.
-        steps: Optimizer steps of a run.
-        long_steps: Of the longer runs.
-        long_workloads: Which workloads have longer runs, at the first two learning rates.
-        automatic_workload: Where AutoPlan decides by itself, at the first two learning rates.
-        automatic_steps: After how many steps it does.
-        finding_rates: Peak learning rates at which the paper's findings are looked for, the smallest first.
-        swept_rates: Learning rates at which the SNR is measured to see whether it falls.
-        compared_steps: After how many steps its choice is compared with that of the whole run.
-    """
-
-    seeds: tuple[int, ...]
-    learning_rates: Mapping[str, tuple[float, ...]]
-    steps: int
-    long_steps: int
-    long_workloads: tuple[str, ...]
-    automatic_workload: str
-    automatic_steps: tuple[int, ...]
-    finding_rates: tuple[float, ...]
-    swept_rates: tuple[float, ...]
-    compared_steps: tuple[int, ...]
-
-    def short_settings(self) -> Iterator[Setting]:
-        """Every workload, learning rate and seed."""
-        for seed in self.seeds:
-            for name, rates in self.learning_rates.items():
-                for lr in rates:
-                    yield Setting(name, lr, self.steps, seed)
-
-    def long_settings(self) -> Iterator[Setting]:
-        """The longer runs."""
-        for setting in self.short_settings():
-            if setting.workload in self.long_workloads and setting.lr in self.learning_rates[setting.workload][:2]:
-                yield replace(setting, steps=self.long_steps)
-
-    def automatic_settings(self) -> Iterator[Setting]:
-        """Where AutoPlan decides by itself."""
-        for setting in self.short_settings():
-            if setting.workload == self.automatic_workload and setting.lr in self._rates(setting):
-                yield setting
-
-    def _rates(self, setting: Setting) -> tuple[float, ...]:
-        return self.learning_rates[setting.workload][:2]
-
-
-FULL = Grid(
-    seeds=(0, 1, 2),
-    learning_rates={"byte GPT": (1e-3, 3e-3), "byte LSTM": (1e-3, 3e-3, 1e-2, 3e-2), "word GPT": (1e-3, 3e-3)},
-    steps=400,
-    long_steps=1200,
-    long_workloads=("byte GPT", "byte LSTM"),
-    automatic_workload="byte GPT",
-    automatic_steps=(50, 100, 200),
-    finding_rates=(1e-3, 3e-3),
-    swept_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    compared_steps=(40, 80, 120, 160, 200, 280, 400),
-)
-
-
-QUICK = Grid(
-    seeds=(0,),
-    learning_rates={"digits ResNet": (1e-3,), "digits ViT": (1e-3,)},
-    steps=3,
-    long_steps=4,
-    long_workloads=("digits ResNet",),
-    automatic_workload="digits ResNet",
-    automatic_steps=(1, 2),
-    finding_rates=(1e-3,),
-    swept_rates=(1e-3, 1e-2),
-    compared_steps=(2, 3),
-)

@@ -1,4 +1,4 @@
-"""What a compressed second moment would change, measured while AdamW trains with the full one."""
+"""Measure, while AdamW trains with the full second moment, what a compressed one would change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHANGE_COLUMNS = ("log_mean", "log_square", "update_square", "compressed_square
 
 @dataclass(frozen=True)
 class Change:
-    """What one candidate would do to one parameter's second moment ``v`` and Adam update ``u`` at one step.
+    """Difference that one candidate would make to a parameter's second moment ``v`` and Adam update ``u`` at one step.
 
     Attributes:
         log_mean: Mean of ``log(v / compressed)`` over the elements where ``v`` is positive.
@@ -47,7 +47,7 @@ Changes = dict[tuple[int, str, Candidate], Change]
 
 @dataclass
 class Measurements:
-    """What one AdamW run showed.
+    """Measurements of one AdamW run.
 
     Attributes:
         history: SNR of each parameter and candidate.
@@ -69,7 +69,7 @@ class Measurements:
 
     @classmethod
     def load(cls, path: Path) -> Measurements:
-        """The inverse of :meth:`save`."""
+        """Read what :meth:`save` wrote."""
         data = json.loads(path.read_text(encoding="utf-8"))
         history = SNRHistory()
         for parameter in data["parameters"]:
@@ -127,7 +127,7 @@ class Recorder:
 def changes_of(
     exp_avg: Tensor, exp_avg_sq: Tensor, candidates: Iterable[Candidate], step: int, optimizer: Optimizer
 ) -> dict[Candidate, Change]:
-    """What each candidate would change.
+    """Return the change that each candidate would make.
 
     Args:
         exp_avg: First moment.
@@ -144,7 +144,7 @@ def changes_of(
     positive = v > 0
     found = {}
     for candidate in candidates:
-        compressed = compress(v, candidate)
+        compressed = _compress(v, candidate)
         log = (v[positive] / compressed[positive]).log()
         new = m / (compressed.sqrt() + group["eps"])
         sums = (update.square().sum(), new.square().sum(), (update * new).sum())
@@ -152,8 +152,8 @@ def changes_of(
     return found
 
 
-def compress(v: Tensor, candidate: Candidate) -> Tensor:
-    """The second moment that a candidate would use in place of ``v``, in full shape."""
+def _compress(v: Tensor, candidate: Candidate) -> Tensor:
+    """Return the second moment that a candidate would use in place of ``v``, in full shape."""
     if candidate != FACTORED:
         return v.mean(candidate, keepdim=True).expand_as(v)
     matrix = v.reshape(v.shape[0], -1)

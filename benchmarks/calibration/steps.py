@@ -20,11 +20,16 @@ LARGEST_GAPS = {1e-3: 0.005, 3e-3: 0.01}
 
 
 def study(runs: Runs, grid: Grid) -> dict[str, Any]:
-    """Compare early choices with those of whole runs, and train with them."""
+    """Compare early choices with those of whole runs, and train with them.
+
+    Args:
+        runs: Runs, finished or not.
+        grid: Settings that the study covers.
+    """
     compared, automatic = [], []
     for setting in grid.short_settings():
         with suppress(UnfinishedError):
-            compared += compare(setting, runs.measurements(setting), grid)
+            compared += _compare(setting, runs.measurements(setting), grid)
     for setting in grid.automatic_settings():
         for steps in grid.automatic_steps:
             with suppress(UnfinishedError):
@@ -33,25 +38,25 @@ def study(runs: Runs, grid: Grid) -> dict[str, Any]:
     return {"agreement": mean_over_seeds(compared), "runs": automatic, "summary": means, "bars": bars(means)}
 
 
-def compare(setting: Setting, measured: Measurements, grid: Grid) -> list[dict[str, Any]]:
-    """What AutoPlan would choose after each number of steps, against what the whole run says."""
+def _compare(setting: Setting, measured: Measurements, grid: Grid) -> list[dict[str, Any]]:
+    """Compare AutoPlan's choice after each number of steps with that of the whole run."""
     rows = []
     for forms in get_args(Forms):
         whole = CompressionPlan.from_snr(measured.history, forms=forms)
         least = predictors(whole, measured)[NOISE]
         for steps in grid.compared_steps:
-            early = CompressionPlan.from_snr(until(measured.history, AutoPlan(calibration_steps=steps)), forms=forms)
+            early = CompressionPlan.from_snr(_until(measured.history, AutoPlan(calibration_steps=steps)), forms=forms)
             rows.append(
                 {"workload": setting.workload, "lr": setting.lr, "forms": forms, "calibration_steps": steps,
-                 "agreement": agreement(early, whole), "second_moments_saved": early.second_moments_saved,
+                 "agreement": _agreement(early, whole), "second_moments_saved": early.second_moments_saved,
                  "saved_by_whole_run": whole.second_moments_saved,
                  "noise": predictors(early, measured)[NOISE], "noise_of_whole_run": least}
             )  # fmt: skip
     return rows
 
 
-def until(history: SNRHistory, settings: AutoPlan) -> SNRHistory:
-    """The measurements among which AutoPlan would have decided.
+def _until(history: SNRHistory, settings: AutoPlan) -> SNRHistory:
+    """Return the measurements among which AutoPlan would have decided.
 
     Raises:
         ValueError: It would have measured at a step where the run did not.
@@ -68,8 +73,8 @@ def until(history: SNRHistory, settings: AutoPlan) -> SNRHistory:
     return some
 
 
-def agreement(plan: CompressionPlan, other: CompressionPlan) -> float:
-    """Share of the elements in matrices for which both plans choose the same form and dimensions."""
+def _agreement(plan: CompressionPlan, other: CompressionPlan) -> float:
+    """Return the share of elements in matrices for which both plans choose the same form and dimensions."""
     sizes = {name: math.prod(rule.shape or ()) for name, rule in plan.items() if len(rule.shape or ()) > 1}
     same = [name for name in sizes if (plan[name].form, plan[name].dims) == (other[name].form, other[name].dims)]
     return sum(sizes[name] for name in same) / sum(sizes.values())
@@ -89,7 +94,7 @@ def _automatic_run(runs: Runs, setting: Setting, steps: int) -> dict[str, Any]:
 
 
 def mean_over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each combination of what is varied, with the means of what is measured."""
+    """Return one row for each combination of what is varied, with the means of what is measured."""
     varied = [name for name in ("workload", "lr", "forms", "calibration_steps") if name in rows[0]]
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -107,7 +112,7 @@ def mean_over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def bars(means: list[dict[str, Any]]) -> dict[str, bool]:
-    """Which promises AutoPlan keeps, by learning rate and number of steps."""
+    """Return which promises AutoPlan keeps, by learning rate and number of steps."""
     held = {}
     for row in means:
         where = f"lr {row['lr']:g}, {row['calibration_steps']} steps"

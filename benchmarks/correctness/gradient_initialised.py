@@ -52,7 +52,7 @@ MOMENTA: tuple[torch.dtype | str, ...] = (torch.float32, torch.bfloat16, "int8")
 
 
 def missing() -> dict[str, str]:
-    """Implementations that cannot run here, and why."""
+    """Return the implementations that cannot run here, and the reasons."""
     found = {}
     if importlib.util.find_spec("triton") is None:
         found["triton"] = "Triton is not installed"
@@ -64,14 +64,21 @@ def missing() -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(implementation: str) -> Iterator[None]:
-    """Within the block SlimAdam takes Triton on a CPU too, in Triton's interpreter, if that is the implementation."""
+    """Let SlimAdam take Triton on a CPU too, in Triton's interpreter, if that is the implementation."""
     on_triton = mock.patch.object(dispatch, "runs_triton", return_value=True)
     with on_triton if implementation == "triton" else contextlib.nullcontext():
         yield
 
 
 def errors(implementation: str, forms: Iterable[str]) -> dict[str, float]:
-    """The largest relative error of five steps by form and precision; first moments in the parameter's precision."""
+    """Return the largest relative error of five steps by form and precision.
+
+    First moments are in the parameter's precision.
+
+    Args:
+        implementation: Name of the way to take a step.
+        forms: Keys of :data:`FORMS`.
+    """
     found = {}
     for form in forms:
         for dtype in (torch.float32, torch.float64):
@@ -84,10 +91,14 @@ def errors(implementation: str, forms: Iterable[str]) -> dict[str, float]:
 
 
 def rounded_moments(implementation: str, forms: Iterable[str]) -> float:
-    """The largest error with first moments in a precision of their own, as a share of what rounding explains.
+    """Return the largest error with first moments in a precision of their own, as a share of what rounding explains.
+
+    Args:
+        implementation: Name of the way to take a step.
+        forms: Keys of :data:`FORMS`.
 
     Raises:
-        WrongStepError: It is more than that.
+        WrongStepError: The error is larger than rounding explains.
     """
     worst = 0.0
     in_interpreter = implementation == "triton" and not torch.cuda.is_available()
@@ -103,7 +114,7 @@ def rounded_moments(implementation: str, forms: Iterable[str]) -> float:
 
 
 def first_update_of_adams() -> float:
-    """The size of the first update over that of Adam; the formula says ``sqrt(1 - beta2)``."""
+    """Return the size of the first update over that of Adam; the formula says ``sqrt(1 - beta2)``."""
     updates = []
     for variance_init in ("zeros", "gradient"):
         param = torch.zeros(_MATRIX, dtype=torch.float64, requires_grad=True)
@@ -117,7 +128,7 @@ def first_update_of_adams() -> float:
 def _stepped(
     implementation: str, form: str, dtype: torch.dtype, momentum_dtype: torch.dtype | str | None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Where a parameter began, where five steps took it, and the gradients."""
+    """Take five steps; return the parameter before and after them, and the gradients."""
     shape, rules = FORMS[form]
     device = "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
     # Small beside the updates, so that these are what is compared.

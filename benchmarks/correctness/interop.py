@@ -44,7 +44,7 @@ BAR = 1e-6
 
 
 def llama() -> nn.Module:
-    """A Llama of 2 layers and width 16, the same at each call."""
+    """Return a Llama of 2 layers and width 16, the same at each call."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes))
@@ -52,7 +52,7 @@ def llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """A GPT-2 of 2 layers and width 16, without dropout: transposed Conv1D weights, fused QKV, tied embeddings."""
+    """Return a GPT-2 of 2 layers, width 16, without dropout: transposed Conv1D weights, fused QKV, tied embeddings."""
     torch.manual_seed(0)
     sizes = {"n_positions": LENGTH, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -78,18 +78,28 @@ class Tokens(Dataset[Batch]):
 
 
 def batches() -> DataLoader[Batch]:
-    """All sequences in order."""
+    """Yield all sequences in order."""
     return DataLoader(Tokens(), batch_size=BATCH_SIZE)
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean loss, summed and divided in the order in which the Trainer does it."""
+    """Return the mean loss, summed and divided in the order in which the Trainer does it.
+
+    Args:
+        model: Language model.
+        batch: Tokens and labels.
+    """
     loss: Tensor = model(**batch, num_items_in_batch=batch["labels"][:, 1:].numel()).loss
     return loss
 
 
 def new_optimizer(model: nn.Module, plan: PlanArgument) -> SlimAdam:
-    """SlimAdam over named parameters, with the usual two groups: weight decay for matrices alone."""
+    """Return SlimAdam over named parameters, with the usual two groups: weight decay for matrices alone.
+
+    Args:
+        model: Model whose parameters are trained.
+        plan: Plan of the optimizer.
+    """
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [
         {"params": [(name, param) for name, param in named if param.dim() > 1]},
@@ -111,7 +121,14 @@ Integration = Callable[[nn.Module, PlanArgument], Run]
 
 
 def by_hand(model: nn.Module, plan: PlanArgument, *, bf16: bool = False, accumulate: int = 1) -> Run:
-    """The loop that every integration is compared with."""
+    """Train with the loop that every integration is compared with.
+
+    Args:
+        model: Language model.
+        plan: Plan of the optimizer.
+        bf16: Run the forward pass under bfloat16 autocast.
+        accumulate: Batches whose gradients a step sums.
+    """
     optimizer = new_optimizer(model, plan)
     losses = []
     for number, batch in enumerate(batches(), start=1):
@@ -126,7 +143,7 @@ def by_hand(model: nn.Module, plan: PlanArgument, *, bf16: bool = False, accumul
 
 
 def trainer_arguments(folder: str, **options: Any) -> TrainingArguments:
-    """Arguments of a silent Trainer on the CPU with this module's hyperparameters."""
+    """Return arguments of a silent Trainer on the CPU with this module's hyperparameters."""
     defaults: dict[str, Any] = {
         "output_dir": folder,
         "use_cpu": True,
@@ -149,28 +166,40 @@ def trainer_arguments(folder: str, **options: Any) -> TrainingArguments:
 
 
 def new_trainer(model: nn.Module, args: TrainingArguments, **options: Any) -> Trainer:
-    """A Trainer on the tokens that prints nothing."""
+    """Return a Trainer on the tokens that prints nothing.
+
+    Args:
+        model: Language model.
+        args: The Trainer's arguments.
+        **options: Further arguments of :class:`transformers.Trainer`.
+    """
     trainer = Trainer(model, args, train_dataset=Tokens(), **options)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def trainer_with_helper(model: nn.Module, plan: PlanArgument, **options: Any) -> Run:
-    """Trainer(optimizer_cls_and_kwargs=...)."""
+    """Train with ``Trainer(optimizer_cls_and_kwargs=...)``.
+
+    Args:
+        model: Language model.
+        plan: Plan of the optimizer.
+        **options: Arguments of :func:`trainer_arguments`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         args = trainer_arguments(folder, **options)
         chosen = optimizer_cls_and_kwargs(model, args, plan=plan)
         return _trained(new_trainer(model, args, optimizer_cls_and_kwargs=chosen))
 
 
-def trainer_with_optimizer(model: nn.Module, plan: PlanArgument) -> Run:
-    """Trainer(optimizers=(SlimAdam(...), None))."""
+def _trainer_with_optimizer(model: nn.Module, plan: PlanArgument) -> Run:
+    """Train with ``Trainer(optimizers=(SlimAdam(...), None))``."""
     with tempfile.TemporaryDirectory() as folder:
         return _trained(new_trainer(model, trainer_arguments(folder), optimizers=(new_optimizer(model, plan), None)))
 
 
-def trainer_compiled(model: nn.Module, plan: PlanArgument) -> Run:
-    """Trainer with torch.compile."""
+def _trainer_compiled(model: nn.Module, plan: PlanArgument) -> Run:
+    """Train with the Trainer and torch.compile."""
     return trainer_with_helper(model, plan, torch_compile=True, torch_compile_backend="eager")
 
 
@@ -180,8 +209,8 @@ def _trained(trainer: Trainer) -> Run:
     return Run(trainer.model, trainer.optimizer.optimizer, losses)
 
 
-def accelerate(model: nn.Module, plan: PlanArgument, *, bf16: bool = False, accumulate: int = 1) -> Run:
-    """The loop that Accelerate's documentation recommends."""
+def _accelerate(model: nn.Module, plan: PlanArgument, *, bf16: bool = False, accumulate: int = 1) -> Run:
+    """Train with the loop that Accelerate's documentation recommends."""
     accelerator = Accelerator(
         cpu=True, mixed_precision="bf16" if bf16 else "no", gradient_accumulation_steps=accumulate
     )
@@ -208,18 +237,23 @@ class TokenModule(lightning.LightningModule):
         self._plan = plan
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch.
+
+        Args:
+            batch: Tokens and labels.
+            batch_index: Number of the batch, unused.
+        """
         loss = loss_of(self.model, batch)
         self.losses.append(loss.item())
         return loss
 
     def configure_optimizers(self) -> SlimAdam:
-        """Names without the prefix of this module, as in a plan made for the inner model."""
+        """Return an optimizer of names without this module's prefix, as in a plan made for the inner model."""
         return new_optimizer(self.model, self._plan)
 
 
 def lightning_trainer(**options: Any) -> lightning.Trainer:
-    """A silent Lightning Trainer on the CPU."""
+    """Return a silent Lightning Trainer on the CPU."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -232,8 +266,8 @@ def lightning_trainer(**options: Any) -> lightning.Trainer:
     return lightning.Trainer(**{**defaults, **options})
 
 
-def with_lightning(model: nn.Module, plan: PlanArgument) -> Run:
-    """Lightning, nothing but ``configure_optimizers``."""
+def _with_lightning(model: nn.Module, plan: PlanArgument) -> Run:
+    """Train with Lightning, which is given ``configure_optimizers`` alone."""
     module = TokenModule(model, plan)
     trainer = lightning_trainer()
     trainer.fit(module, batches())
@@ -242,14 +276,14 @@ def with_lightning(model: nn.Module, plan: PlanArgument) -> Run:
     return Run(model, optimizer, module.losses)
 
 
-def compiled(model: nn.Module, plan: PlanArgument) -> Run:
-    """torch.compile around the model; its names begin with ``_orig_mod.``."""
+def _compiled(model: nn.Module, plan: PlanArgument) -> Run:
+    """Train with torch.compile around the model, whose names then begin with ``_orig_mod.``."""
     wrapped: Any = torch.compile(model, backend="eager")
     return Run(model, (run := by_hand(wrapped, plan)).optimizer, run.losses)
 
 
-def distributed_data_parallel(model: nn.Module, plan: PlanArgument) -> Run:
-    """DistributedDataParallel in a group of one process; names begin with ``module.``."""
+def _distributed_data_parallel(model: nn.Module, plan: PlanArgument) -> Run:
+    """Train with DistributedDataParallel in a group of one process; names begin with ``module.``."""
     with one_process_group():
         run = by_hand(DistributedDataParallel(model), plan)
     return Run(model, run.optimizer, run.losses)
@@ -257,7 +291,7 @@ def distributed_data_parallel(model: nn.Module, plan: PlanArgument) -> Run:
 
 @contextlib.contextmanager
 def accelerate_settings_restored() -> Iterator[None]:
-    """Accelerate, and the Trainer through it, keep precision and compilation in globals and in the environment."""
+    """Restore precision and compilation, which Accelerate and the Trainer keep in globals and the environment."""
     before = dict(os.environ)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
@@ -273,7 +307,7 @@ _ended_group: deque[Any] = deque(maxlen=1)
 
 @contextlib.contextmanager
 def one_process_group() -> Iterator[None]:
-    """A gloo group of this process alone.
+    """Enter a gloo group of this process alone.
 
     It outlives what it ran, until the next group begins: where DistributedDataParallel's reducer holds a group last, it
     ends it with the interpreter's lock in hand, and waits for ever for a gloo thread that wants the lock.
@@ -289,19 +323,19 @@ def one_process_group() -> Iterator[None]:
 
 INTEGRATIONS: dict[str, tuple[Integration, dict[str, Any]]] = {
     "Trainer, helper": (trainer_with_helper, {}),
-    "Trainer, optimizers=": (trainer_with_optimizer, {}),
-    "Trainer, torch.compile": (trainer_compiled, {}),
-    "Accelerate": (accelerate, {}),
-    "Accelerate, bf16, accumulation": (accelerate, {"bf16": True, "accumulate": 2}),
-    "Lightning": (with_lightning, {}),
-    "torch.compile": (compiled, {}),
-    "DistributedDataParallel": (distributed_data_parallel, {}),
+    "Trainer, optimizers=": (_trainer_with_optimizer, {}),
+    "Trainer, torch.compile": (_trainer_compiled, {}),
+    "Accelerate": (_accelerate, {}),
+    "Accelerate, bf16, accumulation": (_accelerate, {"bf16": True, "accumulate": 2}),
+    "Lightning": (_with_lightning, {}),
+    "torch.compile": (_compiled, {}),
+    "DistributedDataParallel": (_distributed_data_parallel, {}),
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run with an integration came to.
+    """Comparison of an integration's run with the loop by hand.
 
     Attributes:
         matched: Parameters whose second moment has the shape that the plan says.
@@ -317,7 +351,7 @@ class Outcome:
 
 
 def second_moments(run: Run) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of the second moments in the state, by the model's own parameter names."""
+    """Return shapes of the second moments in the state, by the model's own parameter names."""
     states = {name: run.optimizer.state[param] for name, param in run.model.named_parameters()}
     return {
         name: [tuple(value.shape) for key, value in state.items() if key.startswith("exp_avg_sq")]
@@ -326,14 +360,24 @@ def second_moments(run: Run) -> dict[str, list[tuple[int, ...]]]:
 
 
 def largest_difference(run: Run, reference: Run) -> float:
-    """The largest difference between two runs' losses and weights."""
+    """Return the largest difference between two runs' losses and weights.
+
+    Args:
+        run: One run.
+        reference: The other run.
+    """
     losses = [abs(ours - theirs) for ours, theirs in zip(run.losses, reference.losses, strict=True)]
     pairs = zip(run.model.parameters(), reference.model.parameters(), strict=True)
     return max(*losses, *((ours - theirs).abs().max().item() for ours, theirs in pairs))
 
 
 def check(label: str, new_model: Callable[[], nn.Module]) -> Outcome:
-    """Train with an integration under the paper's rules and compare with the loop by hand."""
+    """Train with an integration under the paper's rules and compare with the loop by hand.
+
+    Args:
+        label: A key of :data:`INTEGRATIONS`.
+        new_model: Builds the model.
+    """
     integration, options = INTEGRATIONS[label]
     plan = CompressionPlan.from_rules(new_model())
     with accelerate_settings_restored():

@@ -24,7 +24,7 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6
 
 
 def worst_ulps(dtype: torch.dtype) -> float:
-    """Largest difference to AdamW over 25 steps, in units of the parameter's last place (at least of 0.01)."""
+    """Return the largest difference to AdamW over 25 steps, in ulps of the parameter (at least of 0.01)."""
     worst = 0.0
     for implementation, decay, amsgrad, maximize in itertools.product(
         IMPLEMENTATIONS, (0.0, 0.1), (False, True), (False, True)
@@ -49,7 +49,7 @@ def worst_ulps(dtype: torch.dtype) -> float:
 
 
 def worst_error() -> float:
-    """Largest difference to the float64 formula over 12 steps, every form and implementation."""
+    """Return the largest difference to the float64 formula over 12 steps, every form and implementation."""
     worst = 0.0
     for shape in SHAPES:
         forms: list[Any] = [*dimension_subsets(len(shape)), *(["factored"] if len(shape) > 1 else [])]

@@ -1,4 +1,4 @@
-"""What every parameter of known architectures is taken for: ``python -m benchmarks.roles``.
+"""Compare the roles of parameters with a table kept by hand: ``python -m benchmarks.roles``.
 
 Compares :func:`slimadam.layers.roles.roles_of` with a table kept by hand, for toy sizes of published architectures and
 for modules as people write them. Bar: no role or layout is wrong, and no matrix is without a role but those of which
@@ -20,7 +20,7 @@ from benchmarks.workloads.roles.written_modules import MODULES
 
 
 def table(found: list[Finding]) -> list[str]:
-    """One line for the matrices that differ in nothing but their layer's number."""
+    """Return one line for the matrices that differ in nothing but their layer's number."""
     return list(dict.fromkeys(_line(finding) for finding in found if finding.is_matrix))
 
 
@@ -34,7 +34,7 @@ def _line(finding: Finding) -> str:
 
 
 def count(found: list[Finding]) -> dict[str, int]:
-    """How many matrices there are, have the right role, have none on purpose, are wrong; and wrong vectors."""
+    """Count matrices: all, with the right role, without one on purpose, wrong; and count wrong vectors."""
     matrices = [finding for finding in found if finding.is_matrix]
     return {
         "matrices": len(matrices),

@@ -1,4 +1,4 @@
-"""What works in this environment: ``python -m benchmarks.supported [--out FOLDER] [--only PATTERN ...]``.
+"""Check which steps work in this environment: ``python -m benchmarks.supported [--out FOLDER] [--only PATTERN ...]``.
 
 Every plan with every implementation and first moment takes 25 steps. Each must end where the formula in float64 does,
 and autograd must see each step: a backward pass through a graph recorded before it raises. ``make versions`` runs this
@@ -7,7 +7,6 @@ on every declared Python. Exits with 1 if a row fails.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -75,7 +74,12 @@ class Implementation:
     uses_triton: bool = False
 
     def is_tried(self, plan: str, momentum: str) -> bool:
-        """Return whether a row is worth its time: compiling takes half a minute."""
+        """Return whether a row is worth its time: compiling takes half a minute.
+
+        Args:
+            plan: A key of :data:`PLANS`.
+            momentum: A key of :data:`MOMENTA`.
+        """
         return not self.is_compiled or (plan in ("None", "factored") and momentum == "float32")
 
     def missing(self, momentum: Any) -> str | None:
@@ -256,8 +260,7 @@ def release(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table, keep it in ``supported.json`` beside those of other Pythons, and return 1 if a row failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result file")
+    parser = machine.parser(__doc__)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows whose name matches")
     chosen = parser.parse_args(arguments)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}")

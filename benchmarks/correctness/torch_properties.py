@@ -1,6 +1,6 @@
-"""Which properties of PyTorch's own optimizer suite hold: ``python -m benchmarks.torch_properties``.
+"""Check the properties of PyTorch's own optimizer suite: ``python -m benchmarks.torch_properties``.
 
-Runs each property of ``tests/torch_properties.py`` on AdamW (which shows that the property is one) and on
+Runs each property of ``tests/optim/torch_properties.py`` on AdamW (which shows that the property is one) and on
 SlimAdam with and without compression.
 """
 
@@ -18,7 +18,12 @@ PASSES, FAILS, NOT_BUILT, CANNOT = "passes", "fails", "not yet", "cannot apply"
 
 
 def outcome(name: str, variant: str) -> tuple[str, str]:
-    """What became of one property on one variant, and why."""
+    """Return whether one property holds for one variant, and the reason if it does not.
+
+    Args:
+        name: A key of ``PROPERTIES``.
+        variant: A key of ``VARIANTS``.
+    """
     if (name, variant) in CANNOT_APPLY:
         return CANNOT, CANNOT_APPLY[name, variant]
     if (name, variant) in NOT_YET:
@@ -31,7 +36,7 @@ def outcome(name: str, variant: str) -> tuple[str, str]:
 
 
 def share(outcomes: dict[str, str]) -> dict[str, Any]:
-    """How many of the properties that apply to a variant hold."""
+    """Return how many of the properties that apply to a variant hold."""
     applicable = [name for name, result in outcomes.items() if result != CANNOT]
     passed = [name for name in applicable if outcomes[name] == PASSES]
     return {"passed": len(passed), "applicable": len(applicable), "share": len(passed) / len(applicable)}

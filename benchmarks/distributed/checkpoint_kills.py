@@ -9,7 +9,6 @@ newest folder that has a ``.metadata`` file.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness.machine import RESULTS, write
+from benchmarks.harness import machine
 from slimadam import SlimAdam
 
 SHAPE = (256, 7)
@@ -34,7 +33,7 @@ PRELOADED = ("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed
 
 
 def build(mesh: Any) -> tuple[nn.Module, SlimAdam]:
-    """A tiny model and its optimizer, both the same in every process."""
+    """Return a tiny model and its optimizer, both the same in every process."""
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
@@ -44,8 +43,8 @@ def build(mesh: Any) -> tuple[nn.Module, SlimAdam]:
     return model, SlimAdam(model, lr=1e-2, plan="factored")
 
 
-def train(model: nn.Module, optimizer: SlimAdam, steps: range) -> None:
-    """Steps on gradients that only the step decides."""
+def _train(model: nn.Module, optimizer: SlimAdam, steps: range) -> None:
+    """Step with gradients that depend on the step alone."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     for step in steps:
@@ -58,12 +57,12 @@ def train(model: nn.Module, optimizer: SlimAdam, steps: range) -> None:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The folders of finished checkpoints, oldest first: ``.metadata`` is put in place last, by a rename."""
+    """Return the folders of finished checkpoints, oldest first: ``.metadata`` is put in place last, by a rename."""
     return sorted(path.parent for path in folder.glob("step-*/.metadata"))
 
 
-def rank_main(rank: int, folder: Path, in_background: bool, pipe: Connection) -> None:
-    """One of two ranks: save, train, tell that the next save begins, and save until done or killed."""
+def _rank_main(rank: int, folder: Path, in_background: bool, pipe: Connection) -> None:
+    """Run one of two ranks: save, train, tell that the next save begins, and save until done or killed."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
     from torch.distributed.checkpoint.state_dict_saver import async_save, save
     from torch.distributed.device_mesh import init_device_mesh
@@ -73,7 +72,7 @@ def rank_main(rank: int, folder: Path, in_background: bool, pipe: Connection) ->
     group = torch.distributed.new_group(backend="gloo")
     model, optimizer = build(init_device_mesh("cpu", (2,)))
     for number in range(1, KILLED + 1):
-        train(model, optimizer, range(3 * number, 3 * number + 3))
+        _train(model, optimizer, range(3 * number, 3 * number + 3))
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         target = folder / f"step-{number}"
         torch.distributed.barrier()
@@ -94,7 +93,7 @@ def rank_main(rank: int, folder: Path, in_background: bool, pipe: Connection) ->
 
 
 def whole(state: Any) -> dict[str, torch.Tensor]:
-    """Every tensor of a nested dict, by its path, gathered."""
+    """Return every tensor of a nested dict, by its path, gathered."""
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
     flat, _ = flatten_state_dict(state)
@@ -106,7 +105,7 @@ def whole(state: Any) -> dict[str, torch.Tensor]:
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint as one process loads it."""
+    """Return a checkpoint as one process loads it."""
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -119,8 +118,8 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
     return whole(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)))
 
 
-def trial(seed: int, in_background: bool) -> dict[str, Any]:
-    """Kill one rank in a save; what the previous checkpoint, and the newest complete one, hold then."""
+def _trial(seed: int, in_background: bool) -> dict[str, Any]:
+    """Kill one rank in a save; return what the previous checkpoint and the newest complete one hold then."""
     drawn = random.Random(seed)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -128,7 +127,7 @@ def trial(seed: int, in_background: bool) -> dict[str, Any]:
         folder = Path(temporary)
         pipes = [context.Pipe() for _ in range(2)]
         ranks = [
-            context.Process(target=rank_main, args=(rank, folder, in_background, pipe))
+            context.Process(target=_rank_main, args=(rank, folder, in_background, pipe))
             for rank, (_, pipe) in enumerate(pipes)
         ]
         for rank in ranks:
@@ -163,16 +162,14 @@ def trial(seed: int, in_background: bool) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the trials and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="trials; every other one saves in the background")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)
-    trials = [trial(seed, in_background=bool(seed % 2)) for seed in range(given.kills)]
+    trials = [_trial(seed, in_background=bool(seed % 2)) for seed in range(given.kills)]
     lost = [one["seed"] for one in trials if not one["previous_is_bitwise_the_same"]]
     in_time = sum(one["newest_complete"] == f"step-{PREVIOUS}" for one in trials)
-    write(
-        "checkpoint_kills", {"kills": len(trials), "before_the_end": in_time, "lost": lost, "trials": trials}, given.out
-    )
+    figures = {"kills": len(trials), "before_the_end": in_time, "lost": lost, "trials": trials}
+    machine.write("checkpoint_kills", figures, given.out)
     print(f"{len(trials)} kills, {in_time} before the save was complete; previous checkpoint lost in {len(lost)}")
 
 

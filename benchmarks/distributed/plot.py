@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from slimadam.utils.plot_style import COLOURS, STYLE
+from benchmarks.harness.picture import picture
+from slimadam.utils.plot_style import COLOURS
 
 ADAMW = "AdamW"
 STATES = {ADAMW: COLOURS[0], "factored": COLOURS[1], "factored, bfloat16 momentum": COLOURS[2]}
@@ -19,17 +18,18 @@ _LINES = (("--", "o"), ("-", "s"), (":", "^"))
 
 
 def draw(models: dict[str, Any], path: Path) -> Path:
-    """State, and what is left of the second moments, over the number of ranks; returns the path."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 4.4), layout="constrained", facecolor="white")
-        state, kept = figure.subplots(1, 2)
+    """Draw the state, and what is left of the second moments, over the number of ranks.
+
+    Args:
+        models: Figures by model.
+        path: File of the picture, which is also returned.
+    """
+    with picture(path, 2, 4.4) as ((state, kept),):
         _draw(state, models, STATES, lambda ways, way: ways[way]["state"] / 1e9)
         state.set_title("optimizer state on a GPU, GB")
         state.set_yscale("log")
         _draw(kept, models, KEPT, lambda ways, way: 100 * ways[way]["second_moments"] / ways[ADAMW]["second_moments"])
         kept.set_title("second moments kept, % of AdamW's")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
     return path
 
 

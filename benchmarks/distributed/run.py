@@ -6,7 +6,6 @@ difference of a parameter or moment from the same training on one process, and h
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -34,10 +33,9 @@ RULES = (Rule(), Rule((0,), "mean"), Rule((1,), "mean"), Rule(form="factored"))
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, print a table and write ``results/distributed.json``; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     rows = [row for ranks in options.ranks for row in _on_ranks(ranks, options.backends)]
     missed = []
@@ -70,7 +68,7 @@ def _rank(rank: int, ranks: int, backends: Sequence[str], folder: str) -> None:
 
 
 def _compared(backend: str, sharded: int) -> dict[str, Any]:
-    """The same training whole and in shards of one dimension."""
+    """Train once in full and once in shards of one dimension, and compare."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode

@@ -10,7 +10,6 @@ Weights, gradients and sums are float32, as FSDP2's mixed precision keeps shards
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +52,7 @@ PASSES_OVER_THE_BUFFER = 6
 
 @dataclass(frozen=True)
 class Cost:
-    """What a rank's optimizer keeps, moves and sends, in bytes unless said.
+    """Sizes of what a rank's optimizer keeps, moves and sends, in bytes unless said otherwise.
 
     Attributes:
         elements: Number of parameter elements on the rank.
@@ -74,7 +73,12 @@ class Cost:
 
 @contextmanager
 def pretended(ranks: int, rank: int = 0) -> Iterator[None]:
-    """A process group of ranks that do not exist, but for this one; collectives return at once."""
+    """Enter a process group of ranks that do not exist, but for this one; collectives return at once.
+
+    Args:
+        ranks: Size of the group.
+        rank: Number of this process.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
@@ -85,7 +89,12 @@ def pretended(ranks: int, rank: int = 0) -> Iterator[None]:
 
 
 def sharded(shapes: Shapes, device: str = "meta") -> nn.Module:
-    """Parameters of a model as ``fully_shard`` lays them out, with gradients of zero."""
+    """Return a model's parameters as ``fully_shard`` lays them out, with gradients of zero.
+
+    Args:
+        shapes: Shapes by qualified name.
+        device: Device of the shards; on ``"meta"`` they take no memory.
+    """
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     model = skeleton(shapes, device)
     fully_shard(model, mesh=mesh)
@@ -95,7 +104,12 @@ def sharded(shapes: Shapes, device: str = "meta") -> nn.Module:
 
 
 def optimizer_of(model: nn.Module, way: str) -> SlimAdam:
-    """SlimAdam in one of the ways, without samples for ``snr_check()``."""
+    """Return SlimAdam in one of the ways, without samples for ``snr_check()``.
+
+    Args:
+        model: Model whose parameters are trained.
+        way: A key of :data:`WAYS`.
+    """
     return SlimAdam(model, monitor=False, **WAYS[way])
 
 
@@ -125,7 +139,7 @@ def cost(optimizer: SlimAdam) -> Cost:
 
 
 def _held(optimizer: SlimAdam) -> Iterator[tuple[Tensor, LocalRule, Sequence[Dims]]]:
-    """Each parameter with its rule on this rank, and what each of its second moments is averaged over."""
+    """Yield each parameter with its rule on this rank, and the averaged dimensions of each of its second moments."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for param, (name, rule) in zip(params, optimizer.plan.items(), strict=True):
         (here,) = local_rules(name, [rule], param)
@@ -133,12 +147,12 @@ def _held(optimizer: SlimAdam) -> Iterator[tuple[Tensor, LocalRule, Sequence[Dim
 
 
 def _asks(rule: LocalRule, averaged: Sequence[Dims]) -> bool:
-    """Whether a second moment needs other ranks."""
+    """Return whether a second moment needs other ranks."""
     return any(rule.summed_over(dims) for dims in averaged)
 
 
 def _moved(param: Tensor, rule: LocalRule, averaged: Sequence[Dims], exp_avg: Tensor) -> int:
-    """Weight, momentum and second moments are read and written, the gradient read, and once more before averages."""
+    """Return the bytes of a step: weight and moments read and written, the gradient read, twice for averages."""
     gradient = 2 if _asks(rule, averaged) else 1
     momentum = 2 * exp_avg.dtype.itemsize
     moments = sum(math.prod(rule.stored_shape(dims)) for dims in averaged)
@@ -146,17 +160,29 @@ def _moved(param: Tensor, rule: LocalRule, averaged: Sequence[Dims], exp_avg: Te
 
 
 def on_wire(numbers: int, ranks: int) -> float:
-    """Bytes that each rank sends in a ring's all-reduce of float32 numbers."""
+    """Return the bytes that each rank sends in a ring's all-reduce of float32 numbers.
+
+    Args:
+        numbers: Numbers that are reduced.
+        ranks: Size of the ring.
+    """
     return 2 * FLOAT * numbers * (ranks - 1) / ranks
 
 
 def fsdp_on_wire(parameters: int, ranks: int) -> float:
-    """Bytes that each rank sends for one forward and backward pass: weights gathered twice, gradients scattered."""
+    """Return the bytes that each rank sends for a forward and a backward pass.
+
+    Weights are gathered twice and gradients scattered once.
+
+    Args:
+        parameters: Elements of the model.
+        ranks: Size of the group.
+    """
     return 3 * WEIGHT * parameters * (ranks - 1) / ranks
 
 
-def figures_of(shapes: Shapes, ranks: int) -> dict[str, Any]:
-    """What each way to train a model costs on a number of ranks."""
+def _figures_of(shapes: Shapes, ranks: int) -> dict[str, Any]:
+    """Return the cost of each way to train a model on a number of ranks."""
     found: dict[str, Any] = {"fsdp_on_wire": fsdp_on_wire(elements(shapes), ranks), "ways": {}}
     with pretended(ranks):
         model = sharded(shapes)
@@ -170,7 +196,7 @@ def figures_of(shapes: Shapes, ranks: int) -> dict[str, Any]:
 
 
 def wrong(models: dict[str, Any]) -> list[str]:
-    """Where SlimAdam's accounting of ``plan=None`` is not that of AdamW, or a step sends more than one all-reduce."""
+    """Return a line wherever ``plan=None`` does not count as AdamW does, or a step sends more than one all-reduce."""
     found = []
     for model, by_ranks in models.items():
         for ranks, figures in by_ranks["ranks"].items():
@@ -185,10 +211,9 @@ def wrong(models: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compute, print, write ``results/scale.json`` and ``docs/scale.png``; 1 if the accounting contradicts itself."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-8b", "llama-70b"])
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the picture")
     options = parser.parse_args(arguments)
     models: dict[str, Any] = {}
@@ -196,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shapes = MODELS[model]()
         models[model] = {"parameters": elements(shapes), "ranks": {}}
         for ranks in options.ranks:
-            figures = models[model]["ranks"][str(ranks)] = figures_of(shapes, ranks)
+            figures = models[model]["ranks"][str(ranks)] = _figures_of(shapes, ranks)
             for label, way in figures["ways"].items():
                 print(
                     f"{model:10s} {ranks:4d} ranks  {label:28s} state {way['state'] / 1e9:8.3f} GB  "

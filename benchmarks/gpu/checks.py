@@ -29,7 +29,7 @@ class NotOnThisDeviceError(Exception):
 
 
 def forms(device: str) -> Report:
-    """Every form of second moment on every shape, float32."""
+    """Check every form of second moment on every shape, float32."""
     return _total(
         _run_one(shape, rule, device, torch.float32, options)
         for shape in SHAPES
@@ -38,7 +38,7 @@ def forms(device: str) -> Report:
 
 
 def dtypes(device: str) -> Report:
-    """Every form in every precision of parameters."""
+    """Check every form in every precision of parameters."""
     precisions = (torch.float64, torch.bfloat16, torch.float16)
     return _total(
         _run_one(shape, rule, device, dtype, options)
@@ -48,17 +48,17 @@ def dtypes(device: str) -> Report:
 
 
 def momentum(device: str) -> Report:
-    """Every form with first moments in other precisions than the parameter's."""
+    """Check every form with first moments in other precisions than the parameter's."""
     return _with_momenta(device, (torch.bfloat16, torch.float32))
 
 
 def momentum_int8(device: str) -> Report:
-    """Every form with first moments in int8; blocks of 256 end in the middle of a row, and the last is not full."""
+    """Check every form with int8 first moments; blocks of 256 end in the middle of a row, and the last is not full."""
     return _with_momenta(device, ("int8",))
 
 
 def amsgrad_and_maximize(device: str) -> Report:
-    """Both flags, alone and together, for every form that has a running maximum."""
+    """Check both flags, alone and together, for every form that has a running maximum."""
     return _total(
         _run_one((33, 70), rule, device, torch.float32, options, Hyperparameters(amsgrad=amsgrad, maximize=maximize))
         for amsgrad, maximize in ((True, False), (False, True), (True, True))
@@ -68,7 +68,7 @@ def amsgrad_and_maximize(device: str) -> Report:
 
 
 def gradient_initialised(device: str) -> Report:
-    """Second moments that start at the first squared gradient, in every form."""
+    """Check second moments that start at the first squared gradient, in every form."""
     hyper = Hyperparameters(variance_init="gradient")
     return _total(
         _run_one((33, 70), rule, device, torch.float32, options, hyper)
@@ -77,7 +77,7 @@ def gradient_initialised(device: str) -> Report:
 
 
 def whole_models(device: str) -> Report:
-    """Tables, matrices and vectors of odd sizes in one optimizer, as a model has them."""
+    """Check tables, matrices and vectors of odd sizes in one optimizer, as a model has them."""
     return _total(
         run(skeleton(ODD_MODEL, device, dtype), plan, options=options)
         for dtype in (torch.float32, torch.bfloat16)
@@ -86,17 +86,17 @@ def whole_models(device: str) -> Report:
 
 
 def fused_weights(device: str) -> Report:
-    """A stored weight whose parts have rules of their own."""
+    """Check a stored weight whose parts have rules of their own."""
     return _with_parts(device, (None, torch.bfloat16))
 
 
 def fused_weights_int8(device: str) -> Report:
-    """Parts with first moments in int8, at multiples of 256 elements and not."""
+    """Check parts with first moments in int8, at multiples of 256 elements and not."""
     return _with_parts(device, ("int8",))
 
 
 def layouts_in_memory(device: str) -> Report:
-    """Parameters that are not contiguous: transposed, channels last."""
+    """Check parameters that are not contiguous: transposed, channels last."""
     reports = []
     for shape, options in itertools.product(((33, 70), (6, 5, 4, 3)), FUSED):
         for rule in _rules(len(shape)):
@@ -108,13 +108,13 @@ def layouts_in_memory(device: str) -> Report:
 
 
 def empty_parameters(device: str) -> Report:
-    """Parameters without elements, beside one that has some."""
+    """Check parameters without elements, beside one that has some."""
     model = skeleton({"a.weight": (0, 4), "b.weight": (7, 5), "c.weight": (3, 0)}, device)
     return _total(run(model, plan, options=options) for plan, options in itertools.product((None, "factored"), FUSED))
 
 
 def tensor_learning_rate(device: str) -> Report:
-    """The learning rate as a tensor on the device."""
+    """Check the learning rate as a tensor on the device."""
     hyper = Hyperparameters()
     reports = []
     for capturable, rule, fused in itertools.product((False, True), _rules(2), FUSED):
@@ -134,7 +134,7 @@ def capturable(device: str) -> Report:
 
 
 def cuda_graph(device: str) -> Report:
-    """Steps replayed from a captured graph."""
+    """Check steps replayed from a captured graph."""
     if torch.device(device).type != "cuda":
         raise NotOnThisDeviceError("graphs are captured on CUDA alone")
     return _total(
@@ -145,7 +145,7 @@ def cuda_graph(device: str) -> Report:
 
 
 def grad_scaler(device: str) -> Report:
-    """A loss scaler's infinite step changes nothing, and finite ones are unscaled before they count."""
+    """Check that a loss scaler's infinite step changes nothing, and that finite ones are unscaled before they count."""
     return _total(
         run(skeleton(ODD_MODEL, device), plan, options=options, step_with=_scaled(device))
         for plan, options in itertools.product((None, "rules"), FUSED)
@@ -153,7 +153,7 @@ def grad_scaler(device: str) -> Report:
 
 
 def stochastic_rounding(device: str) -> Report:
-    """bfloat16 parameters rounded up or down at random: within one step of the grid each time, and without bias."""
+    """Check bfloat16 parameters rounded at random: within one step of the grid each time, and without bias."""
     report = Report()
     hyper, steps = Hyperparameters(lr=3e-4, weight_decay=0.0), 8
     for rule, options in itertools.product(_rules(2), FUSED):
@@ -177,7 +177,7 @@ def stochastic_rounding(device: str) -> Report:
 
 
 def as_adamw(device: str) -> Report:
-    """``plan=None`` and torch's fused AdamW go the same way."""
+    """Check that ``plan=None`` and torch's fused AdamW go the same way."""
     report, hyper = Report(), Hyperparameters()
     for dtype, options in itertools.product((torch.float32, torch.float64), FUSED):
         ours, theirs = (skeleton(ODD_MODEL, device, dtype) for _ in range(2))
@@ -226,7 +226,7 @@ CHECKS: dict[str, Callable[[str], Report]] = {
 
 
 def _rules(ndim: int) -> list[Rule]:
-    """Every form that a parameter of so many dimensions can have."""
+    """Return every form that a parameter of so many dimensions can have."""
     averages = [Rule(dims, "mean") for dims in dimension_subsets(ndim) if dims]
     return [Rule(), *averages, *([Rule(form="factored")] if ndim > 1 else [])]
 
@@ -287,7 +287,7 @@ def _total(reports: Iterator[Report] | list[Report]) -> Report:
 
 
 def _replay(optimizer: SlimAdam, grads: Mapping[str, list[Tensor]]) -> None:
-    """Three steps on a side stream to warm up, one captured (and not run), all others replayed."""
+    """Take three steps on a side stream to warm up, capture one (without running it), and replay all others."""
     steps = list(zip(*grads.values(), strict=True))
     params = [param for group in optimizer.param_groups for param in group["params"]]
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

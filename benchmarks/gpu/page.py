@@ -9,7 +9,12 @@ Items = Mapping[str, Any]
 
 
 def page(run: Mapping[str, Any], stages: Mapping[str, Items]) -> str:
-    """Device, versions and date, what was missed, and a section for each stage."""
+    """Return a page with device, versions and date, every missed bar, and a section for each stage.
+
+    Args:
+        run: Machine, device and summary of the run.
+        stages: Items of each stage.
+    """
     machine = run["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     where = machine["accelerator"] if run["device"] != "cpu" else machine["processor"]
@@ -37,7 +42,7 @@ def page(run: Mapping[str, Any], stages: Mapping[str, Items]) -> str:
 
 
 def _checks(items: Items) -> list[str]:
-    """How far each check is from float64."""
+    """Return how far each check is from float64."""
     rows = []
     for name, item in items.items():
         backends = ", ".join(f"{backend} {count}" for backend, count in item.get("backends", {}).items())

@@ -28,7 +28,14 @@ GRACE_SECONDS = 30.0
 
 
 def run_stage(name: str, stage: Stage, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Run a stage here; its file is written anew after each item, so that what is done stays."""
+    """Run a stage in this process; its file is written anew after each item, so that finished items stay.
+
+    Args:
+        name: Name of the stage and of its file.
+        stage: The stage.
+        settings: Device and size.
+        folder: Folder of the result.
+    """
     deadline = time.monotonic() + stage.seconds
     items = stage.items(settings, deadline)
     found: dict[str, Any] = {label: {"failed": "not reached"} for label in items}
@@ -52,7 +59,14 @@ def run_stage(name: str, stage: Stage, settings: Settings, folder: Path) -> dict
 
 
 def run_isolated(name: str, stage: Stage, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Run a stage in a process of its own, ended when it takes too long, and read what it wrote."""
+    """Run a stage in a process of its own, ended when it takes too long, and read its file.
+
+    Args:
+        name: Name of the stage and of its file.
+        stage: The stage.
+        settings: Device and size.
+        folder: Folder of the result.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(folder), "--device", settings.device]
     command += ["--stage", name, *(["--quick"] if settings.quick else [])]
     (folder / f"{name}.json").unlink(missing_ok=True)
@@ -72,7 +86,7 @@ def run_isolated(name: str, stage: Stage, settings: Settings, folder: Path) -> d
 
 
 def failures(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each item that failed and each bar that was missed."""
+    """Return a line for each item that failed and each bar that was missed."""
     lines = []
     for name, items in stages.items():
         for label, item in items.items():

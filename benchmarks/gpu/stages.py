@@ -28,7 +28,7 @@ Items = dict[str, Callable[[], Result]]
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the stages run, and how large.
+    """Device and size of the stages.
 
     Attributes:
         device: ``"cuda"`` or ``"cpu"``.
@@ -56,8 +56,8 @@ class Stage:
     items: Callable[[Settings, float], Items]
 
 
-def checks(settings: Settings, deadline: float) -> Items:
-    """Each correctness check."""
+def _checks(settings: Settings, deadline: float) -> Items:
+    """Return each correctness check."""
 
     def check(name: str) -> Callable[[], Result]:
         def run() -> Result:
@@ -73,8 +73,8 @@ def checks(settings: Settings, deadline: float) -> Items:
     return {name: check(name) for name in names}
 
 
-def throughput(settings: Settings, deadline: float) -> Items:
-    """Each model in each precision."""
+def _throughput(settings: Settings, deadline: float) -> Items:
+    """Return each model in each precision."""
     models = ("tiny",) if settings.quick else ("gpt2-small", "llama-1b")
     pairs = [(model, dtype) for model in models for dtype in DTYPES]
     share = (deadline - time.monotonic()) / len(pairs)
@@ -97,14 +97,14 @@ def throughput(settings: Settings, deadline: float) -> Items:
     return {f"{model}, {dtype}": measure(model, dtype) for model, dtype in pairs}
 
 
-def clipped(settings: Settings, deadline: float) -> Items:
-    """Clipping gradients within the step and before it."""
+def _clipped(settings: Settings, deadline: float) -> Items:
+    """Return the comparison of clipping within the step with clipping before it."""
     model, rounds = ("tiny", 2) if settings.quick else ("gpt2-small", 15)
     return {f"{model}, float32": lambda: clipping.measure(MODELS[model](), rounds, settings.device)}
 
 
-def memory(settings: Settings, deadline: float) -> Items:
-    """Each recipe."""
+def _memory(settings: Settings, deadline: float) -> Items:
+    """Return each recipe."""
     # CUDA's allocator rounds up to 512 bytes, which is much for vectors of a tiny model.
     model = "tiny" if settings.quick and not stopwatch.is_cuda(settings.device) else "gpt2-small"
     peers = [] if settings.quick else list(PEERS)
@@ -130,8 +130,8 @@ def memory(settings: Settings, deadline: float) -> Items:
     return {f"{model}, {recipe}": measure(recipe) for recipe in recipes}
 
 
-def training(settings: Settings, deadline: float) -> Items:
-    """Each optimizer."""
+def _training(settings: Settings, deadline: float) -> Items:
+    """Return each optimizer."""
     size = gpu_training.QUICK if settings.quick else gpu_training.TrainingSettings()
 
     def run(label: str) -> Callable[[], Result]:
@@ -141,16 +141,22 @@ def training(settings: Settings, deadline: float) -> Items:
 
 
 STAGES: Mapping[str, Stage] = {
-    "checks": Stage(150, checks),
-    "throughput": Stage(150, throughput),
-    "clipping": Stage(20, clipped),
-    "memory": Stage(40, memory),
-    "training": Stage(90, training),
+    "checks": Stage(150, _checks),
+    "throughput": Stage(150, _throughput),
+    "clipping": Stage(20, _clipped),
+    "memory": Stage(40, _memory),
+    "training": Stage(90, _training),
 }
 
 
 def speed_bars(rows: Mapping[str, Any], model: str, dtype: str) -> list[Result]:
-    """Figures of the paper's rules on CUDA against the bars; none where they have no row."""
+    """Compare figures of the paper's rules on CUDA with the bars; return none where they have no row.
+
+    Args:
+        rows: Figures by label.
+        model: Name of the model.
+        dtype: Name of the precision.
+    """
     if RULES not in rows:
         return []
     row, fused = rows[RULES], rows[FUSED]
@@ -181,7 +187,7 @@ def missing_rows(chosen: Sequence[Contender], found: Collection[str], reasons: M
 
 
 def _contenders(settings: Settings, *, compiled: bool) -> list[Contender]:
-    """On a quick run those that need no compiler; compiled AdamW, which takes long, once and last."""
+    """Return the contenders: those without a compiler on a quick run, else compiled AdamW, which takes long, last."""
     torchs = [one for one in torch_own() if not one.compiled]
     if settings.quick:
         return [*(one for one in torchs if one.label == FUSED), *(one for one in ours() if one.label == RULES)]

@@ -60,7 +60,12 @@ class GPT2(nn.Module):
                 nn.init.zeros_(param)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of the next token, in nats; both arguments ``[batch, length]``."""
+        """Return the mean cross-entropy of the next token in nats.
+
+        Args:
+            tokens: Inputs, ``[batch, length]``.
+            targets: Next tokens, ``[batch, length]``.
+        """
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.h:
             x = block(x)
@@ -107,7 +112,7 @@ class _MLP(nn.Module):
 
 
 def optimizers(settings: TrainingSettings) -> dict[str, Callable[[nn.Module], Optimizer]]:
-    """What is compared, with the same hyperparameters."""
+    """Return the optimizers that are compared, with the same hyperparameters."""
     usual: dict[str, Any] = {"lr": settings.lr, "betas": (0.9, 0.95), "weight_decay": 0.1}
     auto = AutoPlan(calibration_steps=settings.calibration_steps)
     return {
@@ -119,6 +124,11 @@ def optimizers(settings: TrainingSettings) -> dict[str, Callable[[nn.Module], Op
 
 def train(label: str, settings: TrainingSettings, device: str) -> dict[str, Any]:
     """Train under bfloat16 autocast.
+
+    Args:
+        label: A key of :func:`optimizers`.
+        settings: Model, data and schedule.
+        device: Device that trains.
 
     Returns:
         Losses by step, the held-out loss in nats per byte, tokens per second after the first tenth, bytes of state,

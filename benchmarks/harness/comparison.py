@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Comparison:
-    """What was measured.
+    """Figures of the contenders, and the reasons why others have none.
 
     Attributes:
         rows: Figures by label.
@@ -76,13 +76,13 @@ class _Bench:
         self.copy, self.copied_bytes = stopwatch.copier(device)
 
     def fits(self, contender: Contender, optimizer: Optimizer) -> bool:
-        """Whether its state and what its step allocates can be had."""
+        """Return whether memory holds its state and what its step allocates."""
         state = optimizer.memory().total if isinstance(optimizer, SlimAdam) else 8 * self.elements
         lists = stopwatch.is_cuda(self.device) or "foreach" in contender.label
         return stopwatch.free_bytes(self.device) > state + 8 * (self.elements if lists else self.largest)
 
     def build(self, contender: Contender, optimizer: Optimizer, before: int) -> _Built:
-        """State made by a step, and what it costs; ``before`` is what was allocated before the optimizer was made."""
+        """Make the state by a step and measure it; ``before`` is what was allocated before the optimizer was made."""
         step = contender.step_of(optimizer)
         step()
         allocated = self.allocated() - before
@@ -105,7 +105,7 @@ class _Bench:
         return _Built(contender, optimizer, step, row)
 
     def allocated(self) -> int:
-        """Bytes in use on CUDA."""
+        """Return bytes in use on CUDA."""
         return torch.cuda.memory_allocated(self.device) if stopwatch.is_cuda(self.device) else 0
 
 
@@ -164,14 +164,14 @@ def _batch(
 
 
 def ratios_to_default(rows: dict[str, Row]) -> dict[str, float]:
-    """Times relative to AdamW as it comes, where that was measured."""
+    """Return times relative to AdamW as it comes, where that was measured."""
     if DEFAULT not in rows:
         return {}
     return {label: row["ratio"] / rows[DEFAULT]["ratio"] for label, row in rows.items()}
 
 
 def _built(bench: _Bench, contender: Contender, found: Comparison) -> _Built | None:
-    """A contender ready to be timed; None, with the reason in ``found``, or without one where memory is short."""
+    """Return a contender ready to be timed, or None: with the reason in ``found``, or without where memory is short."""
     reason = contender.missing()
     if reason is not None:
         found.left_out[contender.label] = reason
@@ -236,7 +236,7 @@ def _time(bench: _Bench, built: list[_Built], rounds: int, found: Comparison) ->
 
 
 def _side_by_side(bench: _Bench, one: _Built, fused: _Built, turn: int) -> tuple[stopwatch.Lap, stopwatch.Lap]:
-    """A step of a contender and one of fused AdamW, which goes first in every other turn."""
+    """Time a step of a contender and one of fused AdamW, which goes first in every other turn."""
     if turn % 2:
         own = stopwatch.lap(one.step, bench.device)
         return own, stopwatch.lap(fused.step, bench.device)
@@ -245,7 +245,7 @@ def _side_by_side(bench: _Bench, one: _Built, fused: _Built, turn: int) -> tuple
 
 
 def _figures(bench: _Bench, one: _Built, copied: float) -> Row:
-    """What is reported of a contender; ``copied`` is how many milliseconds the copy takes."""
+    """Return the reported figures of a contender; ``copied`` is the duration of the copy in milliseconds."""
     median = statistics.median(lap.total for lap in one.laps)
     moved = 3 * bench.dtype.itemsize + 2 * one.row["state_bytes_per_parameter"]
     bandwidth = moved * bench.elements / median / 1e6

@@ -37,7 +37,7 @@ class Contender:
     settings: Mapping[str, Any] | None = None
 
     def missing(self) -> str | None:
-        """Why it cannot be built here, or None; ours is in the repository, installed or not."""
+        """Return why it cannot be built here, or None; ours is in the repository, installed or not."""
         if self.settings is not None:
             return None
         try:
@@ -47,12 +47,17 @@ class Contender:
         return None
 
     def step_of(self, optimizer: Optimizer) -> Callable[[], Any]:
-        """What is timed."""
+        """Return the call that is timed."""
         return torch.compile(optimizer.step) if self.compiled else optimizer.step
 
 
 def slimadam(label: str, settings: Mapping[str, Any]) -> Contender:
-    """SlimAdam with a plan and options."""
+    """Return SlimAdam with a plan and options.
+
+    Args:
+        label: Description for tables.
+        settings: Arguments of :class:`slimadam.SlimAdam`, the plan included.
+    """
     return Contender(f"SlimAdam ({label})", lambda model: SlimAdam(model, **settings), "slimadam", settings=settings)
 
 
@@ -74,7 +79,7 @@ def without_library() -> Contender:
 
 
 def torch_own() -> list[Contender]:
-    """What PyTorch ships, compiled AdamW last because compiling takes longest."""
+    """Return PyTorch's optimizers, compiled AdamW last because compiling takes longest."""
     return [
         Contender(DEFAULT, lambda model: torch.optim.AdamW(model.parameters())),
         Contender("AdamW (foreach)", lambda model: torch.optim.AdamW(model.parameters(), foreach=True)),
@@ -114,7 +119,7 @@ def _params(model: nn.Module) -> list[Tensor]:
 
 
 def _adam_mini(model: nn.Module) -> Optimizer:
-    """It wants to know the width and the number of heads; all models here have heads of 64."""
+    """Return Adam-mini, which needs the width and the number of heads; all models here have heads of 64."""
     width = next(param.shape[-1] for param in model.parameters() if param.dim() == 2)
     made: Optimizer = _class("adam_mini", "Adam_mini")(
         list(model.named_parameters()), dim=width, n_heads=max(1, width // 64), weight_decay=0.01, verbose=False
@@ -123,7 +128,7 @@ def _adam_mini(model: nn.Module) -> Optimizer:
 
 
 def _flash_adamw(model: nn.Module) -> Optimizer:
-    """Its default, 24-bit weights, means something for 16-bit parameters only."""
+    """Return FlashAdamW; its default, 24-bit weights, applies to 16-bit parameters only."""
     bits = None if next(model.parameters()).dtype == torch.float32 else 24
     made: Optimizer = _class("flashoptim", "FlashAdamW")(_params(model), master_weight_bits=bits)
     return made

@@ -30,7 +30,7 @@ class WrongStepError(Exception):
 
 @dataclass
 class Report:
-    """What comparisons found.
+    """Result of comparisons.
 
     Attributes:
         worst: Largest difference to float64 as a share of what rounding explains; at most 1.
@@ -84,21 +84,36 @@ def run(
 
 
 def step_through(optimizer: SlimAdam, grads: Mapping[str, list[Tensor]]) -> None:
-    """One step for each gradient."""
+    """Take one step for each gradient.
+
+    Args:
+        optimizer: The optimizer.
+        grads: Gradients of each parameter, in the order of the groups.
+    """
     for values in zip(*grads.values(), strict=True):
         set_gradients(optimizer, values)
         optimizer.step()
 
 
 def set_gradients(optimizer: Optimizer, values: Sequence[Tensor]) -> None:
-    """Give each parameter a copy of its gradient, laid out in memory as the parameter is."""
+    """Give each parameter a copy of its gradient, laid out in memory as the parameter is.
+
+    Args:
+        optimizer: Optimizer that holds the parameters.
+        values: A gradient for each parameter.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for param, value in zip(params, values, strict=True):
         param.grad = torch.empty_like(param).copy_(value)
 
 
 def gradients(param: Tensor, steps: int) -> list[Tensor]:
-    """Gradients whose size differs between rows, columns and steps, as real ones do; the same ones each time."""
+    """Return gradients whose size differs between rows, columns and steps, as real ones do; the same ones each time.
+
+    Args:
+        param: Parameter whose shape, precision and device they have.
+        steps: Number of gradients.
+    """
     generator = torch.Generator().manual_seed(param.numel())
     scale = torch.ones((), dtype=torch.float64)
     for dim, size in enumerate(param.shape):
@@ -110,7 +125,12 @@ def gradients(param: Tensor, steps: int) -> list[Tensor]:
 
 
 def momentum_of(param: Tensor, option: torch.dtype | str | None) -> torch.dtype | str:
-    """How the first moment is stored: a dtype that rounds noticeably, ``"int8"``, or float64 for exactly."""
+    """Return how the first moment is stored: a dtype that rounds noticeably, ``"int8"``, or float64 for exactly.
+
+    Args:
+        param: The parameter.
+        option: ``momentum_dtype`` of the optimizer.
+    """
     stored = param.dtype if option is None else option
     return torch.float64 if stored == torch.float32 and param.dtype != torch.float64 else stored
 
@@ -118,13 +138,21 @@ def momentum_of(param: Tensor, option: torch.dtype | str | None) -> torch.dtype 
 def compare(
     name: str, start: Tensor, param: Tensor, expected: Followed, steps: int, momentum: torch.dtype | str
 ) -> float:
-    """The difference to the formula as a share of what rounding explains.
+    """Return the difference to the formula as a share of what rounding explains.
 
     A parameter is rounded when it is written, twice in each step at most; an update while it is computed, and with
     its first moment where that was rounded to a dtype before it was used.
 
+    Args:
+        name: Name of the parameter, for the error.
+        start: The parameter before the first step.
+        param: The parameter after the last step.
+        expected: Result of the formula.
+        steps: Number of steps.
+        momentum: How the first moment is stored, see :func:`momentum_of`.
+
     Raises:
-        WrongStepError: It is more than that.
+        WrongStepError: The difference is larger.
     """
     if not param.numel():
         return 0.0

@@ -17,7 +17,7 @@ _LARGEST_CODE = 127
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What a run needs beside tensors; names and meanings as :class:`slimadam.SlimAdam`'s."""
+    """Hyperparameters of a run; names and meanings as :class:`slimadam.SlimAdam`'s."""
 
     lr: float = 3e-3
     betas: tuple[float, float] = (0.8, 0.95)
@@ -29,7 +29,7 @@ class Hyperparameters:
 
 
 class Followed(NamedTuple):
-    """Where a parameter ends.
+    """A parameter after its last step.
 
     Attributes:
         param: The parameter after the last step, float64.
@@ -47,7 +47,7 @@ def follow(
     hyper: Hyperparameters,
     momentum: torch.dtype | str = torch.float64,
 ) -> Followed:
-    """All steps of one parameter; only the storage of the first moment is rounded.
+    """Take all steps of one parameter; only the storage of the first moment is rounded.
 
     Args:
         start: The parameter, any shape and precision.
@@ -90,7 +90,7 @@ def _averages(squared: Tensor, rule: Rule) -> list[Tensor]:
 
 
 def _stand_in(parts: Sequence[Tensor], rule: Rule, ndim: int) -> Tensor:
-    """The second moment that row and column averages stand for: ``r c / mean(r)``."""
+    """Return the second moment that row and column averages represent: ``r c / mean(r)``."""
     if len(parts) == 1:
         return parts[0]
     rows, columns = parts
@@ -98,7 +98,7 @@ def _stand_in(parts: Sequence[Tensor], rule: Rule, ndim: int) -> Tensor:
 
 
 def _stored(exp_avg: Tensor, grad: Tensor, momentum: torch.dtype | str) -> Tensor:
-    """What is left of a first moment that was stored and read again."""
+    """Return a first moment that was stored and read again."""
     if isinstance(momentum, torch.dtype):
         return exp_avg.to(momentum).double()
     blocks, grads = _blocks(exp_avg), _blocks(grad)
@@ -115,5 +115,5 @@ def _blocks(values: Tensor) -> Tensor:
 
 
 def _rounded_up(values: Tensor) -> Tensor:
-    """The smallest power of two that is not below each value, none of which is negative; zero for zero."""
+    """Return the smallest power of two that is not below each value, none of which is negative; zero for zero."""
     return torch.where(values > 0, torch.exp2(values.log2().ceil()), torch.zeros_like(values))

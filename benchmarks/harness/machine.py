@@ -1,4 +1,4 @@
-"""Where a figure comes from: processor, versions, date."""
+"""Describe the machine a figure comes from, and print and write figures with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ PACKAGES = ("slimadam", "torch", "numpy", "triton")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, accelerator, versions and date, for a result file."""
+    """Return processor, cores, accelerator, versions and date, for a result file."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -33,16 +34,44 @@ def describe() -> dict[str, Any]:
     }
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with ``--out``, the folder of the results; a benchmark's docstring names its command."""
+    command = re.search(r"python -m [\w.]+", description or "")
+    made = argparse.ArgumentParser(
+        prog=command and command[0],
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return made
+
+
 def results_folder(description: str | None, arguments: Sequence[str] | None) -> Path:
-    """The folder for results from the command line of a benchmark that takes nothing else."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    folder: Path = parser.parse_args(arguments).out
+    """Parse the command line of a benchmark that takes nothing but a folder; return that folder.
+
+    Args:
+        description: Docstring of the benchmark, for ``--help``.
+        arguments: Words of the command line; None for the process's own.
+    """
+    folder: Path = parser(description).parse_args(arguments).out
     return folder
 
 
+def print_bars(bars: Mapping[str, bool]) -> bool:
+    """Print each bar and whether it was met; return whether all were."""
+    for bar, met in bars.items():
+        print(f"  {'pass' if met else 'FAIL'}  {bar}", flush=True)
+    return all(bars.values())
+
+
 def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write figures with the machine's description as ``results/<name>.json``; returns the path."""
+    """Write figures with the machine's description as ``<name>.json`` and return the path.
+
+    Args:
+        name: Name of the file, without its suffix.
+        figures: Figures that JSON can hold.
+        folder: Folder of the file, made if it is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": describe(), **figures}, indent=1) + "\n")

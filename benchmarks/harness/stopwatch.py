@@ -1,4 +1,4 @@
-"""Milliseconds, launches and bytes of an optimizer's step, on a CPU or on CUDA."""
+"""Measure milliseconds, launches and bytes of an optimizer's step, on a CPU or on CUDA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ class Lap(NamedTuple):
 
 
 def lap(step: Callable[[], Any], device: str) -> Lap:
-    """Time one call; on CUDA by events, nothing else running."""
+    """Time one call; on CUDA by events, while nothing else runs.
+
+    Args:
+        step: The call.
+        device: Device that does the work.
+    """
     if not is_cuda(device):
         start = time.perf_counter()
         step()
@@ -50,7 +55,7 @@ def lap(step: Callable[[], Any], device: str) -> Lap:
 
 
 def copier(device: str) -> tuple[Callable[[], Any], int]:
-    """A copy that is too large for any cache, to measure bandwidth with, and the bytes that it reads and writes.
+    """Return a copy too large for any cache, to measure bandwidth with, and the bytes that it reads and writes.
 
     On a CPU it adds to its target: a plain copy there also reads what it overwrites, which an update in place needs
     anyway.
@@ -62,7 +67,7 @@ def copier(device: str) -> tuple[Callable[[], Any], int]:
 
 
 def python_calls(step: Callable[[], Any]) -> int:
-    """Functions written in Python that one step calls."""
+    """Return the number of calls of Python functions in one step."""
     calls = 0
 
     def count(frame: Any, event: str, argument: Any) -> None:
@@ -78,7 +83,7 @@ def python_calls(step: Callable[[], Any]) -> int:
 
 
 def launches(step: Callable[[], Any]) -> int:
-    """Kernels that one step launches on CUDA, counted by the profiler."""
+    """Return the number of kernels that one step launches on CUDA, counted by the profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()
@@ -91,7 +96,7 @@ def launches(step: Callable[[], Any]) -> int:
 
 
 def tensor_bytes(values: Any) -> int:
-    """Bytes of all memory that tensors in a nested structure hold; memory that several share counts once."""
+    """Return the bytes of all memory that tensors in a nested structure hold; shared memory counts once."""
     return sum(storage.nbytes() for storage in _storages(values).values())
 
 
@@ -105,7 +110,7 @@ def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
 
 
 def _tensors(values: Any, seen: dict[int, Any]) -> Iterable[Tensor]:
-    """The plain tensors in mappings, sequences, tensor subclasses and other objects' attributes."""
+    """Yield the plain tensors in mappings, sequences, tensor subclasses and other objects' attributes."""
     if isinstance(values, _WITHOUT_TENSORS + _CODE) or id(values) in seen:
         return
     seen[id(values)] = values  # an id is only a key while its object lives
@@ -123,7 +128,7 @@ def _tensors(values: Any, seen: dict[int, Any]) -> Iterable[Tensor]:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that can still be had."""
+    """Return the bytes of memory that can still be allocated."""
     if is_cuda(device):
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -132,5 +137,5 @@ def free_bytes(device: str) -> int:
 
 
 def is_cuda(device: str) -> bool:
-    """Whether a device is CUDA's."""
+    """Return whether a device is CUDA's."""
     return torch.device(device).type == "cuda"

@@ -15,7 +15,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 def prose() -> ByteData:
-    """The docstrings of numpy, one file in ten held out; the choice depends on neither machine nor seed."""
+    """Return the docstrings of numpy, one file in ten held out; the choice depends on neither machine nor seed."""
     root = Path(numpy.__file__).parent
     files = [file.relative_to(root) for file in root.rglob("*.py") if "tests" not in file.parts]
     train: list[str] = []
@@ -26,12 +26,19 @@ def prose() -> ByteData:
 
 
 def code() -> ByteData:
-    """Python's standard library, as in the demo."""
+    """Return Python's standard library, as in the demo."""
     return read_standard_library()
 
 
 def batch(text: Tensor, seed: int, windows: int, context: int) -> tuple[Tensor, Tensor]:
-    """Random windows of a text: inputs and the bytes after them, each of shape ``[windows, context]``."""
+    """Return random windows of a text: inputs and the bytes after them, each of shape ``[windows, context]``.
+
+    Args:
+        text: Bytes of the text.
+        seed: Seed of the windows' places.
+        windows: Number of windows.
+        context: Bytes in a window.
+    """
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(text) - context, (windows,), generator=generator)
     found = text[starts[:, None] + torch.arange(context + 1)].long()

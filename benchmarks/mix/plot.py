@@ -7,20 +7,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from slimadam.utils.plot_style import STYLE
+from benchmarks.harness.picture import picture
 
 _COLOURS = {"prose": "#2166ac", "code": "#d1662a", "the worse of both": "#1a1a1a"}
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:
-    """Sharpness and what fine-tuning did, both over the share of prose, all seeds; returns the picture's path."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained", facecolor="white")
-        before, after = figure.subplots(1, 2)
+    """Draw the sharpness and the changes by fine-tuning over the share of prose, for all seeds.
+
+    Args:
+        result: Figures of the benchmark.
+        path: File of the picture, which is also returned.
+    """
+    with picture(path, 2, 3.8) as ((before, after),):
         _draw_sharpness(before, result)
         _draw_changes(after, result)
         advised = [run["advice"]["weights"]["prose"] for run in result["runs"]]
@@ -28,8 +29,6 @@ def draw(result: dict[str, Any], path: Path) -> Path:
             for share in {share for share in advised if share is not None}:
                 axes.axvline(share, color="#5a5a5a", linestyle="--", linewidth=0.8)
             axes.set_xlabel("share of prose in the mix (dashed: advised)")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
     return path
 
 

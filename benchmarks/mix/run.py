@@ -14,7 +14,6 @@ advice holds that share.
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 import time
@@ -41,7 +40,7 @@ TASKS = ("prose", "code")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, and how.
+    """Data, model and schedule of the training runs.
 
     Attributes:
         shares: Of prose in the mix; what is advised among, and fine-tuned at.
@@ -83,8 +82,7 @@ Checkpoint = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write ``results/mix.json`` and the picture; the exit code is 1 if the advice is not confirmed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
+    parser = machine.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a few steps of each, written to a temporary folder")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -103,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def study(settings: Settings) -> dict[str, Any]:
     """Advise and fine-tune at every seed."""
     texts = {"prose": prose(), "code": code()}
-    runs = [run(settings, texts, seed) for seed in settings.seeds]
+    runs = [_run(settings, texts, seed) for seed in settings.seeds]
     return {
         "settings": asdict(settings),
         "texts": {name: {"source": text.source, "bytes": len(text.train)} for name, text in texts.items()},
@@ -113,17 +111,17 @@ def study(settings: Settings) -> dict[str, Any]:
     }
 
 
-def run(settings: Settings, texts: Texts, seed: int) -> dict[str, Any]:
-    """One checkpoint: its advice, and what fine-tuning at each share does to both held-out losses."""
+def _run(settings: Settings, texts: Texts, seed: int) -> dict[str, Any]:
+    """Pre-train one checkpoint; return its advice, and the changes of held-out losses by fine-tuning at each share."""
     checkpoint = pretrained(settings, texts["prose"], seed)
-    model, _ = restored(settings, checkpoint)
-    before = held_out(settings, texts, model)
+    model, _ = _restored(settings, checkpoint)
+    before = _held_out(settings, texts, model)
     start = time.perf_counter()
-    advice = advised(settings, texts, checkpoint, seed)
+    advice = _advised(settings, texts, checkpoint, seed)
     seconds = time.perf_counter() - start
     changes = []
     for share in settings.shares:
-        after = held_out(settings, texts, finetuned(settings, texts, checkpoint, share, seed))
+        after = _held_out(settings, texts, finetuned(settings, texts, checkpoint, share, seed))
         changes.append({task: after[task] - before[task] for task in TASKS})
     return {
         "seed": seed,
@@ -136,7 +134,13 @@ def run(settings: Settings, texts: Texts, seed: int) -> dict[str, Any]:
 
 
 def verdict(shares: Sequence[float], changes: Sequence[Losses], advice: MixAdvice) -> dict[str, Any]:
-    """Whether one seed meets the criterion, and where fine-tuning was best."""
+    """Return whether one seed meets the criterion, and the share at which fine-tuning was best.
+
+    Args:
+        shares: Shares of prose.
+        changes: Changes of the held-out losses at each share.
+        advice: Advice at the checkpoint.
+    """
     worse = [max(change.values()) for change in changes]
     best = shares[worse.index(min(worse))]
     at_advised = worse[shares.index(advice.ratio)] if advice.ratio in shares else None
@@ -154,7 +158,13 @@ def verdict(shares: Sequence[float], changes: Sequence[Losses], advice: MixAdvic
 
 
 def pretrained(settings: Settings, text: ByteData, seed: int) -> Checkpoint:
-    """Model and optimizer after training on one text."""
+    """Return the state of model and optimizer after training on one text.
+
+    Args:
+        settings: Model and schedule.
+        text: The text.
+        seed: Seed of initialisation and batches.
+    """
     torch.manual_seed(seed)
     model, optimizer = _new(settings)
     batches = text.batches(settings.pretraining_steps, settings.batch_size, settings.context, seed)
@@ -164,7 +174,12 @@ def pretrained(settings: Settings, text: ByteData, seed: int) -> Checkpoint:
 
 
 def pretraining_lr(settings: Settings, step: int) -> float:
-    """The learning rate of a step of pre-training, from 1."""
+    """Return the learning rate of a step of pre-training.
+
+    Args:
+        settings: Rates and number of steps.
+        step: Number of the step, from 1.
+    """
     warmup = settings.pretraining_steps / 10
     if step <= warmup:
         return settings.pretraining_lr * step / warmup
@@ -172,8 +187,8 @@ def pretraining_lr(settings: Settings, step: int) -> float:
     return settings.finetuning_lr + (settings.pretraining_lr - settings.finetuning_lr) * left
 
 
-def restored(settings: Settings, checkpoint: Checkpoint) -> tuple[ByteGPT, SlimAdam]:
-    """A model and an optimizer of their own, in the checkpoint's state."""
+def _restored(settings: Settings, checkpoint: Checkpoint) -> tuple[ByteGPT, SlimAdam]:
+    """Return a model and an optimizer of their own, in the checkpoint's state."""
     model, optimizer = _new(settings)
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -182,9 +197,9 @@ def restored(settings: Settings, checkpoint: Checkpoint) -> tuple[ByteGPT, SlimA
     return model, optimizer
 
 
-def advised(settings: Settings, texts: Texts, checkpoint: Checkpoint, seed: int) -> MixAdvice:
-    """The advice at a checkpoint."""
-    model, optimizer = restored(settings, checkpoint)
+def _advised(settings: Settings, texts: Texts, checkpoint: Checkpoint, seed: int) -> MixAdvice:
+    """Return the advice at a checkpoint."""
+    model, optimizer = _restored(settings, checkpoint)
 
     def loss(text: ByteData, number: int) -> Tensor:
         return model.loss(*batch(text.train, _seed(seed, 1, number), settings.advice_batch_size, settings.context))
@@ -194,8 +209,16 @@ def advised(settings: Settings, texts: Texts, checkpoint: Checkpoint, seed: int)
 
 
 def finetuned(settings: Settings, texts: Texts, checkpoint: Checkpoint, share: float, seed: int) -> ByteGPT:
-    """The model after training on, each window prose with probability ``share``."""
-    model, optimizer = restored(settings, checkpoint)
+    """Return the model after further training, each window prose with probability ``share``.
+
+    Args:
+        settings: Model and schedule.
+        texts: Text of each domain.
+        checkpoint: State to start from.
+        share: Probability that a window is prose.
+        seed: Seed of the windows.
+    """
+    model, optimizer = _restored(settings, checkpoint)
     generator = torch.Generator().manual_seed(_seed(seed, 2, 0))
     for step in range(settings.finetuning_steps):
         of_prose = int((torch.rand(settings.batch_size, generator=generator) < share).sum())
@@ -210,14 +233,14 @@ def finetuned(settings: Settings, texts: Texts, checkpoint: Checkpoint, share: f
 
 
 @torch.no_grad()
-def held_out(settings: Settings, texts: Texts, model: ByteGPT) -> Losses:
-    """The held-out loss of each task in nats per byte."""
+def _held_out(settings: Settings, texts: Texts, model: ByteGPT) -> Losses:
+    """Return the held-out loss of each task in nats per byte."""
     windows = {task: texts[task].held_out_windows(settings.held_out_windows, settings.context) for task in TASKS}
     return {task: float(model.loss(*windows[task])) for task in TASKS}
 
 
 def show(result: dict[str, Any]) -> None:
-    """The curves, the changes and the verdict."""
+    """Print the curves, the changes and the verdict."""
     shares = result["settings"]["shares"]
     for one in result["runs"]:
         advice, (low, high) = one["advice"], one["advice"]["intervals"]["prose"]
@@ -263,7 +286,7 @@ def _step(model: ByteGPT, optimizer: SlimAdam, inputs: Tensor, targets: Tensor, 
 
 
 def _seed(run_seed: int, purpose: int, number: int) -> int:
-    """Different for each, so that no batch is drawn for two purposes."""
+    """Return a seed that differs for each purpose, so that no batch is drawn for two."""
     return (run_seed * 10 + purpose) * 1_000_000 + number
 
 

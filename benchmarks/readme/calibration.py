@@ -6,21 +6,11 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-
-def origin(machine: dict[str, Any]) -> str:
-    """Where and when a result was measured, in one line."""
-    versions = f"Python {machine['python']}, torch {machine['versions']['torch']}"
-    return f"({machine['processor']}, {machine['cores']} cores, {versions}, {machine['date']})"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+from benchmarks.readme.markdown import origin, table
 
 
 def parts(result: dict[str, Any]) -> str:
-    """SNR and loss of a fused weight read as one matrix, as three, and head by head."""
+    """Return SNR and loss of a fused weight read as one matrix, as three, and head by head."""
     first = result["runs"][0]["readings"]
 
     def factored(label: str) -> float:
@@ -37,7 +27,7 @@ def parts(result: dict[str, Any]) -> str:
 
 
 def transfer(result: dict[str, Any]) -> str:
-    """A carried plan against one of the model's own."""
+    """Return the comparison of a carried plan with one of the model's own."""
     rows = []
     for forms, mean in result["mean_difference"].items():
         runs = [run[forms] for run in result["runs"]]
@@ -60,7 +50,7 @@ def _runs(result: dict[str, Any]) -> str:
 
 
 def roles(result: dict[str, Any]) -> str:
-    """How many matrices have a name."""
+    """Return how many matrices have a name."""
     total = result["total"]
     published = [found["name"] for found in result["architectures"] if found["source"] == "transformers"]
     return (
@@ -71,7 +61,7 @@ def roles(result: dict[str, Any]) -> str:
 
 
 def monitoring(result: dict[str, Any]) -> str:
-    """What watching costs, and when it warns."""
+    """Return the cost of the monitor, and the steps at which it warned."""
     rows = [
         [
             str(run["seed"]),
@@ -96,7 +86,7 @@ def _warned(run: dict[str, Any]) -> str:
 
 
 def snr_overhead(result: dict[str, Any]) -> str:
-    """What measuring costs in the default schedule."""
+    """Return the cost of measuring in the default schedule."""
     rows = [
         [name, f"{found['step_ms']:.0f} ms", f"{found['measuring_ms']:.0f} ms", f"{found['overhead']:.2%}"]
         for name, found in result["models"].items()
@@ -109,7 +99,7 @@ def snr_overhead(result: dict[str, Any]) -> str:
 
 
 def calibration_gap(result: dict[str, Any]) -> str:
-    """Loss gaps by plan, workload, learning rate and length."""
+    """Return loss gaps by plan, workload, learning rate and length."""
     plans = list(dict.fromkeys(row["plan"] for row in result["summary"]))
     settings = list(dict.fromkeys((row["workload"], row["lr"], row["steps"]) for row in result["summary"]))
     cells = {
@@ -144,7 +134,7 @@ def _other_batches(noise: dict[str, Any]) -> str:
 
 
 def calibration_steps(result: dict[str, Any]) -> str:
-    """How long plan="auto" has to measure."""
+    """Return how long plan="auto" has to measure."""
     compared = [row for row in result["agreement"] if row["forms"] == "best"]
     lengths = sorted({row["calibration_steps"] for row in compared})
     settings = list(dict.fromkeys((row["workload"], row["lr"]) for row in compared))
@@ -165,7 +155,7 @@ def calibration_steps(result: dict[str, Any]) -> str:
 
 
 def calibration_findings(result: dict[str, Any]) -> str:
-    """Which findings of the paper the small models reproduce."""
+    """Return the findings of the paper that the small models reproduce."""
     found = [entry for entry in result.values() if isinstance(entry, dict) and "finding" in entry]
     rows = [[entry["finding"], "yes" if entry["reproduced"] else "no", _measured(entry)] for entry in found]
     return (
@@ -177,7 +167,7 @@ def calibration_findings(result: dict[str, Any]) -> str:
 
 
 def _measured(finding: dict[str, Any]) -> str:
-    """The figures behind one finding."""
+    """Return the figures behind one finding."""
     if "by_role" in finding:
         roles = finding["by_role"].values()
         return f"{sum(role['agreeing'] for role in roles)} of {sum(role['matrices'] for role in roles)} matrices"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.readme.calibration import origin, table
+from benchmarks.readme.markdown import origin, table
 
 
 def mix(result: dict[str, Any]) -> str:
-    """The advice of each seed, and how fine-tuning at it and at both ends fared."""
+    """Return the advice of each seed, and the losses of fine-tuning at it and at both ends."""
     rows = []
     for run in result["runs"]:
         share, (low, high) = run["advice"]["weights"]["prose"], run["advice"]["intervals"]["prose"]

@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from benchmarks import ROOT
 from benchmarks.harness.comparison import SLOW
 from benchmarks.harness.machine import RESULTS
 from benchmarks.readme import calibration, scale, sharpness, warmup
-from benchmarks.readme.calibration import origin
+from benchmarks.readme.markdown import origin, table
 from benchmarks.readme.mix import mix
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SECTION = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def throughput(result: dict[str, Any]) -> str:
-    """Time of a step and bytes of state, each against fused AdamW's."""
-    lines = [
-        f"| {label} | {row['ratio']:.2f} | {row['state_bytes_per_parameter']:.2f} | "
-        f"{row['share_of_copy_bandwidth']:.0%} |"
+    """Return the time of a step and bytes of state, each against fused AdamW's."""
+    rows = [
+        [label, f"{row['ratio']:.2f}", f"{row['state_bytes_per_parameter']:.2f}",
+         f"{row['share_of_copy_bandwidth']:.0%}"]
         for label, row in result["rows"].items()
-    ]
+    ]  # fmt: skip
     left_out = [f"- {label}: {reason}" for label, reason in result["left_out"].items()]
     return "\n".join(
         [
@@ -36,9 +35,7 @@ def throughput(result: dict[str, Any]) -> str:
             f"{result['machine']['threads']} threads, medians of {result['rounds']}{_of_slow(result)} "
             f"{origin(result['machine'])}, `python -m benchmarks.throughput --runs 3`:",
             "",
-            "| | time | state | of copy |",
-            "|---|---|---|---|",
-            *lines,
+            table(["", "time", "state", "of copy"], rows),
             *(["", "Not measured:", "", *left_out] if left_out else []),
         ]
     )
@@ -50,9 +47,8 @@ def _of_slow(result: dict[str, Any]) -> str:
 
 
 def throughput_narrow(result: dict[str, Any]) -> str:
-    """Time of a step where memory traffic is none to speak of."""
-    rows = result["rows"]
-    lines = [f"| {label} | {row['milliseconds']:.2f} | {row['ratio']:.2f} |" for label, row in rows.items()]
+    """Return the time of a step over tensors that stay in cache."""
+    rows = [[label, f"{row['milliseconds']:.2f}", f"{row['ratio']:.2f}"] for label, row in result["rows"].items()]
     return "\n".join(
         [
             f"One step over the 196 tensors of a GPT-2 64 wide, {result['elements'] / 1e6:.1f} million parameters, in "
@@ -62,19 +58,15 @@ def throughput_narrow(result: dict[str, Any]) -> str:
             "`python -m benchmarks.throughput --model gpt2-narrow --rounds 201 --runs 3 --peers "
             '--only "AdamW (default)" "SlimAdam*"`:',
             "",
-            "| | ms | of fused AdamW |",
-            "|---|---|---|",
-            *lines,
+            table(["", "ms", "of fused AdamW"], rows),
         ]
     )
 
 
 def throughput_of_model(result: dict[str, Any]) -> str:
-    """Time of a step over another model's shapes, in short."""
-    rows = result["rows"]
-    lines = [
-        f"| {label} | {row['ratio']:.2f} | {row['state_bytes_per_parameter']:.2f} |" for label, row in rows.items()
-    ]
+    """Return the time of a step over another model's shapes, in short."""
+    found = result["rows"]
+    rows = [[label, f"{row['ratio']:.2f}", f"{row['state_bytes_per_parameter']:.2f}"] for label, row in found.items()]
     command = (
         f"python -m benchmarks.throughput --model {result['model']} --rounds {result['rounds']} --peers "
         '--only "AdamW (default)" "SlimAdam (rules*" "SlimAdam (factored*"'
@@ -82,18 +74,16 @@ def throughput_of_model(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['model']}, {result['elements'] / 1e6:.0f} million parameters, in float32 on a CPU, against "
-            f"fused AdamW beside it ({rows['AdamW (fused)']['milliseconds']:.0f} ms); {result['machine']['threads']} "
+            f"fused AdamW beside it ({found['AdamW (fused)']['milliseconds']:.0f} ms); {result['machine']['threads']} "
             f"threads, medians of {result['rounds']} {origin(result['machine'])}, `{command}`:",
             "",
-            "| | time | state |",
-            "|---|---|---|",
-            *lines,
+            table(["", "time", "state"], rows),
         ]
     )
 
 
 def throughput_in_short(result: dict[str, Any]) -> str:
-    """The rows that decide, for the README."""
+    """Return the rows of the throughput that decide, for the README."""
     rows = {
         label: row for label, row in result["rows"].items()
         if label.startswith(("AdamW", "SlimAdam (rules", "SlimAdam (factored"))
@@ -102,8 +92,8 @@ def throughput_in_short(result: dict[str, Any]) -> str:
 
 
 def clipping(result: dict[str, Any]) -> str:
-    """Time of a step and the clipping of its gradients, within it and before it."""
-    lines = [f"| {label} | {row['ratio']:.2f} |" for label, row in result["rows"].items()]
+    """Return the time of a step and the clipping of its gradients, within it and before it."""
+    rows = [[label, f"{row['ratio']:.2f}"] for label, row in result["rows"].items()]
     first = next(iter(result["rows"].values()))["milliseconds"]
     return "\n".join(
         [
@@ -112,23 +102,19 @@ def clipping(result: dict[str, Any]) -> str:
             f"{origin(result['machine'])}, "
             "`python -m benchmarks.clipping`:",
             "",
-            "| | time |",
-            "|---|---|",
-            *lines,
+            table(["", "time"], rows),
         ]
     )
 
 
 def memory(result: dict[str, Any]) -> str:
-    """Bytes of training per parameter: kept between steps, and at most."""
-    rows = result["models"]["gpt2-small"]["rows"]
-    cells = {(row["recipe"], row["optimizer"], row["in_backward"]): row for row in rows}
-    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    lines = [
-        f"| {optimizer} | "
-        + " | ".join(_bytes(cells.get((recipe, optimizer, after))) for recipe in recipes for after in (False, True))
-        + " |"
-        for optimizer in dict.fromkeys(row["optimizer"] for row in rows)
+    """Return the bytes of training per parameter: kept between steps, and at most."""
+    found = result["models"]["gpt2-small"]["rows"]
+    cells = {(row["recipe"], row["optimizer"], row["in_backward"]): row for row in found}
+    recipes = list(dict.fromkeys(row["recipe"] for row in found))
+    rows = [
+        [optimizer, *(_bytes(cells.get((recipe, optimizer, after))) for recipe in recipes for after in (False, True))]
+        for optimizer in dict.fromkeys(row["optimizer"] for row in found)
     ]
     heads = [f"{recipe}{after}" for recipe in recipes for after in ("", ", in backward")]
     left_out = result["models"]["gpt2-small"]["left_out"].items()
@@ -137,9 +123,7 @@ def memory(result: dict[str, Any]) -> str:
             f"GPT-2 124M, bytes per parameter {origin(result['machine'])}, `python -m benchmarks.memory`; in brackets "
             "the peak, where it is higher than what is kept between steps:",
             "",
-            "| | " + " | ".join(heads) + " |",
-            "|---" * (len(heads) + 1) + "|",
-            *lines,
+            table(["", *heads], rows),
             *(["", "Not measured:", "", *(f"- {label}: {reason}" for label, reason in left_out)] if left_out else []),
         ]
     )
@@ -153,30 +137,28 @@ def _bytes(row: dict[str, Any] | None) -> str:
 
 
 def kernels(result: dict[str, Any]) -> str:
-    """What the Triton kernels compile to: the largest of each kernel's variants."""
+    """Return the resources of the compiled Triton kernels: the largest of each kernel's variants."""
     by_kernel: dict[str, list[dict[str, Any]]] = {}
     for variant in result["variants"]:
         by_kernel.setdefault(variant["kernel"], []).append(variant)
-    lines = [
-        f"| `{name}` | {len(found)} | {min(one['registers'] for one in found)} to "
-        f"{max(one['registers'] for one in found)} | {sum(one['spilled_bytes'] for one in found)} | "
-        f"{max(one['shared_bytes'] for one in found)} |"
-        for name, found in by_kernel.items()
-    ]
+    rows = []
+    for name, found in by_kernel.items():
+        registers = [one["registers"] for one in found]
+        spilled, shared = sum(one["spilled_bytes"] for one in found), max(one["shared_bytes"] for one in found)
+        rows.append([f"`{name}`", str(len(found)), f"{min(registers)} to {max(registers)}", str(spilled), str(shared)])
+    header = ["kernel", "variants", "registers a thread", "bytes spilled", "shared memory, bytes"]
     return "\n".join(
         [
             f"Compiled for sm_80 and sm_90 by Triton {result['triton']} without a GPU, `python -m benchmarks.kernels` "
             f"{origin(result['machine'])}:",
             "",
-            "| kernel | variants | registers a thread | bytes spilled | shared memory, bytes |",
-            "|---|---|---|---|---|",
-            *lines,
+            table(header, rows),
         ]
     )
 
 
 def parity(result: dict[str, Any]) -> str:
-    """How exact the step is."""
+    """Return how exact the step is."""
     ulps = " and ".join(f"{value:.1f} ulp ({dtype.removeprefix('torch.')})" for dtype, value in result["ulps"].items())
     return (
         f"Largest difference to AdamW over 25 steps and all options: {ulps}, of values of 0.01 and more. "
@@ -186,9 +168,9 @@ def parity(result: dict[str, Any]) -> str:
 
 
 def demo(result: dict[str, Any]) -> str:
-    """The demo's table: one column a seed."""
+    """Return the demo's table: one column a seed."""
     runs = result["runs"]
-    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    figures: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("held-out loss, AdamW", lambda run: f"{run['adamw']['held_out_loss']:.4f}"),
         ("SlimAdam, averages", lambda run: f"{run['slimadam']['held_out_loss']:.4f} ({run['loss_gap']:+.2%})"),
         ("SlimAdam, best form", lambda run: f"{run['best']['held_out_loss']:.4f} ({run['best']['loss_gap']:+.2%})"),
@@ -200,14 +182,12 @@ def demo(result: dict[str, Any]) -> str:
     ]
     machine = {"processor": result["machine"]["cpu"], "cores": result["machine"]["cores"], "date": result["date"][:10]}
     versions = {"python": result["versions"]["python"], "versions": result["versions"]}
-    header = ["| | " + " | ".join(f"seed {run['seed']}" for run in runs) + " |", "|---" * (len(runs) + 1) + "|"]
-    lines = [f"| {label} | " + " | ".join(show(run) for run in runs) + " |" for label, show in rows]
+    rows = [[label, *map(show, runs)] for label, show in figures]
     return "\n".join(
         [
             f"What `slimadam demo` prints with `--seed` 0, 1 and 2 {origin({**machine, **versions})}:",
             "",
-            *header,
-            *lines,
+            table(["", *(f"seed {run['seed']}" for run in runs)], rows),
         ]
     )
 
@@ -222,47 +202,45 @@ def _saved(run: dict[str, Any], plan: str, what: str) -> float:
 
 
 def interop(result: dict[str, Any]) -> str:
-    """What each library's run matched, saved and computed."""
+    """Return the figures of each library's run."""
     rows = [
-        f"| {run['integration']} | {run['model']} | {run['matched']} of {run['parameters']} | {run['saved']:.1%} | "
-        f"{run['difference']:.1g} |"
+        [run["integration"], run["model"], f"{run['matched']} of {run['parameters']}", f"{run['saved']:.1%}",
+         f"{run['difference']:.1g}"]
         for run in result["runs"]
-    ]
+    ]  # fmt: skip
     libraries = ", ".join(f"{name} {version}" for name, version in result["libraries"].items())
-    header = ["| | model | second moments as the plan says | saved | largest difference |", "|---|---|---|---|---|"]
-    return "\n".join([*header, *rows, "", f"With {libraries} {origin(result['machine'])}."])
+    header = ["", "model", "second moments as the plan says", "saved", "largest difference"]
+    return f"{table(header, rows)}\n\nWith {libraries} {origin(result['machine'])}."
 
 
 def mixed_precision(result: dict[str, Any]) -> str:
-    """Held-out losses of float32 and of both ways of rounding bfloat16."""
+    """Return held-out losses of float32 and of both ways of rounding bfloat16."""
     labels = list(result["runs"][0]["held_out_loss"])
     rows = [
-        f"| {run['seed']} | "
-        + " | ".join(f"{run['held_out_loss'][x]:.4f} ({run['gap'][x]:+.2%})" for x in labels)
-        + " |"
+        [str(run["seed"]), *(f"{run['held_out_loss'][x]:.4f} ({run['gap'][x]:+.2%})" for x in labels)]
         for run in result["runs"]
     ]
-    header = ["| seed | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
     return "\n".join(
         [
             f"Held-out loss of the demo's model after {result['steps']} steps, gap to float32 "
             f"{origin(result['machine'])}, `python -m benchmarks.mixed_precision`:",
             "",
-            *header,
-            *rows,
+            table(["seed", *labels], rows),
         ]
     )
 
 
 def momentum(result: dict[str, Any]) -> str:
-    """What each precision of the first moment costs and holds."""
+    """Return the cost and size of each precision of the first moment."""
     labels = list(result["gaps"])
     sizes = [max(run["runs"][label]["bytes_per_parameter"] for run in result["runs"]) for label in labels]
-    losses = [
-        f"| held-out loss, seed {run['seed']} | "
-        + " | ".join(f"{run['runs'][label]['held_out_loss']:.4f}" for label in labels)
-        + " |"
-        for run in result["runs"]
+    rows = [
+        ["bytes of state per parameter", *(f"{size:.3f}" for size in sizes)],
+        *(
+            [f"held-out loss, seed {run['seed']}", *(f"{run['runs'][label]['held_out_loss']:.4f}" for label in labels)]
+            for run in result["runs"]
+        ),
+        ["mean, against None", *(f"{result['gaps'][label]:+.2%}" for label in labels)],
     ]
     codes = ", ".join(f"{label} {error:.1%}" for label, error in result["codes"].items())
     return "\n".join(
@@ -270,11 +248,7 @@ def momentum(result: dict[str, Any]) -> str:
             f"The demo's model after {result['steps']} steps, its plan calibrated once for each seed "
             f"{origin(result['machine'])}, `python -m benchmarks.momentum`:",
             "",
-            "| | " + " | ".join(labels) + " |",
-            "|---" * (len(labels) + 1) + "|",
-            "| bytes of state per parameter | " + " | ".join(f"{size:.3f}" for size in sizes) + " |",
-            *losses,
-            "| mean, against None | " + " | ".join(f"{result['gaps'][label]:+.2%}" for label in labels) + " |",
+            table(["", *labels], rows),
             "",
             f"Error of the update direction by code: {codes}.",
         ]
@@ -282,16 +256,14 @@ def momentum(result: dict[str, Any]) -> str:
 
 
 def torch_properties(result: dict[str, Any]) -> str:
-    """The share of PyTorch's checks that hold, and those that cannot apply."""
-    rows = [f"| {variant} | {x['passed']} of {x['applicable']} |" for variant, x in result["shares"].items()]
+    """Return the share of PyTorch's checks that hold, and those that cannot apply."""
+    rows = [[variant, f"{x['passed']} of {x['applicable']}"] for variant, x in result["shares"].items()]
     left_out = [f"- `{name}`: {reason}." for name, reason in result["not_on_a_cpu"].items()]
     return "\n".join(
         [
             f"Properties of PyTorch's suite that hold {origin(result['machine'])}:",
             "",
-            "| | hold |",
-            "|---|---|",
-            *rows,
+            table(["", "hold"], rows),
             "",
             "What cannot be checked on a CPU or for AdamW at all:",
             "",
@@ -313,7 +285,7 @@ def supported(result: dict[str, Any]) -> str:
         heads.append(f"Python {environment['machine']['python']}, {stack}")
         cells.append(_held_by_implementation(environment["rows"]))
     labels = dict.fromkeys(label for cell in cells for label in cell)
-    lines = [f"| {label} | " + " | ".join(cell.get(label, "not tried") for cell in cells) + " |" for label in labels]
+    rows = [[label, *(cell.get(label, "not tried") for cell in cells)] for label in labels]
     first = environments[0]["machine"]
     return "\n".join(
         [
@@ -321,9 +293,7 @@ def supported(result: dict[str, Any]) -> str:
             f"seen by autograd, of those tried ({first['processor']}, {first['cores']} cores, {first['date']}), "
             "`make versions`; Triton in its interpreter:",
             "",
-            "| | " + " | ".join(heads) + " |",
-            "|---" * (len(heads) + 1) + "|",
-            *lines,
+            table(["", *heads], rows),
         ]
     )
 
@@ -360,7 +330,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def filled(text: str) -> str:
-    """The README's text with each marked section made anew from its result file."""
+    """Return a document's text with each marked section made anew from its result file."""
 
     def section(match: re.Match[str]) -> str:
         result = json.loads((RESULTS / f"{match[2].removesuffix('_in_short')}.json").read_text(encoding="utf-8"))

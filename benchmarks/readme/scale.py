@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.readme.calibration import origin, table
+from benchmarks.readme.markdown import origin, table
 
 ADAMW = "AdamW"
 CARD = 80
@@ -14,7 +14,7 @@ SENDS = ("rules", "factored")
 
 
 def scale(result: dict[str, Any]) -> str:
-    """Memory, bytes moved and bytes sent of each model, by number of ranks."""
+    """Return memory, bytes moved and bytes sent of each model, by number of ranks."""
     lines = [f"Computed, not measured: `python -m benchmarks.scale` {origin(result['machine'])}.", ""]
     for model, found in result["models"].items():
         lines += [f"### {model}: {found['parameters'] / 1e9:.1f} billion parameters", ""]
@@ -63,7 +63,7 @@ def _sent(by_ranks: dict[str, Any]) -> str:
 
 
 def _kept(way: dict[str, Any]) -> int:
-    """State, and what the step keeps beside it."""
+    """Return the bytes of the state and of the buffers beside it."""
     kept: int = way["state"] + way["buffers"]
     return kept
 
@@ -77,7 +77,7 @@ def _header(by_ranks: dict[str, Any]) -> list[str]:
 
 
 def _gb(count: float) -> str:
-    """Three digits, without an exponent."""
+    """Return gigabytes with three digits, without an exponent."""
     value = count / 1e9
     return (
         f"{value:.0f}"

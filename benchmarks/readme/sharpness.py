@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.readme.calibration import origin, table
+from benchmarks.readme.markdown import origin, table
 
 PARTS = ("uv", "edge", "tracking", "schedule", "regimes")
 
 
 def section(part: str) -> Callable[[dict[str, Any]], str]:
-    """What a part of ``python -m benchmarks.sharpness`` found: each criterion, and the figures behind it."""
+    """Return a writer for one part of ``python -m benchmarks.sharpness``: each criterion, and the figures behind it."""
 
     def filled(result: dict[str, Any]) -> str:
         rows = [[finding, "yes" if held else "**no**"] for finding, held in result["findings"].items()]
@@ -24,7 +24,7 @@ def section(part: str) -> Callable[[dict[str, Any]], str]:
 
 
 def cost(result: dict[str, Any]) -> str:
-    """Memory, forward passes and time of a measurement."""
+    """Return memory, forward passes and time of a measurement."""
     memory = [
         [row["optimizer"], f"`{row['memory']}`", f"{row['kept']:.2f}", f"{row['direction']:.2f}", f"{row['peak']:.2f}"]
         for row in result["memory"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.readme.calibration import origin
+from benchmarks.readme.markdown import origin, table
 
 
 def warmup(result: dict[str, Any]) -> str:
-    """What trains with which warmup, steps saved, GI-Adam."""
+    """Return the rates that train with each warmup, the steps saved, and GI-Adam's figures."""
     training, exactness = result["training"], result["exactness"]
     lines = [
         f"`python -m benchmarks.warmup` {origin(result['machine'])}: {len(training['seeds'])} seeds, "
@@ -32,22 +32,20 @@ def _table(name: str, found: dict[str, Any], training: dict[str, Any]) -> list[s
     critical = ", ".join(f"{rate:.2g}" for rate in found["critical_lr"])
     ratios = [each["ratio"] for each in found["at_initialisation"]]
     rates = [each["gradient"]["critical_lr"] for each in found["at_initialisation"]]
+    rows = [
+        [label, *(f"{statistics.fmean(losses):.2f}" for losses in row), str(found["largest_rate"][label] or "-")]
+        for label, row in found["final_loss"].items()
+    ]
     return [
         f"{name}: critical learning rate at initialisation (smallest of 4 batches) {critical} by seed, with GI-Adam "
         f"{', '.join(f'{rate:.2g}' for rate in rates)}; its preconditioned sharpness is {min(ratios):.0f} to "
         f"{max(ratios):.0f} times smaller.",
         "",
-        "| | " + " | ".join(f"{rate:g}" for rate in training["rates"]) + " | largest that trains |",
-        "|---" * (len(training["rates"]) + 2) + "|",
-        *(
-            f"| {label} | " + " | ".join(f"{statistics.fmean(losses):.2f}" for losses in row)
-            + f" | {found['largest_rate'][label] or '-'} |"
-            for label, row in found["final_loss"].items()
-        ),
+        table(["", *(f"{rate:g}" for rate in training["rates"]), "largest that trains"], rows),
         "",
         "Final loss of catapult above linear warmup of the same slope, as a share of what is learnt, at each target "
         "that trains with linear: " + "; ".join(_above_linear(row) for row in found["catapult"]) + ".",
-    ]  # fmt: skip
+    ]
 
 
 def _above_linear(row: dict[str, Any]) -> str:

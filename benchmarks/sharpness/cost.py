@@ -1,4 +1,4 @@
-"""What measuring critical sharpness costs: ``python -m benchmarks.sharpness_cost``.
+"""Measure the cost of critical sharpness: ``python -m benchmarks.sharpness_cost``.
 
 Memory: the allocator's peak during a measurement whose closure allocates nothing, beside what was allocated before, in
 bytes per parameter of GPT-2 small's shapes, for each way to keep the parameters.
@@ -8,13 +8,11 @@ first: parameters are bit for bit what they were.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -59,13 +57,13 @@ class MemoryRow:
 
     @property
     def is_met(self) -> bool:
-        """Whether nothing else of any size was held."""
+        """Return whether nothing else of any size was held."""
         return self.peak <= self.kept + self.direction + ALLOWANCE
 
 
 @dataclass
 class TimeRow:
-    """What measuring took in one training run.
+    """Cost of measuring in one training run.
 
     Attributes:
         optimizer: Its label.
@@ -85,14 +83,14 @@ class TimeRow:
 
 
 def optimizers(lr: float) -> dict[str, Callable[[nn.Module], Optimizer]]:
-    """What is measured with."""
+    """Return the optimizers that are measured with."""
     return {
         "SlimAdam rules": lambda model: SlimAdam(model, lr=lr, plan="rules", betas=(0.9, 0.95)),
         "torch AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95)),
     }
 
 
-def memory_row(label: str, optimizer: Optimizer, memory: Memory) -> MemoryRow:
+def _memory_row(label: str, optimizer: Optimizer, memory: Memory) -> MemoryRow:
     """Measure along the pending update with a loss that never rises, up to 4 times the learning rate."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     elements = sum(param.numel() for param in params)
@@ -115,14 +113,14 @@ def memory_row(label: str, optimizer: Optimizer, memory: Memory) -> MemoryRow:
 
 
 def peak_bytes(seen: Any) -> int:
-    """The most that was allocated at once while the profiler watched, over what was at its start."""
+    """Return the most that was allocated at once while the profiler watched, over what was at its start."""
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return int(max(itertools.accumulate(sizes, initial=0)))
 
 
 def memory_rows(shapes: dict[str, tuple[int, ...]]) -> list[MemoryRow]:
-    """Every mode with every optimizer."""
+    """Measure every mode with every optimizer."""
     rows = []
     for label, make in optimizers(1e-3).items():
         model = skeleton(shapes, "cpu", torch.float32)
@@ -130,11 +128,11 @@ def memory_rows(shapes: dict[str, tuple[int, ...]]) -> list[MemoryRow]:
         for param in model.parameters():
             param.grad = torch.randn_like(param)
         optimizer.step()
-        rows += [memory_row(label, optimizer, memory) for memory in get_args(Memory)]
+        rows += [_memory_row(label, optimizer, memory) for memory in get_args(Memory)]
     return rows
 
 
-def time_row(settings: DemoSettings, data: ByteData, label: str, memory: Memory, interval: int) -> TimeRow:
+def _time_row(settings: DemoSettings, data: ByteData, label: str, memory: Memory, interval: int) -> TimeRow:
     """Train as the demo does, and measure every so many steps."""
     model = settings.new_model()
     optimizer = optimizers(settings.lr)[label](model)
@@ -164,8 +162,7 @@ def time_row(settings: DemoSettings, data: ByteData, label: str, memory: Memory,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; 1 where a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
+    parser = machine.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="small models: to see that it runs")
     options = parser.parse_args(arguments)
     settings = DemoSettings(steps=60, layers=1, width=32, context=32) if options.quick else DemoSettings(steps=400)
@@ -179,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     intervals = (20, 5) if options.quick else INTERVALS
     print(f"{'time of training':36s}{'every':>8s}{'forwards':>11s}{'share':>8s}{'of all':>8s}")
     for label, memory, interval in itertools.product(optimizers(1e-3), get_args(Memory), intervals):
-        in_time.append(time_row(settings, data, label, memory, interval))
+        in_time.append(_time_row(settings, data, label, memory, interval))
         last = in_time[-1]
         shares = f"{last.time_share:8.2%}{last.total_share:8.2%}"
         print(f"{label:20s}{memory:16s}{interval:8d}{last.forward_passes:11.2f}{shares}")

@@ -41,9 +41,9 @@ QUICK: dict[str, dict[float, int]] = {"gradient descent": {0.4: 900}, "Adam": {2
 
 
 def study(quick: bool) -> dict[str, Any]:
-    """Each run's trace and regimes, and what was reproduced."""
+    """Return each run's trace and regimes, and what was reproduced."""
     runs = [
-        trace(name, lr, steps, 70 if quick else MEASUREMENTS)
+        _trace(name, lr, steps, 70 if quick else MEASUREMENTS)
         for name, rates in (QUICK if quick else RUNS).items()
         for lr, steps in rates.items()
     ]
@@ -59,7 +59,7 @@ def study(quick: bool) -> dict[str, Any]:
     }
 
 
-def trace(name: str, lr: float, steps: int, measurements: int) -> dict[str, Any]:
+def _trace(name: str, lr: float, steps: int, measurements: int) -> dict[str, Any]:
     """Train, measuring the top eigenvalue at equal distances, after the step of which it says the stability."""
     workload = FullBatch()
     model = workload.new_model(seed=0)
@@ -97,7 +97,7 @@ def trace(name: str, lr: float, steps: int, measurements: int) -> dict[str, Any]
 
 
 def findings(runs: list[dict[str, Any]]) -> dict[str, bool]:
-    """Whether every run of each optimizer sharpens, and comes to rest at its threshold."""
+    """Return whether every run of each optimizer sharpens, and comes to rest at its threshold."""
     found = {}
     for name in dict.fromkeys(run["optimizer"] for run in runs):
         own = [run for run in runs if run["optimizer"] == name]

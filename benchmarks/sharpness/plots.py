@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from slimadam.utils.plot_style import COLOURS, STYLE
+from benchmarks.harness.picture import picture
+from slimadam.utils.plot_style import COLOURS
 
 _GREY = "#7a7a7a"
 _EDGE: dict[str, Any] = {"color": _GREY, "linewidth": 0.8, "linestyle": "--"}
 
 
-@contextmanager
-def _figure(path: Path, columns: int, height: float, **options: Any) -> Iterator[Sequence[Axes]]:
-    """Axes side by side in a picture as wide as a page."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, height), layout="constrained", facecolor="white")
-        yield figure.subplots(1, columns, squeeze=False, **options)[0]
-        figure.savefig(path, dpi=120)
-
-
 def draw_uv(result: dict[str, Any], folder: Path) -> None:
-    """The behaviours of the UV model over steps, and late sharpness over the learning rate."""
-    with _figure(folder / "sharpness-uv.png", 2, 3.4, width_ratios=(1, 1.4)) as (left, right):
+    """Draw the behaviours of the UV model over steps, and late sharpness over the learning rate.
+
+    Args:
+        result: Figures of the part.
+        folder: Folder of the picture.
+    """
+    with picture(folder / "sharpness-uv.png", 2, 3.4, dpi=120, width_ratios=(1, 1.4)) as ((left, right),):
         for (name, run), colour in zip(result["runs"].items(), COLOURS, strict=False):
             shares = np.array(run["sharpness"]) * run["lr"] / 2
             left.plot(shares[:100], color=colour, linewidth=1.1, label=name)
@@ -47,9 +40,14 @@ def draw_uv(result: dict[str, Any], folder: Path) -> None:
 
 
 def draw_edge(result: dict[str, Any], folder: Path) -> None:
-    """Each optimizer's sharpness as a share of its threshold, by learning rate."""
+    """Draw each optimizer's sharpness as a share of its threshold, by learning rate.
+
+    Args:
+        result: Figures of the part.
+        folder: Folder of the picture.
+    """
     names = list(dict.fromkeys(run["optimizer"] for run in result["runs"]))
-    with _figure(folder / "sharpness-edge.png", len(names), 3.2, sharey=True) as axes:
+    with picture(folder / "sharpness-edge.png", len(names), 3.2, dpi=120, sharey=True) as (axes,):
         for panel, name in zip(axes, names, strict=True):
             runs = [run for run in result["runs"] if run["optimizer"] == name]
             for run, colour in zip(runs, COLOURS, strict=False):
@@ -63,8 +61,13 @@ def draw_edge(result: dict[str, Any], folder: Path) -> None:
 
 
 def draw_tracking(result: dict[str, Any], folder: Path) -> None:
-    """Critical, directional and Hessian sharpness along each run, as shares of their thresholds."""
-    with _figure(folder / "sharpness-tracking.png", len(result["runs"]), 3.2, sharey=True) as axes:
+    """Draw critical, directional and Hessian sharpness along each run, as shares of their thresholds.
+
+    Args:
+        result: Figures of the part.
+        folder: Folder of the picture.
+    """
+    with picture(folder / "sharpness-tracking.png", len(result["runs"]), 3.2, dpi=120, sharey=True) as (axes,):
         for panel, (name, rows) in zip(axes, result["runs"].items(), strict=True):
             steps = [row["step"] for row in rows]
             for (key, style), colour in zip((("hessian", "-"), ("directional", "-"), ("critical", ".")), COLOURS,
@@ -78,8 +81,13 @@ def draw_tracking(result: dict[str, Any], folder: Path) -> None:
 
 
 def draw_schedule(result: dict[str, Any], folder: Path) -> None:
-    """Critical sharpness and 2/lr over the steps of the schedule."""
-    with _figure(folder / "sharpness-schedule.png", len(result["runs"]), 3.2) as axes:
+    """Draw critical sharpness and 2/lr over the steps of the schedule.
+
+    Args:
+        result: Figures of the part.
+        folder: Folder of the picture.
+    """
+    with picture(folder / "sharpness-schedule.png", len(result["runs"]), 3.2, dpi=120) as (axes,):
         for panel, (name, run) in zip(axes, result["runs"].items(), strict=True):
             steps = [row["step"] for row in run["rows"]]
             critical = _positive([row["critical"] and row["critical"] * 2 / row["lr"] for row in run["rows"]])
@@ -90,8 +98,13 @@ def draw_schedule(result: dict[str, Any], folder: Path) -> None:
 
 
 def draw_regimes(result: dict[str, Any], folder: Path) -> None:
-    """One run's sharpness with its regimes as bands."""
-    with _figure(folder / "sharpness-regimes.png", 1, 3.2) as (panel,):
+    """Draw one run's sharpness with its regimes as bands.
+
+    Args:
+        result: Figures of the part.
+        folder: Folder of the picture.
+    """
+    with picture(folder / "sharpness-regimes.png", 1, 3.2, dpi=120) as ((panel,),):
         rows = result["rows"]
         panel.plot([row["step"] for row in rows], [row["sharpness"] for row in rows], color="black", linewidth=1.1)
         panel.axhline(rows[0]["threshold"], **_EDGE, label="2/lr")
@@ -102,5 +115,5 @@ def draw_regimes(result: dict[str, Any], folder: Path) -> None:
 
 
 def _positive(values: Sequence[float | None]) -> list[float]:
-    """What a logarithmic axis can show; nothing else is drawn."""
+    """Replace values that a logarithmic axis cannot show with NaN, which is not drawn."""
     return [math.nan if value is None or value <= 0 else value for value in values]

@@ -21,8 +21,8 @@ LABELS = ("early transient", "intermediate saturation", "progressive sharpening"
 
 
 def study(quick: bool) -> dict[str, Any]:
-    """The run and its regimes."""
-    rows = trace(600 if quick else 6000, 60 if quick else 160)
+    """Return the run and its regimes."""
+    rows = _trace(600 if quick else 6000, 60 if quick else 160)
     found = regimes(rows, margin=MARGIN)
     labels = [regime.label for regime in found]
     return {
@@ -36,8 +36,8 @@ def study(quick: bool) -> dict[str, Any]:
     }
 
 
-def trace(steps: int, measurements: int) -> list[dict[str, Any]]:
-    """Top eigenvalue and threshold at steps in geometric progression."""
+def _trace(steps: int, measurements: int) -> list[dict[str, Any]]:
+    """Return the top eigenvalue and the threshold at steps in geometric progression."""
     workload = FullBatch()
     model = workload.new_model(seed=0)
     with torch.no_grad():

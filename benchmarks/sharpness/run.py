@@ -35,12 +35,9 @@ PICTURES = Path(__file__).resolve().parents[2] / "docs"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts, print and write them; the exit code is 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sharpness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = machine.parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, to see that it runs")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder of the pictures")
     options = parser.parse_args(arguments)
     for part in options.parts:
@@ -60,17 +57,16 @@ def _run(part: str, options: argparse.Namespace) -> bool:
     print(f"{part} ({figures['seconds']:.0f} s)")
     for finding, reproduced in figures["findings"].items():
         print(f"  {'reproduced    ' if reproduced else 'NOT reproduced'}  {finding}")
-    for bar, passed in figures["bars"].items():
-        print(f"  {'pass' if passed else 'FAIL'}  {bar}")
+    met = machine.print_bars(figures["bars"])
     for line in figures.get("table", []):
         print(f"    {line}")
     print("  written:", machine.write(f"sharpness_{part}", figures, options.out), flush=True)
     draw(figures, options.pictures)
-    return all(figures["bars"].values())
+    return met
 
 
 def rounded(value: Any) -> Any:
-    """Floats to six significant digits, all through; what is not finite, and has no JSON, is None."""
+    """Round floats to six significant digits, all through; values without JSON, which are not finite, become None."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):

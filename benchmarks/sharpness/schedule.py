@@ -60,34 +60,44 @@ FACTOR = 2.0
 
 
 def share_of_rate(step: int, steps: int) -> float:
-    """Of the largest learning rate: linear warmup, constant, linear decay to a twentieth; steps from 1."""
+    """Return the share of the largest rate: linear warmup, constant, linear decay to a twentieth.
+
+    Args:
+        step: Number of the step, from 1.
+        steps: Number of all steps.
+    """
     warm, decay = PHASES["warmup"] * steps, PHASES["decay"] * steps
     return min(1.0, step / warm, 0.05 + 0.95 * (steps - step) / decay)
 
 
 def phase(step: int, steps: int) -> str:
-    """Name of the phase that a step is in."""
+    """Return the name of the phase that a step is in.
+
+    Args:
+        step: Number of the step, from 1.
+        steps: Number of all steps.
+    """
     if step <= PHASES["warmup"] * steps:
         return "warmup"
     return "decay" if step > (1 - PHASES["decay"]) * steps else "stable"
 
 
 def study(quick: bool) -> dict[str, Any]:
-    """Each optimizer's run, what its phases show, and whether the sharpness follows."""
+    """Return each optimizer's run, what its phases show, and whether the sharpness follows."""
     rows = {
-        name: train(way._replace(steps=40, batch_size=8), 2) if quick else train(way, 8) for name, way in WAYS.items()
+        name: _train(way._replace(steps=40, batch_size=8), 2) if quick else _train(way, 8) for name, way in WAYS.items()
     }
     runs = {name: summary(found) for name, found in rows.items()}
     return {
         "runs": runs,
         "table": [line for name, run in runs.items() for line in _lines(name, run)],
-        "findings": {finding: held for name, run in runs.items() for finding, held in findings(name, run).items()},
+        "findings": {finding: held for name, run in runs.items() for finding, held in _findings(name, run).items()},
         "bars": {},
     }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By phase: the median share of ``2/lr``, and the rank correlation with it."""
+    """Return by phase the median share of ``2/lr``, and the rank correlation with it."""
     found = [row for row in rows if row["status"] == "found"]
     by_phase = {"all": found, **{name: [row for row in found if row["phase"] == name] for name in PHASES}}
     decay = _sharpness(by_phase["decay"])
@@ -104,8 +114,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def findings(name: str, run: dict[str, Any]) -> dict[str, bool]:
-    """Whether each phase shows what it should."""
+def _findings(name: str, run: dict[str, Any]) -> dict[str, bool]:
+    """Return whether each phase meets its criterion."""
     correlation = run["rank_correlation"]
     return {
         f"{name}: in the warmup the critical sharpness falls as the rate grows (rank correlation {FOLLOWS:g})":
@@ -133,8 +143,8 @@ def _sharpness(rows: list[dict[str, Any]]) -> list[float]:
     return [row["critical"] * 2 / row["lr"] for row in rows]
 
 
-def train(way: Way, every: int) -> list[dict[str, Any]]:
-    """Measurements every so many steps."""
+def _train(way: Way, every: int) -> list[dict[str, Any]]:
+    """Train, and return the measurements at every ``every``-th step."""
     data, steps = load(None, SETTINGS.context), way.steps
     batches = data.batches(1 if way.one_batch else steps, way.batch_size, SETTINGS.context, SETTINGS.seed)
     model = SETTINGS.new_model()
@@ -164,6 +174,11 @@ def train(way: Way, every: int) -> list[dict[str, Any]]:
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:
-    """Spearman's."""
+    """Return Spearman's rank correlation.
+
+    Args:
+        one: Values.
+        other: Values in the same order.
+    """
     ranks = [np.argsort(np.argsort(values)).astype(float) for values in (one, other)]
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

@@ -39,11 +39,11 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 
 
 def study(quick: bool) -> dict[str, Any]:
-    """Both runs' rows and agreement, and the worst error on quadratics."""
+    """Return both runs' rows and agreement, and the worst error on quadratics."""
     steps, every = (60, 5) if quick else (1600, 10)
     runs = {
-        "gradient descent": rows_of(lambda params: torch.optim.SGD(params, lr=0.4), False, steps, every),
-        "Adam": rows_of(lambda params: torch.optim.Adam(params, lr=1e-3, betas=(0.9, 0.99)), True, steps, every),
+        "gradient descent": _rows_of(lambda params: torch.optim.SGD(params, lr=0.4), False, steps, every),
+        "Adam": _rows_of(lambda params: torch.optim.Adam(params, lr=1e-3, betas=(0.9, 0.99)), True, steps, every),
     }
     found = {name: summary(rows) for name, rows in runs.items()}
     worst = max(quadratic_errors(1 if quick else 10))
@@ -52,7 +52,7 @@ def study(quick: bool) -> dict[str, Any]:
         "agreement": found,
         "table": [line for name, one in found.items() for line in _lines(name, one)],
         "worst_error_on_quadratics": worst,
-        "findings": {finding: held for name, one in found.items() for finding, held in findings(name, one).items()},
+        "findings": {finding: held for name, one in found.items() for finding, held in _findings(name, one).items()},
         "bars": {
             f"worst error of critical sharpness on quadratics {worst:.2%}, below {LARGEST_ERROR:.0%}":
             worst < LARGEST_ERROR
@@ -61,7 +61,7 @@ def study(quick: bool) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Agreement over the whole run, before the Hessian's sharpness first comes to its threshold, and from there on."""
+    """Return agreement over the whole run, and before and after the Hessian's sharpness first meets its threshold."""
     reached = next((row["step"] for row in rows if row["hessian"] >= EDGE), math.inf)
     found = [row for row in rows if row["status"] == "found"]
     return {
@@ -71,8 +71,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def findings(name: str, found: dict[str, dict[str, float]]) -> dict[str, bool]:
-    """Where critical sharpness tracks the others."""
+def _findings(name: str, found: dict[str, dict[str, float]]) -> dict[str, bool]:
+    """Return whether critical sharpness tracks the others."""
     whole = found["all"]
     held = {
         f"{name}: critical tracks directional sharpness (correlation {CLOSELY:g})":
@@ -103,10 +103,10 @@ def _lines(name: str, found: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def rows_of(
+def _rows_of(
     make: Callable[[list[nn.Parameter]], Optimizer], preconditioned: bool, steps: int, every: int
 ) -> list[dict[str, Any]]:
-    """All three every so many steps of a full-batch run, as shares of their thresholds."""
+    """Measure all three at every ``every``-th step of a full-batch run, as shares of their thresholds."""
     workload = FullBatch()
     model = workload.new_model(seed=0)
     closure = workload.closure(model)
@@ -136,7 +136,7 @@ def rows_of(
 
 
 def agreement(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Correlations of logarithms and median ratios of the critical sharpness to the others, where they are positive."""
+    """Return correlations of logarithms, and median ratios of the critical sharpness to the others where positive."""
     found: dict[str, float] = {
         "measurements": len(rows),
         "forward_passes": fmean(row["forward_passes"] for row in rows) if rows else math.nan,
@@ -151,13 +151,13 @@ def agreement(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def median_of(values: Iterable[float]) -> float:
-    """Their median; NaN where there are none."""
+    """Return the median; NaN where there are no values."""
     found = list(values)
     return median(found) if found else math.nan
 
 
 def quadratic_errors(seeds: int) -> list[float]:
-    """Relative differences of both on random convex quadratics in float64, a few steps into a run."""
+    """Return relative differences of both on random convex quadratics in float64, a few steps into a run."""
     errors = []
     for make in OPTIMIZERS.values():
         for shape in QUADRATICS:
@@ -181,7 +181,7 @@ def quadratic_errors(seeds: int) -> list[float]:
 
 
 def _quadratic(shape: tuple[int, ...], seed: int) -> tuple[nn.Parameter, Callable[[], Tensor]]:
-    """``(theta - c)^T A (theta - c) / 2`` with eigenvalues over two decades."""
+    """Return ``(theta - c)^T A (theta - c) / 2`` with eigenvalues over two decades."""
     generator = torch.Generator().manual_seed(seed)
     size = math.prod(shape)
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]

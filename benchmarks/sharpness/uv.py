@@ -57,8 +57,8 @@ RUNS = {
 
 
 def study(quick: bool) -> dict[str, Any]:
-    """The four runs, the scan of learning rates, and what was reproduced."""
-    runs = {name: trajectory(run, 120 if quick else 300) for name, run in RUNS.items()}
+    """Return the four runs, the scan of learning rates, and what was reproduced."""
+    runs = {name: _trajectory(run, 120 if quick else 300) for name, run in RUNS.items()}
     rates = np.linspace(0.9, 1.7, 201 if quick else 401)
     scanned = scan(rates, 2_000 if quick else 40_000)
     worst = max([run.pop("worst_error") for run in runs.values()] + [error_at(width) for width in (3, 17, 64)])
@@ -91,8 +91,8 @@ def _periods_in_words(scanned: dict[str, Any]) -> str:
     return f"periods of the late sharpness over {len(scanned['periods'])} rates: {each}, none at {none}"
 
 
-def trajectory(run: Run, steps: int) -> dict[str, Any]:
-    """Gradient descent with both sharpnesses at every step."""
+def _trajectory(run: Run, steps: int) -> dict[str, Any]:
+    """Run gradient descent with both sharpnesses at every step."""
     model = UVModel(WEIGHT * run.scale, READOUT * run.scale, EXAMPLE, TARGET)
     lr = run.rate * UNIT_RATE
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -113,32 +113,32 @@ def trajectory(run: Run, steps: int) -> dict[str, Any]:
 
 
 def error_at(width: int) -> float:
-    """Relative error of ``hessian_sharpness`` for random parameters and inputs of half the width."""
+    """Return relative error of ``hessian_sharpness`` for random parameters and inputs of half the width."""
     model = UVModel.random(width, (width + 1) // 2, TARGET, seed=width, dtype=torch.float64)
     dense: float = torch.linalg.eigvalsh(model.hessian())[-1].item()
     return abs(hessian_sharpness(model.parameters(), model.loss()) / dense - 1)
 
 
 def reduced(run: dict[str, Any]) -> bool:
-    """Whether the sharpness fell by the factor, always below the edge."""
+    """Return whether the sharpness fell by the factor, always below the edge."""
     values = run["sharpness"]
     return bool(values[0] >= SMALLEST_CHANGE * min(values) and max(values) < 2 / run["lr"])
 
 
 def sharpened(run: dict[str, Any]) -> bool:
-    """Whether it rose by the factor from its lowest, and stayed below the edge."""
+    """Return whether the sharpness rose by the factor from its lowest, and stayed below the edge."""
     values = run["sharpness"]
     return bool(values[-1] >= SMALLEST_CHANGE * min(values) and values[-1] < 2 / run["lr"])
 
 
 def at_the_edge(run: dict[str, Any]) -> bool:
-    """Whether its last quarter oscillates about the edge."""
+    """Return whether the last quarter oscillates about the edge."""
     late = np.array(run["sharpness"][-len(run["sharpness"]) // 4 :])
     return bool(abs(late.mean() * run["lr"] / 2 - 1) <= ABOUT and period(late) == 2)
 
 
 def doubles(scanned: dict[str, Any]) -> bool:
-    """Whether periods 1, 2, 4, 8 come in this order as the rate grows, and chaos after them."""
+    """Return whether periods 1, 2, 4, 8 come in this order as the rate grows, and chaos after them."""
     first = [scanned["periods"].index(count) if count in scanned["periods"] else -1 for count in (1, 2, 4, 8)]
     chaotic = [index for index, value in enumerate(scanned["lyapunov"]) if value > CHAOTIC]
     order = [-1, *first, *chaotic[:1]]
@@ -146,9 +146,13 @@ def doubles(scanned: dict[str, Any]) -> bool:
 
 
 def scan(rates: Floats, steps: int) -> dict[str, Any]:
-    """Late sharpness, its period (0: none up to 64) and the Lyapunov exponent at each rate, all rates at once.
+    """Return late sharpness, its period (0: none up to 64) and the Lyapunov exponent at each rate, all rates at once.
 
     The exponent is the mean growth per step of a vector that each step's ``I - lr H`` turns, in natural logarithms.
+
+    Args:
+        rates: Learning rates, in units of ``UNIT_RATE``.
+        steps: Steps of gradient descent.
     """
     lr = rates * UNIT_RATE
     scale = RUNS["edge of stability"].scale
@@ -178,7 +182,7 @@ def scan(rates: Floats, steps: int) -> dict[str, Any]:
 
 
 def _hessians(weight: Floats, readout: Floats, error: Floats, root: float) -> Floats:
-    """As :meth:`UVModel.hessian` for an example of one, ``[rates, 2 width, 2 width]``."""
+    """Return :meth:`UVModel.hessian` for an example of one, ``[rates, 2 width, 2 width]``."""
     width = weight.shape[1]
     slope = np.concatenate([readout, weight], axis=1) / root
     mixed = error[:, :, None] / root * np.eye(width)
@@ -189,7 +193,7 @@ def _hessians(weight: Floats, readout: Floats, error: Floats, root: float) -> Fl
 
 
 def period(values: Floats) -> int | None:
-    """The smallest period up to 64 with which values repeat themselves."""
+    """Return the smallest period up to 64 with which values repeat themselves."""
     for candidate in range(1, min(_LONGEST_PERIOD, len(values) // 2) + 1):
         if np.abs(values[candidate:] - values[:-candidate]).max() <= _SAME * np.abs(values).max():
             return candidate

@@ -1,4 +1,4 @@
-"""What clipping gradients costs, inside the step and before it: ``python -m benchmarks.clipping``.
+"""Compare clipping gradients inside the step with clipping before it: ``python -m benchmarks.clipping``.
 
 ``clip_grad_norm_`` reads and writes every gradient before the step reads it again, ``SlimAdam(max_grad_norm=...)``
 reads it once more. All optimizers share the parameters and the gradients of one model and step in turn, so that a busy
@@ -8,10 +8,8 @@ timed it is compared with the float64 formula; a wrong one stops the run.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,16 +27,16 @@ WARMUP_TURNS = 2
 
 
 def check(device: str = "cpu") -> float:
-    """The largest error of clipped steps against float64, as a share of what rounding explains.
+    """Return the largest error of clipped steps against float64, as a share of what rounding explains.
 
     Raises:
-        WrongStepError: It is more than that.
+        WrongStepError: The error is larger than rounding explains.
     """
     return exactness.run(skeleton(ODD_MODEL, device), "rules", step_with=_step_clipped).worst
 
 
 def _step_clipped(optimizer: SlimAdam, grads: Mapping[str, list[Tensor]]) -> None:
-    """Steps whose gradients are twice as large, and clipped back to what they were."""
+    """Take steps whose gradients are twice as large, and clipped back to what they were."""
     for step in zip(*grads.values(), strict=True):
         exactness.set_gradients(optimizer, [2 * grad for grad in step])
         optimizer.max_grad_norm = float(torch.stack([grad.double().norm() for grad in step]).norm())
@@ -72,7 +70,7 @@ def _contenders(model: nn.Module) -> dict[str, _Contender]:
 
 
 def _laps(model: nn.Module, rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of each contender's steps, clipping included."""
+    """Return milliseconds of each contender's steps, clipping included."""
     for param in model.parameters():
         param.grad = torch.randn_like(param)
     contenders = _contenders(model)
@@ -89,6 +87,11 @@ def _laps(model: nn.Module, rounds: int, device: str) -> dict[str, list[float]]:
 
 def measure(shapes: Shapes, rounds: int, device: str) -> dict[str, Any]:
     """Check, then time every contender.
+
+    Args:
+        shapes: Shapes of the model.
+        rounds: Timed steps of each contender.
+        device: ``"cpu"`` or ``"cuda"``.
 
     Returns:
         Rows by label, and the errors of the check.
@@ -119,11 +122,10 @@ def measure(shapes: Shapes, rounds: int, device: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure, print a table and write ``clipping.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="gpt2-small")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each optimizer")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     shapes = MODELS[options.model]()
     found = measure(shapes, options.rounds, options.device)

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, without a GPU: ``python -m benchmarks.kernels [--out FILE]``.
+"""Compile the Triton kernels ahead, without a GPU: ``python -m benchmarks.kernels [--out FILE]``.
 
 Every variant is compiled ahead for sm_80 and sm_90. Printed: registers a thread, bytes spilled to local memory, shared
 memory of a program, 128-bit loads and stores in its code, and the bytes it must move for each parameter. Exits with 1
@@ -8,7 +8,6 @@ with no barrier after their loads.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
 import re
@@ -82,13 +81,13 @@ class Variant:
 
     @property
     def is_shared(self) -> bool:
-        """Whether several warps of a program divide by the same second moment, which one of them stores."""
+        """Return whether several warps of a program divide by the same second moment, which one of them stores."""
         return self.kernel in (kernels.update_rows, kernels.update_columns)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a variant became."""
+    """Resources and checks of a compiled variant."""
 
     kernel: str
     precision: str
@@ -105,7 +104,7 @@ class Compiled:
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel in every precision, and each flag once."""
+    """Yield every kernel in every precision, and each flag once."""
     for precision in PRECISIONS:
         yield from _updates(precision, "")
     for flags in ("AMSGRAD", "MAXIMIZE", "unaligned", "grad_scale and found_inf"):
@@ -161,7 +160,7 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
             yield Variant(update, precision, name, constants, num_warps, *wide, moved + second + again)
 
 
-def compile_variant(variant: Variant, architecture: int) -> Compiled:
+def _compile_variant(variant: Variant, architecture: int) -> Compiled:
     """Compile for an architecture such as 90, and read what came out."""
     constants = dict(variant.constants)
     if "grad_scale and found_inf" not in variant.flags:
@@ -206,12 +205,12 @@ def _source(kernel: Any, constants: dict[str, Any]) -> Any:
 
 
 def _wide_accesses(instruction: str, ptx: str) -> int:
-    """How often 16 bytes are read or written at once."""
+    """Return how often 16 bytes are read or written at once."""
     return len(re.findall(rf"{instruction}\.global[\w.:]*\.v(?:4\.[bfu]32|2\.[bfu]64)\b", ptx))
 
 
 def has_barrier_before_store(ptx: str) -> bool:
-    """Whether all warps wait for each other between the last load before the first store, and that store.
+    """Return whether all warps wait for each other between the last load before the first store, and that store.
 
     Args:
         ptx: Code of ``update_rows`` or ``update_columns``, whose first store is that of the second moment.
@@ -235,15 +234,14 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     """Compile everything, print a table, write ``results/kernels.json``; exit 1 if a variant is not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result file")
+    parser = machine.parser(__doc__)
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, nargs="+", default=ARCHITECTURES)
     arguments = parser.parse_args()
     print(f"{'kernel':15s} {'precision':20s} {'variant':36s} sm  registers  spilled  shared  wide ld/st  B/parameter")
     made = []
     for variant in variants():
         for architecture in arguments.architecture:
-            found = compile_variant(variant, architecture)
+            found = _compile_variant(variant, architecture)
             made.append(found)
             moved = "" if found.bytes_per_parameter is None else f"{found.bytes_per_parameter:.2f}"
             print(

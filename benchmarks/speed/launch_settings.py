@@ -1,4 +1,4 @@
-"""Which launch settings are fastest on this GPU: ``python -m benchmarks.launch_settings --out DIR``.
+"""Find the fastest launch settings for this GPU: ``python -m benchmarks.launch_settings --out DIR``.
 
 For each kernel and width of tile in ``slimadam.kernels.triton.launch.SETTINGS``, steps a stack of matrices that the
 kernel takes with every candidate in turn, and prints the medians. The table in the code is edited by hand: kernels that
@@ -8,11 +8,9 @@ update in place must not be tuned while they train. It needs a GPU; with ``TRITO
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +45,12 @@ HYPER = Hyperparameters()
 
 
 def candidates(kind: Kind, columns: int) -> list[Settings]:
-    """Settings to try, the present ones first."""
+    """Return the settings to try, the present ones first.
+
+    Args:
+        kind: Kind of kernel.
+        columns: Width of its tile.
+    """
     lines = [count if kind == "columns" else max(1, count // columns) for count in ELEMENTS[kind]]
     tried = [Settings(each, columns, warps) for each in dict.fromkeys(lines) for warps in WARPS]
     present = SETTINGS[kind, columns]
@@ -57,7 +60,18 @@ def candidates(kind: Kind, columns: int) -> list[Settings]:
 def measure(
     kind: Kind, columns: int, dtype: torch.dtype, device: str, copies: int, rounds: int
 ) -> dict[str, float | str]:
-    """Median milliseconds of a step by settings, the present ones first; a text says why some cannot be launched."""
+    """Return median milliseconds of a step by settings, the present ones first.
+
+    A text says why some settings cannot be launched.
+
+    Args:
+        kind: Kind of kernel.
+        columns: Width of its tile.
+        dtype: Precision of parameters, gradients and first moments.
+        device: Device of the tensors.
+        copies: Matrices in one step; a single one is small.
+        rounds: Timed steps of each settings.
+    """
     shape, averaged = SHAPES[kind, columns]
     shape = shape if copies > 1 else (8, shape[1] if kind == "rows" else 256)  # the length of rows decides on the tile
     entries = [_entry(shape, averaged, dtype, device) for _ in range(copies)]
@@ -79,7 +93,7 @@ def measure(
 
 
 def _launched(entries: list[Entry], device: str) -> TritonStep | str:
-    """A step with the settings that are in the table now, run once; or why that cannot be."""
+    """Return a step with the settings that are in the table now, run once; or why that cannot be."""
     try:
         step = TritonStep(entries, HYPER)
         _milliseconds(step, device)
@@ -101,11 +115,10 @@ def _entry(shape: tuple[int, int], averaged: tuple[Dims, ...], dtype: torch.dtyp
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write ``launch_settings.json`` kernel by kernel; 1 if settings in the table do not launch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="one small matrix, one round")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")
@@ -126,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _unusable(device: str) -> str | None:
-    """Why kernels cannot be launched on a device, or None."""
+    """Return why kernels cannot be launched on a device, or None."""
     trial = "to try the program without one, set TRITON_INTERPRET=1 and pass --quick --device cpu"
     if not stopwatch.is_cuda(device):
         return None if os.environ.get("TRITON_INTERPRET") == "1" else f"launch settings are measured on a GPU; {trial}"
@@ -136,7 +149,7 @@ def _unusable(device: str) -> str | None:
 
 
 def _summary(found: dict[str, float | str]) -> str:
-    """The fastest settings, the present ones, and a line for each that cannot be launched."""
+    """Return the fastest settings, the present ones, and a line for each that cannot be launched."""
     times = {label: value for label, value in found.items() if not isinstance(value, str)}
     now = next(iter(found))
     best = min(times, key=times.__getitem__, default=None)

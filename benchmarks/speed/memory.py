@@ -1,4 +1,4 @@
-"""Bytes of training per parameter, weights, gradients and state: ``python -m benchmarks.memory``.
+"""Compute bytes of training per parameter, weights, gradients and state: ``python -m benchmarks.memory``.
 
 Computed from shapes, and checked against what is really allocated: on a CPU by walking every tensor that model and
 optimizer hold, on CUDA by the allocator's peak too. "In backward": each parameter has its own optimizer, which steps as
@@ -7,14 +7,12 @@ soon as the gradient is there and frees it, so that only one gradient exists at 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +58,7 @@ class Row:
     cuda_peak: float | None = None
 
     def wrong(self) -> str | None:
-        """Where what is allocated is not what was computed."""
+        """Return a phrase where the allocated bytes are not those computed, or None."""
         for held, computed in ((self.held, self.computed_held), (self.peak, self.computed)):
             if held and computed and abs(held / computed - 1) > LARGEST_DIFFERENCE:
                 return f"{held:.4f} bytes per parameter are held, not {computed:.4f}"
@@ -70,7 +68,12 @@ class Row:
 
 
 def ways(recipe: str, peers: Sequence[str]) -> list[Contender]:
-    """AdamW, SlimAdam with each first moment, and others' optimizers."""
+    """Return AdamW, SlimAdam with each first moment, and others' optimizers.
+
+    Args:
+        recipe: A key of :data:`RECIPES`.
+        peers: Keys of ``PEERS``.
+    """
     rounding = {"bf16_stochastic_round": True} if recipe == "pure bfloat16" else {}
     momenta: dict[str, dict[str, Any]] = {
         "rules": {},
@@ -83,10 +86,10 @@ def ways(recipe: str, peers: Sequence[str]) -> list[Contender]:
     return [adamw, *found, *(PEERS[name] for name in peers)]
 
 
-def measure(
+def _measure(
     shapes: Shapes, recipe: str, contender: Contender, in_backward: bool, device: str, allocate: bool = True
 ) -> Row:
-    """The bytes of one way to train.
+    """Measure the bytes of one way to train.
 
     Raises:
         Exception: Whatever an optimizer raises that cannot run here.
@@ -113,7 +116,15 @@ def measure(
 def rows_of(
     model: str, device: str, peers: Sequence[str], left_out: dict[str, str], recipes: Sequence[str] = tuple(RECIPES)
 ) -> Iterator[Row]:
-    """Every way to train a model, what is left out noted; only computed where memory is too small."""
+    """Yield every way to train a model; what memory cannot hold is only computed.
+
+    Args:
+        model: Name of the model.
+        device: ``"cpu"`` or ``"cuda"``.
+        peers: Keys of ``PEERS``.
+        left_out: Gets the reason for each contender without a row.
+        recipes: Keys of :data:`RECIPES`.
+    """
     shapes = MODELS[model]()
     allocate = stopwatch.free_bytes(device) > 20 * elements(shapes)
     for recipe in recipes:
@@ -121,7 +132,7 @@ def rows_of(
             reason = contender.missing()
             try:
                 for in_backward in (False, True) if reason is None else ():
-                    yield measure(shapes, recipe, contender, in_backward, device, allocate)
+                    yield _measure(shapes, recipe, contender, in_backward, device, allocate)
             except Exception as error:  # what another project's optimizer raises here is why it has no row
                 if contender.settings is not None and not isinstance(error, NotImplementedError):
                     raise
@@ -140,7 +151,7 @@ def _computed_state(shapes: Shapes, contender: Contender, dtype: torch.dtype) ->
 
 
 def _train(model: nn.Module, contender: Contender, device: str) -> tuple[int, int]:
-    """Bytes held by a model, its gradients and its optimizer; between steps and at most."""
+    """Return the bytes held by a model, its gradients and its optimizer; between steps and at most."""
     optimizer = _quietly(contender, model)
     for param in model.parameters():
         param.grad = torch.full_like(param, 1e-3)
@@ -152,7 +163,7 @@ def _train(model: nn.Module, contender: Contender, device: str) -> tuple[int, in
 
 
 def _train_in_backward(model: nn.Module, contender: Contender, device: str) -> tuple[int, int]:
-    """Likewise, one optimizer a parameter, each gradient freed by the hook that uses it."""
+    """Return the same with one optimizer a parameter, each gradient freed by the hook that uses it."""
     largest = 0
 
     def use(param: nn.Parameter) -> None:
@@ -179,7 +190,7 @@ def _train_in_backward(model: nn.Module, contender: Contender, device: str) -> t
 
 
 def _steps(device: str) -> int:
-    """The first makes the state; on CUDA the peak of another one is read."""
+    """Take a step that makes the state, and on CUDA read the peak of another one."""
     return 2 if stopwatch.is_cuda(device) else 1
 
 
@@ -203,7 +214,7 @@ HEADS = " " * 73 + "".join(f"{head:>11s}" for head in ("held", "peak", "computed
 
 
 def line(row: Row) -> str:
-    """A row of the printed table."""
+    """Return a row of the printed table."""
     figures = (row.held, row.peak, row.computed_held, row.computed, row.cuda_peak)
     cells = "".join(f"{'' if figure is None else format(figure, '.3f'):>11s}" for figure in figures)
     return f"{row.recipe:15s}{row.optimizer:46s}{'in backward' if row.in_backward else '':12s}{cells}"
@@ -211,11 +222,10 @@ def line(row: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compute, allocate, compare, print, write ``results/memory.json``; 1 if bytes are not what was computed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["gpt2-small", "llama-1b"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="other projects' optimizers")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     figures: dict[str, Any] = {"device": options.device, "models": {}}
     wrong = []

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from benchmarks.harness.picture import picture
 from slimadam.utils.plot_style import STYLE
 
 _STYLE = STYLE | {"axes.grid.axis": "x"}
@@ -16,22 +15,24 @@ _OURS, _THEIRS = "#2166ac", "#9a9a9a"
 
 
 def draw(rows: dict[str, dict[str, Any]], title: str, path: Path) -> Path:
-    """Time of a step and state of each optimizer, fastest first; returns the picture's path."""
+    """Draw the time of a step and the state of each optimizer, fastest first.
+
+    Args:
+        rows: Figures by label.
+        title: Title of the picture.
+        path: File of the picture, which is also returned.
+    """
     order = sorted(rows, key=lambda label: -rows[label]["ratio"])
     panels = (
         ("ratio", "time of a step, relative to AdamW (fused)", ".2f"),
         ("state_bytes_per_parameter", "optimizer state, bytes per parameter", ".2f"),
     )
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 1.2 + 0.26 * len(order)), layout="constrained", facecolor="white")
-        axes = figure.subplots(1, 2, sharey=True)
-        for panel, (key, label, style) in zip(axes, panels, strict=True):
+    with picture(path, 2, 1.2 + 0.26 * len(order), style=_STYLE, sharey=True) as axes:
+        for panel, (key, label, style) in zip(axes[0], panels, strict=True):
             _bars(panel, {name: rows[name][key] for name in order}, style)
             panel.set_xlabel(label)
-        axes[0].set_xscale("log")  # from a fraction of AdamW's time to a hundred times it
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        axes[0, 0].set_xscale("log")  # from a fraction of AdamW's time to a hundred times it
+        axes[0, 0].figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return path
 
 

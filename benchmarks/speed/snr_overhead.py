@@ -1,4 +1,4 @@
-"""What ``plan="auto"`` spends on measuring: ``python -m benchmarks.snr_overhead``.
+"""Measure the time that ``plan="auto"`` spends on measuring: ``python -m benchmarks.snr_overhead``.
 
 Times whole training steps of two models and the measuring of all their second moments, in turn, so that a busy machine
 slows both. Bar: spread over the default schedule's steps, measuring costs at most 1% of a step. Before anything is
@@ -7,7 +7,6 @@ timed, measured ratios are compared with the float64 formula; a wrong one stops 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
@@ -32,18 +31,18 @@ GPT2_TOKENS = 64
 
 
 def worst_error() -> float:
-    """The largest relative error of a measured ratio against the float64 formula, over sizes and scales."""
+    """Return the largest relative error of a measured ratio against the float64 formula, over sizes and scales."""
     generator = torch.Generator().manual_seed(0)
     errors = []
     for shape, scale in itertools.product([(31, 17), (2000, 700), (24, 16, 3, 3)], [1e-40, 1e-8, 1e37]):
         v = torch.rand(shape, generator=generator).add(0.1).pow(4).mul(scale)
         for candidate, value in measure(v).items():
-            errors.append(abs(value / formula(v.numpy(), candidate) - 1))
+            errors.append(abs(value / _formula(v.numpy(), candidate) - 1))
     return max(errors)
 
 
-def formula(v: np.ndarray[Any, Any], candidate: Candidate) -> float:
-    """The ratio as defined in arXiv 2503.01843, for entries that vary, in float64."""
+def _formula(v: np.ndarray[Any, Any], candidate: Candidate) -> float:
+    """Return the ratio as defined in arXiv 2503.01843, for entries that vary, in float64."""
     v = v.astype(np.float64) / v.max()
     dims: tuple[int, ...] | None = None
     if candidate == FACTORED:
@@ -55,7 +54,7 @@ def formula(v: np.ndarray[Any, Any], candidate: Candidate) -> float:
 
 
 def byte_gpt() -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The demo's model and its loss on a batch of the demo's size."""
+    """Return the demo's model and its loss on a batch of the demo's size."""
     settings = DemoSettings()
     model = settings.new_model()
     tokens = torch.randint(256, (settings.batch_size, settings.context + 1))
@@ -63,14 +62,14 @@ def byte_gpt() -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 def gpt2_small() -> tuple[nn.Module, Callable[[], Tensor]]:
-    """GPT-2 124M and its loss on one short sequence."""
+    """Return GPT-2 124M and its loss on one short sequence."""
     model = GPT2LMHeadModel(GPT2Config())
     tokens = torch.randint(50257, (1, GPT2_TOKENS + 1))
     return model, lambda: F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def seconds(rounds: int, model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, float]:
-    """Median seconds of a training step, and of measuring every second moment once."""
+def _seconds(rounds: int, model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, float]:
+    """Return the median seconds of a training step, and of measuring every second moment once."""
     optimizer = SlimAdam(model, lr=1e-4, plan=None)
     steps, measurements = [], []
     for turn in range(rounds + 2):
@@ -89,7 +88,7 @@ def seconds(rounds: int, model: nn.Module, loss: Callable[[], Tensor]) -> tuple[
 
 def main() -> None:
     """Measure, print a table, write ``results/snr_overhead.json``; exit 1 if the bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     error = worst_error()
@@ -102,13 +101,13 @@ def main() -> None:
     figures = {}
     for label, make in models.items():
         torch.manual_seed(0)
-        step, measuring = seconds(arguments.rounds, *make())
+        step, measuring = _seconds(arguments.rounds, *make())
         overhead = measured * measuring / (schedule.calibration_steps * step)
         figures[label] = {"step_ms": 1e3 * step, "measuring_ms": 1e3 * measuring, "overhead": overhead}
         times = f"step {1e3 * step:8.1f} ms   measuring {1e3 * measuring:8.1f} ms"
         print(f"{label:32s} {times}   {overhead:.3%}   bar {BAR:.0%}")
     found = {"measurements": measured, "steps": schedule.calibration_steps, "worst_error": error, "models": figures}
-    print("written:", machine.write("snr_overhead", found))
+    print("written:", machine.write("snr_overhead", found, arguments.out))
     if any(figure["overhead"] > BAR for figure in figures.values()):
         raise SystemExit(1)
 

@@ -101,7 +101,7 @@ def _kept_busy(processes: int) -> Iterator[None]:
 
 
 def table(found: Comparison) -> list[str]:
-    """A line for each row, and the reasons of those that have none."""
+    """Return a line for each row, and the reasons of those that have none."""
     heads = ["ms", "of fused", "GB/s", "of copy", "state B/p", "calls/p", "allocated", "peak", "launches", "host ms"]
     keys = {
         "milliseconds": ".2f",
@@ -151,7 +151,7 @@ def _is_chosen(label: str, options: argparse.Namespace) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="gpt2-small")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -165,7 +165,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--busy", type=int, default=0, help="other processes that keep a core busy each")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="other projects' optimizers")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of labels; fused AdamW is always measured")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     return parser
 
 

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import machine
+
 LARGEST_GAP = 0.01
 SMALLEST_SAVING = 0.9
 LONGEST_SECONDS = 180.0
@@ -53,7 +55,7 @@ def main() -> int:
 
 
 def run(seed: int) -> dict[str, Any]:
-    """The command as users type it, at its defaults but for the seed, with wall-clock seconds and bars."""
+    """Run the command as users type it, at its defaults but for the seed, with wall-clock seconds and bars."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         command = [sys.executable, "-m", "slimadam", "demo", "--seed", str(seed), "--out", folder, "--json"]
@@ -62,11 +64,11 @@ def run(seed: int) -> dict[str, Any]:
         if seed == PICTURED_SEED:
             shutil.copy(Path(folder, "loss.png"), PICTURE)
     result: dict[str, Any] = json.loads(finished.stdout)
-    return {"seed": seed, "seconds": seconds, "bars": bars(result, seconds), "result": result}
+    return {"seed": seed, "seconds": seconds, "bars": _bars(result, seconds), "result": result}
 
 
-def bars(result: dict[str, Any], seconds: float) -> dict[str, bool]:
-    """Which promises one run kept. A role counts only if all of its layers chose what the paper recommends."""
+def _bars(result: dict[str, Any], seconds: float) -> dict[str, bool]:
+    """Return which promises one run kept; a role counts only if all of its layers chose what the paper recommends."""
     layers = {row["role"]: row for row in result["layers"]}
     return {
         f"held-out loss at most {LARGEST_GAP:.0%} above AdamW's": result["loss_gap"] <= LARGEST_GAP,
@@ -79,7 +81,7 @@ def bars(result: dict[str, Any], seconds: float) -> dict[str, bool]:
 
 
 def _favourite(layer: dict[str, Any]) -> list[int]:
-    """The dimensions with the highest SNR averaged over the layers of a role, as the table shows it."""
+    """Return the dimensions with the highest SNR averaged over the layers of a role, as the table shows it."""
     averages = [entry for entry in layer["snr"] if isinstance(entry["dims"], list)]
     best: list[int] = max(averages, key=lambda entry: entry["value"])["dims"]
     return best
@@ -91,7 +93,7 @@ def _wording(role: str, dims: list[int], layer: dict[str, Any]) -> str:
 
 
 def print_run(measured: dict[str, Any]) -> None:
-    """The figures of one seed, then its bars."""
+    """Print the figures of one seed, then its bars."""
     result = measured["result"]
     adamw, slim = result["adamw"], result["slimadam"]
     print(
@@ -102,12 +104,11 @@ def print_run(measured: dict[str, Any]) -> None:
         f"{slim['median_optimizer_ms']:.2f} ms, training step {adamw['median_step_ms']:.1f} -> "
         f"{slim['median_step_ms']:.1f} ms, {measured['seconds']:.0f} s"
     )
-    for bar, held in measured["bars"].items():
-        print(f"  {'pass' if held else 'FAIL'}  {bar}")
+    machine.print_bars(measured["bars"])
 
 
 def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is written: machine, versions, settings and date once, the figures for each seed, no curves."""
+    """Return what is written: machine, versions, settings and date once, the figures for each seed, no curves."""
     first = runs[0]["result"]
     return {
         **{key: first[key] for key in ("date", "machine", "versions", "settings", "data", "parameters")},
@@ -126,7 +127,7 @@ def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def without_curves(run: dict[str, Any]) -> dict[str, Any]:
-    """A training run's figures without its losses over time."""
+    """Return a training run's figures without its losses over time."""
     return {key: value for key, value in run.items() if key not in ("train_losses", "held_out_losses")}
 
 

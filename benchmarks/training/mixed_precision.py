@@ -7,7 +7,6 @@ does not.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ RUNS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 }
 
 
-def held_out_losses(settings: DemoSettings, data: ByteData) -> dict[str, float]:
-    """The held-out loss of each run, in nats per byte."""
+def _held_out_losses(settings: DemoSettings, data: ByteData) -> dict[str, float]:
+    """Return the held-out loss of each run, in nats per byte."""
     trainees = {}
     for label, (dtype, options) in RUNS.items():
         model = settings.new_model().to(dtype)
@@ -37,19 +36,19 @@ def held_out_losses(settings: DemoSettings, data: ByteData) -> dict[str, float]:
 
 def main() -> None:
     """Train, print a table, write ``results/mixed_precision.json``; exit 1 if the bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=700)
     arguments = parser.parse_args()
     runs = []
     for seed in arguments.seeds:
         settings = DemoSettings(seed=seed, steps=arguments.steps)
-        losses = held_out_losses(settings, load(None, settings.context))
+        losses = _held_out_losses(settings, load(None, settings.context))
         gaps = {label: loss / losses["float32"] - 1 for label, loss in losses.items()}
         runs.append({"seed": seed, "held_out_loss": losses, "gap": gaps})
         for label, loss in losses.items():
             print(f"seed {seed}  {label:34s} {loss:.4f}  {gaps[label]:+.2%}")
-    print("written:", machine.write("mixed_precision", {"steps": arguments.steps, "runs": runs}))
+    print("written:", machine.write("mixed_precision", {"steps": arguments.steps, "runs": runs}, arguments.out))
     nearest, stochastic = (list(RUNS)[1], list(RUNS)[2])
     if any(run["gap"][stochastic] > 0.01 or run["gap"][nearest] <= 0.01 for run in runs):
         raise SystemExit(1)

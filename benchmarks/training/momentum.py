@@ -11,7 +11,6 @@ per parameter, embeddings and vectors included, and a mean held-out loss of the 
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable
@@ -39,7 +38,12 @@ Requantise = Callable[[Tensor, Tensor], Tensor]
 
 
 def stored(value: Tensor, grad: Tensor) -> Tensor:
-    """The code that SlimAdam uses."""
+    """Return a first moment that SlimAdam's code stored and read again.
+
+    Args:
+        value: First moment.
+        grad: Gradient of the step.
+    """
     codes = int8.new_codes(value)
     scales = int8.new_scales(codes)
     int8.encode(value, grad, codes, scales)
@@ -58,7 +62,12 @@ class Levels(NamedTuple):
     bounds: Tensor
 
     def requantise(self, value: Tensor, grad: Tensor) -> Tensor:
-        """See :data:`Requantise`."""
+        """Return a first moment that was stored and read again, see :data:`Requantise`.
+
+        Args:
+            value: First moment.
+            grad: Gradient of the step, unused.
+        """
         padded = torch.nn.functional.pad(value.flatten(), (0, -value.numel() % int8.BLOCK))
         blocks = padded.view(-1, int8.BLOCK)
         scale = blocks.abs().amax(1, keepdim=True)
@@ -71,13 +80,13 @@ class Levels(NamedTuple):
 
 
 def power(exponent: int) -> Levels:
-    """Levels ``(q / 127)**exponent``, rounded to nearest before the power is taken."""
+    """Return levels ``(q / 127)**exponent``, rounded to nearest before the power is taken."""
     steps = torch.arange(128) / 127
     return Levels(steps**exponent, (steps[:-1] + 0.5 / 127) ** exponent)
 
 
 def dynamic() -> Levels:
-    """Seven decades, the higher the more levels: tree-like, as in arXiv 2110.02861."""
+    """Return levels over seven decades, the higher the more levels: tree-like, as in arXiv 2110.02861."""
     decades = [torch.linspace(0.1, 1, 2**bits + 1)[:-1] * 10.0 ** (bits - 6) for bits in range(7)]
     middles = [decade + 0.45 * 10.0 ** (bits - 6) / 2**bits for bits, decade in enumerate(decades)]
     values = torch.cat([torch.zeros(1), *middles])
@@ -94,8 +103,8 @@ CODES: dict[str, Requantise] = {
 }
 
 
-def compare_codes(settings: DemoSettings, data: ByteData, plan: CompressionPlan) -> dict[str, float]:
-    """Root-mean-square error of the update direction over a training, relative to the direction's, by code.
+def _compare_codes(settings: DemoSettings, data: ByteData, plan: CompressionPlan) -> dict[str, float]:
+    """Return the root-mean-square error of the update direction over a training, relative to the direction's, by code.
 
     The mean over ten steps at equal distances.
     """
@@ -132,8 +141,8 @@ def _inverse_denominator(optimizer: SlimAdam, plan: CompressionPlan, name: str, 
     return 1 / denominator
 
 
-def train_each(settings: DemoSettings, data: ByteData, plan: CompressionPlan) -> dict[str, dict[str, float]]:
-    """Held-out loss (nats per byte) and bytes of state per parameter of each run."""
+def _train_each(settings: DemoSettings, data: ByteData, plan: CompressionPlan) -> dict[str, dict[str, float]]:
+    """Return the held-out loss (nats per byte) and the bytes of state per parameter of each run."""
     trainees = {}
     for label, dtype in DTYPES.items():
         model = settings.new_model()
@@ -151,7 +160,7 @@ def train_each(settings: DemoSettings, data: ByteData, plan: CompressionPlan) ->
 
 def main() -> int:
     """Compare, train, print, write ``results/momentum.json``; the exit code is 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=DemoSettings.steps)
     arguments = parser.parse_args()
@@ -163,33 +172,32 @@ def main() -> int:
         data = load(None, settings.context)
         plan = CompressionPlan.from_snr(calibrate(settings, data, lambda phase, step, loss: None), forms="best")
         if not codes:
-            codes = compare_codes(settings, data, plan)
+            codes = _compare_codes(settings, data, plan)
             for code, error in codes.items():
                 print(f"{code:20s} error of the update direction {error:.2%}", flush=True)
         runs.append({"seed": seed, "second_moments_saved": plan.second_moments_saved}
-                    | {"runs": train_each(settings, data, plan)})  # fmt: skip
+                    | {"runs": _train_each(settings, data, plan)})  # fmt: skip
         for label, found in runs[-1]["runs"].items():
             print(
                 f"seed {seed}  {label:10s} {found['held_out_loss']:.4f}  {found['bytes_per_parameter']:.4f} B",
                 flush=True,
             )
-    gaps = {label: mean_gap(runs, label) for label in DTYPES}
-    held = bars(runs, gaps)
-    for bar, passed in held.items():
-        print(f"{'pass' if passed else 'FAIL'}  {bar}")
+    gaps = {label: _mean_gap(runs, label) for label in DTYPES}
+    held = _bars(runs, gaps)
+    met = machine.print_bars(held)
     figures: dict[str, Any] = {"steps": arguments.steps, "codes": codes, "runs": runs, "gaps": gaps, "bars": held}
-    print("written:", machine.write("momentum", figures))
-    return 0 if all(held.values()) else 1
+    print("written:", machine.write("momentum", figures, arguments.out))
+    return 0 if met else 1
 
 
-def mean_gap(runs: list[dict[str, Any]], label: str) -> float:
-    """How much higher the mean held-out loss is than None's, as a share."""
+def _mean_gap(runs: list[dict[str, Any]], label: str) -> float:
+    """Return by which share the mean held-out loss is higher than None's."""
     mean, native = (statistics.fmean(run["runs"][one]["held_out_loss"] for run in runs) for one in (label, "None"))
     return mean / native - 1
 
 
-def bars(runs: list[dict[str, Any]], gaps: dict[str, float]) -> dict[str, bool]:
-    """Which promises were kept."""
+def _bars(runs: list[dict[str, Any]], gaps: dict[str, float]) -> dict[str, bool]:
+    """Return which promises were kept."""
     held = {}
     size = {label: max(run["runs"][label]["bytes_per_parameter"] for run in runs) for label in DTYPES}
     for label, below in BYTES_BELOW.items():

@@ -6,7 +6,6 @@ then trained with each plan from the same initialisation on the same batches.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,7 +44,7 @@ class FusedAttention(nn.Module):
         self.out = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape ``[batch, length, width]`` in and out."""
+        """Attend; shape ``[batch, length, width]`` in and out."""
         fused = self.qkv_proj(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(fused[0], fused[1], fused[2], is_causal=True)
         result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
@@ -53,7 +52,7 @@ class FusedAttention(nn.Module):
 
 
 def fused_gpt(settings: DemoSettings) -> nn.Module:
-    """The demo's model with fused attention, from the same initial numbers."""
+    """Return the demo's model with fused attention, from the same initial numbers."""
     model = ByteGPT(settings.layers, settings.width, settings.heads, settings.context)
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -64,8 +63,8 @@ def fused_gpt(settings: DemoSettings) -> nn.Module:
     return model
 
 
-def calibrated(job: Bytes, lr: float, steps: int, seed: int) -> dict[str, SNRHistory]:
-    """The measurements for each reading, of one run at a tenth of the learning rate."""
+def _calibrated(job: Bytes, lr: float, steps: int, seed: int) -> dict[str, SNRHistory]:
+    """Return the measurements for each reading, of one run at a tenth of the learning rate."""
     recorders = {}
 
     def make(model: nn.Module) -> Optimizer:
@@ -78,8 +77,8 @@ def calibrated(job: Bytes, lr: float, steps: int, seed: int) -> dict[str, SNRHis
     return {label: recorder.history for label, recorder in recorders.items()}
 
 
-def compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
-    """SNR, second moments kept and held-out loss of each reading and choice of forms."""
+def _compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
+    """Return SNR, second moments kept and held-out loss of each reading and choice of forms."""
     job = Bytes(fused_gpt)
 
     def loss(make: Callable[[nn.Module], Optimizer]) -> float:
@@ -91,7 +90,7 @@ def compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
     adamw = loss(lambda model: torch.optim.AdamW(model.parameters(), lr=lr, betas=job.betas))
     plans = {
         f"{label}, {forms}": CompressionPlan.from_snr(history, forms=forms)
-        for label, history in calibrated(job, lr, steps, seed).items()
+        for label, history in _calibrated(job, lr, steps, seed).items()
         for forms in FORMS
     }
     losses = {label: loss(slim(plan)) for label, plan in plans.items()}
@@ -120,14 +119,14 @@ def _best(snr: Mapping[Any, float]) -> dict[str, float]:
 
 def main() -> None:
     """Calibrate, train, print a table, write ``results/parts.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-3)
     arguments = parser.parse_args()
     runs = []
     for seed in arguments.seeds:
-        run = compare(arguments.lr, arguments.steps, seed)
+        run = _compare(arguments.lr, arguments.steps, seed)
         runs.append(run)
         for label, reading in run["readings"].items():
             print(f"seed {seed}  {label:22s} {reading['gap']:+.2%}  {reading['saved']:.1%} saved", flush=True)
@@ -135,7 +134,7 @@ def main() -> None:
     for label, mean in means.items():
         print(f"{label}: {mean:+.2%} on average")
     settings = {"lr": arguments.lr, "steps": arguments.steps}
-    print("written:", machine.write("parts", {**settings, "runs": runs, "mean_gap": means}))
+    print("written:", machine.write("parts", {**settings, "runs": runs, "mean_gap": means}, arguments.out))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ initialisation on the same batches. Bar: the carried plan's held-out loss is at 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -30,12 +29,12 @@ MEASUREMENTS = 8
 
 
 def task(size: dict[str, int]) -> Bytes:
-    """The demo's job with a byte GPT of the given size."""
+    """Return the demo's job with a byte GPT of the given size."""
     return Bytes(lambda settings: ByteGPT(size["layers"], size["width"], size["heads"], settings.context))
 
 
-def calibrated(job: Bytes, lr: float, steps: int, seed: int) -> SNRHistory:
-    """Second moments measured at a tenth of the learning rate."""
+def _calibrated(job: Bytes, lr: float, steps: int, seed: int) -> SNRHistory:
+    """Return second moments measured at a tenth of the learning rate."""
     recorders = []
 
     def make(model: nn.Module) -> Optimizer:
@@ -47,10 +46,10 @@ def calibrated(job: Bytes, lr: float, steps: int, seed: int) -> SNRHistory:
     return recorders[0].history
 
 
-def compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
-    """Held-out losses of the large model with AdamW and, for each choice of forms, with both plans."""
+def _compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
+    """Return held-out losses of the large model with AdamW and, for each choice of forms, with both plans."""
     small, large = task(SMALL), task(LARGE)
-    histories = {"own": calibrated(large, lr, steps, seed), "carried": calibrated(small, lr, steps, seed)}
+    histories = {"own": _calibrated(large, lr, steps, seed), "carried": _calibrated(small, lr, steps, seed)}
 
     def loss(make: Callable[[nn.Module], Optimizer]) -> float:
         return held_out_loss(large, train(large, make, training_rate(lr, steps), steps, seed)[0])
@@ -67,14 +66,14 @@ def compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
         found[forms] = {
             "loss": losses,
             "saved": {origin: plan.second_moments_saved for origin, plan in plans.items()},
-            "agree": agreement(plans["own"], plans["carried"]),
+            "agree": _agreement(plans["own"], plans["carried"]),
             "difference": losses["carried"] / losses["own"] - 1,
         }
     return found
 
 
-def agreement(a: CompressionPlan, b: CompressionPlan) -> float:
-    """Share of the matrices that two plans store alike."""
+def _agreement(a: CompressionPlan, b: CompressionPlan) -> float:
+    """Return the share of the matrices that two plans store alike."""
     matrices = [name for name, rule in a.items() if len(rule.shape or ()) > 1]
     alike = [name for name in matrices if (a[name].form, a[name].dims) == (b[name].form, b[name].dims)]
     return len(alike) / len(matrices)
@@ -82,14 +81,14 @@ def agreement(a: CompressionPlan, b: CompressionPlan) -> float:
 
 def main() -> None:
     """Calibrate, carry over, train; print a table, write ``results/transfer.json``; exit 1 if the bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-3)
     arguments = parser.parse_args()
     runs = []
     for seed in arguments.seeds:
-        run = compare(arguments.lr, arguments.steps, seed)
+        run = _compare(arguments.lr, arguments.steps, seed)
         runs.append(run)
         for forms in FORMS:
             own, carried = run[forms]["loss"]["own"], run[forms]["loss"]["carried"]
@@ -102,7 +101,7 @@ def main() -> None:
     for forms, mean in means.items():
         print(f"{forms}: {mean:+.2%} on average, bar {BAR:.1%}")
     settings = {"lr": arguments.lr, "steps": arguments.steps, "small": SMALL, "large": LARGE}
-    print("written:", machine.write("transfer", {**settings, "runs": runs, "mean_difference": means}))
+    print("written:", machine.write("transfer", {**settings, "runs": runs, "mean_difference": means}, arguments.out))
     if any(mean > BAR for mean in means.values()):
         raise SystemExit(1)
 

@@ -5,28 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from benchmarks.harness.picture import picture
 
 _STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left"}
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:
-    """Final loss by method and target rate for each model, a mark where not every seed trains; returns the path."""
+    """Draw the final loss by method and target rate for each model, a mark where not every seed trains.
+
+    Args:
+        result: Figures of the benchmark.
+        path: File of the picture, which is also returned.
+    """
     models = result["models"]
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.9 * len(models), 4.4), layout="constrained", facecolor="white")
-        panels = figure.subplots(1, len(models), squeeze=False)[0]
-        for panel, (name, found) in zip(panels, models.items(), strict=True):
-            _draw_model(figure, panel, name, found, result["rates"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+    with picture(path, len(models), 4.4, width=4.9 * len(models), style=_STYLE) as axes:
+        for panel, (name, found) in zip(axes[0], models.items(), strict=True):
+            _draw_model(panel, name, found, result["rates"])
     return path
 
 
-def _draw_model(figure: Figure, panel: Axes, name: str, found: dict[str, Any], rates: list[float]) -> None:
+def _draw_model(panel: Axes, name: str, found: dict[str, Any], rates: list[float]) -> None:
     labels = list(found["final_loss"])
     mean = np.array([[np.mean(losses) for losses in found["final_loss"][label]] for label in labels]).T
     shown = np.minimum(mean, found["guessing_loss"])  # whatever is worse than guessing looks alike
@@ -40,4 +41,4 @@ def _draw_model(figure: Figure, panel: Axes, name: str, found: dict[str, Any], r
     panel.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     panel.set_ylabel("target learning rate")
     panel.set_title(f"{name}: final loss, × where a seed fails")
-    figure.colorbar(image, ax=panel)
+    panel.figure.colorbar(image, ax=panel)

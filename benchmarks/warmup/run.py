@@ -1,4 +1,4 @@
-"""What warmup from the critical learning rate saves, and what GI-Adam does: ``python -m benchmarks.warmup``.
+"""Compare warmup from the critical learning rate with plain warmup, and check GI-Adam: ``python -m benchmarks.warmup``.
 
 ``exactness``: GI-Adam's first five steps in every implementation and form beside the formula. ``training``: the range
 of target rates that train with each warmup, the steps saved, the sharpness at initialisation. Without either, both.
@@ -6,7 +6,6 @@ of target rates that train with each warmup, the steps saved, the sharpness at i
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
@@ -27,7 +26,7 @@ ALLOWED_LOSS = 0.01
 
 
 def exactness(forms: Sequence[str]) -> dict[str, Any]:
-    """GI-Adam beside the formula."""
+    """Compare GI-Adam with the formula."""
     missing = gradient_initialised.missing()
     ran = [name for name in gradient_initialised.IMPLEMENTATIONS if name not in missing]
     errors = {name: gradient_initialised.errors(name, forms) for name in ran}
@@ -42,7 +41,7 @@ def exactness(forms: Sequence[str]) -> dict[str, Any]:
 
 
 def exactness_bars(result: dict[str, Any]) -> dict[str, bool]:
-    """What must hold."""
+    """Return whether each bar of the exactness is met."""
     update = result["first_update_over_adams"] / result["sqrt_of_1_minus_beta2"]
     return {
         f"GI-Adam's first five steps are within {gradient_initialised.LARGEST_ERROR:g} of the formula, in "
@@ -53,22 +52,22 @@ def exactness_bars(result: dict[str, Any]) -> dict[str, bool]:
 
 
 def training(study: Study) -> dict[str, Any]:
-    """All runs of a study, by model."""
+    """Train all runs of a study, by model."""
     found = {}
     for name in study.workloads:
         began = time.monotonic()
         print(f"training the {name}: {len(study.methods) * len(study.rates) * len(study.seeds)} runs", flush=True)
         runs = Runs(study, name).run()
         found[name] = {
-            **summary(runs, guessing_loss(WORKLOADS[name], study.seeds[0])),
+            **_summary(runs, guessing_loss(WORKLOADS[name], study.seeds[0])),
             "at_initialisation": [sharpness.initial(WORKLOADS[name], seed) for seed in study.seeds],
             "seconds": time.monotonic() - began,
         }
     return {"steps": study.steps, "betas": BETAS, "rates": study.rates, "seeds": study.seeds, "models": found}
 
 
-def summary(runs: Runs, guessing: float) -> dict[str, Any]:
-    """The phase diagram, what trains, and what catapult warmup saves, of one model."""
+def _summary(runs: Runs, guessing: float) -> dict[str, Any]:
+    """Return the phase diagram, what trains, and what catapult warmup saves, of one model."""
     study = runs.study
     table = {
         method.label: [runs.losses(method, rate) for rate in study.rates] for method in study.methods
@@ -94,7 +93,7 @@ def _largest_rate(study: Study, row: list[list[float]], limit: float) -> float |
 
 
 def _against_linear(runs: Runs, catapult: Method, learnt: float, limit: float) -> dict[str, Any]:
-    """Steps saved, and the final loss above that of linear warmup of the same slope, as a share of what is learnt."""
+    """Return steps saved, and the loss above that of linear warmup of the same slope, as a share of what is learnt."""
     study, linear = runs.study, Method("linear", catapult.warmup)
     saved = []
     for rate in study.rates:
@@ -117,7 +116,7 @@ def _against_linear(runs: Runs, catapult: Method, learnt: float, limit: float) -
 
 
 def training_bars(result: dict[str, Any]) -> dict[str, bool]:
-    """What must hold."""
+    """Return whether each bar of the training is met."""
     bars = {}
     for name, found in result["models"].items():
         for row in found["catapult"]:
@@ -165,10 +164,9 @@ def _print_exactness(result: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write ``results/warmup.json`` and ``docs/warmup.png``; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.warmup", description=__doc__)
+    parser = machine.parser(__doc__)
     parser.add_argument("what", nargs="?", choices=["exactness", "training"], help="only this; nothing is written then")
     parser.add_argument("--quick", action="store_true", help="one form and a few short runs, to see that it works")
-    parser.add_argument("--out", type=Path, default=machine.RESULTS, help="folder of the results")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the picture")
     options = parser.parse_args(arguments)
     result: dict[str, Any] = {}
@@ -182,12 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["training"] = training(QUICK if options.quick else Study())
         _print_training(result["training"])
         bars |= training_bars(result["training"])
-    for bar, held in bars.items():
-        print(f"  {'pass' if held else 'FAIL'}  {bar}")
+    met = machine.print_bars(bars)
     if options.what is None:
         print("written:", machine.write("warmup", {**result, "bars": bars}, options.out))
         print("written:", draw(result["training"], options.docs / "warmup.png"))
-    return 0 if all(bars.values()) else 1
+    return 0 if met else 1
 
 
 if __name__ == "__main__":

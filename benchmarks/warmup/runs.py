@@ -43,7 +43,12 @@ class DigitsMLP(Digits):
         super().__init__(_mlp)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the class in nats."""
+        """Return the mean cross-entropy of the class in nats.
+
+        Args:
+            model: The classifier.
+            batch: Images and labels.
+        """
         return F.cross_entropy(model(batch[0]), batch[1])
 
 
@@ -76,13 +81,13 @@ class Method:
 
     @property
     def label(self) -> str:
-        """With the warmup's length."""
+        """Return the name with the warmup's length."""
         return f"{self.name} {self.warmup}" if self.warmup else self.name
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is run.
+    """Runs of the study.
 
     Attributes:
         steps: Optimizer steps of each run: warmup, then a cosine to zero.
@@ -100,7 +105,7 @@ class Study:
 
     @cached_property
     def methods(self) -> tuple[Method, ...]:
-        """The columns."""
+        """Return the columns of the table."""
         return (
             Method("no warmup"),
             *(Method("linear", warmup) for warmup in self.warmups),
@@ -112,7 +117,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gave.
+    """Figures of one run.
 
     Attributes:
         final_loss: Mean over the last tenth of the steps, in nats; infinite where the loss was not finite.
@@ -151,12 +156,23 @@ class Runs:
         return self
 
     def losses(self, method: Method, rate: float) -> list[float]:
-        """The final loss of each seed."""
+        """Return the final loss of each seed.
+
+        Args:
+            method: Way to warm up.
+            rate: Target learning rate.
+        """
         return [self.runs[method.label, rate, seed].final_loss for seed in self.study.seeds]
 
 
 def initial_critical_lr(workload: Workload, seed: int, variance_init: str) -> float:
-    """The critical learning rate of the first step, the smallest of a few batches: it varies between them."""
+    """Return the critical learning rate of the first step, the smallest of a few batches.
+
+    Args:
+        workload: Data and model.
+        seed: Seed of initialisation and batches.
+        variance_init: Option of :class:`slimadam.SlimAdam`.
+    """
     model = workload.new_model(seed)
     return min(
         _critical_lr(workload, model, batch, variance_init) for batch in workload.batches(CRITICAL_BATCHES, seed)
@@ -171,7 +187,7 @@ def _critical_lr(workload: Workload, model: nn.Module, batch: Batch, variance_in
 
 
 def train(workload: Workload, method: Method, rate: float, seed: int, steps: int, critical: float) -> Run:
-    """One run; it ends where the loss is no longer finite.
+    """Train one run; it ends where the loss is no longer finite.
 
     Args:
         workload: What is trained.
@@ -183,7 +199,7 @@ def train(workload: Workload, method: Method, rate: float, seed: int, steps: int
     """
     model = workload.new_model(seed)
     optimizer = _optimizer(model, rate, method.variance_init)
-    scheduler = schedule(optimizer, method, steps, critical)
+    scheduler = _schedule(optimizer, method, steps, critical)
     losses: list[float] = []
     reached = None
     for step, batch in enumerate(workload.batches(steps, seed)):
@@ -201,8 +217,8 @@ def train(workload: Workload, method: Method, rate: float, seed: int, steps: int
     return Run(sum(last) / len(last), reached)
 
 
-def schedule(optimizer: SlimAdam, method: Method, steps: int, critical: float) -> LRScheduler:
-    """The method's warmup, then a cosine to zero over the rest of the steps."""
+def _schedule(optimizer: SlimAdam, method: Method, steps: int, critical: float) -> LRScheduler:
+    """Return the method's warmup, then a cosine to zero over the rest of the steps."""
     if not method.warmup:
         return CosineAnnealingLR(optimizer, steps)
     if not method.catapult:  # LinearLR does not start at zero itself
@@ -214,7 +230,13 @@ def schedule(optimizer: SlimAdam, method: Method, steps: int, critical: float) -
 
 
 def guessing_loss(workload: Workload, seed: int, batches: int = 200) -> float:
-    """The loss of saying how frequent each class, or byte, is: the entropy of the targets, in nats."""
+    """Return the loss of a guess by frequency of the classes or bytes: the entropy of the targets, in nats.
+
+    Args:
+        workload: Data.
+        seed: Seed of the batches.
+        batches: Number of batches that are counted.
+    """
     counts: Counter[int] = Counter()
     for _, targets in workload.batches(batches, seed):
         counts.update(targets.flatten().tolist())

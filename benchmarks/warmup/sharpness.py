@@ -15,10 +15,15 @@ _TOLERANCE = 1e-3
 
 
 def initial(workload: Workload, seed: int) -> dict[str, Any]:
-    """Top eigenvalue of ``P^(-1/2) H P^(-1/2)`` at the initialisation, and the critical learning rate, of both.
+    """Return the sharpness and the critical learning rate at the initialisation, of Adam and of GI-Adam.
 
-    ``P = sqrt(v_hat) + eps`` is that of the first step: ``v_hat = g**2`` for Adam, ``g**2 / (1 - beta2)`` where the
-    second moment starts at ``g**2`` and the bias correction is kept (arXiv 2406.09405).
+    The sharpness is the top eigenvalue of ``P^(-1/2) H P^(-1/2)`` with ``P = sqrt(v_hat) + eps`` of the first step:
+    ``v_hat = g**2`` for Adam, ``g**2 / (1 - beta2)`` where the second moment starts at ``g**2`` and the bias correction
+    is kept (arXiv 2406.09405).
+
+    Args:
+        workload: Data and model.
+        seed: Seed of initialisation and batches.
     """
     found: dict[str, Any] = {
         variance_init: {

@@ -26,13 +26,13 @@ class FullBatch:
         return images - images.mean(0), F.one_hot(labels, CLASSES).float()
 
     def new_model(self, seed: int) -> nn.Module:
-        """Two hidden layers of width 32 with tanh, initialised as torch does."""
+        """Return two hidden layers of width 32 with tanh, initialised as torch does."""
         torch.manual_seed(seed)
         return nn.Sequential(
             nn.Linear(_PIXELS, _WIDTH), nn.Tanh(), nn.Linear(_WIDTH, _WIDTH), nn.Tanh(), nn.Linear(_WIDTH, CLASSES)
         )
 
     def closure(self, model: nn.Module) -> Callable[[], Tensor]:
-        """Computes half the squared error, summed over classes and averaged over digits."""
+        """Return a closure that computes half the squared error, summed over classes and averaged over digits."""
         images, targets = self._data
         return lambda: (model(images) - targets).square().sum(1).mean() / 2

@@ -29,18 +29,18 @@ class ByteLSTM(nn.Module):
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[batch, length, 256]`` of the byte after each of ``tokens`` ``[batch, length]``."""
+        """Return logits ``[batch, length, 256]`` of the byte after each of ``tokens`` ``[batch, length]``."""
         logits: Tensor = self.lm_head(self.lstm(self.token_embedding(tokens))[0])
         return logits
 
 
 def byte_gpt(settings: DemoSettings) -> nn.Module:
-    """The demo's model."""
+    """Return the demo's model."""
     return ByteGPT(settings.layers, settings.width, settings.heads, settings.context)
 
 
 def byte_gpt_as_torch_initialises(settings: DemoSettings) -> nn.Module:
-    """The demo's model with torch's defaults: larger, and standard normal embeddings."""
+    """Return the demo's model with torch's defaults: larger, and standard normal embeddings."""
     model = byte_gpt(settings)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -49,7 +49,7 @@ def byte_gpt_as_torch_initialises(settings: DemoSettings) -> nn.Module:
 
 
 def byte_lstm(settings: DemoSettings) -> nn.Module:
-    """As wide as the demo's model."""
+    """Return an LSTM as wide as the demo's model."""
     return ByteLSTM(settings.width)
 
 
@@ -71,19 +71,29 @@ class Bytes:
         return load(None, self._settings.context)
 
     def new_model(self, seed: int) -> nn.Module:
-        """As the demo: the seed decides the initialisation."""
+        """Return a new model; as in the demo, the seed decides the initialisation."""
         torch.manual_seed(seed)
         return self._build(self._settings)
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """As the demo: random windows of the training text."""
+        """Yield random windows of the training text, as the demo does.
+
+        Args:
+            steps: Number of batches.
+            seed: Seed of the windows' places.
+        """
         return self._data.batches(steps, self._settings.batch_size, self._settings.context, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the next byte in nats."""
+        """Return the mean cross-entropy of the next byte in nats.
+
+        Args:
+            model: Language model.
+            batch: Inputs and targets.
+        """
         return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     def held_out(self) -> Iterator[Batch]:
-        """The demo's held-out windows."""
+        """Yield the demo's held-out windows."""
         windows = self._data.held_out_windows(self._settings.held_out_windows, self._settings.context)
         return in_batches(*windows)

@@ -8,12 +8,19 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def gpt2_small() -> Shapes:
-    """GPT-2 124M, query, key and value as separate layers; the head is tied to the token embedding."""
+    """Return GPT-2 124M, query, key and value as separate layers; the head is tied to the token embedding."""
     return gpt2(width=768, layers=12, vocabulary=50257, context=1024)
 
 
 def gpt2(width: int, layers: int, vocabulary: int, context: int) -> Shapes:
-    """A model laid out as :func:`gpt2_small`, of any size."""
+    """Return shapes laid out as :func:`gpt2_small`, of any size.
+
+    Args:
+        width: Width of the residual stream.
+        layers: Number of blocks.
+        vocabulary: Number of tokens.
+        context: Number of positions.
+    """
     shapes: Shapes = {"wte.weight": (vocabulary, width), "wpe.weight": (context, width)}
     for layer in range(layers):
         block = f"h.{layer}."
@@ -27,17 +34,17 @@ def gpt2(width: int, layers: int, vocabulary: int, context: int) -> Shapes:
 
 
 def llama_1b() -> Shapes:
-    """Llama 3.2 1B: grouped-query attention (32 heads of queries, 8 of keys), tied embeddings."""
+    """Return Llama 3.2 1B: grouped-query attention (32 heads of queries, 8 of keys), tied embeddings."""
     return _llama(width=2048, keys=512, inner=8192, layers=16)
 
 
 def llama_8b() -> Shapes:
-    """Llama 3.1 8B: grouped-query attention (32 heads of queries, 8 of keys), the head not tied."""
+    """Return Llama 3.1 8B: grouped-query attention (32 heads of queries, 8 of keys), the head not tied."""
     return _llama(width=4096, keys=1024, inner=14336, layers=32) | {"lm_head.weight": (128256, 4096)}
 
 
 def llama_70b() -> Shapes:
-    """Llama 3.1 70B: grouped-query attention (64 heads of queries, 8 of keys), the head not tied."""
+    """Return Llama 3.1 70B: grouped-query attention (64 heads of queries, 8 of keys), the head not tied."""
     return _llama(width=8192, keys=1024, inner=28672, layers=80) | {"lm_head.weight": (128256, 8192)}
 
 
@@ -52,7 +59,7 @@ def _llama(width: int, keys: int, inner: int, layers: int) -> Shapes:
 
 
 def mixtral_small() -> Shapes:
-    """Laid out as Mixtral, 229M parameters: 8 experts in 3-D weights, the head not tied."""
+    """Return shapes laid out as Mixtral, 229M parameters: 8 experts in 3-D weights, the head not tied."""
     width, keys, inner, experts, vocabulary = 768, 256, 1536, 8, 32000
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, width)}
     for layer in range(6):
@@ -68,7 +75,7 @@ def mixtral_small() -> Shapes:
 
 
 def vit_base() -> Shapes:
-    """ViT-B/16 for 224 x 224 pixels and 1,000 classes."""
+    """Return ViT-B/16 for 224 x 224 pixels and 1,000 classes."""
     width = 768
     shapes: Shapes = {
         "vit.embeddings.cls_token": (1, 1, width),
@@ -89,7 +96,7 @@ def vit_base() -> Shapes:
 
 
 def resnet50() -> Shapes:
-    """ResNet-50 for 1,000 classes."""
+    """Return ResNet-50 for 1,000 classes."""
     shapes = _convolution("resnet.embedder.embedder", 64, 3, 7)
     inputs = 64
     for stage, (depth, inner) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512))):
@@ -105,17 +112,17 @@ def resnet50() -> Shapes:
 
 
 def gpt2_narrow() -> Shapes:
-    """As many tensors as :func:`gpt2_small` has, of 0.6 million parameters in all: what a step costs beside memory."""
+    """Return as many tensors as :func:`gpt2_small` has, of 0.6 million parameters, whose step is bound by overhead."""
     return gpt2(width=64, layers=12, vocabulary=384, context=64)
 
 
 def tiny() -> Shapes:
-    """A decoder of 28 thousand parameters, laid out as :func:`gpt2_small`, to try the benchmarks with."""
+    """Return a decoder of 28 thousand parameters, laid out as :func:`gpt2_small`, to try the benchmarks with."""
     return gpt2(width=32, layers=1, vocabulary=384, context=64)
 
 
 def elements(shapes: Shapes) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(map(math.prod, shapes.values()))
 
 
@@ -124,7 +131,7 @@ def _linear(name: str, outputs: int, inputs: int) -> Shapes:
 
 
 def _convolution(name: str, outputs: int, inputs: int, kernel: int) -> Shapes:
-    """A convolution without bias and the batch norm after it."""
+    """Return a convolution without bias and the batch norm after it."""
     norm = f"{name}.normalization"
     weight = {f"{name}.convolution.weight": (outputs, inputs, kernel, kernel)}
     return weight | {f"{norm}.weight": (outputs,), f"{norm}.bias": (outputs,)}

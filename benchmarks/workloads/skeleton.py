@@ -11,7 +11,7 @@ _INIT_STD = 0.02
 
 
 def skeleton(shapes: Shapes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The parameters of a model, drawn from a normal distribution with standard deviation 0.02.
+    """Return the parameters of a model, drawn from a normal distribution with standard deviation 0.02.
 
     Args:
         shapes: Shapes by qualified name.
@@ -28,6 +28,11 @@ def register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter below ``root`` under a qualified name.
 
     Four-dimensional weights go into convolutions, so that layer roles know which dimensions are inputs.
+
+    Args:
+        root: Module that gets the parameter.
+        name: Qualified name.
+        parameter: The parameter.
     """
     *path, leaf = name.split(".")
     module = root

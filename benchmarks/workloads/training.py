@@ -19,7 +19,7 @@ _HELD_OUT_BATCH = 64
 
 
 class Workload(Protocol):
-    """What can be trained.
+    """Data and model that can be trained.
 
     Attributes:
         betas: Decay rates of both moments.
@@ -28,16 +28,26 @@ class Workload(Protocol):
     betas: tuple[float, float]
 
     def new_model(self, seed: int) -> nn.Module:
-        """A model at the initialisation that the seed decides."""
+        """Return a model at the initialisation that the seed decides."""
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """``steps`` batches of inputs and targets, the same ones for the same seed."""
+        """Yield batches of inputs and targets, the same ones for the same seed.
+
+        Args:
+            steps: Number of batches.
+            seed: Seed of the data's order.
+        """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of a batch in nats."""
+        """Return the mean cross-entropy of a batch in nats.
+
+        Args:
+            model: Model of the workload.
+            batch: Inputs and targets.
+        """
 
     def held_out(self) -> Iterator[Batch]:
-        """All that the model never trains on, in batches."""
+        """Yield all that the model never trains on, in batches."""
 
 
 def train(
@@ -74,7 +84,12 @@ def train(
 
 
 def in_batches(inputs: Tensor, targets: Tensor) -> Iterator[Batch]:
-    """Everything in its order, a few at a time."""
+    """Yield everything in its order, a few at a time.
+
+    Args:
+        inputs: Inputs.
+        targets: Targets, as many.
+    """
     for start in range(0, len(inputs), _HELD_OUT_BATCH):
         batch = slice(start, start + _HELD_OUT_BATCH)
         yield inputs[batch], targets[batch]
@@ -82,7 +97,13 @@ def in_batches(inputs: Tensor, targets: Tensor) -> Iterator[Batch]:
 
 @torch.no_grad()
 def held_out_loss(workload: Workload, model: nn.Module, batches: int | None = None) -> float:
-    """Mean cross-entropy in nats over all that is held out, or over the first ``batches`` of it."""
+    """Return the mean cross-entropy in nats over all that is held out, or over a first part of it.
+
+    Args:
+        workload: Data and loss.
+        model: The trained model.
+        batches: Number of batches; None for all.
+    """
     model.eval()
     total, targets = 0.0, 0
     for batch in itertools.islice(workload.held_out(), batches):
@@ -92,13 +113,23 @@ def held_out_loss(workload: Workload, model: nn.Module, batches: int | None = No
 
 
 def training_rate(lr: float, steps: int) -> Rate:
-    """The demo's schedule: a linear warmup over a quarter of the steps, then a cosine to zero."""
+    """Return the demo's schedule: a linear warmup over a quarter of the steps, then a cosine to zero.
+
+    Args:
+        lr: Peak learning rate.
+        steps: Number of steps.
+    """
     settings = DemoSettings(lr=lr, steps=steps)
     return lambda step: learning_rate(settings, step)
 
 
 def calibration_rate(lr: float, steps: int) -> Rate:
-    """The demo's calibration: a tenth of ``lr`` after the same warmup."""
+    """Return the schedule of the demo's calibration: a tenth of ``lr`` after the same warmup.
+
+    Args:
+        lr: Peak learning rate of the training.
+        steps: Number of steps.
+    """
     settings = DemoSettings(lr=lr, steps=steps)
     warmup = max(1, round(settings.warmup * steps))
     return lambda step: lr * settings.calibration_lr_factor * min(1.0, step / warmup)

@@ -30,7 +30,15 @@ class UVModel(nn.Module):
 
     @classmethod
     def random(cls, width: int, inputs: int, target: float, seed: int, dtype: torch.dtype) -> UVModel:
-        """Standard normal parameters, and a random example of length one."""
+        """Return a model of standard normal parameters, and a random example of length one.
+
+        Args:
+            width: Number of hidden units.
+            inputs: Number of inputs.
+            target: Target of the example.
+            seed: Seed of the random numbers.
+            dtype: Precision.
+        """
         generator = torch.Generator().manual_seed(seed)
         weight, readout, example = (
             torch.randn(shape, generator=generator, dtype=dtype) for shape in ((width, inputs), (width,), (inputs,))
@@ -38,18 +46,18 @@ class UVModel(nn.Module):
         return cls(weight, readout, example / example.norm(), target)
 
     def forward(self) -> Tensor:
-        """``f``, a scalar."""
+        """Return ``f``, a scalar."""
         output: Tensor = self.readout @ (self.weight @ self.example) / len(self.readout) ** 0.5
         return output
 
     def loss(self) -> Tensor:
-        """``(f - y)**2 / 2``."""
+        """Return ``(f - y)**2 / 2``."""
         loss: Tensor = (self() - self.target).square() / 2
         return loss
 
     @torch.no_grad()
     def hessian(self) -> Tensor:
-        """The Hessian of the loss in float64, written out.
+        """Return the Hessian of the loss in float64, written out.
 
         ``grad f grad f^T + (f - y) grad^2 f``, where the second derivative of ``f`` by ``v_i`` and ``U_ij`` is
         ``x_j / sqrt(width)`` and every other is zero. Rows and columns in the order of ``parameters()``: ``U``, ``v``.

@@ -20,7 +20,7 @@ _SPLIT_SEED = 0
 
 
 def vit() -> nn.Module:
-    """Four blocks of width 64 on patches of 2 x 2 pixels."""
+    """Return four blocks of width 64 on patches of 2 x 2 pixels."""
     model: nn.Module = ViTForImageClassification(
         ViTConfig(
             image_size=_PIXELS, patch_size=2, num_channels=1, num_labels=CLASSES, hidden_size=64, num_hidden_layers=4,
@@ -31,7 +31,7 @@ def vit() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    """Two stages of two basic blocks, 16 and 32 channels."""
+    """Return two stages of two basic blocks, 16 and 32 channels."""
     model: nn.Module = ResNetForImageClassification(
         ResNetConfig(num_channels=1, embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic",
                      num_labels=CLASSES)
@@ -63,12 +63,17 @@ class Digits:
         return (images[train], labels[train]), (images[held_out], labels[held_out])
 
     def new_model(self, seed: int) -> nn.Module:
-        """A model at the initialisation that the seed decides."""
+        """Return a model at the initialisation that the seed decides."""
         torch.manual_seed(seed)
         return self._build()
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """Random images with their labels."""
+        """Yield random images with their labels.
+
+        Args:
+            steps: Number of batches.
+            seed: Seed of the choice.
+        """
         images, labels = self._data[0]
         generator = torch.Generator().manual_seed(seed)
         for _ in range(steps):
@@ -76,9 +81,14 @@ class Digits:
             yield images[chosen], labels[chosen]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the class in nats."""
+        """Return the mean cross-entropy of the class in nats.
+
+        Args:
+            model: The classifier.
+            batch: Images and labels.
+        """
         return F.cross_entropy(model(batch[0]).logits, batch[1])
 
     def held_out(self) -> Iterator[Batch]:
-        """The images held out."""
+        """Yield the images held out."""
         yield self._data[1]

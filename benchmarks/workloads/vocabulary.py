@@ -34,7 +34,7 @@ class Words:
 
     @cached_property
     def data(self) -> ByteData:
-        """The demo's text as token numbers, 0 for the most frequent."""
+        """Return the demo's text as token numbers, 0 for the most frequent."""
         text = load(None, self._settings.context)
         train, held_out = (
             _WORD.findall(bytes(part.tolist()).decode("latin-1")) for part in (text.train, text.held_out)
@@ -48,7 +48,7 @@ class Words:
         return ByteData(tokens(train), tokens(held_out), f"{text.source}, in {self._size} words")
 
     def new_model(self, seed: int) -> nn.Module:
-        """The demo's GPT with another vocabulary, initialised as it is."""
+        """Return the demo's GPT with another vocabulary, initialised as it is."""
         settings = self._settings
         torch.manual_seed(seed)
         model = ByteGPT(settings.layers, settings.width, settings.heads, settings.context)
@@ -59,14 +59,24 @@ class Words:
         return model
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """As the demo: random windows of the training text."""
+        """Yield random windows of the training text, as the demo does.
+
+        Args:
+            steps: Number of batches.
+            seed: Seed of the windows' places.
+        """
         return self.data.batches(steps, self._settings.batch_size, self._settings.context, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the next word in nats."""
+        """Return the mean cross-entropy of the next word in nats.
+
+        Args:
+            model: Language model.
+            batch: Inputs and targets.
+        """
         return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     def held_out(self) -> Iterator[Batch]:
-        """Windows of the held-out text, spread evenly."""
+        """Yield windows of the held-out text, spread evenly."""
         windows = self.data.held_out_windows(self._settings.held_out_windows, self._settings.context)
         return in_batches(*windows)

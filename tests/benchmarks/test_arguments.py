@@ -10,7 +10,7 @@ import pytest
 from benchmarks.harness import machine
 
 
-@pytest.mark.parametrize("name", ["parity", "interop", "roles", "torch_properties"])
+@pytest.mark.parametrize("name", ["parity", "interop", "roles", "torch_properties", "walk"])
 def test_help_runs_and_writes_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

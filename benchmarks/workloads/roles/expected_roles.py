@@ -1,4 +1,4 @@
-"""What a parameter's role should be: one row of a table kept by hand, and its comparison with what is found."""
+"""Compare a parameter's role with one row of a table kept by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Expected(NamedTuple):
     why: str = ""
 
     def as_found(self) -> ParameterRole:
-        """What :func:`slimadam.layers.roles.roles_of` should return."""
+        """Return the role that :func:`slimadam.layers.roles.roles_of` should return."""
         fans = (tuple(dim for dim, letter in enumerate(self.layout) if letter == fan) for fan in "io")
         return ParameterRole(self.role, *fans)
 
@@ -43,7 +43,7 @@ class Architecture(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What was found for one parameter; ``expected`` is None if the table lacks it."""
+    """The role found for one parameter; ``expected`` is None if the table lacks it."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,17 +52,17 @@ class Finding(NamedTuple):
 
     @property
     def correct(self) -> bool:
-        """Whether role and layout are what they should be."""
+        """Return whether role and layout are as expected."""
         return self.expected is not None and self.found == self.expected.as_found()
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is one of those that a rule can save memory on."""
+        """Return whether it is one of those that a rule can save memory on."""
         return len(self.shape) > 1
 
     @property
     def unnamed(self) -> bool:
-        """Whether no role was found."""
+        """Return whether no role was found."""
         return self.found.role == UNKNOWN
 
 
@@ -75,17 +75,23 @@ VECTORS = {
 
 
 def rows(template: str, layout: str = "oi", /, **roles: str) -> dict[str, Expected]:
-    """Rows whose names differ in one component: ``{}`` in the template."""
+    """Return rows whose names differ in one component: ``{}`` in the template.
+
+    Args:
+        template: Name of the parameters, with ``{}``.
+        layout: A letter for each dimension, ``i`` for inputs and ``o`` for outputs.
+        **roles: Role by the component's name.
+    """
     return {template.format(name): Expected(role, layout) for name, role in roles.items()}
 
 
 def collapsed(name: str) -> str:
-    """A name with ``*`` for layer numbers."""
+    """Return a name with ``*`` for layer numbers."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def findings(architecture: Architecture) -> list[Finding]:
-    """What is found for every parameter of an architecture."""
+    """Return what is found for every parameter of an architecture."""
     model = architecture.build()
     found = roles_of(model)
     return [
@@ -95,7 +101,12 @@ def findings(architecture: Architecture) -> list[Finding]:
 
 
 def stale_rows(architecture: Architecture, found: Iterable[Finding]) -> set[str]:
-    """Names in the table that the model does not have."""
+    """Return names in the table that the model does not have.
+
+    Args:
+        architecture: The model and its table.
+        found: Findings of the model.
+    """
     names = {finding.name for finding in found}
     return set(architecture.roles) - names - {collapsed(name) for name in names}
 

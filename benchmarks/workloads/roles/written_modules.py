@@ -21,7 +21,7 @@ def _linears(**sizes: tuple[int, int]) -> dict[str, nn.Module]:
 
 
 def _module(*children: Mapping[str, nn.Module], **more: nn.Module | nn.Parameter) -> nn.Module:
-    """A module with the given children and tensors."""
+    """Return a module with the given children and tensors."""
     module = nn.Module()
     for name, child in {**{name: child for group in children for name, child in group.items()}, **more}.items():
         setattr(module, name, child)
@@ -29,7 +29,7 @@ def _module(*children: Mapping[str, nn.Module], **more: nn.Module | nn.Parameter
 
 
 def nano_gpt() -> nn.Module:
-    """Fused query, key, value in a Linear; the head is tied and comes first."""
+    """Build fused query, key, value in a Linear; the head is tied and comes first."""
     block = _module(
         ln_1=nn.LayerNorm(WIDTH),
         attn=_module(_linears(c_attn=(WIDTH, 3 * WIDTH), c_proj=(WIDTH, WIDTH))),
@@ -43,7 +43,7 @@ def nano_gpt() -> nn.Module:
 
 
 def meta_llama() -> nn.Module:
-    """wq, wk, wv, wo and w1, w2, w3; the head is called output."""
+    """Build a model with wq, wk, wv, wo and w1, w2, w3; the head is called output."""
     mlp = _module(_linears(w1=(WIDTH, HIDDEN), w2=(HIDDEN, WIDTH), w3=(WIDTH, HIDDEN)))
     attention = _module(_linears(wq=(WIDTH, WIDTH), wk=(WIDTH, 8), wv=(WIDTH, 8), wo=(WIDTH, WIDTH)))
     layer = _module(attention=attention, feed_forward=mlp, attention_norm=nn.RMSNorm(WIDTH))
@@ -68,25 +68,25 @@ class Experts(nn.Module):
 
 
 def mixture(**stacks: tuple[int, ...]) -> nn.Module:
-    """A router and stacked experts of the given shapes."""
+    """Build a router and stacked experts of the given shapes."""
     return _module(_linears(gate=(WIDTH, EXPERTS)), experts=Experts(**stacks))
 
 
 def routed() -> nn.Module:
-    """Experts beside a router with a name of its own."""
+    """Build experts beside a router with a name of its own."""
     block = Experts(w1=(EXPERTS, HIDDEN, WIDTH), w2=(EXPERTS, WIDTH, HIDDEN))
     block.choose = nn.Linear(WIDTH, EXPERTS, bias=False)
     return _module(moe=block)
 
 
 def mixture_of_linears() -> nn.Module:
-    """Mixtral as transformers 4 had it: a list of experts, each of three Linears, and a gate that routes."""
+    """Build Mixtral as transformers 4 had it: a list of experts, each of three Linears, and a gate that routes."""
     experts = (_module(_linears(w1=(WIDTH, HIDDEN), w2=(HIDDEN, WIDTH), w3=(WIDTH, HIDDEN))) for _ in range(EXPERTS))
     return _module(block_sparse_moe=_module(_linears(gate=(WIDTH, EXPERTS)), experts=nn.ModuleList(experts)))
 
 
 def sequential_vision_transformer() -> nn.Module:
-    """Layers known by their position in a Sequential, patches embedded by a Linear."""
+    """Build layers known by their position in a Sequential, patches embedded by a Linear."""
     attention = _module(
         _linears(to_qkv=(WIDTH, 3 * WIDTH)), to_out=nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout())
     )
@@ -101,7 +101,7 @@ def sequential_vision_transformer() -> nn.Module:
 
 
 def timm_vision_transformer() -> nn.Module:
-    """Fused qkv and proj, layer scales, a Conv2d that embeds patches."""
+    """Build fused qkv and proj, layer scales, a Conv2d that embeds patches."""
     block = _module(
         attn=_module(_linears(qkv=(WIDTH, 3 * WIDTH), proj=(WIDTH, WIDTH))),
         ls1=_module(gamma=_empty(WIDTH)),
@@ -117,7 +117,7 @@ def timm_vision_transformer() -> nn.Module:
 
 
 def gated_mlps() -> nn.Module:
-    """Gates that are gates, a fused pair of gate and up, and a fused pair that only sizes give away."""
+    """Build gates that are gates, a fused pair of gate and up, and a fused pair that only sizes give away."""
     return _module(
         plain=_module(_linears(gate=(WIDTH, HIDDEN), up=(WIDTH, HIDDEN), down=(HIDDEN, WIDTH))),
         swiglu=_module(_linears(w12=(WIDTH, 2 * HIDDEN), w3=(HIDDEN, WIDTH))),
@@ -127,7 +127,7 @@ def gated_mlps() -> nn.Module:
 
 
 def attention_in_other_words() -> nn.Module:
-    """An output that only its siblings give away, and a pair of matrices that begins and ends nowhere near."""
+    """Build an output that only its siblings give away, and a pair of matrices that begins and ends nowhere near."""
     return _module(
         mixing=_module(_linears(query=(WIDTH, 8), key=(WIDTH, 8), value=(WIDTH, 8), merge=(8, WIDTH))),
         multihead=_module(
@@ -138,7 +138,7 @@ def attention_in_other_words() -> nn.Module:
 
 
 def convolutional_network() -> nn.Module:
-    """The first network of every tutorial: fc1, fc2 and fc3 are no transformer's MLP."""
+    """Build the first network of every tutorial: fc1, fc2 and fc3 are no transformer's MLP."""
     return _module(
         {"conv1": nn.Conv2d(1, 6, 5), "bn1": nn.BatchNorm2d(6)},
         _linears(fc1=(96, 40), fc2=(40, 30), fc3=(30, 10)),
@@ -146,25 +146,25 @@ def convolutional_network() -> nn.Module:
 
 
 def vgg() -> nn.Module:
-    """A head of several layers: the last one classifies."""
+    """Build a head of several layers: the last one classifies."""
     layers = (nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10))
     return _module(features=nn.Sequential(nn.Conv2d(3, 8, 3)), classifier=nn.Sequential(*layers))
 
 
 def actor_critic() -> nn.Module:
-    """A value that no query or key accompanies."""
+    """Build a value that no query or key accompanies."""
     return _module(_linears(body=(8, WIDTH), policy=(WIDTH, 3), value=(WIDTH, 1), q=(WIDTH, 3)))
 
 
 def byte_model() -> nn.Module:
-    """As many tokens as channels: a square matrix inside a layer is not the head."""
+    """Build a model with as many tokens as channels: a square matrix inside a layer is not the head."""
     layer = _module(_linears(mix=(64, 64)))
     embedding = nn.Embedding(64, 64)
     return _module({"embed": embedding, "layers": nn.ModuleList([layer])}, _linears(head=(64, 64)))
 
 
 def convolutions() -> nn.Module:
-    """Every way in which torch stores filters."""
+    """Build every way in which torch stores filters."""
     return _module(
         plain=nn.Conv2d(4, 6, 3),
         one_dimension=nn.Conv1d(4, 6, 3),
@@ -185,7 +185,7 @@ class SELayer(nn.Module):
 
 
 def squeeze_and_excitation() -> nn.Module:
-    """By name with convolutions, by class with Linears."""
+    """Build squeeze-and-excitation by name with convolutions, by class with Linears."""
     return _module(se=_module(fc1=nn.Conv2d(16, 4, 1), fc2=nn.Conv2d(4, 16, 1)), recalibrate=SELayer())
 
 
@@ -202,7 +202,7 @@ class LoraLayer(nn.Module):
 
 
 def adapted() -> nn.Module:
-    """LoRA on an embedding, a query and a convolution, beside layers without."""
+    """Build LoRA on an embedding, a query and a convolution, beside layers without."""
     query = LoraLayer(
         nn.Linear(WIDTH, WIDTH), lora_A=nn.Linear(WIDTH, RANK, bias=False), lora_B=nn.Linear(RANK, WIDTH, bias=False)
     )
@@ -230,7 +230,7 @@ def _trained_in_full() -> nn.Module:
 
 
 def parametrized() -> nn.Module:
-    """Weights that are computed from what is trained."""
+    """Build weights that are computed from what is trained."""
     norm = nn.utils.parametrizations
     return _module(
         conv=norm.weight_norm(nn.Conv1d(4, 6, 3)),
