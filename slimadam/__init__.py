@@ -1,5 +1,7 @@
 """SlimAdam: AdamW that stores second moments only as finely as a measurement says each layer needs."""
 
+from typing import TYPE_CHECKING
+
 from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.curvature.hessian import HessianSharpness, directional_sharpness, hessian_sharpness
 from slimadam.curvature.logger import SharpnessLogger
@@ -56,8 +58,9 @@ __all__ = [
 
 find_moved_modules()
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> type[Split]:
-    if name == "Parts":
-        return splits.__getattr__(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> type[Split]:
+        if name == "Parts":
+            return splits.__getattr__(name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

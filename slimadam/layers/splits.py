@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -187,7 +187,7 @@ def pieces(name: str, shape: Shape, role: ParameterRole, parts: Split | None) ->
         return [Piece(shape, role, None, batch_dims)]
     found = []
     for part in parts.divide(name, shape):
-        groups = _split_dims(name, shape, part.view)
+        groups = split_dims(name, shape, part.view)
         fans = (tuple(dim for old in fan for dim in groups[old]) for fan in (role.fan_in, role.fan_out))
         found.append(Piece(part.shape, ParameterRole(part.label, *fans), part, parts.batch_dims))
     return found
@@ -209,7 +209,7 @@ def check_parts(name: str, parts: Sequence[Part], shape: Shape) -> None:
         raise PlanError(
             f"{name!r}: the plan's parts are of shape {first.of}, the parameter has {shape}; calibrate this model"
         )
-    _split_dims(name, shape, first.view)
+    split_dims(name, shape, first.view)
     if not 0 <= first.dim < len(first.view):
         raise PlanError(f"{name!r}: dim={first.dim} of its parts is out of range for the view {first.view}")
     if len({part.label for part in parts}) != len(parts):
@@ -230,11 +230,19 @@ def check_parts(name: str, parts: Sequence[Part], shape: Shape) -> None:
         )
 
 
-def _split_dims(name: str, shape: Shape, view: Shape) -> list[tuple[int, ...]]:
+def split_dims(name: str, shape: Shape, view: Shape) -> list[tuple[int, ...]]:
     """Return the dimensions of ``view`` that each dimension of ``shape`` is split into.
 
+    Args:
+        name: The parameter's name.
+        shape: Its shape.
+        view: A view of it that splits dimensions.
+
+    Raises:
+        PlanError: The view does not only split dimensions.
+
     Example:
-        >>> _split_dims("query.weight", (768, 512), (12, 64, 512))
+        >>> split_dims("query.weight", (768, 512), (12, 64, 512))
         [(0, 1), (2,)]
     """
     groups: list[tuple[int, ...]] = []
@@ -250,8 +258,10 @@ def _split_dims(name: str, shape: Shape, view: Shape) -> list[tuple[int, ...]]:
     return groups
 
 
-def __getattr__(name: str) -> type[Split]:
-    if name == "Parts":
-        warnings.warn("slimadam.Parts is now called slimadam.Split", DeprecationWarning, stacklevel=2)
-        return Split
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[Split]:
+        if name == "Parts":
+            warnings.warn("slimadam.Parts is now called slimadam.Split", DeprecationWarning, stacklevel=2)
+            return Split
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

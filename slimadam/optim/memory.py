@@ -1,4 +1,4 @@
-"""What an optimizer's state costs in bytes."""
+"""Bytes of an optimizer's state."""
 
 from __future__ import annotations
 

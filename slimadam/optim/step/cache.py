@@ -1,4 +1,4 @@
-"""A parameter group in which every parameter takes a step as it did before: what is checked is compared in lists.
+"""Cached steps of parameter groups: inputs that must not have changed are compared in lists.
 
 Checks of one parameter after the other cost more than the update of a small one.
 """

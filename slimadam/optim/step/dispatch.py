@@ -1,4 +1,4 @@
-"""Which implementation updates a parameter, and the one place where that is decided."""
+"""The choice of the implementation that updates a parameter."""
 
 from __future__ import annotations
 

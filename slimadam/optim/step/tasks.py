@@ -1,4 +1,4 @@
-"""What a step updates at a time: a parameter, or a part of one, and the implementation that does it."""
+"""Update tasks: a parameter, or a part of one, and the implementation that updates it."""
 
 from __future__ import annotations
 
