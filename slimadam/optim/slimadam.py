@@ -321,7 +321,8 @@ class SlimAdam(Optimizer):
         if recalled is None:
             self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
         if self._registry.measuring is not None:
-            self._measure()
+            if not self._registry.measuring.counts_only(same_state=recalled is not None):
+                self._measure()
         elif self._registry.monitor is not None and not torch.compiler.is_compiling():
             self._registry.monitor.after_step(groups, self._registry.rules, self.state, factor)
         return loss

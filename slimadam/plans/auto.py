@@ -89,6 +89,21 @@ class Measuring:
         self.settings = settings
         self.history = SNRHistory()
         self.steps = 0
+        self._had_moments = False
+
+    def counts_only(self, same_state: bool) -> bool:
+        """Count a step in which nothing is measured; return False, and count nothing, if something may be.
+
+        Args:
+            same_state: Whether the parameters have the very state of the last step.
+        """
+        step = self.steps + 1
+        if not (same_state and self._had_moments) or step >= self.settings.calibration_steps:
+            return False
+        if self.settings.measures(step):
+            return False
+        self.steps = step
+        return True
 
     def __str__(self) -> str:
         return f"auto, measures for {self.settings.calibration_steps} steps as AdamW, {self.steps} of them done"
@@ -108,6 +123,7 @@ class Measuring:
         """
         moments = iter(moments)
         first = next(moments, None)
+        self._had_moments = first is not None
         if first is None:
             return None
         self.steps += 1
