@@ -18,6 +18,7 @@ from slimadam.optim.checkpoint import format
 from slimadam.optim.checkpoint.conversion import full_state
 from slimadam.optim.checkpoint.loading import check_saved, loaded_state, merged_groups
 from slimadam.optim.registry import Registry
+from slimadam.optim.step.options import NOT_IN_ADAMW
 from slimadam.optim.step.param_groups import Held, named_parameters
 from slimadam.plans.auto import AutoPlan, Measuring
 from slimadam.plans.plan import CompressionPlan
@@ -130,11 +131,10 @@ def as_adamw(packed: Mapping[str, Any], registry: Registry, groups: Sequence[dic
         for index, (name, param, _) in enumerate(named_parameters(registry.names, groups))
         if index in packed["state"]
     }
-    own = ("variance_init", "momentum_dtype", "bf16_stochastic_round")
     return {
         "state": state,
         "param_groups": [
-            {**{key: value for key, value in group.items() if key not in own}, **_DECOUPLED}
+            {**{key: value for key, value in group.items() if key not in NOT_IN_ADAMW}, **_DECOUPLED}
             for group in packed["param_groups"]
         ],
     }

@@ -24,6 +24,8 @@ OPTIONS = (
     "params", "param_names", "lr", "betas", "eps", "weight_decay", "amsgrad", "plan", "variance_init",
     "momentum_dtype", "bf16_stochastic_round", "maximize", "foreach", "capturable", "differentiable", "fused",
 )  # fmt: skip
+NOT_IN_ADAMW = ("variance_init", "momentum_dtype", "bf16_stochastic_round")
+"""Options that the groups of ``torch.optim.AdamW`` do not have."""
 
 
 def normalize_group(group: dict[str, Any]) -> None:
