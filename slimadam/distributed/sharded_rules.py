@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slimadam.layers.splits import Part, split_dims
 from slimadam.state import second_moment
+from slimadam.state.first_moment import momentum_in
 from slimadam.state.rule import Dims, Rule
 from slimadam.utils import torch_private
 from slimadam.utils.dtensor import is_dtensor, local
@@ -162,7 +163,7 @@ def local_state(name: str, rules: Sequence[LocalRule], param: DTensor, state: Ma
         RuntimeError: The state is not sharded as the parameter is.
     """
     own: dict[str, Any] = {"step": state["step"]}
-    key = "exp_avg_codes" if "exp_avg_codes" in state else "exp_avg"
+    key = momentum_in(state).key
     own[key] = local(state[key])
     _check_shapes(name, key, [tuple(own[key].shape)], [tuple(local(param).shape)])
     if "exp_avg_scale" in state:

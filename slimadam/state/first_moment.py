@@ -21,6 +21,8 @@ MOMENTUM_DTYPES: Final = (None, torch.float32, torch.bfloat16, INT8)
 """Values of the option ``momentum_dtype``."""
 FIRST_MOMENTS: Final = ("exp_avg", "exp_avg_codes", "exp_avg_scale")
 """Keys of all formats in a parameter's state."""
+STORED: Final = ("exp_avg", "exp_avg_codes")
+"""Keys of those that hold a first moment or its codes: one for each format."""
 
 LOAD_BOTH: Final = "load both from one state dict with load_state_dict"
 

@@ -15,7 +15,7 @@ from slimadam.optim.checkpoint import format
 from slimadam.optim.step.dispatch import steps_on_device
 from slimadam.optim.step.options import check_group, normalize_group
 from slimadam.state import second_moment
-from slimadam.state.first_moment import FIRST_MOMENTS, momentum_in, momentum_of
+from slimadam.state.first_moment import STORED, momentum_in, momentum_of
 from slimadam.state.rule import Rule
 from slimadam.utils.dtensor import full_tensor, is_dtensor, place
 from slimadam.utils.errors import PlanError
@@ -118,7 +118,7 @@ def _is_missing(saved: Mapping[str, Any], key: str) -> bool:
     if key in second_moment.SECOND_MOMENTS:
         found = (value for own, value in saved.items() if second_moment.is_key_of(own, key))
         return all(isinstance(value, (Mapping, list, tuple)) and not value for value in found)
-    return key not in saved if key == "step" else not any(own in saved for own in FIRST_MOMENTS[:2])
+    return key not in saved if key == "step" else not any(own in saved for own in STORED)
 
 
 def _check_second_moment(name: str, saved: Sequence[Tensor], param: Tensor, rules: Sequence[Rule]) -> None:

@@ -13,7 +13,7 @@ from slimadam.distributed.sharded_rules import local_rules, warn_of_old_torch
 from slimadam.kernels.layout import is_marked
 from slimadam.optim.step.options import check_foreach
 from slimadam.state import second_moment
-from slimadam.state.first_moment import FIRST_MOMENTS
+from slimadam.state.first_moment import STORED
 from slimadam.state.rule import Rule, Source
 from slimadam.utils.dtensor import check_placement, is_dtensor, local
 
@@ -163,5 +163,5 @@ def check_has_first_moment(name: str, state: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: Names the parameter.
     """
-    if not any(key in state for key in FIRST_MOMENTS[:2]):
+    if not any(key in state for key in STORED):
         raise RuntimeError(f"{name!r}: its state lacks exp_avg; {_ANEW}")
