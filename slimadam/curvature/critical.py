@@ -11,13 +11,14 @@ import statistics
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard
 
 from torch import nn
 from torch.optim import Optimizer
 
-from slimadam.curvature.probe.bracketing import Crossing, Search, Status
-from slimadam.curvature.probe.directions import reference_lr
+from slimadam.curvature.probe.bracketing import Crossing, RoughSearch, Search, Status
+from slimadam.curvature.probe.directions import reference_lr, unwrapped
 from slimadam.curvature.probe.displacement import Memory
 from slimadam.curvature.probe.line import Closure, LineProbe
 from slimadam.curvature.probe.snapshot import ROUGHNESS
@@ -27,8 +28,7 @@ from slimadam.utils.errors import shown
 _CHECKS_NOISE_EVERY = 16
 _NOISE_SAMPLES = 4
 _NOISE_WIDTH = 3.0
-# Where something is computed in 16 bits, a change above this share of the loss, or this many times the resolution,
-# is not rounding.
+# Of a loss, where something is computed in 16 bits: a larger change is none of rounding, nor one of so many times it.
 _CERTAIN = 1e-2
 _CERTAIN_TIMES = 4.0
 _FINEST = 1e-12
@@ -37,7 +37,7 @@ _FEWEST_FORWARDS = _NOISE_SAMPLES + 1
 
 @dataclass(frozen=True)
 class SharpnessMeasurement:
-    """The result of one measurement.
+    """Result of one measurement.
 
     Attributes:
         sharpness: ``2 / critical_lr``; NaN where none was found, 0 where the loss never rose.
@@ -46,15 +46,15 @@ class SharpnessMeasurement:
             that of the group with the largest rate, the others in proportion.
         bracket: ``(lower, upper)``: the loss does not rise at ``lower``, and rises at ``upper``.
         forward_passes: Calls of the closure.
-        loss: The loss at the parameters.
+        loss: At the parameters.
         threshold: Where the edge of stability lies for the Hessian's sharpness at the present learning rate, see
             :func:`~slimadam.edge_of_stability`; None: no formula for this optimizer. ``sharpness`` itself compares with
             ``2 / lr``: above it the next step raises the loss.
         lr: The present learning rate, the largest of all groups.
         status: ``"found"``. ``"noisy"``: found as closely as a closure that does not repeat itself allows.
             ``"no increase"``: up to the largest rate that was allowed, or can be expressed. ``"no descent"``: the
-            loss does not fall at any rate whose effect can be told from rounding. ``"too noisy"``: computed in 16
-            bits, the loss does not fall by more than rounding at any rate.
+            loss rises, or stays, at every rate whose effect can be told from rounding: the update is no descent
+            direction for it. ``"too noisy"``: in 16 bits, it falls at none by more than rounding does.
             ``"not finite"``: the loss is NaN or infinite where the parameters are. ``"out of
             evaluations"``: ``max_forwards`` was reached; ``bracket`` holds what is known.
         noise: Standard deviation of repeated evaluations at the same parameters; 0 for a closure that repeats itself.
@@ -96,8 +96,12 @@ class CriticalSharpness:
         modules: Modules whose buffers the closure may change; None: those alive that own a parameter.
         rounding: Changes of the loss up to this share of it are not told from rounding. None: 4.8e-7, or 1e-4 where
             parameters have 16 bits or the closure enters autocast, and more where the loss itself has 16 bits. Under
-            ``torch.compile`` autocast is not seen. From 1e-4 on, a crossing counts only where the loss falls before
-            it, and rises after it, by more than rounding would.
+            ``torch.compile`` autocast is not seen. From 1e-4 on nothing is made of small changes: a crossing counts
+            where the loss falls before it, and rises after it, by more than rounding would.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -113,16 +117,8 @@ class CriticalSharpness:
         rounding: float | None = None,
     ) -> None:
         self._line = LineProbe(optimizer, memory, modules)
-        if not is_number(tol) or not _FINEST <= tol < 1:
-            raise ValueError(f"tol={shown(tol)} must be a number from {_FINEST:g} to 1, which is excluded")
-        for name, value in (("start", start), ("max_lr", max_lr)):
-            if value is not None and not (is_number(value) and 0 < value < math.inf):
-                raise ValueError(f"{name}={shown(value)} must be a positive, finite number, or None")
-        if rounding is not None and not (is_number(rounding) and 0 <= rounding < 1):
-            raise ValueError(f"rounding={shown(rounding)} must be a number from 0 to 1, which is excluded, or None")
-        if not isinstance(max_forwards, int) or max_forwards < _FEWEST_FORWARDS:
-            raise ValueError(f"max_forwards={shown(max_forwards)} must be an integer >= {_FEWEST_FORWARDS}")
-        self.optimizer = self._line.optimizer
+        _check_numbers(tol, start, max_lr, rounding, max_forwards)
+        self.optimizer = unwrapped(optimizer)
         self._tol = tol
         self._start = start
         self._max_lr = math.inf if max_lr is None else max_lr
@@ -138,53 +134,31 @@ class CriticalSharpness:
         Args:
             closure: Computes the loss on the batch of the pending gradient, or on that of another task, forward
                 only; called several times.
-            task: The name of the loss. The next measurement of the same task starts where this one ended.
+            task: Which loss it is. The next measurement of the same task starts where this one ended.
 
         Returns:
-            The measurement; where nothing was found, ``status`` says why.
+            What was found; where nothing was, ``status`` says why.
 
         Raises:
             RuntimeError: No gradient is pending.
+            TypeError: The closure does not return a number; whatever else it raises is passed on.
         """
         if not callable(closure):
             raise TypeError(f"closure={closure!r} must be callable and return the loss")
         lr = reference_lr(self.optimizer)
-        repeats = 2 if self._measured.get(task, 0) % _CHECKS_NOISE_EVERY == 0 else 1
         with self._line as line:
-            losses = _Losses(line, closure, _NOISE_SAMPLES if task in self._noisy else repeats, self._rounding)
-            is_noisy = losses.noise > losses.rounding
-            if is_noisy and task not in self._noisy:
-                self._noisy.add(task)
-                _warn_of_noise(task, losses)
-            if math.isfinite(losses.base):
-                left = max(0, self._max_forwards - losses.evaluations)
-                crossing = Search(
-                    losses.rise,
-                    self._tol,
-                    losses.resolution,
-                    left,
-                    self._max_lr,
-                    certain=losses.certain,
-                    stops_at_noise=is_noisy,
-                ).run(self._last.get(task) or self._start or lr or 1e-3)
-            else:
+            evaluations = _Evaluations(line, closure, self._sign(), self._repeats(task), self._rounding)
+            if evaluations.noise > evaluations.rounding:
+                self._say_noisy(task, evaluations)
+            if not math.isfinite(evaluations.base):
                 crossing = Crossing(0.0, math.inf, "not finite")
+            else:
+                crossing = self._search(evaluations).run(self._last.get(task) or self._start or lr or 1e-3)
         self._measured[task] = self._measured.get(task, 0) + 1
-        critical_lr = math.inf if crossing.status == "no increase" else math.nan
-        if crossing.status in ("found", "noisy"):
-            critical_lr = self._last[task] = (crossing.lower + crossing.upper) / 2
-        return SharpnessMeasurement(
-            sharpness=2 / critical_lr,
-            critical_lr=critical_lr,
-            bracket=(crossing.lower, crossing.upper),
-            forward_passes=losses.evaluations,
-            loss=losses.base,
-            threshold=edge_of_stability(self.optimizer),
-            lr=lr,
-            status=crossing.status,
-            noise=losses.noise,
-            task=task,
-        )
+        measured = self._measurement(crossing, evaluations, lr, task)
+        if measured.status in ("found", "noisy"):
+            self._last[task] = measured.critical_lr
+        return measured
 
     @property
     def extra_bytes(self) -> int:
@@ -192,13 +166,79 @@ class CriticalSharpness:
         return self._line.extra_bytes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the next search of each task begins, and its known noise; numbers and strings only."""
+        """Return where the next search of each task begins, and whether its loss is noisy; numbers and strings only."""
         return {"last": dict(self._last), "measured": dict(self._measured), "noisy": sorted(self._noisy)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`."""
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            KeyError: It is no state dict of this class.
+        """
         last, measured, noisy = (state_dict[key] for key in ("last", "measured", "noisy"))
         self._last, self._measured, self._noisy = dict(last), dict(measured), set(noisy)
+
+    def _sign(self) -> int:
+        flags = {bool(group.get("maximize", False)) for group in self.optimizer.param_groups}
+        if len(flags) > 1:
+            raise ValueError("maximize differs between parameter groups: there is no one direction of improvement")
+        return -1 if flags == {True} else 1
+
+    def _repeats(self, task: str) -> int:
+        """How often the loss at the parameters is evaluated; more than once to see whether it repeats itself."""
+        if task in self._noisy:
+            return _NOISE_SAMPLES
+        return 2 if self._measured.get(task, 0) % _CHECKS_NOISE_EVERY == 0 else 1
+
+    def _search(self, evaluations: _Evaluations) -> Search:
+        left = max(0, self._max_forwards - evaluations.done)
+        kind = partial(RoughSearch, certain=evaluations.certain) if evaluations.is_rough else Search
+        stops = evaluations.noise > evaluations.rounding
+        return kind(evaluations.rise, self._tol, evaluations.resolution, left, self._max_lr, stops_at_noise=stops)
+
+    def _say_noisy(self, task: str, evaluations: _Evaluations) -> None:
+        if task not in self._noisy:
+            self._noisy.add(task)
+            warnings.warn(
+                f"the closure{f' of task {task!r}' if task else ''} does not repeat itself: at the same parameters and "
+                f"random seeds its losses differ, with standard deviation {evaluations.noise:.2g} around "
+                f"{evaluations.base:.6g}. It should use one batch, and no generator of its own. Until then each "
+                "measurement is as narrow as that allows, and says status='noisy'",
+                stacklevel=3,
+            )
+
+    def _measurement(self, crossing: Crossing, evaluations: _Evaluations, lr: float, task: str) -> SharpnessMeasurement:
+        critical_lr = math.nan
+        if crossing.status in ("found", "noisy"):
+            critical_lr = (crossing.lower + crossing.upper) / 2
+        elif crossing.status == "no increase":
+            critical_lr = math.inf
+        return SharpnessMeasurement(
+            sharpness=2 / critical_lr,
+            critical_lr=critical_lr,
+            bracket=(crossing.lower, crossing.upper),
+            forward_passes=evaluations.done,
+            loss=evaluations.base,
+            threshold=edge_of_stability(self.optimizer),
+            lr=lr,
+            status=crossing.status,
+            noise=evaluations.noise,
+            task=task,
+        )
+
+
+def _check_numbers(
+    tol: float, start: float | None, max_lr: float | None, rounding: float | None, max_forwards: int
+) -> None:
+    if not is_number(tol) or not _FINEST <= tol < 1:
+        raise ValueError(f"tol={shown(tol)} must be a number from {_FINEST:g} to 1, which is excluded")
+    for name, value in (("start", start), ("max_lr", max_lr)):
+        if value is not None and not (is_number(value) and 0 < value < math.inf):
+            raise ValueError(f"{name}={shown(value)} must be a positive, finite number, or None")
+    if rounding is not None and not (is_number(rounding) and 0 <= rounding < 1):
+        raise ValueError(f"rounding={shown(rounding)} must be a number from 0 to 1, which is excluded, or None")
+    if not isinstance(max_forwards, int) or max_forwards < _FEWEST_FORWARDS:
+        raise ValueError(f"max_forwards={shown(max_forwards)} must be an integer >= {_FEWEST_FORWARDS}")
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -206,45 +246,31 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-class _Losses:
+class _Evaluations:
     """The closure's losses on the line, counted, relative to that at the parameters."""
 
-    def __init__(self, line: LineProbe, closure: Closure, repeats: int, rounding: float | None) -> None:
-        flags = {bool(group.get("maximize", False)) for group in line.optimizer.param_groups}
-        if len(flags) > 1:
-            raise ValueError("maximize differs between parameter groups: there is no one direction of improvement")
-        self._sign = -1 if flags == {True} else 1
+    def __init__(self, line: LineProbe, closure: Closure, sign: int, repeats: int, rounding: float | None) -> None:
         self._line = line
         self._closure = closure
-        self.evaluations = 0
+        self._sign = sign
+        self.done = 0
         losses = [self._loss(0.0) for _ in range(repeats)]
-        is_finite = all(map(math.isfinite, losses))
-        self.base = statistics.fmean(losses) if is_finite else math.nan
+        self.base = statistics.fmean(losses) if all(map(math.isfinite, losses)) else math.nan
         if rounding is None:
             rounding = line.rounding
+        self.is_rough = rounding >= ROUGHNESS
         self.rounding = rounding * abs(self.base)
-        if repeats == 2 and is_finite and abs(losses[0] - losses[1]) > self.rounding:
+        if repeats == 2 and math.isfinite(self.base) and abs(losses[0] - losses[1]) > self.rounding:
             losses += [self._loss(0.0) for _ in range(_NOISE_SAMPLES - repeats)]
             self.base = statistics.fmean(losses)
         self.noise = statistics.stdev(losses) if len(losses) > 1 and math.isfinite(self.base) else 0.0
         self.resolution = max(self.rounding, _NOISE_WIDTH * self.noise)
-        is_rough = rounding >= ROUGHNESS
-        self.certain = max(_CERTAIN * abs(self.base), _CERTAIN_TIMES * self.resolution) if is_rough else self.resolution
+        self.certain = max(_CERTAIN * abs(self.base), _CERTAIN_TIMES * self.resolution)
 
     def rise(self, eta: float) -> float:
-        """Return by how much the loss at ``eta`` is worse than at the parameters."""
+        """By how much the loss at ``eta`` is worse than at the parameters."""
         return self._sign * (self._loss(eta) - self.base)
 
     def _loss(self, eta: float) -> float:
-        self.evaluations += 1
+        self.done += 1
         return self._line.loss(self._closure, eta)
-
-
-def _warn_of_noise(task: str, losses: _Losses) -> None:
-    warnings.warn(
-        f"the closure{f' of task {task!r}' if task else ''} does not repeat itself: at the same parameters and "
-        f"random seeds its losses differ, with standard deviation {losses.noise:.2g} around {losses.base:.6g}. It "
-        "should use one batch, and no generator of its own. Until then each measurement is as narrow as that allows, "
-        "and says status='noisy'",
-        stacklevel=3,
-    )

@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from slimadam import CriticalSharpness, PersistentCatapultWarmup, critical_lr
 from slimadam.cli import cli
-from slimadam.curvature.probe.bracketing import Crossing, Search
+from slimadam.curvature.probe.bracketing import Crossing, RoughSearch
 from tests.command_line import CliRunner
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -43,7 +43,7 @@ def search(
         evaluations += 1
         return rise(eta) + drawn.setdefault(eta, draw.uniform(-noise, noise))
 
-    return Search(noisy, 1 / 16, RESOLUTION, 200, max_eta, certain=CERTAIN).run(start), evaluations
+    return RoughSearch(noisy, 1 / 16, RESOLUTION, 200, max_eta, certain=CERTAIN).run(start), evaluations
 
 
 def parabola(eta: float, depth: float = 0.2, crossing: float = 0.1) -> float:
