@@ -101,24 +101,19 @@ def _calibrate(
     outcome.show_error()
     for problem in observer.problems:
         say(problem)
+    measured = observer.history()
+    plan = _plan(say, measured, cutoff, budget, forms, keep) if observer.optimizers else CompressionPlan({})
     result: dict[str, Any] = {
         "steps": observer.steps,
         "optimizers": observer.optimizers,
-        "parameters": 0,
-        "compressed": 0,
-        "second_moments_saved": 0.0,
+        "parameters": len(plan),
+        "compressed": sum(rule.form != "full" for rule in plan.values()),
+        "second_moments_saved": plan.second_moments_saved,
         "files": {},
         "script_exit": outcome.exit_code,
     }
     if observer.optimizers:
-        measured = observer.history()
-        plan = _plan(say, measured, cutoff, budget, forms, keep)
-        result |= {
-            "parameters": len(plan),
-            "compressed": sum(rule.form != "full" for rule in plan.values()),
-            "second_moments_saved": plan.second_moments_saved,
-            "averaged_away": None if plan.expectation is None else plan.expectation.averaged_away,
-        }
+        result["averaged_away"] = None if plan.expectation is None else plan.expectation.averaged_away
         if is_main_rank():
             _write(files, plan, measured, {"script": script, "learning rate": f"the script's, times {lr_scale:g}"})
             result["files"] = {kind: str(path) for kind, path in files.items()}

@@ -17,7 +17,7 @@ SCRIPT_FAILED, NOTHING_DONE = 1, 3
 
 
 def is_main_rank() -> bool:
-    """Return whether this process may write files and speak: alone, or rank 0 of a ``torchrun``."""
+    """Return whether this process may write files and print messages: alone, or rank 0 of a ``torchrun``."""
     return os.environ.get("RANK", "0") == "0"
 
 

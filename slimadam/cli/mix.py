@@ -115,7 +115,5 @@ def _built(builder: str) -> tuple[Optimizer, Mapping[str, Any], Mapping[str, Any
 def _csv(advice: MixAdvice) -> str:
     rows = advice.rows()
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([rows[0].keys(), *(row.values() for row in rows)])
     return text.getvalue()

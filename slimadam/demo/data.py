@@ -24,7 +24,7 @@ _SKIPPED_FOLDERS = {
 
 
 class DataError(ValueError):
-    """The demo's text cannot be had; the message says from where, why, and what to do about it."""
+    """The demo's text cannot be read, or is too short."""
 
 
 @dataclass(frozen=True)
