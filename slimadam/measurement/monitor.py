@@ -199,7 +199,7 @@ class Monitor:
         self, names: Sequence[str], group: Mapping[str, Any], all_rules: Mapping[str, Sequence[Rule]]
     ) -> Iterator[tuple[str, Tensor, _Sample]]:
         for name, param in zip(names, group["params"], strict=True):
-            for rule in all_rules[name]:
+            for rule in all_rules.get(name, ()):  # a lazy parameter without a shape has none yet
                 sample = self._samples.get(key_of(name, rule.part))
                 if sample is not None:
                     yield name, param, sample
