@@ -1,1 +1,1 @@
-"""The signal-to-noise ratio of second moments: measure, record, keep watching."""
+"""The signal-to-noise ratio of second moments: measure, record, monitor."""

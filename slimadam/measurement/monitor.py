@@ -199,7 +199,7 @@ class Monitor:
         self, names: Sequence[str], group: Mapping[str, Any], all_rules: Mapping[str, Sequence[Rule]]
     ) -> Iterator[tuple[str, Tensor, _Sample]]:
         for name, param in zip(names, group["params"], strict=True):
-            for rule in all_rules[name]:
+            for rule in all_rules.get(name, ()):  # a lazy parameter without a shape has none yet
                 sample = self._samples.get(key_of(name, rule.part))
                 if sample is not None:
                     yield name, param, sample
@@ -436,18 +436,15 @@ def _log(value: float) -> float:
     return math.log(max(value, 1e-300))
 
 
-def _checked(saved: object, fields: Mapping[str, Callable[[Any], bool]], where: str = "") -> dict[str, Any]:
+def _checked(saved: Any, fields: Mapping[str, Callable[[Any], bool]], where: str = "") -> dict[str, Any]:
     """Return the fields of a saved state; raise where one is missing or does not fit."""
-    if not isinstance(saved, Mapping):
-        raise _damaged(where or "all of it", saved)
-    for name, fits in fields.items():
-        if name not in saved or not fits(saved[name]):
-            raise _damaged(f"{where}[{name!r}]" if where else name, saved.get(name))
-    return {name: saved[name] for name in fields}
-
-
-def _damaged(name: str, value: object) -> ValueError:
-    return ValueError(f"the saved monitor is damaged ({name}={shown(value)}); pass what state_dict() returned")
+    if isinstance(saved, Mapping):
+        wrong = next((name for name, fits in fields.items() if name not in saved or not fits(saved[name])), None)
+        if wrong is None:
+            return {name: saved[name] for name in fields}
+        where, saved = f"{where}[{wrong!r}]" if where else wrong, saved.get(wrong)
+    where = where or "all of it"
+    raise ValueError(f"the saved monitor is damaged ({where}={shown(saved)}); pass what state_dict() returned")
 
 
 def _number(smallest: float, largest: float, kind: type[float] = float) -> Callable[[Any], bool]:
