@@ -1,4 +1,4 @@
-"""Where rules come from: said by ``Rule.source``, in files and checkpoints too, and never read off their reasons."""
+"""Sources of rules: kept in files and checkpoints, and never read off reasons where they are there."""
 
 from __future__ import annotations
 
