@@ -1,4 +1,4 @@
-"""Does the monitor see that averaging stops holding, and what does it cost? ``python -m benchmarks.monitoring``.
+"""Check that the monitor sees when averaging stops holding, and measure its cost: ``python -m benchmarks.monitoring``.
 
 Trains the demo's model under a plan calibrated as the demo does, at a constant learning rate after a warmup: once on
 Python source throughout, once on another kind of bytes from half of the steps on. Bars: the monitor takes at most 1%
@@ -53,8 +53,8 @@ class Run:
     Attributes:
         losses: Loss of each step's batch, in nats per byte.
         step_seconds: Duration of each training step without the monitor.
-        monitor_seconds: What the monitor took in each step.
-        sampled: At each measurement, the SNR of the sample of each parameter.
+        monitor_seconds: Duration of the monitor's work in each step.
+        sampled: SNR of the sample of each parameter, at each measurement.
         whole: That of the whole second moments at the same steps.
         warned_at: Step of the warning, if there was one.
         warning: The warning.

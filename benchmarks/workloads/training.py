@@ -65,11 +65,11 @@ def train(
     """Train for ``steps``.
 
     Args:
-        workload: What to train.
+        workload: Data and model.
         make_optimizer: Makes the optimizer of the new model.
         rate: The learning rate of each step.
         steps: Optimizer steps.
-        seed: Of the initialisation, and of the batches.
+        seed: Seed of the initialisation and of the batches.
         batch_seed: Another seed for the batches.
         perturbation: Relative size of random changes to the initialisation.
     """
