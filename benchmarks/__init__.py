@@ -40,7 +40,7 @@ COMMANDS = {
     "walk": "correctness/walk.py",
     "warmup.__main__": "warmup/run.py",
 }
-"""For each command, ``python -m benchmarks.<name>``, its file."""
+"""The file of each command, ``python -m benchmarks.<name>``."""
 
 
 class _Elsewhere:

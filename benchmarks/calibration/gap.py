@@ -41,7 +41,7 @@ CHOICES: tuple[tuple[str, Forms, float], ...] = (
     ("best form", "best", 2.0),
     ("best form", "best", 4.0),
 )
-"""In words, and as :meth:`CompressionPlan.from_snr` takes them."""
+"""Choices in words, and as :meth:`CompressionPlan.from_snr` takes them."""
 
 
 def study(runs: Runs, grid: Grid) -> dict[str, Any]:

@@ -23,14 +23,14 @@ class Point:
     """One compressed run against AdamW's.
 
     Attributes:
-        workload: What was trained.
+        workload: Name of the workload.
         lr: Peak learning rate.
         steps: Optimizer steps.
-        seed: Of the initialisation and the batches.
+        seed: Seed of the initialisation and the batches.
         plan: The plan in words.
         gap: How much higher its held-out loss is, as a share of AdamW's.
         second_moments_saved: Share of AdamW's second-moment elements that it did without.
-        predictors: What was known beforehand.
+        predictors: Figures known beforehand.
     """
 
     workload: str
@@ -56,7 +56,7 @@ class Fit:
         intercept: The gap where the predictor is 0.
         slope: Gap for each unit of the predictor.
         residual: Standard deviation of what the line leaves unexplained.
-        left_out: For each workload, the RMS error on it of the line fitted without it; empty for a single workload.
+        left_out: By workload, the RMS error on it of the line fitted without it; empty for a single workload.
     """
 
     predictor: str

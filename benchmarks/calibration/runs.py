@@ -53,7 +53,7 @@ class Setting:
         workload: A key of :data:`WORKLOADS`.
         lr: Peak learning rate.
         steps: Optimizer steps.
-        seed: Of the initialisation and the batches.
+        seed: Seed of the initialisation and the batches.
     """
 
     workload: str
@@ -70,16 +70,16 @@ class Grid:
     """Settings that the calibration studies cover.
 
     Attributes:
-        seeds: Of initialisation and batches.
+        seeds: Seeds of initialisation and batches.
         learning_rates: Peak learning rates of each workload that is compressed in several ways.
         steps: Optimizer steps of a run.
-        long_steps: Of the longer runs.
-        long_workloads: Which workloads have longer runs, at the first two learning rates.
-        automatic_workload: Where AutoPlan decides by itself, at the first two learning rates.
-        automatic_steps: After how many steps it does.
+        long_steps: Optimizer steps of the longer runs.
+        long_workloads: Workloads that have longer runs, at the first two learning rates.
+        automatic_workload: Workload in which AutoPlan decides by itself, at the first two learning rates.
+        automatic_steps: Numbers of steps after which it does.
         finding_rates: Peak learning rates at which the paper's findings are looked for, the smallest first.
         swept_rates: Learning rates at which the SNR is measured to see whether it falls.
-        compared_steps: After how many steps its choice is compared with that of the whole run.
+        compared_steps: Numbers of steps after which its choice is compared with that of the whole run.
     """
 
     seeds: tuple[int, ...]
@@ -149,7 +149,7 @@ class Outcome:
     """Figures at the end of a run.
 
     Attributes:
-        held_out_loss: In nats per target, after the last step.
+        held_out_loss: Nats per target after the last step.
         second_moments_saved: Share of AdamW's second-moment elements that it did without.
         seconds: Duration of the run.
     """
@@ -167,7 +167,7 @@ class Runs:
     """The runs on disk, and the means to add to them.
 
     Args:
-        folder: Where finished runs are kept.
+        folder: Folder of the finished runs.
         held_out_batches: Compute the held-out loss on only so many batches.
         may_train: Do what is missing. Otherwise whatever needs it raises :class:`UnfinishedError`.
     """

@@ -42,7 +42,7 @@ class Change:
 
 
 Changes = dict[tuple[int, str, Candidate], Change]
-"""By step, parameter and candidate."""
+"""Changes by step, parameter and candidate."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Measurements:
 
     Attributes:
         history: SNR of each parameter and candidate.
-        changes: What each candidate would have changed; at fewer steps.
+        changes: Changes that each candidate would have made, at fewer steps.
     """
 
     history: SNRHistory

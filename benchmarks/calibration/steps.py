@@ -16,7 +16,7 @@ from slimadam.plans.selection import Forms
 
 SMALLEST_SAVING = 0.95
 LARGEST_GAPS = {1e-3: 0.005, 3e-3: 0.01}
-"""By learning rate, how much higher the held-out loss may be (mean over the seeds), as a share of AdamW's."""
+"""How much higher the held-out loss may be by learning rate (mean of the seeds), as a share of AdamW's."""
 
 
 def study(runs: Runs, grid: Grid) -> dict[str, Any]:

@@ -54,7 +54,7 @@ PLANS: dict[str, Callable[[], Any]] = {
 }
 MOMENTA: dict[str, Any] = {"float32": None, "bfloat16": torch.bfloat16, "int8": "int8"}
 AUTO_DIFFERENCE = 1e-6
-"""Between implementations: 25 float32 updates of at most about 3e-3, each within ``exactness.ROUNDINGS`` roundings."""
+"""Largest difference between implementations: 25 float32 updates of at most about 3e-3, each rounded a few times."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Implementation:
 
     Attributes:
         label: Its name in the table.
-        options: What asks for it.
+        options: Arguments of SlimAdam that ask for it.
         is_compiled: Run through ``torch.compile``.
         uses_triton: Run by Triton's kernels, on a CPU in its interpreter.
     """
@@ -125,7 +125,7 @@ class Row:
 
     Attributes:
         name: Plan, implementation and first moment.
-        backends: What updated the parameters.
+        backends: Backends that updated the parameters.
         rounding: Largest difference to float64 as a share of what rounding explains; at most 1 is right.
         unseen: Steps of a parameter that autograd did not see.
         problem: Why it failed or was left out; None: it passed.

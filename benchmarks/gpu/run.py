@@ -24,7 +24,7 @@ from benchmarks.gpu.stages import STAGES, NotApplicable, Settings, Stage
 from benchmarks.harness import machine
 
 GRACE_SECONDS = 30.0
-"""What an item that has begun may take beyond its stage's budget before its process is ended."""
+"""Time that an item that has begun may take beyond its stage's budget before its process is ended."""
 
 
 def run_stage(name: str, stage: Stage, settings: Settings, folder: Path) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def missing_rows(chosen: Sequence[Contender], found: Collection[str], reasons: M
     """List, as missed bars, those of ours without a row.
 
     Args:
-        chosen: What was to be measured.
+        chosen: Contenders that were to be measured.
         found: Labels of what was.
         reasons: Why something was left out, by label.
     """

@@ -121,7 +121,7 @@ def compare(
 
     Args:
         shapes: The model's parameters.
-        contenders: What to compare; fused AdamW is one of them.
+        contenders: Optimizers to compare; fused AdamW is one of them.
         device: Where.
         dtype: Precision of parameters and gradients.
         rounds: Timed steps of each.

@@ -23,10 +23,10 @@ class Contender:
     """An optimizer in the comparison.
 
     Attributes:
-        label: What it is called in tables.
+        label: Its name in tables.
         make: Builds it for a module's parameters.
         package: The distribution that it comes from.
-        compiled: Whether its step is run through ``torch.compile``.
+        compiled: Its step is run through ``torch.compile``.
         settings: SlimAdam's plan and options; None for others' optimizers.
     """
 

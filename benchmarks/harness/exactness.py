@@ -59,7 +59,7 @@ def run(
 
     Args:
         model: Owns the parameters; they are changed.
-        plan: As :class:`slimadam.SlimAdam` takes it.
+        plan: Plan of :class:`slimadam.SlimAdam`.
         hyper: Hyperparameters.
         options: Further arguments of the optimizer, such as ``momentum_dtype``.
         steps: Number of steps.

@@ -1,4 +1,8 @@
-"""The update in float64 on the CPU, written from the formulas alone, for every form and every first moment."""
+"""The update in float64 on the CPU, written from the formulas alone, for every form and every first moment.
+
+It takes the package's rules, so that parts of a parameter can be followed. ``tests/reference.py`` has a smaller one in
+numpy that knows nothing of the package; the tests compare both.
+"""
 
 from __future__ import annotations
 

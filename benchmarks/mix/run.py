@@ -1,4 +1,4 @@
-"""Does fine-tuning confirm the advised mix? ``python -m benchmarks.mix``.
+"""Check by fine-tuning that the advised mix is right: ``python -m benchmarks.mix``.
 
 A small byte-level GPT learns prose; at that checkpoint :func:`slimadam.advise_mix` says how much prose to keep in the
 mix when it turns to code; then it is fine-tuned at every share, from the same checkpoint, over several seeds (each
@@ -43,13 +43,13 @@ class Settings:
     """Data, model and schedule of the training runs.
 
     Attributes:
-        shares: Of prose in the mix; what is advised among, and fine-tuned at.
-        pretraining_steps: On prose alone: a linear warmup to ``pretraining_lr`` over a tenth of them, then a cosine
+        shares: Shares of prose in the mix, to advise among and to fine-tune at.
+        pretraining_steps: Steps on prose alone: a linear warmup to ``pretraining_lr`` over a tenth, then a cosine
             to ``finetuning_lr``.
-        finetuning_steps: At each share, from the optimizer's state, at the rate where pre-training ended: nothing
+        finetuning_steps: Steps at each share, from the optimizer's state, at the rate where pre-training ended: nothing
             changes but the data.
         batch_size: Windows in a batch of training.
-        advice_batches: As ``batches`` of :func:`slimadam.advise_mix`.
+        advice_batches: ``batches`` of :func:`slimadam.advise_mix`.
         advice_batch_size: Windows in each of those.
         held_out_windows: Windows of each domain that held-out losses are computed on.
     """

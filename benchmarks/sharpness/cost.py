@@ -44,9 +44,9 @@ class MemoryRow:
     Attributes:
         optimizer: Its label.
         memory: The mode.
-        kept: What it holds between evaluations, as it says itself.
+        kept: Bytes that it holds between evaluations, as it reports.
         direction: The largest tensor's direction, of which one exists at a time; 0 where all are kept.
-        peak: What the allocator saw at most.
+        peak: Most bytes that the allocator saw.
     """
 
     optimizer: str
@@ -70,7 +70,7 @@ class TimeRow:
         memory: The mode.
         interval: Steps from one measurement to the next.
         forward_passes: Mean of the measurements after the first.
-        time_share: Of the training steps' time, by medians: a measurement over ``interval`` steps.
+        time_share: Share of the training steps' time, by medians: a measurement over ``interval`` steps.
         total_share: Likewise, by sums, the first measurement included.
     """
 

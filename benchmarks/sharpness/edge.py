@@ -24,7 +24,7 @@ SMALLEST_RISE = 2.0
 ABOUT = 0.1
 """How far from the threshold the median over the edge of stability may be."""
 TOLERANCE = 1e-3
-"""Of the eigenvalue's residual."""
+"""Tolerance of the eigenvalue's residual."""
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], Optimizer]] = {
     "gradient descent": lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr),

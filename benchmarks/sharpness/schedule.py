@@ -30,7 +30,7 @@ class Way(NamedTuple):
     Attributes:
         make: Makes the optimizer.
         lr: Its largest learning rate.
-        steps: Of training.
+        steps: Steps of training.
         batch_size: Windows in a batch.
         one_batch: Train on the first batch only, so that the loss is the same function throughout.
     """

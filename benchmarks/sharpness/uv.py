@@ -40,7 +40,7 @@ class Run(NamedTuple):
     """A behaviour of the model.
 
     Attributes:
-        scale: Of the initial parameters.
+        scale: Factor of the initial parameters.
         rate: Learning rate, as a share of ``sqrt(width) / y``.
     """
 

@@ -51,7 +51,7 @@ PRECISIONS = {
     "fp32, int8 momentum": (tl.float32, tl.float32, tl.int8),
     "bf16, int8 momentum": (tl.bfloat16, tl.bfloat16, tl.int8),
 }
-"""Of parameters, gradients and first moments."""
+"""Precisions of parameters, gradients and first moments."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -62,12 +62,12 @@ class Variant:
     Attributes:
         kernel: Its function.
         precision: A key of :data:`PRECISIONS`, or of the kernels that do not depend on it a description.
-        flags: What it is specialised for besides.
+        flags: Further specialisation.
         constants: Compile-time arguments.
         num_warps: Warps of a program.
         wide_loads: 128-bit loads that its code must have at least,
         wide_stores: and stores.
-        bytes_per_parameter: What it must move; None for the kernels that only touch averages.
+        bytes_per_parameter: Bytes that it must move; None for the kernels that only touch averages.
     """
 
     kernel: Any

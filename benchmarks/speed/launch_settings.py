@@ -40,7 +40,7 @@ SHAPES: dict[tuple[str, int], tuple[tuple[int, int], tuple[Dims, ...]]] = {
     ("rows", 2048): ((1 << 13, 2048), ((1,),)),
     ("rows", 4096): ((1 << 12, 4096), ((1,),)),
 }
-"""By kernel and width of a tile: a matrix that takes it, and its averaged dimensions."""
+"""A matrix that takes a kernel and a width of a tile, and its averaged dimensions."""
 HYPER = Hyperparameters()
 
 

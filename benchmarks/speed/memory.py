@@ -27,10 +27,10 @@ from slimadam import SlimAdam
 
 RECIPES = {"float32": torch.float32, "pure bfloat16": torch.bfloat16}
 LARGEST_DIFFERENCE = 0.001
-"""Between the bytes computed and those that tensors hold: small tables that an implementation keeps."""
+"""Largest relative difference between the bytes computed and those held: an implementation keeps small tables."""
 
 LARGEST_CUDA_DIFFERENCE = 0.01
-"""Between the bytes computed and the peak on CUDA, whose allocator rounds up."""
+"""Largest relative difference between the bytes computed and the peak on CUDA, whose allocator rounds up."""
 
 
 @dataclass
@@ -40,10 +40,10 @@ class Row:
     Attributes:
         recipe: Precision of the weights.
         optimizer: Its label.
-        in_backward: Whether gradients are freed as soon as they have been used.
+        in_backward: Gradients are freed as soon as they have been used.
         held: Between steps: weights, state, and gradients unless they are freed.
         peak: During a step; with ``in_backward`` the largest gradient comes on top.
-        computed_held: What is held, computed from shapes, where a formula is known.
+        computed_held: Bytes held, computed from shapes, where a formula is known.
         computed: The peak, likewise.
         cuda_peak: The peak that CUDA's allocator saw.
     """

@@ -1,9 +1,4 @@
-"""Does the demo hold what it promises? Run it for several seeds and check the bars.
-
-Usage::
-
-    python -m benchmarks.demo --seeds 0 1 2
-"""
+"""Run the demo for several seeds and check that it keeps its promises: ``python -m benchmarks.demo --seeds 0 1 2``."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ MOST_BYTES = {"int8": 1.06}
 """Bars in bytes per parameter that may be reached."""
 LARGEST_GAP = 0.01
 Requantise = Callable[[Tensor, Tensor], Tensor]
-"""What a first moment reads as once it is encoded, given the gradient just added to it."""
+"""Encodes and decodes a first moment, given the gradient just added to it."""
 
 
 def stored(value: Tensor, grad: Tensor) -> Tensor:

@@ -7,18 +7,17 @@ then trained with each plan from the same initialisation on the same batches.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.optim import Optimizer
 
 from benchmarks.harness import machine
 from benchmarks.workloads.language import Bytes
-from benchmarks.workloads.training import calibration_rate, held_out_loss, train, training_rate
-from slimadam import CompressionPlan, SlimAdam, SNRHistory, SNRRecorder, Split, every
+from benchmarks.workloads.training import loss_with, recorded
+from slimadam import CompressionPlan, Split
 from slimadam.demo.model import Block, ByteGPT
 from slimadam.demo.training import DemoSettings
 from slimadam.plans.selection import Forms
@@ -63,37 +62,16 @@ def fused_gpt(settings: DemoSettings) -> nn.Module:
     return model
 
 
-def _calibrated(job: Bytes, lr: float, steps: int, seed: int) -> dict[str, SNRHistory]:
-    """Return the measurements for each reading, of one run at a tenth of the learning rate."""
-    recorders = {}
-
-    def make(model: nn.Module) -> Optimizer:
-        optimizer = torch.optim.AdamW(model.named_parameters(), lr=lr, betas=job.betas)
-        for label, parts in READINGS.items():
-            recorders[label] = SNRRecorder(optimizer, model, every(max(1, steps // 8)), parts=parts)
-        return optimizer
-
-    train(job, make, calibration_rate(lr, steps), steps, seed)
-    return {label: recorder.history for label, recorder in recorders.items()}
-
-
 def _compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
     """Return SNR, second moments kept and held-out loss of each reading and choice of forms."""
     job = Bytes(fused_gpt)
-
-    def loss(make: Callable[[nn.Module], Optimizer]) -> float:
-        return held_out_loss(job, train(job, make, training_rate(lr, steps), steps, seed)[0])
-
-    def slim(plan: CompressionPlan) -> Callable[[nn.Module], Optimizer]:
-        return lambda model: SlimAdam(model, lr=lr, betas=job.betas, plan=plan)
-
-    adamw = loss(lambda model: torch.optim.AdamW(model.parameters(), lr=lr, betas=job.betas))
+    adamw = loss_with(job, None, lr, steps, seed)
     plans = {
         f"{label}, {forms}": CompressionPlan.from_snr(history, forms=forms)
-        for label, history in _calibrated(job, lr, steps, seed).items()
+        for label, history in recorded(job, lr, steps, seed, READINGS).items()
         for forms in FORMS
     }
-    losses = {label: loss(slim(plan)) for label, plan in plans.items()}
+    losses = {label: loss_with(job, plan, lr, steps, seed) for label, plan in plans.items()}
     return {
         "seed": seed,
         "adamw": adamw,

@@ -8,24 +8,18 @@ initialisation on the same batches. Bar: the carried plan's held-out loss is at 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from typing import Any
-
-import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from benchmarks.harness import machine
 from benchmarks.workloads.language import Bytes
-from benchmarks.workloads.training import calibration_rate, held_out_loss, train, training_rate
-from slimadam import CompressionPlan, SlimAdam, SNRHistory, SNRRecorder, every
+from benchmarks.workloads.training import loss_with, recorded
+from slimadam import CompressionPlan
 from slimadam.demo.model import ByteGPT
 from slimadam.plans.selection import Forms
 
 SMALL, LARGE = {"layers": 2, "width": 64, "heads": 2}, {"layers": 4, "width": 128, "heads": 4}
 FORMS: tuple[Forms, ...] = ("mean", "best")
 BAR = 0.005
-MEASUREMENTS = 8
 
 
 def task(size: dict[str, int]) -> Bytes:
@@ -33,36 +27,18 @@ def task(size: dict[str, int]) -> Bytes:
     return Bytes(lambda settings: ByteGPT(size["layers"], size["width"], size["heads"], settings.context))
 
 
-def _calibrated(job: Bytes, lr: float, steps: int, seed: int) -> SNRHistory:
-    """Return second moments measured at a tenth of the learning rate."""
-    recorders = []
-
-    def make(model: nn.Module) -> Optimizer:
-        optimizer = torch.optim.AdamW(model.named_parameters(), lr=lr, betas=job.betas)
-        recorders.append(SNRRecorder(optimizer, model, every(max(1, steps // MEASUREMENTS))))
-        return optimizer
-
-    train(job, make, calibration_rate(lr, steps), steps, seed)
-    return recorders[0].history
-
-
 def _compare(lr: float, steps: int, seed: int) -> dict[str, Any]:
     """Return held-out losses of the large model with AdamW and, for each choice of forms, with both plans."""
     small, large = task(SMALL), task(LARGE)
-    histories = {"own": _calibrated(large, lr, steps, seed), "carried": _calibrated(small, lr, steps, seed)}
-
-    def loss(make: Callable[[nn.Module], Optimizer]) -> float:
-        return held_out_loss(large, train(large, make, training_rate(lr, steps), steps, seed)[0])
-
-    def slim(plan: CompressionPlan) -> Callable[[nn.Module], Optimizer]:
-        return lambda model: SlimAdam(model, lr=lr, betas=large.betas, plan=plan)
-
-    adamw = loss(lambda model: torch.optim.AdamW(model.parameters(), lr=lr, betas=large.betas))
-    found: dict[str, Any] = {"seed": seed, "adamw": adamw}
+    histories = {
+        origin: recorded(job, lr, steps, seed, {origin: {}})[origin]
+        for origin, job in (("own", large), ("carried", small))
+    }
+    found: dict[str, Any] = {"seed": seed, "adamw": loss_with(large, None, lr, steps, seed)}
     for forms in FORMS:
         plans = {origin: CompressionPlan.from_snr(history, forms=forms) for origin, history in histories.items()}
         plans["carried"] = plans["carried"].for_model(large.new_model(seed))
-        losses = {origin: loss(slim(plan)) for origin, plan in plans.items()}
+        losses = {origin: loss_with(large, plan, lr, steps, seed) for origin, plan in plans.items()}
         found[forms] = {
             "loss": losses,
             "saved": {origin: plan.second_moments_saved for origin, plan in plans.items()},

@@ -22,7 +22,7 @@ from benchmarks.warmup.runs import BETAS, WORKLOADS, Method, Runs, Study, guessi
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 QUICK = Study(steps=20, warmups=(4,), rates=(1e-2, 0.5), seeds=(0,), workloads=("digits MLP",))
 ALLOWED_LOSS = 0.01
-"""By how much of the distance from guessing to the best loss catapult warmup may be worse than linear warmup."""
+"""Share of the distance from guessing to the best loss by which catapult may be worse than linear warmup."""
 
 
 def exactness(forms: Sequence[str]) -> dict[str, Any]:

@@ -68,10 +68,10 @@ class Method:
     """A column of the phase diagram.
 
     Attributes:
-        name: What it is.
+        name: Label of the warmup.
         warmup: Steps of plain warmup, which fix its slope; 0 for none.
         catapult: Start the warmup at the critical learning rate.
-        variance_init: Of SlimAdam.
+        variance_init: Option of SlimAdam.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Study:
         steps: Optimizer steps of each run: warmup, then a cosine to zero.
         warmups: Lengths of the plain warmup.
         rates: Target learning rates.
-        seeds: Of initialisation and batches.
+        seeds: Seeds of initialisation and batches.
         workloads: Names of models.
     """
 
@@ -133,7 +133,7 @@ class Runs:
     """All runs of a study on one workload.
 
     Attributes:
-        study: What is run.
+        study: The runs.
         workload: The model's name.
         critical: The critical learning rate at initialisation by seed: the smallest of a few batches.
         runs: By method's label, rate and seed.
@@ -190,10 +190,10 @@ def train(workload: Workload, method: Method, rate: float, seed: int, steps: int
     """Train one run; it ends where the loss is no longer finite.
 
     Args:
-        workload: What is trained.
+        workload: Data and model.
         method: With which optimizer and warmup.
         rate: The target learning rate.
-        seed: Of initialisation and batches.
+        seed: Seed of initialisation and batches.
         steps: Optimizer steps.
         critical: The critical learning rate at initialisation.
     """

@@ -15,7 +15,7 @@ def skeleton(shapes: Shapes, device: str = "cpu", dtype: torch.dtype = torch.flo
 
     Args:
         shapes: Shapes by qualified name.
-        device: Where they are; on ``"meta"`` they take no memory.
+        device: Their device; on ``"meta"`` they take no memory.
         dtype: Their precision.
     """
     root = nn.Module()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimadam import CompressionPlan, SlimAdam, SNRHistory, SNRRecorder, Split, every
 from slimadam.demo.training import DemoSettings, learning_rate
 
 Batch = tuple[Tensor, Tensor]
 Rate = Callable[[int], float]
 """The learning rate at an optimizer step (from 1)."""
 _HELD_OUT_BATCH = 64
+_MEASUREMENTS = 8
 
 
 class Workload(Protocol):
@@ -63,11 +65,11 @@ def train(
     """Train for ``steps``.
 
     Args:
-        workload: What to train.
+        workload: Data and model.
         make_optimizer: Makes the optimizer of the new model.
         rate: The learning rate of each step.
         steps: Optimizer steps.
-        seed: Of the initialisation, and of the batches.
+        seed: Seed of the initialisation and of the batches.
         batch_seed: Another seed for the batches.
         perturbation: Relative size of random changes to the initialisation.
     """
@@ -133,6 +135,50 @@ def calibration_rate(lr: float, steps: int) -> Rate:
     settings = DemoSettings(lr=lr, steps=steps)
     warmup = max(1, round(settings.warmup * steps))
     return lambda step: lr * settings.calibration_lr_factor * min(1.0, step / warmup)
+
+
+def recorded(
+    workload: Workload, lr: float, steps: int, seed: int, readings: Mapping[str, Mapping[str, Split]]
+) -> dict[str, SNRHistory]:
+    """Measure second moments in one run of AdamW at a tenth of the learning rate.
+
+    Args:
+        workload: Data and model.
+        lr: Peak learning rate of the training.
+        steps: Optimizer steps.
+        seed: Seed of the initialisation and the batches.
+        readings: By label, the parts in which parameters are read, as of :class:`slimadam.SNRRecorder`.
+    """
+    recorders = {}
+
+    def make(model: nn.Module) -> Optimizer:
+        optimizer = torch.optim.AdamW(model.named_parameters(), lr=lr, betas=workload.betas)
+        interval = every(max(1, steps // _MEASUREMENTS))
+        for label, parts in readings.items():
+            recorders[label] = SNRRecorder(optimizer, model, interval, parts=parts)
+        return optimizer
+
+    train(workload, make, calibration_rate(lr, steps), steps, seed)
+    return {label: recorder.history for label, recorder in recorders.items()}
+
+
+def loss_with(workload: Workload, plan: CompressionPlan | None, lr: float, steps: int, seed: int) -> float:
+    """Train, and return the held-out loss.
+
+    Args:
+        workload: Data and model.
+        plan: Plan of SlimAdam; None for AdamW.
+        lr: Peak learning rate.
+        steps: Optimizer steps.
+        seed: Seed of the initialisation and the batches.
+    """
+
+    def make(model: nn.Module) -> Optimizer:
+        if plan is None:
+            return torch.optim.AdamW(model.parameters(), lr=lr, betas=workload.betas)
+        return SlimAdam(model, lr=lr, betas=workload.betas, plan=plan)
+
+    return held_out_loss(workload, train(workload, make, training_rate(lr, steps), steps, seed)[0])
 
 
 @torch.no_grad()

@@ -477,4 +477,4 @@ _VISION = {
 }  # fmt: skip
 
 ARCHITECTURES = {**_LANGUAGE, **_MIXTURES, **_VISION}
-"""By name."""
+"""Architectures by name."""

@@ -19,7 +19,7 @@ class Expected(NamedTuple):
         role: The role.
         layout: One letter for each stored dimension: ``i`` is summed over, ``o`` indexes outputs, anything else is
             neither. ``"oi"`` is how Linear and Embedding store, ``"eoi"`` a stack of experts.
-        why: For ``"unknown"``: why no role fits.
+        why: Reason why no role fits, for ``"unknown"``.
     """
 
     role: str

@@ -453,4 +453,4 @@ MODULES = {
         },
     ),
 }  # fmt: skip
-"""By name."""
+"""Modules by name."""
