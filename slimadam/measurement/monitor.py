@@ -179,9 +179,19 @@ class Monitor:
             states: State by parameter.
             clip_factor: Factor that the step multiplied gradients by.
         """
-        step, self.steps = self.steps, self.steps + 1
-        if self.steps < self._next:
-            return
+        self.steps += 1
+        if self.steps >= self._next:
+            self._look_and_measure(groups, all_rules, states, clip_factor)
+
+    @torch.no_grad()
+    def _look_and_measure(
+        self,
+        groups: Sequence[tuple[Sequence[str], Mapping[str, Any]]],
+        all_rules: Mapping[str, Sequence[Rule]],
+        states: Mapping[Tensor, Mapping[str, Any]],
+        clip_factor: Tensor | None,
+    ) -> None:
+        step = self.steps - 1
         tracked = [(names, group, float(group["betas"][1])) for names, group in groups if not group["capturable"]]
         self._longest_memory = max([self._longest_memory, *(1 / (1 - beta2) for _, _, beta2 in tracked)])
         self._next = self.steps - self.steps % self.interval + self.interval
@@ -204,7 +214,6 @@ class Monitor:
                 if sample is not None:
                     yield name, param, sample
 
-    @torch.no_grad()
     def _look(self, sampled: Iterable[tuple[str, Tensor, _Sample]], beta2: float, clip_factor: Tensor | None) -> None:
         """Update a group's samples: ``v <- beta2 v + (1 - beta2) g**2``, decayed also for the steps not looked at."""
         every, rest = thinning(beta2), max(0, self.interval - filling(beta2))

@@ -207,7 +207,8 @@ class Prepared(NamedTuple):
 
 def options_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return the options of a group that decide on implementations."""
-    return (torch.compiler.is_compiling(), *(group[option] for option in _OPTIONS))
+    of_tensors = type(group["lr"]), *map(type, group["betas"])
+    return (torch.compiler.is_compiling(), *of_tensors, *[group[option] for option in _OPTIONS])
 
 
 def state_layouts(state: Mapping[str, Any]) -> tuple[list[Any], ...]:
