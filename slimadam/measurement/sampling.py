@@ -58,11 +58,15 @@ def next_look(step: int, beta2: float, interval: int) -> int:
         interval: Steps between measurements.
     """
     every, rest = thinning(beta2), interval - filling(beta2)
-    return next(
-        at
-        for at in itertools.count(max(step, step - step % interval + rest))
-        if at % interval >= rest and at % every == int(every * (at // every * _GOLDEN_RATIO % 1))
-    )
+    while True:
+        first = max(step, step - step % interval + rest)
+        in_turn = (
+            number * every + int(every * (number * _GOLDEN_RATIO % 1)) for number in itertools.count(first // every)
+        )
+        look = next(at for at in in_turn if at >= first)
+        if look % interval >= rest:
+            return look
+        step = look  # in the rest of a later interval
 
 
 def place(rule: Rule, shape: tuple[int, ...]) -> Index | None:
