@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..interface import Dims, Entry, Hyperparameters, second_moment_dtype
 from ..layout import memory_order
-from . import kernels
+from . import kernels, table
 from .tiling import STRIP, Kind, Tiling, tiling
 
 _DTYPES = {
@@ -142,7 +142,7 @@ class TritonStep:
             found = _tiling(entry)
             assert found is not None
             row = _table_row(entry, found, hyper.amsgrad)
-            row[kernels.CORRECTIONS.value] = self._corrections[places[entry.step.data_ptr()]].data_ptr()
+            row[table.CORRECTIONS.value] = self._corrections[places[entry.step.data_ptr()]].data_ptr()
             for column, size in _scratch_sizes(entry, found).items():
                 self._scratch.append(torch.empty(size, dtype=second_moment_dtype(entry.param.dtype), device=device))
                 row[column] = self._scratch[-1].data_ptr()
@@ -167,7 +167,7 @@ class TritonStep:
         self._addresses["grad"] = grads
         if not same or self._flags != _flags(hyper):
             return False
-        self._rows[:, kernels.GRAD.value] = torch.tensor(grads)
+        self._rows[:, table.GRAD.value] = torch.tensor(grads)
         with _on(self._device):
             self._table.copy_(_pinned(self._rows, self._device), non_blocking=True)
         return True
@@ -325,25 +325,25 @@ def _row_tile(red: int) -> int:
 def _table_row(entry: Entry, found: Tiling, amsgrad: bool) -> list[int]:
     rows_sq, columns_sq = _by_row_and_column(entry.exp_avg_sq, found)
     row = {
-        kernels.PARAM.value: entry.param.data_ptr(),
-        kernels.GRAD.value: entry.grad.data_ptr(),
-        kernels.EXP_AVG.value: entry.exp_avg.data_ptr(),
-        kernels.EXP_AVG_SCALE.value: 0 if entry.exp_avg_scale is None else entry.exp_avg_scale.data_ptr(),
-        kernels.ROWS_SQ.value: rows_sq,
-        kernels.COLUMNS_SQ.value: columns_sq,
-        kernels.STEP.value: entry.step.data_ptr(),
-        kernels.PRE.value: found.pre,
-        kernels.RED.value: found.red,
-        kernels.POST.value: found.post,
-        kernels.PITCH.value: found.pitch,
-        kernels.SEED.value: entry.seed & 0xFFFFFFFF,
-        kernels.SLICE_PITCH.value: found.slice_pitch,
-        kernels.SLICE_COUNT.value: found.slice_count,
-        kernels.WIDTH.value: found.width,
+        table.PARAM.value: entry.param.data_ptr(),
+        table.GRAD.value: entry.grad.data_ptr(),
+        table.EXP_AVG.value: entry.exp_avg.data_ptr(),
+        table.EXP_AVG_SCALE.value: 0 if entry.exp_avg_scale is None else entry.exp_avg_scale.data_ptr(),
+        table.ROWS_SQ.value: rows_sq,
+        table.COLUMNS_SQ.value: columns_sq,
+        table.STEP.value: entry.step.data_ptr(),
+        table.PRE.value: found.pre,
+        table.RED.value: found.red,
+        table.POST.value: found.post,
+        table.PITCH.value: found.pitch,
+        table.SEED.value: entry.seed & 0xFFFFFFFF,
+        table.SLICE_PITCH.value: found.slice_pitch,
+        table.SLICE_COUNT.value: found.slice_count,
+        table.WIDTH.value: found.width,
     }
     if amsgrad and not entry.precomputed:
-        row[kernels.ROWS_MAX.value], row[kernels.COLUMNS_MAX.value] = _by_row_and_column(entry.max_exp_avg_sq, found)
-    return [row.get(column, 0) for column in range(kernels.FIELDS.value)]
+        row[table.ROWS_MAX.value], row[table.COLUMNS_MAX.value] = _by_row_and_column(entry.max_exp_avg_sq, found)
+    return [row.get(column, 0) for column in range(table.FIELDS.value)]
 
 
 def _by_row_and_column(moments: Sequence[Tensor], found: Tiling) -> tuple[int, int]:
@@ -358,10 +358,10 @@ def _scratch_sizes(entry: Entry, found: Tiling) -> dict[int, int]:
     """Return the numbers of sums to keep, by column of the table."""
     if found.kind != "spread" or entry.precomputed:
         return {}
-    sizes = {kernels.COLUMN_SUMS.value: found.pre * _ceil(found.red, SUMS.lines) * found.post}
+    sizes = {table.COLUMN_SUMS.value: found.pre * _ceil(found.red, SUMS.lines) * found.post}
     if found.by_row and found.by_column:
-        sizes[kernels.ROW_SUMS.value] = found.pre * found.red * _ceil(found.post, SUMS.columns)
-        sizes[kernels.ROW_MEANS.value] = found.pre
+        sizes[table.ROW_SUMS.value] = found.pre * found.red * _ceil(found.post, SUMS.columns)
+        sizes[table.ROW_MEANS.value] = found.pre
     return sizes
 
 
