@@ -97,7 +97,7 @@ class Rule:
     part: Part | None = None
     batch_dims: int = 0
     fan_in: tuple[int, ...] = ()
-    source: Source = Source.OTHER
+    source: Source = field(default=Source.OTHER, compare=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({"source": source_of_reason(state["reason"]), **state})

@@ -64,24 +64,30 @@ CASES: dict[Source, tuple[Callable[[], CompressionPlan], str]] = {
 }
 
 
+def _sources(plan: CompressionPlan) -> dict[str, Source]:
+    return {name: rule.source for name, rule in plan.items()}
+
+
 @pytest.mark.parametrize("source", Source)
 def test_sources_survive_files_and_are_found_for_files_without_them(source: Source) -> None:
     make, name = CASES[source]
     plan = make()
     assert plan[name].source is source
     data = json.loads(json.dumps(plan.to_dict()))
-    assert CompressionPlan.from_dict(data) == plan
+    loaded = CompressionPlan.from_dict(data)
+    assert loaded == plan
+    assert _sources(loaded) == _sources(plan)
     for rule in data["parameters"].values():
         del rule["source"]
-    assert CompressionPlan.from_dict(data)[name] == plan[name]
+    assert CompressionPlan.from_dict(data)[name].source is source
 
 
 def test_sources_survive_pickles_and_are_found_for_pickles_without_them() -> None:
     plan = CompressionPlan.from_snr(_history(), keep=["2.*"])
-    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert _sources(pickle.loads(pickle.dumps(plan))) == _sources(plan)
     rule = object.__new__(Rule)
     rule.__setstate__({key: value for key, value in vars(plan["2.weight"]).items() if key != "source"})
-    assert rule == plan["2.weight"]
+    assert (rule, rule.source) == (plan["2.weight"], plan["2.weight"].source)
 
 
 def test_schema_has_all_sources_and_others_are_refused() -> None:
