@@ -31,7 +31,7 @@ from torch.nn import Parameter
 from slimadam.kernels.layout import is_zero_tensor
 from slimadam.state.second_moment import is_own
 
-_DTYPE, _SHAPE, _GRAD, _LAYOUT = map(attrgetter, ("dtype", "shape", "grad", "layout"))
+_DTYPE, _GRAD, _LAYOUT = map(attrgetter, ("dtype", "grad", "layout"))
 _VALUES = methodcaller("values")
 
 
@@ -143,7 +143,7 @@ def _have_memory(grads: Iterable[Tensor]) -> list[bool]:
 
 def layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
     """Dtypes, shapes and strides."""
-    return list(map(_DTYPE, tensors)), list(map(_SHAPE, tensors)), list(map(Tensor.stride, tensors))
+    return list(map(_DTYPE, tensors)), list(map(Tensor.size, tensors)), list(map(Tensor.stride, tensors))
 
 
 class Prepared(NamedTuple):
