@@ -63,6 +63,22 @@ def throughput_narrow(result: dict[str, Any]) -> str:
     )
 
 
+def throughput_busy(result: dict[str, Any]) -> str:
+    """Return the time of a step while other processes keep cores busy."""
+    found = result["rows"]
+    rows = [[label, f"{row['milliseconds']:.0f}", f"{row['ratio']:.2f}"] for label, row in found.items()]
+    return "\n".join(
+        [
+            f"{result['model']} in float32 while {result['busy_processes']} other process keeps a core busy, as a data "
+            f"loader does; {result['machine']['threads']} threads, medians of {result['rounds']} "
+            f"{origin(result['machine'])}, `python -m benchmarks.throughput --busy {result['busy_processes']} --peers "
+            '--only "AdamW (default)" "SlimAdam*"`:',
+            "",
+            table(["", "ms", "of fused AdamW"], rows),
+        ]
+    )
+
+
 def throughput_of_model(result: dict[str, Any]) -> str:
     """Return the time of a step over another model's shapes, in short."""
     found = result["rows"]
@@ -312,6 +328,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "throughput": throughput,
     "throughput_in_short": throughput_in_short,
     "throughput_gpt2-narrow_cpu_float32": throughput_narrow,
+    "throughput_gpt2-small_cpu_float32_busy1": throughput_busy,
     **{f"throughput_{model}_cpu_float32": throughput_of_model for model in ("mixtral-small", "resnet50", "vit-base")},
     "kernels": kernels,
     "memory": memory,
