@@ -64,7 +64,7 @@ def critical_lr(optimizer: Optimizer, closure: Closure, start: float = 1e-6, max
 
 
 class CatapultWarmup(LRScheduler):
-    r"""Linear warmup that starts at the critical learning rate instead of at zero, with the same slope.
+    """Linear warmup that starts at the critical learning rate instead of at zero, with the same slope.
 
     The groups' rates (``initial_lr``) are the target. With ``eta_target`` the largest of them, the rate of the group
     that has it is, ``k`` calls of :meth:`step` after the start::
@@ -86,6 +86,11 @@ class CatapultWarmup(LRScheduler):
 
     Attributes:
         steps: Calls of :meth:`step` until the target is reached.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``warmup_steps`` is below 1, ``critical_lr`` is not positive or not finite, or no group has a
+            positive rate.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, critical_lr: float, last_epoch: int = -1) -> None:
@@ -147,6 +152,11 @@ class PersistentCatapultWarmup(LRScheduler):
     Attributes:
         rate: The rate of the group with the largest target.
         target: That target.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``start`` is not positive, ``interval`` below 1, ``max_growth`` not above 1, or no group has a
+            positive rate.
     """
 
     def __init__(

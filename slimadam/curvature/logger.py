@@ -124,6 +124,10 @@ class SharpnessLogger:
         """Draw sharpness over the steps, with ``2 / lr`` and the edge-of-stability threshold, to a picture file.
 
         Needs the extra ``slimadam[cli]``.
+
+        Raises:
+            ImportError: matplotlib is missing; the extra ``slimadam[cli]`` brings it.
+            ValueError: Nothing has been measured.
         """
         from slimadam.curvature.plots import draw_run
 
@@ -134,7 +138,11 @@ class SharpnessLogger:
         return {"steps": self.steps, "rows": [asdict(row) for row in self.rows], "probe": self.probe.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`. A file is only added to; reading it counts repeated steps once."""
+        """Go on from a :meth:`state_dict`. A file is only added to; reading it counts repeated steps once.
+
+        Raises:
+            ValueError: It is no state dict of this class.
+        """
         try:
             rows = [row_from(row) for row in state_dict["rows"]]
             steps = int(state_dict["steps"])

@@ -130,6 +130,10 @@ def append_csv(path: Path, rows: list[SharpnessRow]) -> None:
     Args:
         path: The file.
         rows: The rows.
+
+    Raises:
+        ValueError: The file holds something else.
+        OSError: It cannot be written.
     """
     is_new = check_csv(path)
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -140,7 +144,12 @@ def append_csv(path: Path, rows: list[SharpnessRow]) -> None:
 
 
 def check_csv(path: Path) -> bool:
-    """Return whether the file is still to begin; raise ValueError where it holds something else."""
+    """Return whether the file is still to begin; raise ValueError where it holds something else.
+
+    Raises:
+        ValueError: The first line is not the header, the last line is not complete, or the folder is missing.
+        OSError: The file cannot be read.
+    """
     if not path.parent.is_dir():
         raise ValueError(f"csv={str(path)!r}: there is no folder {str(path.parent)!r}; create it first")
     if not path.exists() or not path.stat().st_size:

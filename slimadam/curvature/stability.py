@@ -29,7 +29,7 @@ _Floats = NDArray[np.float64]
 
 
 def edge_of_stability(optimizer: Optimizer) -> float | None:
-    r"""Return the largest curvature at which the optimizer converges on a quadratic loss, its preconditioner constant.
+    """Return the largest curvature at which the optimizer converges on a quadratic loss, its preconditioner constant.
 
     With learning rate ``lr``, momentum or first decay rate ``b``, dampening ``d`` and weight decay ``w``:
 
@@ -58,6 +58,10 @@ def edge_of_stability(optimizer: Optimizer) -> float | None:
     Returns:
         The threshold, in units of one over the learning rate; infinity at ``lr = 0``. None where no formula is known
         (NAdam, RAdam, ...). Adam's own weight decay goes through the preconditioner and has no term.
+
+    Raises:
+        TypeError: It is no torch optimizer.
+        ValueError: A group has no learning rate.
     """
     optimizer = unwrapped(optimizer)
     lr = reference_lr(optimizer)

@@ -159,6 +159,9 @@ class MixAdvice:
         """Draw the curves over the share of the first domain, or, of more than two, over the mixes in order.
 
         Needs the extra ``slimadam[cli]``.
+
+        Raises:
+            ImportError: matplotlib is missing; the extra ``slimadam[cli]`` brings it.
         """
         from slimadam.curvature.plots import draw_mix
 

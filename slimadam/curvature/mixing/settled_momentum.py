@@ -20,6 +20,9 @@ class SettledMomentum:
 
     Of ``exp_avg`` (Adam and its kin, SlimAdam, Lion) that is the gradient, of the ``momentum_buffer`` of SGD the
     gradient over ``1 - momentum``; weight decay that is part of the gradient, and clipping by SlimAdam, included.
+
+    Raises:
+        ValueError: Its first moments are kept in another way.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
