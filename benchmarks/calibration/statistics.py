@@ -19,8 +19,6 @@ from slimadam.measurement.recorder import Schedule
 from slimadam.measurement.snr import measure
 from slimadam.state.rule import FACTORED, Candidate
 
-_CHANGE_COLUMNS = ("log_mean", "log_square", "update_square", "compressed_square", "product")
-
 
 @dataclass(frozen=True)
 class Change:

@@ -114,8 +114,7 @@ class Momentum(ABC):
             value = torch.zeros_like(param, dtype=self.dtype)
             place(value, _saved_value(param, saved))
         else:
-            whole = {key: full_tensor(saved[key]).to(param.device) for key in FIRST_MOMENTS if key in saved}
-            value = momentum_in(saved).read(param, whole).to(self.dtype)
+            value = _gathered_value(param, saved).to(self.dtype)
         self.write(param, value, value, made)
         return made
 
@@ -168,8 +167,7 @@ class Float(Momentum):
     def load(self, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
         if is_dtensor(param):
             return super().load(param, saved)
-        whole = {key: full_tensor(saved[key]).to(param.device) for key in FIRST_MOMENTS if key in saved}
-        return {"exp_avg": momentum_in(saved).read(param, whole).to(self.dtype, copy=True)}
+        return {"exp_avg": _gathered_value(param, saved).to(self.dtype, copy=True)}
 
 
 class Int8(Momentum):
@@ -328,6 +326,12 @@ def warn_of_other_formats(group: Mapping[str, Any], params: Collection[Tensor]) 
             len(params),
             100 * sum(param.numel() for param in without) / max(1, sum(param.numel() for param in params)),
         )
+
+
+def _gathered_value(param: Tensor, saved: Mapping[str, Any]) -> Tensor:
+    """Return a saved first moment on the parameter's device, full on every rank."""
+    full = {key: full_tensor(saved[key]).to(param.device) for key in FIRST_MOMENTS if key in saved}
+    return momentum_in(full).read(param, full)
 
 
 def _saved_value(param: Tensor, saved: Mapping[str, Any]) -> Tensor:

@@ -6,30 +6,19 @@ Checks of one parameter after the other cost more than the update of a small one
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain, compress
+from operator import attrgetter, is_, methodcaller
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from slimadam.kernels.layout import is_marked
-from slimadam.optim.step.tasks import (
-    UpdateTask,
-)
-from slimadam.state.rule import Rule
-from slimadam.utils.dtensor import local
-
-if TYPE_CHECKING:
-    pass
-
-
-from itertools import chain, compress
-from operator import attrgetter, methodcaller
-
 from torch.nn import Parameter
 
-from slimadam.kernels.layout import is_zero_tensor
+from slimadam.kernels.layout import is_marked, is_zero_tensor
+from slimadam.optim.step.tasks import UpdateTask
+from slimadam.state.rule import Rule
 from slimadam.state.second_moment import is_own
+from slimadam.utils.dtensor import local
 
 _DTYPE, _GRAD, _LAYOUT = map(attrgetter, ("dtype", "grad", "layout"))
 _VALUES = methodcaller("values")

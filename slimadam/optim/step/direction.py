@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from slimadam.distributed.all_reduce import BucketedAllReduce
 from slimadam.distributed.sharded_moments import SharedPiece, shared_pieces
 from slimadam.distributed.sharded_rules import local_rules, local_state
-from slimadam.kernels.interface import Scalar
+from slimadam.kernels.interface import Dims, Entry, Hyperparameters, Scalar, second_moment_dtype
+from slimadam.kernels.reference import mean_square, reconstruct, scale_grad, update_first_moment
+from slimadam.optim.step.param_groups import Held
 from slimadam.optim.step.stepper import hyperparameters
 from slimadam.optim.step.tasks import assembled, entries_of, initial_state
+from slimadam.state.first_moment import decoded
 from slimadam.state.rule import Rule
-from slimadam.utils.dtensor import laid_out_as, local, local_gradient
+from slimadam.state.second_moment import is_made
+from slimadam.utils.dtensor import is_dtensor, laid_out_as, local, local_gradient
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-from collections.abc import Iterator
-from types import EllipsisType
-
-import torch
-
-from slimadam.kernels.interface import Dims, Entry, Hyperparameters, second_moment_dtype
-from slimadam.kernels.reference import mean_square, reconstruct, scale_grad, update_first_moment
-from slimadam.optim.step.param_groups import Held
-from slimadam.state.first_moment import decoded
-from slimadam.state.second_moment import is_made
-from slimadam.utils.dtensor import is_dtensor
 
 BLOCK_ELEMENTS = 1 << 18
 
