@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from slimadam.distributed.sharded_moments import SharedPiece
+from slimadam.distributed.sharded_moments import SharedPart
 from slimadam.kernels.interface import Dims, Scalar
-from slimadam.state.rule import reduced_shape
+from slimadam.state.second_moment import reduced_shape
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -32,31 +32,31 @@ class _Item(NamedTuple):
 
 
 class BucketedAllReduce:
-    """The sums over ranks for every shared piece of a step. Its memory is allocated once.
+    """The sums over ranks for every shared part of a step. Its memory is allocated once.
 
     Args:
-        pieces: The pieces, in the same order on every rank.
+        parts: The parts, in the same order on every rank.
     """
 
-    def __init__(self, pieces: Sequence[SharedPiece]) -> None:
-        self._pieces = list(pieces)
-        moments = [moment for piece in pieces for moment in piece.moments]
+    def __init__(self, parts: Sequence[SharedPart]) -> None:
+        self._parts = list(parts)
+        moments = [moment for part in parts for moment in part.moments]
         self._dtype = reduce(torch.promote_types, (moment.stored.dtype for moment in moments))
         self._device = moments[0].stored.device
         self._sum = add_squares if self._device.type == "cpu" else write_norms
         wanted: list[tuple[tuple[int, ...], Sequence[ProcessGroup]]] = []
-        for piece in pieces:
-            wanted += [(tuple(moment.stored.shape), moment.groups) for moment in piece.moments]
-            if piece.row_groups:
-                rows, columns = piece.moments
+        for part in parts:
+            wanted += [(tuple(moment.stored.shape), moment.groups) for moment in part.moments]
+            if part.row_groups:
+                rows, columns = part.moments
                 shape = reduced_shape(tuple(rows.stored.shape), columns.dims)
-                wanted.append((shape, list(dict.fromkeys([*rows.groups, *piece.row_groups]))))
+                wanted.append((shape, list(dict.fromkeys([*rows.groups, *part.row_groups]))))
         items = self._allocate(wanted)
         self._sums: list[list[_Item]] = []
         self._means: list[_Item | None] = []
-        for piece in pieces:
-            self._sums.append([next(items) for _ in piece.moments])
-            self._means.append(next(items) if piece.row_groups else None)
+        for part in parts:
+            self._sums.append([next(items) for _ in part.moments])
+            self._means.append(next(items) if part.row_groups else None)
 
     def _allocate(self, wanted: Sequence[tuple[tuple[int, ...], Sequence[ProcessGroup]]]) -> Iterator[_Item]:
         """Allocate a buffer for each group and one for sums that stay here, and return where each item lies in them."""
@@ -84,33 +84,33 @@ class BucketedAllReduce:
         self._reductions = list(reductions.values())
         return iter(items)
 
-    def fits(self, pieces: Sequence[SharedPiece]) -> bool:
-        """Return whether the pieces are those that it was made for."""
-        return len(pieces) == len(self._pieces) and all(map(is_, pieces, self._pieces))
+    def holds(self, parts: Sequence[SharedPart]) -> bool:
+        """Return whether the parts are those that it was made for."""
+        return len(parts) == len(self._parts) and all(map(is_, parts, self._parts))
 
     def start(self, grads: Sequence[Tensor], beta2s: Sequence[Scalar], clip_factor: Tensor | None = None) -> None:
         """Sum this rank's squares, and start the all-reduces.
 
         Args:
-            grads: This rank's gradient of each piece.
-            beta2s: Decay of the second moment of each piece.
+            grads: This rank's gradient of each part.
+            beta2s: Decay of the second moment of each part.
             clip_factor: Factor of every gradient.
         """
         for buffer in self._buffers:
             buffer.zero_()
-        for piece, grad, sums in zip(self._pieces, grads, self._sums, strict=True):
+        for part, grad, sums in zip(self._parts, grads, self._sums, strict=True):
             if grad.numel():
-                dims = [moment.dims for moment in piece.moments]
-                self._sum(grad, dims, [piece.rule.own(item.first) for item in sums])
+                dims = [moment.dims for moment in part.moments]
+                self._sum(grad, dims, [part.rule.own(item.first) for item in sums])
         if self._sum is write_norms:
             torch._foreach_mul_(self._buffers, self._buffers)
         if clip_factor is not None:
             factor = clip_factor.to(self._device, self._dtype)
             for _ in range(2):  # the square of a small factor would underflow
                 torch._foreach_mul_(self._buffers, factor)
-        for piece, beta2, sums, mean in zip(self._pieces, beta2s, self._sums, self._means, strict=True):
+        for part, beta2, sums, mean in zip(self._parts, beta2s, self._sums, self._means, strict=True):
             if mean is not None:
-                _mean_of_rows(piece, sums[0].first, float(beta2), mean.first)
+                _mean_of_rows(part, sums[0].first, float(beta2), mean.first)
         for reduction in self._reductions:
             if reduction.is_ready:
                 reduction.start()
@@ -120,8 +120,8 @@ class BucketedAllReduce:
         for reduction in self._reductions:
             reduction.finish()
         stored, sums, decays, weights = [], [], [], []
-        for piece, beta2, items in zip(self._pieces, beta2s, self._sums, strict=True):
-            for moment, item in zip(piece.moments, items, strict=True):
+        for part, beta2, items in zip(self._parts, beta2s, self._sums, strict=True):
+            for moment, item in zip(part.moments, items, strict=True):
                 stored.append(moment.stored)
                 sums.append(item.last)
                 decays.append(float(beta2))
@@ -129,14 +129,14 @@ class BucketedAllReduce:
         torch._foreach_mul_(stored, decays)
         torch._foreach_mul_(sums, weights)
         torch._foreach_add_(stored, sums)
-        for piece, mean in zip(self._pieces, self._means, strict=True):
-            for moment in piece.moments:
+        for part, mean in zip(self._parts, self._means, strict=True):
+            for moment in part.moments:
                 if moment.maximum is not None:
                     torch.maximum(moment.maximum, moment.stored, out=moment.maximum)
-            if piece.relative_rows is not None:
-                rows, columns = piece.moments
+            if part.relative_rows is not None:
+                rows, columns = part.moments
                 total = rows.stored.mean(columns.dims, keepdim=True) if mean is None else mean.last
-                torch.div(rows.stored, total.clamp_min(torch.finfo(total.dtype).tiny), out=piece.relative_rows)
+                torch.div(rows.stored, total.clamp_min(torch.finfo(total.dtype).tiny), out=part.relative_rows)
 
 
 class _Reduction:
@@ -205,9 +205,9 @@ def add_squares(grad: Tensor, averaged_dims: Sequence[Dims], targets: Sequence[T
             place.add_(block.sum(dims, keepdim=True) if dims else block)
 
 
-def _mean_of_rows(piece: SharedPiece, sums: Tensor, beta2: float, target: Tensor) -> None:
+def _mean_of_rows(part: SharedPart, sums: Tensor, beta2: float, target: Tensor) -> None:
     """Write this rank's share of the mean of the new rows, which is linear in the old rows and in the squares."""
-    rows, columns = piece.moments
-    old = rows.stored.sum(columns.dims, keepdim=True).mul_(beta2 / (columns.averaged * piece.replicas))
+    rows, columns = part.moments
+    old = rows.stored.sum(columns.dims, keepdim=True).mul_(beta2 / (columns.averaged * part.replicas))
     new = sums.sum(columns.dims, keepdim=True)
     torch.add(old, new, alpha=(1 - beta2) / (columns.averaged * rows.averaged), out=target)

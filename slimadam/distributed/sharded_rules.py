@@ -7,7 +7,7 @@ without it work.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from slimadam.layers.splits import Part, split_dims
-from slimadam.state import second_moment
-from slimadam.state.first_moment import momentum_in
 from slimadam.state.rule import Dims, Rule
 from slimadam.utils import torch_private
-from slimadam.utils.dtensor import is_dtensor, local
+from slimadam.utils.dtensor import local
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -63,6 +61,11 @@ class LocalRule(NamedTuple):
     def averaged_dims(self) -> tuple[Dims, ...]:
         """For each second moment, the dimensions it is averaged over."""
         return self.rule.averaged_dims(len(self.shape))
+
+    @property
+    def is_shared(self) -> bool:
+        """True if some of its second moments are averages over several ranks."""
+        return any(map(self.summed_over, self.averaged_dims))
 
     def summed_over(self, dims: Dims) -> tuple[int, ...]:
         """Return the dimensions of the mesh whose ranks each hold a share of an average over ``dims``."""
@@ -133,7 +136,7 @@ def _local_part(name: str, rule: Rule, part: Part, param: DTensor, placements: t
             cut = first
             start, end = (min(max(bound - begin, 0), rows) for bound in (part.start, part.start + part.size))
             missed = min(max(begin - part.start, 0), part.size)
-    if cut is not None and rule.form == "full":
+    if cut is not None and rule.is_full:
         raise RuntimeError(
             _cannot_follow(name, part, "it keeps a full second moment, and shards end elsewhere than it")
         )
@@ -148,57 +151,3 @@ def _cannot_follow(name: str, part: Part, why: str) -> str:
         "dimension (fully_shard(..., shard_placement_fn=lambda parameter: Shard(1))), or give the whole parameter one "
         "rule, CompressionPlan({name: Rule(...)})"
     )
-
-
-def local_state(name: str, rules: Sequence[LocalRule], param: DTensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return this rank's shard of a parameter's state.
-
-    Args:
-        name: The parameter's name, for errors.
-        rules: The rules on this rank.
-        param: The parameter.
-        state: Its state.
-
-    Raises:
-        RuntimeError: The state is not sharded as the parameter is.
-    """
-    own: dict[str, Any] = {"step": state["step"]}
-    key = momentum_in(state).key
-    own[key] = local(state[key])
-    _check_shapes(name, key, [tuple(own[key].shape)], [tuple(local(param).shape)])
-    if "exp_avg_scale" in state:
-        own["exp_avg_scale"] = local(state["exp_avg_scale"]).view(-1)
-    wanted = _stored_shapes(rules)
-    plain = [one.rule for one in rules]
-    for kind in second_moment.SECOND_MOMENTS:
-        held = [local(moment) for moment in second_moment.moments_of(state, plain, kind)]
-        if held:
-            _check_shapes(name, kind, [tuple(moment.shape) for moment in held], wanted)
-            own.update(second_moment.by_key(held, plain, kind))
-    return own
-
-
-def _check_shapes(name: str, key: str, found: list[tuple[int, ...]], wanted: list[tuple[int, ...]]) -> None:
-    if found != wanted:
-        raise RuntimeError(
-            f"{name!r}: this rank holds {key} of shape {' and '.join(map(str, found))}, its shard of the parameter "
-            f"needs {' and '.join(map(str, wanted))}; shard the model before the optimizer is built, and load its "
-            "checkpoints by torch.distributed.checkpoint"
-        )
-
-
-def kept_shapes(name: str, rules: Sequence[Rule], param: Tensor) -> Sequence[tuple[int, ...]]:
-    """Return the shapes of the second moments that this rank stores for a parameter.
-
-    Args:
-        name: The parameter's name, for errors.
-        rules: Its rules.
-        param: The parameter.
-    """
-    if is_dtensor(param):
-        return _stored_shapes(local_rules(name, rules, param))
-    return second_moment.state_shapes(rules, tuple(param.shape))
-
-
-def _stored_shapes(rules: Sequence[LocalRule]) -> list[tuple[int, ...]]:
-    return [rule.stored_shape(dims) for rule in rules for dims in rule.averaged_dims]

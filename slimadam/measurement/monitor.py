@@ -29,7 +29,7 @@ from slimadam.measurement.sampling import (
     within,
 )
 from slimadam.state import second_moment
-from slimadam.state.rule import FACTORED, Dims, Form, Rule
+from slimadam.state.rule import FACTORED, Dims, FormName, Rule
 from slimadam.utils.dtensor import full_tensor, is_dtensor, local_gradient
 from slimadam.utils.errors import shown
 
@@ -63,7 +63,7 @@ class Check:
 
     snr: float
     cutoff: float
-    form: Form
+    form: FormName
     dims: Dims
     sampled: int
     ready: bool

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from slimadam.distributed.sharded_rules import kept_shapes
+from slimadam.distributed.slots import ParamSlot
 from slimadam.kernels.interface import second_moment_dtype
 from slimadam.layers.splits import key_of
 from slimadam.state.first_moment import momentum_of
-from slimadam.state.rule import Rule
 from slimadam.state.second_moment import step_dtype
-from slimadam.utils.dtensor import local
 from slimadam.utils.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -78,36 +76,32 @@ class MemoryReport(Mapping[str, float]):
 
 
 def memory_report(
-    parameters: Iterable[tuple[str, Tensor, Mapping[str, Any]]],
-    all_rules: Mapping[str, Sequence[Rule]],
-    states: Container[Tensor],
-    monitor: Monitor | None = None,
+    slots: Iterable[ParamSlot], states: Container[Tensor], monitor: Monitor | None = None
 ) -> MemoryReport:
     """Count what the state of these parameters costs, of DTensors this rank's shards.
 
     Args:
-        parameters: Name, tensor and group of each.
-        all_rules: By name.
+        slots: The parameters.
         states: Those that have a state; frozen ones without are left out.
         monitor: Keeps samples beside the state.
     """
     moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
     samples: list[str] = []
-    for name, param, group in parameters:
-        if not (param.requires_grad or param in states):
+    for slot in slots:
+        if not (slot.param.requires_grad or slot.param in states):
             continue
-        samples += [key_of(name, rule.part) for rule in all_rules[name]]
-        stored = sum(map(math.prod, kept_shapes(name, all_rules[name], param)))
-        moments += momentum_of(param, group).nbytes(param)
-        param = local(param)
-        size = second_moment_dtype(param.dtype).itemsize
+        samples += [key_of(slot.name, rule.part) for rule in slot.rules]
+        stored = sum(map(math.prod, slot.stored_shapes))
+        moments += momentum_of(slot.param, slot.group).nbytes(slot.param)
+        own = slot.own
+        size = second_moment_dtype(own.dtype).itemsize
         seconds += stored * size
-        maxima += stored * size if group["amsgrad"] else 0
+        maxima += stored * size if slot.group["amsgrad"] else 0
         steps += step_dtype().itemsize
-        native = param.numel() * param.dtype.itemsize
+        native = own.numel() * own.dtype.itemsize
         adamw_seconds += native
-        adamw_total += native * (3 if group["amsgrad"] else 2)
-        elements += param.numel()
+        adamw_total += native * (3 if slot.group["amsgrad"] else 2)
+        elements += own.numel()
         kept += stored
     total = moments + seconds + maxima + steps
     return MemoryReport(

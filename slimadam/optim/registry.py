@@ -3,36 +3,169 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from slimadam.layers.names import is_position, renumbered
+from slimadam.distributed.slots import ParamSlot, slot_of
+from slimadam.layers.names import is_position, position_name, renumbered
 from slimadam.layers.roles import canonical_name
 from slimadam.layers.splits import key_of
 from slimadam.measurement.monitor import Monitor
-from slimadam.optim.membership import (
-    Added,
-    Members,
-    check_one_for_each,
-    check_tensors,
-    misfits_as_new,
-    rules_for_another,
-)
 from slimadam.optim.step.clipping import check_have_norm
 from slimadam.optim.step.options import check_group, normalize_group
-from slimadam.optim.step.param_groups import Held, check_shards, named_parameters
 from slimadam.plans.auto import AutoPlan, Measuring
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.resolver import DECIDED_BEFORE, PlanArgument, Resolver, check_factored_amsgrad
-from slimadam.state.rule import Rule, Source, rule_of_whole
-from slimadam.utils.errors import PlanError
+from slimadam.plans.resolver import DECIDED_BEFORE, PlanArgument, Resolver
+from slimadam.state.rule import Rule, Source, resized_rule, rule_of_whole
+from slimadam.utils.dtensor import FLAT
+from slimadam.utils.errors import PlanError, shown
+from slimadam.utils.torch_private import by_tensor, reference
 
 _Groups = Sequence[dict[str, Any]]
-_Ruled = tuple[str, Tensor, list[Rule]]
+
+
+class _Replacement(NamedTuple):
+    """A parameter in whose place another one stands."""
+
+    name: str
+    new: Tensor
+
+
+class _Added(NamedTuple):
+    """A parameter that stands where none did: its name and place."""
+
+    name: str
+    group_index: int
+    position: int
+
+
+class _Changes(NamedTuple):
+    """Changes of groups since they were last looked at.
+
+    Attributes:
+        names: The names of all parameters, group by group.
+        exchanged: Parameters in whose place another stands.
+        added: Parameters that are new.
+        removed: Names that are no longer used.
+    """
+
+    names: list[list[str]]
+    exchanged: list[_Replacement]
+    added: list[_Added]
+    removed: list[str]
+
+
+class _Members:
+    """The parameters that groups held when they were last looked at; keeps none of them alive."""
+
+    def __init__(self) -> None:
+        self._groups: list[list[Callable[[], Tensor | None]]] = []
+        self._lazy = 0
+        self._left: Any = by_tensor()
+
+    def hold(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Remember what the groups hold now."""
+        self._groups = []
+        self._lazy = 0
+        for group in groups:
+            self.add(group)
+
+    def add(self, group: Mapping[str, Any]) -> None:
+        """Remember what one more group holds."""
+        self._groups.append(list(map(reference, group["params"])))
+        self._lazy += sum(map(is_lazy, group["params"]))
+
+    @property
+    def holds_lazy(self) -> bool:
+        """Return whether a parameter has no shape yet."""
+        return self._lazy > 0
+
+    def are_in(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether the groups hold what they did, and what had no shape has none yet."""
+        if self._lazy and sum(is_lazy(param) for group in groups for param in group["params"]) != self._lazy:
+            return False
+        return len(groups) == len(self._groups) and all(
+            len(held) == len(group["params"]) and all(map(is_, group["params"], [one() for one in held]))
+            for held, group in zip(self._groups, groups, strict=True)
+        )
+
+    def leave(self, name: str, param: Tensor | None, rules: Sequence[Rule]) -> None:
+        """Remember a parameter's name and rules for the case that it comes back.
+
+        Args:
+            name: Its name.
+            param: The parameter, if it is still alive.
+            rules: Its rules.
+        """
+        if param is not None:
+            self._left[param] = (name, list(rules))
+
+    def of_before(self, param: Tensor) -> tuple[str, list[Rule]] | None:
+        """Return name and rules of a parameter that has been here before."""
+        found: tuple[str, list[Rule]] | None = self._left.get(param)
+        return found
+
+    def named(self, names: Sequence[Sequence[str]]) -> Iterator[tuple[str, Tensor | None]]:
+        """Yield each name with its tensor as it was, or None where that is no longer alive."""
+        for own, held in zip(names, self._groups, strict=True):
+            yield from zip(own, (one() for one in held), strict=True)
+
+    def changes(
+        self,
+        names: Sequence[Sequence[str]],
+        groups: Sequence[Mapping[str, Any]],
+        of_model: Callable[[Tensor], str | None],
+    ) -> _Changes:
+        """Find out what has happened to the groups.
+
+        A parameter keeps its name wherever it stands now. What stands in the place of one that is gone, in a group of
+        as many, takes its name, unless the model has another for it; the rest is new.
+
+        Args:
+            names: The names of what was held.
+            groups: The groups as they are.
+            of_model: Returns the name that the model has for a parameter.
+        """
+        known = {id(param): name for name, param in self.named(names) if param is not None}
+        present = {id(param) for group in groups for param in group["params"]}
+        vacant = {name for name, param in self.named(names) if param is None or id(param) not in present}
+        taken = {name for own in names for name in own} - vacant
+        found = _Changes([], [], [], [])
+        for group_index, group in enumerate(groups):
+            before = names[group_index] if group_index < len(names) else ()
+            own: list[str] = []
+            for index, param in enumerate(group["params"]):
+                name = known.get(id(param))
+                in_place = before[index] if len(before) == len(group["params"]) else None
+                if name is None and in_place in vacant and of_model(param) in (None, in_place):
+                    name = in_place
+                    vacant.discard(name)
+                    found.exchanged.append(_Replacement(name, param))
+                elif name is None:
+                    name = self._new_name(group, group_index, index, taken, of_model(param))
+                    found.added.append(_Added(name, group_index, index))
+                taken.add(name)
+                own.append(name)
+            found.names.append(own)
+        found.removed.extend(vacant)
+        return found
+
+    def _new_name(
+        self, group: Mapping[str, Any], group_index: int, index: int, taken: set[str], of_model: str | None
+    ) -> str:
+        """Return a name for a parameter: that of before, the group's, the model's, or a free one by its position."""
+        before = self.of_before(group["params"][index])
+        given = [] if before is None else [before[0]]
+        if len(group.get("param_names", ())) == len(group["params"]):
+            given.append(canonical_name(group["param_names"][index]))
+        given += [] if of_model is None else [of_model]
+        free = (position_name(group_index, number) for number in range(index, index + len(taken) + 1))
+        return next(name for name in (*given, *free) if name not in taken)
 
 
 class Registry:
@@ -59,20 +192,22 @@ class Registry:
         self.measured: dict[str, list[Rule]] = {}
         self.measuring = Measuring(self.resolver.plan) if isinstance(self.resolver.plan, AutoPlan) else None
         self.monitor = Monitor(self.resolver.cutoff) if monitor else None
-        self._members = Members()
+        self._members = _Members()
 
     @property
     def plan(self) -> CompressionPlan:
         """The plan in force."""
         return CompressionPlan.of_parameters(self.rules, self.resolver.chosen_by_cutoff)
 
-    def parameters(self, groups: _Groups) -> Iterator[Held]:
-        """Yield name, tensor and group of each parameter that has a shape."""
-        found = named_parameters(self.names, groups)
-        return (one for one in found if not is_lazy(one[1])) if self._members.holds_lazy else found
+    def slots(self, groups: _Groups) -> Iterator[ParamSlot]:
+        """Yield each parameter that has a shape, group by group."""
+        for names, group in zip(self.names, groups, strict=True):
+            for name, param in zip(names, group["params"], strict=True):
+                if not (self._members.holds_lazy and is_lazy(param)):
+                    yield slot_of(name, param, group, self.rules[name])
 
-    def find(self, param: Tensor | str, groups: _Groups) -> Held:
-        """Return name, tensor and group of a parameter.
+    def find(self, param: Tensor | str, groups: _Groups) -> ParamSlot:
+        """Return the slot of a parameter.
 
         Args:
             param: The parameter, or its name.
@@ -81,9 +216,9 @@ class Registry:
         Raises:
             KeyError: The optimizer does not hold the parameter.
         """
-        for name, held, group in self.parameters(groups):
-            if held is param or (isinstance(param, str) and name == canonical_name(param)):
-                return name, held, group
+        for slot in self.slots(groups):
+            if slot.param is param or (isinstance(param, str) and slot.name == canonical_name(param)):
+                return slot
         shown = repr(param) if isinstance(param, str) else "the tensor"
         owner = str(param).rpartition("[")[0]
         if isinstance(param, str) and any(name == canonical_name(owner) for name in self.rules):
@@ -95,10 +230,10 @@ class Registry:
             "SlimAdam(model) and of named_parameters()"
         )
 
-    def rules_of_new(
-        self, group: Mapping[str, Any], names: Sequence[str], own_plan: Mapping[str, Any], clips: bool
-    ) -> list[_Ruled]:
-        """Return name, tensor and rules of new parameters that have a shape.
+    def slots_of_new(
+        self, group: dict[str, Any], names: Sequence[str], own_plan: Mapping[str, Any], clips: bool
+    ) -> list[ParamSlot]:
+        """Return new parameters that have a shape, with their rules.
 
         Args:
             group: A group that holds them alone.
@@ -119,34 +254,38 @@ class Registry:
         if clips:
             check_have_norm(zip(own_names, shaped["params"], strict=True))
         rules = self.resolver.rules(shaped, own_names, **own_plan)
-        found = list(zip(own_names, shaped["params"], rules, strict=True))
-        for one in found:
-            check_shards(*one)
+        found = [
+            slot_of(name, param, group, own)
+            for name, param, own in zip(own_names, shaped["params"], rules, strict=True)
+        ]
+        for slot in found:
+            slot.check()
         return found
 
     def add_group(
-        self, group: Mapping[str, Any], names: list[str], ruled: Iterable[_Ruled], states: Mapping[Tensor, Any]
+        self, group: Mapping[str, Any], names: list[str], new: Iterable[ParamSlot], states: Mapping[Tensor, Any]
     ) -> None:
         """Hold one more group.
 
         Args:
             group: The group.
             names: The names of its parameters.
-            ruled: What :meth:`rules_of_new` returned for it.
+            new: The result of :meth:`slots_of_new` for it.
             states: The optimizer's state.
         """
         self.names.append(names)
         self._members.add(group)
-        for name, param, rules in ruled:
-            self._admit(name, param, rules, states)
+        for slot in new:
+            self._admit(slot, states)
 
-    def _admit(self, name: str, param: Tensor, rules: list[Rule], states: Mapping[Tensor, Any]) -> None:
+    def _admit(self, slot: ParamSlot, states: Mapping[Tensor, Any]) -> None:
         """Put a parameter's rules in force: those of its decision, or of ``plan="auto"`` while it measures."""
+        rules = list(slot.rules)
         if rules[0].source == Source.MEASURING:
-            self.measured[name] = rules
+            self.measured[slot.name] = rules
             rules = [rule_of_whole(rules, DECIDED_BEFORE if self.measuring is None else "")]
-        self.rules[name] = rules
-        self.sample(name, param, states)
+        self.rules[slot.name] = rules
+        self.sample(slot.name, slot.param, states)
 
     def sample(self, name: str, param: Tensor, states: Mapping[Tensor, Any]) -> None:
         """Begin a parameter's sample for ``snr_check()``, once its plan is decided.
@@ -165,7 +304,7 @@ class Registry:
 
     def resume(self, groups: _Groups) -> None:
         """Learn the names of the parameters of an optimizer that was unpickled or copied."""
-        self.resolver.resume((name, param) for name, param, _ in self.parameters(groups))
+        self.resolver.resume((slot.name, slot.param) for slot in self.slots(groups))
 
     def to_pickle(self) -> dict[str, Any]:
         """Return the fields for a pickle of the optimizer."""
@@ -202,26 +341,25 @@ class Registry:
         if torch.compiler.is_compiling() or self._members.are_in(groups):
             return False
         own_plans = [self._complete_group(group, defaults) for group in groups]
-        check_tensors(groups)
+        _check_tensors(groups)
         rules_in_force = {**self.rules, **self.measured}
         changes = self._members.changes(self.names, groups, self.resolver.of_model)
-        changes = misfits_as_new(changes, groups, rules_in_force)
-        check_one_for_each(self.names, groups, changes, self.rules)
+        changes = _misfits_as_new(changes, groups, rules_in_force)
+        _check_one_for_each(self.names, groups, changes, self.rules)
         before = self.resolver.snapshot()
         try:
+            owners = {id(param): group for group in groups for param in group["params"]}
             admitted = [
-                (name, new, rules_for_another(name, rules_in_force[name], new))
+                slot_of(name, new, owners[id(new)], rules_for_another(name, rules_in_force[name], new))
                 for name, new in changes.exchanged
                 if name in rules_in_force
             ]
-            owners = {id(param): group for group in groups for param in group["params"]}
-            for name, param, rules in admitted:
-                check_shards(name, param, rules)
-                check_factored_amsgrad(name, rules[0], owners[id(param)])
+            for slot in admitted:
+                slot.check()
             shaped = self._newly_shaped(changes.names, groups)
             if shaped:
                 self.resolver.read_model_again()
-            admitted += self._rules_of_added(shaped + changes.added, groups, own_plans, clips)
+            admitted += self._slots_of_added(shaped + changes.added, groups, own_plans, clips)
         except Exception:
             self.resolver.restore(before)
             raise
@@ -231,9 +369,9 @@ class Registry:
             self._remove(name, held[name])
         self.names = changes.names
         self._members.hold(groups)
-        for name, param, rules in admitted:
-            self.resolver.note(name, param)
-            self._admit(name, param, rules, states)
+        for slot in admitted:
+            self.resolver.note(slot.name, slot.param)
+            self._admit(slot, states)
         self._rename(renumbered(self.names))
         return True
 
@@ -276,25 +414,25 @@ class Registry:
         check_group(group)
         return own_plan
 
-    def _newly_shaped(self, names: Sequence[Sequence[str]], groups: _Groups) -> list[Added]:
+    def _newly_shaped(self, names: Sequence[Sequence[str]], groups: _Groups) -> list[_Added]:
         known = {id(param) for _, param in self._members.named(self.names)}
         return [
-            Added(name, group_index, index)
+            _Added(name, group_index, index)
             for group_index, (own, group) in enumerate(zip(names, groups, strict=True))
             for index, (name, param) in enumerate(zip(own, group["params"], strict=True))
             if not is_lazy(param) and name not in self.rules and id(param) in known
         ]
 
-    def _rules_of_added(
-        self, added: Iterable[Added], groups: _Groups, own_plans: Sequence[Mapping[str, Any]], clips: bool
-    ) -> list[_Ruled]:
+    def _slots_of_added(
+        self, added: Iterable[_Added], groups: _Groups, own_plans: Sequence[Mapping[str, Any]], clips: bool
+    ) -> list[ParamSlot]:
         found = []
         new: dict[tuple[int, bool], dict[str, Tensor]] = defaultdict(dict)
         for name, group_index, position in added:
             param = groups[group_index]["params"][position]
             before = self._members.of_before(param)
             if before is not None and before[1][0].owner_shape == param.shape:
-                found.append((name, param, before[1]))
+                found.append(slot_of(name, param, groups[group_index], before[1]))
             else:
                 new[group_index, is_position(name)][name] = param
         for (group_index, is_unnamed), params in new.items():
@@ -303,7 +441,7 @@ class Registry:
             if is_unnamed:
                 del group["param_names"]
             try:
-                found += self.rules_of_new(group, names, own_plans[group_index], clips)
+                found += self.slots_of_new(group, names, own_plans[group_index], clips)
             except PlanError as error:
                 shapes = ", ".join(str(tuple(param.shape)) for param in params.values())
                 raise PlanError(
@@ -312,3 +450,116 @@ class Registry:
                     "optimizer.add_param_group({'params': [(name, parameter)]})"
                 ) from error
         return found
+
+
+def _may_stand_for_another(rules: Sequence[Rule], param: Tensor) -> bool:
+    """Return whether a parameter can follow the rules of another one in whose place it stands.
+
+    Args:
+        rules: Those of the parameter that is gone.
+        param: The one that is there now: of the same shape, of as many dimensions, or of any shape where all is full.
+    """
+    shape, before = tuple(param.shape), rules[0].owner_shape
+    alike = before is None or len(shape) == len(before)
+    if before is None or shape == before or (alike and rules[0].part is None):
+        return True
+    return all(rule.is_full and (rule.source != Source.MEASURING or alike) for rule in rules)
+
+
+def rules_for_another(name: str, rules: Sequence[Rule], param: Tensor) -> list[Rule]:
+    """Return the rules of a parameter for one that stands in its place.
+
+    Args:
+        name: The name of both.
+        rules: Those of the parameter that is gone.
+        param: The one that is there now, of the same number of dimensions unless everything is kept in full.
+
+    Raises:
+        RuntimeError: The rules cannot be followed in the new parameter's shape.
+    """
+    shape, before = tuple(param.shape), rules[0].owner_shape
+    if before is None or shape == before:
+        return list(rules)
+    if _may_stand_for_another(rules, param):
+        alike = rules[0].part is None and len(shape) == len(before)
+        one = rules[0] if alike else Rule(reason=rules[0].reason, source=rules[0].source)
+        return [resized_rule(one, shape)]
+    parts = ", ".join(rule.part.label for rule in rules if rule.part is not None)
+    why = f", one for each of its parts ({parts}), which have no size in another shape" if parts else ""
+    flat = f"; a vector in its place is the work of a library such as DeepSpeed, {FLAT}" if len(shape) == 1 else ""
+    raise RuntimeError(
+        f"{name!r}: a parameter of shape {shape} stands where the plan has rules for one of shape {before}{why}; add "
+        f"it with add_param_group, or build a new optimizer{flat}"
+    )
+
+
+def _check_tensors(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that groups hold nothing but tensors.
+
+    Raises:
+        TypeError: Names the place.
+    """
+    for group_index, group in enumerate(groups):
+        for index, param in enumerate(group["params"]):
+            if not isinstance(param, Tensor):
+                raise TypeError(
+                    f"param_groups[{group_index}]['params'][{index}]={shown(param)} must be a tensor; add parameters "
+                    "with their names by add_param_group"
+                )
+
+
+def _misfits_as_new(
+    changes: _Changes, groups: Sequence[Mapping[str, Any]], rules: Mapping[str, Sequence[Rule]]
+) -> _Changes:
+    """Count what cannot follow the rules of the parameter in whose place it stands as new, and that one as removed.
+
+    Not one vector in the place of all that a group held: that is the work of a library, and refused.
+
+    Args:
+        changes: What has happened to the groups.
+        groups: The groups as they are.
+        rules: By name.
+    """
+    places = {
+        id(param): (group_index, index)
+        for group_index, group in enumerate(groups)
+        for index, param in enumerate(group["params"])
+        if len(group["params"]) > 1 or param.dim() != 1
+    }
+    misfits = {
+        name: places[id(new)]
+        for name, new in changes.exchanged
+        if name in rules and id(new) in places and not _may_stand_for_another(rules[name], new)
+    }
+    return changes._replace(
+        exchanged=[one for one in changes.exchanged if one.name not in misfits],
+        added=[*changes.added, *(_Added(name, *place) for name, place in misfits.items())],
+        removed=[*changes.removed, *misfits],
+    )
+
+
+def _check_one_for_each(
+    names: Sequence[Sequence[str]], groups: Sequence[Mapping[str, Any]], changes: _Changes, rules: Mapping[str, Any]
+) -> None:
+    """Check that no single vector stands in the place of several parameters that a plan has rules for.
+
+    Args:
+        names: The names of the parameters that the groups held.
+        groups: The groups as they are.
+        changes: Their changes.
+        rules: By name.
+
+    Raises:
+        RuntimeError: Names the group and the remedy.
+    """
+    gone = set(changes.removed)
+    for added in changes.added:
+        before = names[added.group_index] if added.group_index < len(names) else ()
+        params = groups[added.group_index]["params"]
+        alone = len(params) == 1 and params[0].dim() == 1 and len(before) > 1 and gone.issuperset(before)
+        of_before = [rule for name in before for rule in rules[name]]
+        if alone and not all(rule.is_full and rule.source != Source.MEASURING for rule in of_before):
+            raise RuntimeError(
+                f"param_groups[{added.group_index}]['params'] has 1 parameters, but had {len(before)}: one vector for "
+                f"all of them is the work of a library such as DeepSpeed, {FLAT}; plan=None takes it as it is"
+            )

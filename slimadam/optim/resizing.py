@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimadam.kernels.interface import second_moment_dtype
+from slimadam.distributed.slots import ParamSlot
 from slimadam.optim.step.dispatch import steps_on_device
 from slimadam.state import second_moment
 from slimadam.state.first_moment import momentum_in, momentum_of
-from slimadam.state.rule import Rule
 from slimadam.utils.dtensor import is_dtensor
 from slimadam.utils.errors import shown
 
@@ -68,12 +67,11 @@ def checked_dim(dim: int, param: Tensor) -> int:
     return dim % count
 
 
-def check_replacement(name: str, old: Tensor, new: Tensor, kept: Tensor, added: int, dim: int) -> None:
+def check_replacement(slot: ParamSlot, new: Tensor, kept: Tensor, added: int, dim: int) -> None:
     """Check that a parameter can take another one's place.
 
     Args:
-        name: The name of both.
-        old: The parameter that goes.
+        slot: The parameter that goes.
         new: The parameter that comes.
         kept: Positions of the slices that stay.
         added: Number of new slices.
@@ -84,6 +82,7 @@ def check_replacement(name: str, old: Tensor, new: Tensor, kept: Tensor, added: 
         ValueError: Its shape does not follow from ``keep`` and ``added``, or no step can update it.
         RuntimeError: One of both is a DTensor.
     """
+    name, old = slot.name, slot.param
     if not isinstance(new, Tensor):
         raise TypeError(f"new={shown(new)} must be a tensor")
     if isinstance(added, bool) or not isinstance(added, int) or added < 0:
@@ -109,76 +108,62 @@ def check_replacement(name: str, old: Tensor, new: Tensor, kept: Tensor, added: 
         raise ValueError(f"{name!r}: new is no leaf tensor; pass torch.nn.Parameter(new.detach())")
 
 
-def reset_slices(state: Mapping[str, Any], rules: Sequence[Rule], param: Tensor, found: Tensor, dim: int) -> None:
+def reset_slices(slot: ParamSlot, state: Mapping[str, Any], found: Tensor, dim: int) -> None:
     """Set moments to zero at some positions along a dimension, in place.
 
     A second moment that is averaged over the dimension stays: it is the other slices' too. Of a first moment in codes a
     block that is not finite becomes zero as a whole.
 
     Args:
-        state: The parameter's state.
-        rules: Its rule, or one for each of its parts.
-        param: The parameter.
+        slot: The parameter.
+        state: Its state.
         found: Positions along ``dim``.
         dim: The dimension.
     """
     momentum_in(state).zero(state, found, dim)
+    rules, param = slot.rules, slot.param
     for kind in second_moment.SECOND_MOMENTS:
         stored = second_moment.moments_of(state, rules, kind)
-        if stored and all(rule.form != "factored" and rule.part is None for rule in rules):
+        if len(stored) == 1 and rules[0].part is None:
             if not param.dim() or stored[0].shape[dim] == param.shape[dim]:
                 stored[0].index_fill_(dim, found, 0)
         elif stored:
-            full = second_moment.expand(stored, rules, tuple(param.shape)).index_fill_(dim, found, 0)
-            for rule, (_, kept), new in zip(
-                rules, second_moment.by_rule(rules, stored, param.dim()), _by_rule(full, rules), strict=True
-            ):
-                if rule.form == "factored" or dim not in rule.dims:
+            full = second_moment.expand(stored, rules, slot.shape).index_fill_(dim, found, 0)
+            averaged = second_moment.by_rule(rules, second_moment.average(full, rules))
+            for rule, kept, new in zip(rules, second_moment.by_rule(rules, stored), averaged, strict=True):
+                if len(kept) > 1 or dim not in rule.dims:
                     for target, value in zip(kept, new, strict=True):
                         target.copy_(value)
 
 
-def resized_state(
-    state: Mapping[str, Any],
-    rules: Sequence[Rule],
-    old: Tensor,
-    new: Tensor,
-    new_rules: Sequence[Rule],
-    group: Mapping[str, Any],
-    kept: Tensor,
-    dim: int,
-) -> dict[str, Any]:
+def resized_state(old: ParamSlot, new: ParamSlot, state: Mapping[str, Any], kept: Tensor, dim: int) -> dict[str, Any]:
     """Return a state for a parameter that has some slices of another one, and new ones after them.
 
     New slices have moments of zero, as where AdamW's state is concatenated with zeros; the count of steps stays. All
     of it is where the parameter is, in its precision. Entries that a user has put there stay as they are.
 
     Args:
-        state: The other parameter's state.
-        rules: Its rules.
         old: The other parameter.
-        new: The parameter.
-        new_rules: Its rules.
-        group: The parameter group of both.
+        new: The parameter, in the same group.
+        state: The state of the other parameter.
         kept: Positions of the slices along ``dim``.
         dim: The dimension.
     """
     of_users = {key: value for key, value in state.items() if not second_moment.is_own(key)}
     if not second_moment.is_made(state):
         return of_users
-    size = new.shape[dim] if new.dim() else 1
-    momentum = momentum_of(new, group)
-    made = momentum.init(new)
-    value = _resized(momentum_in(state).read(old, state), kept, dim, size).to(new.device, momentum.dtype)
-    momentum.write(new, value, value, made)
-    second_dtype = second_moment_dtype(new.dtype)
+    param = new.param
+    size = param.shape[dim] if param.dim() else 1
+    momentum = momentum_of(param, new.group)
+    made = momentum.init(param)
+    value = _resized(momentum_in(state).read(old.param, state), kept, dim, size).to(param.device, momentum.dtype)
+    momentum.write(param, value, value, made)
     for kind in second_moment.SECOND_MOMENTS:
-        stored = second_moment.moments_of(state, rules, kind)
+        stored = second_moment.moments_of(state, old.rules, kind)
         if stored:
-            stored = _resized_moments(stored, rules, old, new_rules, kept, dim, size)
-            stored = [moment.to(new.device, second_dtype) for moment in stored]
-            made.update(second_moment.by_key(stored, new_rules, kind))
-    device = new.device if steps_on_device(new, group) else torch.device("cpu")
+            moments = new.placed(_resized_moments(old, new, stored, kept, dim, size))
+            made.update(second_moment.by_key(moments, new.rules, kind))
+    device = param.device if steps_on_device(param, new.group) else torch.device("cpu")
     return {**of_users, "step": state["step"].to(device), **made}
 
 
@@ -189,28 +174,17 @@ def reset_all(state: MutableMapping[str, Any]) -> None:
             value.zero_()
 
 
-def _by_rule(full: Tensor, rules: Sequence[Rule]) -> list[Sequence[Tensor]]:
-    averaged = second_moment.average(full, rules)
-    return [tensors for _, tensors in second_moment.by_rule(rules, averaged, full.dim())]
-
-
 def _resized_moments(
-    stored: list[Tensor],
-    rules: Sequence[Rule],
-    old: Tensor,
-    new_rules: Sequence[Rule],
-    kept: Tensor,
-    dim: int,
-    size: int,
+    old: ParamSlot, new: ParamSlot, stored: list[Tensor], kept: Tensor, dim: int, size: int
 ) -> list[Tensor]:
     """Return second moments of some slices and of new ones; an average over the dimension is that of what is kept."""
-    alike = [rule.storage for rule in rules] == [rule.storage for rule in new_rules]
-    if alike and rules[0].form != "factored" and rules[0].part is None:
-        return stored if dim in rules[0].dims else [_resized(stored[0], kept, dim, size)]
-    full = second_moment.expand(stored, rules, tuple(old.shape))
-    averaged = dim in new_rules[0].dims and kept.numel()
+    alike = [rule.storage for rule in old.rules] == [rule.storage for rule in new.rules]
+    if alike and len(stored) == 1 and old.rules[0].part is None:
+        return stored if dim in old.rules[0].dims else [_resized(stored[0], kept, dim, size)]
+    full = second_moment.expand(stored, old.rules, old.shape)
+    averaged = dim in new.rules[0].dims and kept.numel()
     return second_moment.average(
-        full.index_select(dim, kept) if averaged else _resized(full, kept, dim, size), new_rules
+        full.index_select(dim, kept) if averaged else _resized(full, kept, dim, size), new.rules
     )
 
 

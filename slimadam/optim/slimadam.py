@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from slimadam.distributed import grad_scaler
+from slimadam.distributed.slots import ParamSlot, slot_of
 from slimadam.kernels.interface import Scalar
 from slimadam.layers.roles import canonical_name
 from slimadam.layers.splits import key_of
 from slimadam.measurement.monitor import Check
-from slimadam.optim.checkpoint import format
 from slimadam.optim.checkpoint.conversion import in_present_format
-from slimadam.optim.checkpoint.state_dict import add_plan, as_adamw, taken_over
+from slimadam.optim.checkpoint.loading import check_is_mapping, taken_over
+from slimadam.optim.checkpoint.state_dict import add_plan, as_adamw
 from slimadam.optim.compression import compress, decision, expand
-from slimadam.optim.membership import rules_for_another
 from slimadam.optim.memory import MemoryReport, memory_report
-from slimadam.optim.registry import Registry
+from slimadam.optim.registry import Registry, rules_for_another
 from slimadam.optim.resizing import (
     Index,
     check_replacement,
@@ -30,15 +30,15 @@ from slimadam.optim.resizing import (
     reset_slices,
     resized_state,
 )
-from slimadam.optim.step.clipping import check_have_norm, checked_max_grad_norm, clip_factor, norm_in_step
+from slimadam.optim.step.clipping import check_have_norm, clip_factor, norm_in_step
 from slimadam.optim.step.direction import Shared, averages_after_step, updates_without_decay, with_decay
-from slimadam.optim.step.dispatch import Backend
-from slimadam.optim.step.options import check_group, normalize_group
-from slimadam.optim.step.param_groups import Held, check_gradients, check_lacks_all
+from slimadam.optim.step.dispatch import BackendName
+from slimadam.optim.step.options import check_group, checked_max_grad_norm, normalize_group
+from slimadam.optim.step.param_groups import check_gradients, check_lacks_all
 from slimadam.optim.step.stepper import Stepper, hyperparameters
 from slimadam.optim.step.tasks import backend_of, initial_state
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.resolver import PlanArgument, check_factored_amsgrad
+from slimadam.plans.resolver import PlanArgument
 from slimadam.state import second_moment
 from slimadam.state.first_moment import warn_of_other_formats
 from slimadam.utils import torch_private
@@ -186,7 +186,7 @@ class SlimAdam(Optimizer):
         super().add_param_group(group)
         try:
             names = resolver.names(group, len(self.param_groups) - 1)
-            ruled = self._registry.rules_of_new(group, names, own_plan, self._max_grad_norm is not None)
+            new = self._registry.slots_of_new(group, names, own_plan, self._max_grad_norm is not None)
             if self._complete:
                 resolver.check_all_used()
                 resolver.forget_owners()
@@ -194,17 +194,17 @@ class SlimAdam(Optimizer):
             self.param_groups.pop()
             resolver.restore(before)
             raise
-        self._registry.add_group(self.param_groups[-1], names, ruled, self.state)
+        self._registry.add_group(self.param_groups[-1], names, new, self.state)
 
     def _follow_groups(self) -> None:
         """Take note of groups that were edited by hand."""
         if self._registry.follow(self.param_groups, self.defaults, self.state, self._max_grad_norm is not None):
             self._stepper.forget()
 
-    def _parameters(self) -> Iterator[Held]:
-        """Yield name, tensor and group of each parameter that has a shape."""
+    def _slots(self) -> Iterator[ParamSlot]:
+        """Yield each parameter that has a shape."""
         self._follow_groups()
-        return self._registry.parameters(self.param_groups)
+        return self._registry.slots(self.param_groups)
 
     @property
     def plan(self) -> CompressionPlan:
@@ -221,7 +221,7 @@ class SlimAdam(Optimizer):
     def max_grad_norm(self, value: float | None) -> None:
         value = checked_max_grad_norm(value)
         if value is not None:
-            check_have_norm((name, param) for name, param, _ in self._parameters())
+            check_have_norm((slot.name, slot.param) for slot in self._slots())
         self._max_grad_norm = value
 
     @property
@@ -238,7 +238,7 @@ class SlimAdam(Optimizer):
         plan = self._registry.measuring or self._registry.plan  # follows no groups, so that it never raises
         return f"{super().__repr__()[:-1]}{clips}plan: {plan}\n)"
 
-    def backend(self, param: Tensor | str) -> Backend:
+    def backend(self, param: Tensor | str) -> BackendName:
         """The implementation that updates a parameter.
 
         Args:
@@ -247,8 +247,7 @@ class SlimAdam(Optimizer):
         Raises:
             KeyError: The optimizer does not hold it.
         """
-        name, held, group = self._find(param)
-        return backend_of(name, held, group, self._registry.rules[name])
+        return backend_of(self._find(param)).name
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -257,12 +256,12 @@ class SlimAdam(Optimizer):
         Not while gradients are also measured or sampled, which must be unscaled. With DTensors only where ranks must
         first agree whether to leave out the step.
         """
-        params = [param for _, param, _ in self._parameters()]
-        if any(map(is_dtensor, params)):
+        slots = list(self._slots())
+        if any(is_dtensor(slot.param) for slot in slots):
             return grad_scaler.may_differ(self._gradients())
         if self._registry.measuring is not None or self._registry.monitor is not None:
             return False
-        return any(self.backend(param) == "triton" for param in params)
+        return any(backend_of(slot).counts_steps for slot in slots)
 
     def memory(self) -> MemoryReport:
         """Return the bytes of the optimizer state, known before the first step. See :class:`MemoryReport`.
@@ -271,7 +270,7 @@ class SlimAdam(Optimizer):
 
         ``total`` does not include the samples for :meth:`snr_check`; they come on top, as ``monitor``.
         """
-        return memory_report(self._parameters(), self._registry.rules, self.state, self._registry.monitor)
+        return memory_report(self._slots(), self.state, self._registry.monitor)
 
     # -- the step ----------------------------------------------------------------------------------------
 
@@ -301,7 +300,7 @@ class SlimAdam(Optimizer):
                 loss = closure()
         recalled = self._recalled_gradients()
         if recalled is None:
-            check_gradients(self._parameters())
+            check_gradients(self._slots())
             if not torch.compiler.is_compiling() and not self.state and self._only_makes_state():
                 for group in self.param_groups:
                     self._init_group(group)
@@ -356,7 +355,7 @@ class SlimAdam(Optimizer):
         return clip_factor(norm, self._max_grad_norm)
 
     def _global_norm(self) -> Tensor:
-        return norm_in_step((name, param) for name, param, _ in self._parameters() if param.grad is not None)
+        return norm_in_step((slot.name, slot.param) for slot in self._slots() if slot.param.grad is not None)
 
     @torch.no_grad()
     def clip_factor(self) -> Tensor | None:
@@ -369,7 +368,7 @@ class SlimAdam(Optimizer):
         Raises:
             RuntimeError: A gradient is sparse.
         """
-        check_gradients(self._parameters())
+        check_gradients(self._slots())
         return None if self._max_grad_norm is None else clip_factor(self._global_norm(), self._max_grad_norm)
 
     @torch.no_grad()
@@ -394,19 +393,12 @@ class SlimAdam(Optimizer):
         Raises:
             RuntimeError: A gradient is sparse.
         """
-        return averages_after_step(
-            (
-                (name, param, group)
-                for name, param, group in self._parameters()
-                if is_dtensor(param) and param.grad is not None
-            ),
-            self._registry.rules,
-            self._states_of_steps(),
-            self.clip_factor(),
-        )
+        return averages_after_step(self._slots(), self._states_of_steps(), self.clip_factor())
 
     @torch.no_grad()
-    def updates_without_decay(self, averages: Shared | None = None) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
+    def updates_without_decay(
+        self, averages: Shared | None = None
+    ) -> Iterator[tuple[Tensor, Mapping[str, Any], Tensor]]:
         """Yield pending updates as :meth:`update_direction`, but of gradients and state alone, without weight decay.
 
         Args:
@@ -418,10 +410,10 @@ class SlimAdam(Optimizer):
         Raises:
             RuntimeError: A gradient is sparse.
         """
-        check_gradients(self._parameters())
+        check_gradients(self._slots())
         if averages is None:
             averages = self.averages_after_step()
-        yield from updates_without_decay(self._parameters(), self._registry.rules, self._states_of_steps(), averages)
+        yield from updates_without_decay(self._slots(), self._states_of_steps(), averages)
 
     def _states_of_steps(self) -> Mapping[Tensor, Any]:
         """Return the state without entries that a step of zero has made."""
@@ -450,25 +442,25 @@ class SlimAdam(Optimizer):
             IndexError: The parameter has no such dimension or position.
             RuntimeError: ``index`` is given for a DTensor.
         """
-        name, held, group = self._find(param)
-        state = self.state.get(held, {})
+        slot = self._find(param)
+        state = self.state.get(slot.param, {})
         if not second_moment.is_made(state):
             state = {}
         if index is not None:
-            dim = checked_dim(dim, held)
-            found = positions(index, held, dim, "index")
-            if is_dtensor(held):
+            dim = checked_dim(dim, slot.param)
+            found = positions(index, slot.param, dim, "index")
+            if is_dtensor(slot.param):
                 raise RuntimeError(
-                    f"{name!r}: slices of a DTensor's state cannot be reset; use index=None on every rank"
+                    f"{slot.name!r}: slices of a DTensor's state cannot be reset; use index=None on every rank"
                 )
             if state:
-                reset_slices(state, self._registry.rules[name], held, found, dim)
-        elif state and group["variance_init"] == "gradient":
+                reset_slices(slot, state, found, dim)
+        elif state and slot.group["variance_init"] == "gradient":
             for key in list(filter(second_moment.is_own, state)):
                 del state[key]
         elif state:
             reset_all(state)
-        self._registry.sample(name, held, self.state)
+        self._registry.sample(slot.name, slot.param, self.state)
 
     @torch.no_grad()
     def replace_param(
@@ -496,22 +488,21 @@ class SlimAdam(Optimizer):
             PlanError: ``new`` would be factored, which ``amsgrad=True`` cannot be.
             RuntimeError: One of both is a DTensor, or ``old`` is a fused weight whose parts have rules of their own.
         """
-        name, held, group = self._find(old)
+        slot = self._find(old)
+        held, group, registry = slot.param, slot.group, self._registry
         dim = checked_dim(dim, held)
         kept = positions(keep, held, dim, "keep")
-        check_replacement(name, held, new, kept, added, dim)
-        if any(param is new for _, param, _ in self._parameters()):
+        check_replacement(slot, new, kept, added, dim)
+        if any(one.param is new for one in self._slots()):
             raise ValueError(f"new, of shape {tuple(new.shape)}, is a parameter of this optimizer already")
-        names = [name for name, param, _ in self._parameters() if param is held]  # several, if it is there repeatedly
-        rules = {name: rules_for_another(name, self._registry.rules[name], new) for name in names}
+        names = [one.name for one in self._slots() if one.param is held]  # several, if it is there repeatedly
+        rules = {name: rules_for_another(name, registry.rules[name], new) for name in names}
         measured = {
-            name: rules_for_another(name, self._registry.measured[name], new)
-            for name in names
-            if name in self._registry.measured
+            name: rules_for_another(name, registry.measured[name], new) for name in names if name in registry.measured
         }
-        check_factored_amsgrad(name, rules[name][0], group)
-        state = self.state.get(held, {})
-        state = resized_state(state, self._registry.rules[name], held, new, rules[name], group, kept, dim)
+        successor = slot_of(slot.name, new, group, rules[slot.name])
+        successor.check()
+        state = resized_state(slot, successor, self.state.get(held, {}), kept, dim)
         params = [new if param is held else param for param in group["params"]]
         if isinstance(group["params"], list):
             group["params"][:] = params
@@ -519,15 +510,15 @@ class SlimAdam(Optimizer):
             group["params"] = params
         if self.state.pop(held, None) is not None:
             self.state[new] = state
-        self._registry.rules.update(rules)
-        self._registry.measured.update(measured)
-        self._registry.hold(self.param_groups)
+        registry.rules.update(rules)
+        registry.measured.update(measured)
+        registry.hold(self.param_groups)
         self._stepper.forget()
         for name in names:
-            self._registry.resolver.note(name, new)
-            self._registry.sample(name, new, self.state)
+            registry.resolver.note(name, new)
+            registry.sample(name, new, self.state)
 
-    def _find(self, param: Tensor | str) -> Held:
+    def _find(self, param: Tensor | str) -> ParamSlot:
         self._follow_groups()
         return self._registry.find(param, self.param_groups)
 
@@ -573,14 +564,14 @@ class SlimAdam(Optimizer):
                 The optimizer is as it was after any error.
         """
         try:
-            format.check_is_mapping(state_dict)
+            check_is_mapping(state_dict)
             state_dict = dict(state_dict)
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
                 state_dict = pre_hook(self, state_dict) or state_dict
             self._follow_groups()
             taken = taken_over(state_dict, self._registry, self.param_groups)
         except Exception:
-            on_any_rank(True, (param for _, param, _ in self._parameters()))
+            on_any_rank(True, (slot.param for slot in self._slots()))
             raise
         taken.check_on_all_ranks()
         state = taken.loaded_state()
@@ -607,9 +598,9 @@ class SlimAdam(Optimizer):
         self._registry.hold(self.param_groups)
         if resumed:
             self._registry.resume(self.param_groups)
-            for name, param, _ in self._parameters():
-                if self.state.get(param):  # of an earlier release, perhaps
-                    self.state[param] = in_present_format(name, self.state[param], self._registry.rules[name])
+            for slot in self._slots():
+                if self.state.get(slot.param):  # of an earlier release, perhaps
+                    self.state[slot.param] = in_present_format(slot.name, self.state[slot.param], slot.rules)
 
     # -- does it still hold? -----------------------------------------------------------------------------
 
@@ -653,10 +644,10 @@ class SlimAdam(Optimizer):
             raise RuntimeError(
                 f"expand({name!r}): nothing is compressed while plan='auto' measures; wait for its decision"
             )
-        for held, param, _ in self._parameters():
-            keys = [key_of(held, rule.part) for rule in self._registry.rules[held]]
-            if canonical_name(name) == held or canonical_name(name) in keys:
-                expand(self._registry, held, param, set(keys) & {canonical_name(name)} or set(keys), self.state)
+        for slot in self._slots():
+            keys = [key_of(slot.name, rule.part) for rule in slot.rules]
+            if canonical_name(name) == slot.name or canonical_name(name) in keys:
+                expand(self._registry, slot, set(keys) & {canonical_name(name)} or set(keys), self.state)
                 self._stepper.forget()
                 return
         raise KeyError(f"{name!r} is not a parameter of this optimizer; {did_you_mean(name, self.plan)}".rstrip("; "))
@@ -665,8 +656,9 @@ class SlimAdam(Optimizer):
         """Return whether this is the step of torch's ``get_optimizer_state_dict``: all rates and gradients are zero."""
         if any(float(group["lr"]) for group in self.param_groups):
             return False
-        grads = [local(param.grad) for _, param, _ in self._parameters() if param.grad is not None]
-        return not on_any_rank(any(bool(grad.any()) for grad in grads), (param for _, param, _ in self._parameters()))
+        params = [slot.param for slot in self._slots()]
+        grads = [local(param.grad) for param in params if param.grad is not None]
+        return not on_any_rank(any(bool(grad.any()) for grad in grads), params)
 
     def _takes_scaled_gradients(self) -> bool:
         """Return whether the kernels divide by GradScaler's scale, and leave a step out, for every parameter."""
@@ -674,13 +666,10 @@ class SlimAdam(Optimizer):
             return False
         for group in self.param_groups:
             self._init_group(group)
-        return all(
-            self._stepper.is_on_triton(names, group, self._registry.rules, self.state)
-            for names, group in zip(self._registry.names, self.param_groups, strict=True)
-        )
+        return self._stepper.counts_steps(self._slots(), self.state)
 
     def _gradients(self) -> Iterator[Tensor]:
-        return (param.grad for _, param, _ in self._parameters() if param.grad is not None)
+        return (slot.param.grad for slot in self._slots() if slot.param.grad is not None)
 
     def _init_group(self, group: dict[str, Any]) -> None:
         """Make missing state. ``torch.compile`` runs a method of this name and signature untraced, once."""
@@ -690,11 +679,11 @@ class SlimAdam(Optimizer):
                 del self.state[param]
         missing = {param for param in group["params"] if param.grad is not None and "step" not in self.state[param]}
         if missing:
-            check_lacks_all((name, self.state[param]) for name, param, _ in self._parameters() if param in missing)
+            check_lacks_all((slot.name, self.state[slot.param]) for slot in self._slots() if slot.param in missing)
             factor = self.clip_factor() if group["variance_init"] == "gradient" else None
-            for name, param, owner in self._parameters():
-                if owner is group and param in missing:
-                    self.state[param].update(initial_state(name, self._registry.rules[name], param, group, factor))
+            for slot in self._slots():
+                if slot.group is group and slot.param in missing:
+                    self.state[slot.param].update(initial_state(slot, factor))
             if group["variance_init"] == "gradient":
                 self._stepper.start_from_gradient(missing)
             warn_of_other_formats(group, missing)

@@ -7,21 +7,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 from torch import Tensor
 
+from slimadam.kernels.interface import Dims as Dims
 from slimadam.layers.roles import BIAS, NORM, ParameterRole, recommended_dims
 from slimadam.layers.splits import Part, Piece, check_parts, owner_of
+from slimadam.state.second_moment import FACTORED as FACTORED
+from slimadam.state.second_moment import FORMS, Form, reduced_shape
+from slimadam.state.second_moment import Candidate as Candidate
+from slimadam.state.second_moment import FormName as FormName
 from slimadam.utils.errors import PlanError, shown
 
 NO_ELEMENTS: Final = "no elements"
 
-Dims = tuple[int, ...]
-Form = Literal["full", "mean", "factored"]
-Candidate = tuple[int, ...] | Literal["factored"]
-"""Dimensions to average over, or ``"factored"`` for row and column averages."""
-FACTORED: Final = "factored"
 MAX_NDIM = 8
 
 
@@ -89,7 +89,7 @@ class Rule:
     """
 
     dims: tuple[int, ...] = ()
-    form: Form = "full"
+    form: FormName = "full"
     shape: tuple[int, ...] | None = None
     snr: Mapping[Candidate, float] = field(default_factory=dict)
     reason: str = ""
@@ -102,28 +102,32 @@ class Rule:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({"source": source_of_reason(state["reason"]), **state})
 
-    def state_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Return the shapes of the second-moment tensors for a parameter of the given shape.
+    @property
+    def stored_as(self) -> Form:
+        """The form, as an object that computes with it."""
+        return FORMS[self.form].of(self.dims, self.batch_dims)
 
-        One tensor for ``"full"`` and ``"mean"`` (size 1 in ``dims``), two for ``"factored"``: the averages of the
-        rows, over all dimensions after the first that is no batch dimension, and of the columns, over that one.
-        """
-        return tuple(reduced_shape(shape, dims) for dims in self.averaged_dims(len(shape)))
+    @property
+    def is_full(self) -> bool:
+        """True if every element keeps its second moment, as in AdamW."""
+        return self.form == "full"
 
-    def averaged_dims(self, ndim: int) -> tuple[tuple[int, ...], ...]:
+    @property
+    def storage(self) -> tuple[Form, Part | None]:
+        """All that decides how a second moment is stored."""
+        return self.stored_as, self.part
+
+    def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
         """Return the dimensions that each second-moment tensor is averaged over."""
-        if self.form == FACTORED:
-            return tuple(range(self.batch_dims + 1, ndim)), (self.batch_dims,)
-        return (self.dims,)
+        return self.stored_as.averaged_dims(ndim)
+
+    def state_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the second-moment tensors for a parameter of the given shape."""
+        return self.stored_as.shapes(shape)
 
     def stored_elements(self, shape: tuple[int, ...]) -> int:
         """Count the second-moment elements kept for a parameter of the given shape."""
         return sum(math.prod(kept) for kept in self.state_shapes(shape))
-
-    @property
-    def storage(self) -> tuple[Form, Dims, Part | None, int]:
-        """All that decides how a second moment is stored."""
-        return self.form, self.dims, self.part, self.batch_dims
 
     @property
     def owner_shape(self) -> tuple[int, ...] | None:
@@ -133,17 +137,6 @@ class Rule:
     def take(self, tensor: Tensor) -> Tensor:
         """Return the view of a tensor of the parameter's shape that the rule is for."""
         return tensor if self.part is None else self.part.take(tensor)
-
-
-def reduced_shape(shape: tuple[int, ...], dims: Iterable[int]) -> tuple[int, ...]:
-    """Return ``shape`` with size 1 in some dimensions.
-
-    Args:
-        shape: Any shape.
-        dims: Dimensions of it.
-    """
-    dims = set(dims)
-    return tuple(1 if dim in dims else size for dim, size in enumerate(shape))
 
 
 def full_rule(piece: Piece, reason: str, source: Source = Source.OTHER) -> Rule:
@@ -208,9 +201,9 @@ def resized_rule(rule: Rule, shape: tuple[int, ...]) -> Rule:
     piece = Piece(shape, ParameterRole(rule.role, rule.fan_in, fan_out), None, rule.batch_dims)
     if rule.source == Source.FACTORED:
         return factored_rule(piece)
-    if rule.form != "full" and 0 in shape:
+    if not rule.is_full and 0 in shape:
         return full_rule(piece, NO_ELEMENTS)
-    if rule.source == Source.PAPER and rule.form == "full":
+    if rule.source == Source.PAPER and rule.is_full:
         return paper_rule(piece)
     return replace(rule, shape=shape)
 
@@ -258,7 +251,7 @@ def check_rule(name: str, rule: Rule) -> None:
     Raises:
         PlanError: A dimension is out of range, or the form needs another shape.
     """
-    if rule.form not in get_args(Form):
+    if rule.form not in FORMS:
         raise PlanError(f"{name!r}: form={shown(rule.form)} must be 'full', 'mean' or 'factored'")
     if bool(rule.dims) != (rule.form == "mean"):
         raise PlanError(f"{name!r}: form={rule.form!r} with dims={rule.dims}; only form='mean' has dims, and needs one")
@@ -277,13 +270,11 @@ def check_rule(name: str, rule: Rule) -> None:
         )
     if rule.shape is None:
         return
-    ndim = len(rule.shape)
-    if any(dim >= ndim for dim in rule.dims):
-        raise PlanError(f"{name!r}: dims={rule.dims} is out of range for shape {rule.shape}; use 0..{ndim - 1}")
-    if rule.batch_dims > max(0, ndim - 2):
+    if rule.batch_dims > max(0, len(rule.shape) - 2):
         raise PlanError(f"{name!r}: batch_dims={rule.batch_dims} leaves less than a matrix of shape {rule.shape}")
-    if rule.form == FACTORED and ndim < 2:
-        raise PlanError(f"{name!r}: form='factored' needs two dimensions, the shape is {rule.shape}; use 'full'")
+    misfit = rule.stored_as.misfit(rule.shape)
+    if misfit:
+        raise PlanError(f"{name!r}: {misfit}")
 
 
 def dimension_subsets(ndim: int) -> list[tuple[int, ...]]:

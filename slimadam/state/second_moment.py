@@ -1,19 +1,190 @@
-"""The state: its format in memory and in state dicts, and what stored second moments stand for."""
+"""Second moments: the forms in which they are stored, and the state that holds them. A new form is a new class here."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, Final
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from slimadam.kernels.reference import reconstruct
+from slimadam.kernels.interface import Dims
+from slimadam.kernels.reference import initial_second_moment, reconstruct
 from slimadam.state.first_moment import FIRST_MOMENTS
-from slimadam.state.rule import Rule
+
+if TYPE_CHECKING:
+    from slimadam.state.rule import Rule
 
 SECOND_MOMENTS: Final = ("exp_avg_sq", "max_exp_avg_sq")
+FormName = Literal["full", "mean", "factored"]
+Candidate = tuple[int, ...] | Literal["factored"]
+"""Dimensions to average over, or ``"factored"`` for row and column averages."""
+FACTORED: Final = "factored"
+
+
+def reduced_shape(shape: Sequence[int], dims: Iterable[int]) -> tuple[int, ...]:
+    """Return ``shape`` with size 1 in some dimensions.
+
+    Args:
+        shape: Any shape.
+        dims: Dimensions of it.
+    """
+    dims = set(dims)
+    return tuple(1 if dim in dims else size for dim, size in enumerate(shape))
+
+
+class Form(ABC):
+    """A form in which the second moment of a tensor is stored.
+
+    Attributes:
+        name: Its name in plans.
+        suffixes: For each stored tensor the end of its key in the state.
+    """
+
+    name: ClassVar[FormName]
+    suffixes: ClassVar[tuple[str, ...]] = ("",)
+
+    @property
+    @abstractmethod
+    def candidate(self) -> Candidate:
+        """The candidate that it is measured as; ``()`` for none."""
+
+    @abstractmethod
+    def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
+        """Return the dimensions that each stored tensor is averaged over."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, dims: Dims, batch_dims: int) -> Form:
+        """Return the form that a rule with these ``dims`` and ``batch_dims`` means.
+
+        Args:
+            dims: As in :class:`~slimadam.state.rule.Rule`.
+            batch_dims: As there.
+        """
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Return why a tensor of this shape cannot have the form, or None where it can."""
+        return None
+
+    def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the stored tensors of a tensor of the given shape: size 1 where they are averaged."""
+        return tuple(reduced_shape(shape, dims) for dims in self.averaged_dims(len(shape)))
+
+    def compress(self, full: Tensor) -> list[Tensor]:
+        """Return the stored tensors of a full second moment; complex ones average real and imaginary parts apart."""
+        dims_of_each = self.averaged_dims(full.dim())
+        return [full.mean(dims, keepdim=True) if dims else full.clone() for dims in dims_of_each]
+
+    def expand(self, stored: Sequence[Tensor], ndim: int) -> Tensor:
+        """Return the second moment that stored tensors stand for, broadcastable to the full one.
+
+        Args:
+            stored: The tensors.
+            ndim: Number of dimensions of the full one.
+        """
+        dims = self.averaged_dims(ndim)
+        if stored[0].is_complex():
+            real = reconstruct([torch.view_as_real(one) for one in stored], dims)
+            return torch.view_as_complex(real.contiguous())
+        return reconstruct(stored, dims)
+
+    def start_from(self, grad: Tensor) -> list[Tensor]:
+        """Return the stored tensors of a gradient's square (GI-Adam, arXiv 2406.09405)."""
+        return [initial_second_moment(grad, dims) for dims in self.averaged_dims(grad.dim())]
+
+
+@dataclass(frozen=True)
+class Full(Form):
+    """One value for each element, as in AdamW."""
+
+    name = "full"
+
+    @classmethod
+    @override
+    def of(cls, dims: Dims, batch_dims: int) -> Form:
+        return cls()
+
+    @property
+    @override
+    def candidate(self) -> Candidate:
+        return ()
+
+    @override
+    def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
+        return ((),)
+
+
+@dataclass(frozen=True)
+class Mean(Form):
+    """One value for all elements along some dimensions (arXiv 2503.01843).
+
+    Attributes:
+        dims: The dimensions.
+    """
+
+    dims: Dims
+    name = "mean"
+
+    @classmethod
+    @override
+    def of(cls, dims: Dims, batch_dims: int) -> Form:
+        return cls(dims)
+
+    @property
+    @override
+    def candidate(self) -> Candidate:
+        return self.dims
+
+    @override
+    def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
+        return (self.dims,)
+
+    @override
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        if all(dim < len(shape) for dim in self.dims):
+            return None
+        return f"dims={self.dims} is out of range for shape {shape}; use 0..{len(shape) - 1}"
+
+
+@dataclass(frozen=True)
+class Factored(Form):
+    """Row averages and column averages, whose product stands in for the matrix (arXiv 1804.04235).
+
+    Rows are averaged over all dimensions after the first that is no batch dimension, columns over that one.
+
+    Attributes:
+        batch_dims: Number of leading dimensions that count separate matrices, each with averages of its own.
+    """
+
+    batch_dims: int = 0
+    name = FACTORED
+    suffixes = ("_row", "_col")
+
+    @classmethod
+    @override
+    def of(cls, dims: Dims, batch_dims: int) -> Form:
+        return cls(batch_dims)
+
+    @property
+    @override
+    def candidate(self) -> Candidate:
+        return FACTORED
+
+    @override
+    def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
+        return tuple(range(self.batch_dims + 1, ndim)), (self.batch_dims,)
+
+    @override
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        return None if len(shape) > 1 else f"form='factored' needs two dimensions, the shape is {shape}; use 'full'"
+
+
+FORMS: Final[Mapping[str, type[Form]]] = {form.name: form for form in (Full, Mean, Factored)}
 
 
 def step_dtype() -> torch.dtype:
@@ -44,7 +215,7 @@ def keys_of(rules: Sequence[Rule], kind: str = "exp_avg_sq") -> list[str]:
     found = []
     for rule in rules:
         part = "" if rule.part is None else f"[{rule.part.label}]"
-        found += [f"{kind}{form}{part}" for form in (("_row", "_col") if rule.form == "factored" else ("",))]
+        found += [f"{kind}{suffix}{part}" for suffix in rule.stored_as.suffixes]
     return found
 
 
@@ -99,13 +270,13 @@ def saved_moments(saved: Mapping[str, Any], rules: Sequence[Rule], kind: str = "
     keys = keys_of(rules, kind)
     if all(isinstance(saved.get(key), Tensor) for key in keys):
         return [saved[key] for key in keys]
-    whole = saved.get(kind)
-    if isinstance(whole, Tensor):
-        return [whole]
-    if isinstance(whole, Mapping):
-        return [whole[str(index)] for index in range(len(whole))]
-    if isinstance(whole, (list, tuple)):
-        return list(whole)
+    full_moment = saved.get(kind)
+    if isinstance(full_moment, Tensor):
+        return [full_moment]
+    if isinstance(full_moment, Mapping):
+        return [full_moment[str(index)] for index in range(len(full_moment))]
+    if isinstance(full_moment, (list, tuple)):
+        return list(full_moment)
     return [value for key, value in saved.items() if is_key_of(key, kind)]
 
 
@@ -136,18 +307,17 @@ def is_key_of(key: object, kind: str) -> bool:
     return isinstance(key, str) and re.fullmatch(rf"{kind}(_row|_col)?(\[.*\])?", key) is not None
 
 
-def by_rule(rules: Sequence[Rule], moments: Sequence[Tensor], ndim: int) -> list[tuple[Rule, Sequence[Tensor]]]:
-    """Return the stored tensors of a parameter, rule by rule.
+def by_rule(rules: Sequence[Rule], moments: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """Return the stored tensors of each rule of a parameter.
 
     Args:
         rules: The parameter's rule, or one for each of its parts.
         moments: The tensors of its second moment.
-        ndim: The number of dimensions of the parameter.
     """
     found, start = [], 0
     for rule in rules:
-        end = start + len(rule.averaged_dims(ndim))
-        found.append((rule, moments[start:end]))
+        end = start + len(rule.stored_as.suffixes)
+        found.append(moments[start:end])
         start = end
     return found
 
@@ -169,13 +339,7 @@ def average(full: Tensor, rules: Sequence[Rule]) -> list[Tensor]:
         full: Second moment of the parameter's shape; complex ones average real and imaginary parts apart.
         rules: The parameter's rule, or one for each of its parts.
     """
-    stored = []
-    for rule in rules:
-        piece = rule.take(full)
-        stored += [
-            piece.mean(dims, keepdim=True) if dims else piece.clone() for dims in rule.averaged_dims(piece.dim())
-        ]
-    return stored
+    return [moment for rule in rules for moment in rule.stored_as.compress(rule.take(full))]
 
 
 def expand(moments: Sequence[Tensor], rules: Sequence[Rule], shape: tuple[int, ...]) -> Tensor:
@@ -186,13 +350,7 @@ def expand(moments: Sequence[Tensor], rules: Sequence[Rule], shape: tuple[int, .
         rules: The parameter's rule, or one for each of its parts.
         shape: The shape of the parameter.
     """
-    whole = torch.empty(shape, dtype=moments[0].dtype, device=moments[0].device)
-    for rule, stored in by_rule(rules, moments, len(shape)):
-        piece = rule.take(whole)
-        dims = rule.averaged_dims(piece.dim())
-        if whole.is_complex():
-            real = reconstruct([torch.view_as_real(part) for part in stored], dims)
-            piece.copy_(torch.view_as_complex(real.contiguous()))
-        else:
-            piece.copy_(reconstruct(stored, dims))
-    return whole
+    full_moment = torch.empty(shape, dtype=moments[0].dtype, device=moments[0].device)
+    for rule, stored in zip(rules, by_rule(rules, moments), strict=True):
+        rule.take(full_moment).copy_(rule.stored_as.expand(stored, len(shape)))
+    return full_moment

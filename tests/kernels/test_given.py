@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimadam.kernels.cpp.build import library
 from slimadam.kernels.interface import Entry, Hyperparameters
-from slimadam.optim.step.dispatch import UPDATES, choose_backend, supports
+from slimadam.optim.step.dispatch import BACKENDS, choose_backend
 
 HYPER = Hyperparameters(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1)
 STEP = 3
@@ -84,8 +84,8 @@ def test_a_step_from_given_second_moments(backend: Any, dtype: torch.dtype, amsg
     for shape, dims in CASES:
         entry = _entry(shape, dims, dtype)
         assert choose_backend(entry.param, dtype, entry.averaged_dims, group) == backend
-        assert supports(backend, entry)
-        _check(entry, hyper, lambda entry=entry: UPDATES[backend]([entry], hyper))
+        assert BACKENDS[backend].supports(entry)
+        _check(entry, hyper, lambda entry=entry: BACKENDS[backend].update([entry], hyper))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

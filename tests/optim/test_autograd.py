@@ -199,7 +199,7 @@ def test_a_step_that_fails_half_way_is_seen(implementation: str, monkeypatch: py
         raise KeyboardInterrupt
 
     losses = record([layer.w, layer.b])
-    monkeypatch.setattr("slimadam.optim.step.stepper.UPDATES", {"reference": interrupted})
+    monkeypatch.setattr(dispatch.REFERENCE, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert_refused([layer.w, layer.b], losses)

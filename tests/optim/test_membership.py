@@ -316,10 +316,10 @@ def test_names_of_two_modules_are_told_apart_by_where_they_stand_now() -> None:
     assert list(optimizer.plan) == ["weight", "param_groups.1.params.0.weight"]
     optimizer.param_groups.reverse()
     assert list(optimizer.plan) == ["weight", "param_groups.1.params.0.weight"]
-    assert optimizer._find("weight")[1] is second
+    assert optimizer._find("weight").param is second
     del optimizer.param_groups[0]
     assert list(optimizer.plan) == ["weight"]
-    assert optimizer._find("weight")[1] is first
+    assert optimizer._find("weight").param is first
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"])
@@ -337,7 +337,7 @@ def test_copies_between_an_edit_and_the_next_step_train_as_the_original(kind: st
     else:
         held.reverse()
     again = copied(optimizer)
-    assert again._find("a")[1].equal(first)
+    assert again._find("a").param.equal(first)
     for one in (optimizer, again):
         train(one, 3, 2)
     assert list(again.plan) == list(optimizer.plan)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import slimadam.optim.step.stepper
 from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam, Split
 from slimadam.kernels.interface import Entry, Hyperparameters
 from slimadam.kernels.reference import reference_update
+from slimadam.optim.step import dispatch
 from slimadam.state import int8
 from tests.reference import Array, gradients, train
 from tests.state.test_int8 import encoded, oracle_decoded
@@ -287,8 +287,8 @@ def test_an_implementation_that_takes_codes_gets_whole_blocks_of_parts(monkeypat
                         seen += entries
                         (_takes_codes if native else reference_update)(entries, hyper)
 
-                    patch.setattr(slimadam.optim.step.stepper, "TAKES_CODES", frozenset({"reference"}))
-                    patch.setitem(slimadam.optim.step.stepper.UPDATES, "reference", update)
+                    patch.setattr(dispatch.REFERENCE, "reads_codes", True)
+                    patch.setattr(dispatch.REFERENCE, "update", update)
                 run(model, optimizer, range(3))
             assert all((entry.exp_avg.dtype == torch.int8) == native for entry in seen)
             assert bool(seen) == replaced

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from slimadam.distributed.sharded_moments import distributed_moments
-from slimadam.optim.checkpoint import format
+from slimadam.distributed.slots import slot_of
+from slimadam.optim.checkpoint.loading import FORMAT_VERSION, KEY, check_is_mapping, check_layout
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state import second_moment
-from slimadam.state.first_moment import decoded, stored_first_moment, with_own_keys
+from slimadam.state.first_moment import stored_first_moment, with_own_keys
 from slimadam.state.rule import Rule, Source, fit_rules
-from slimadam.utils.dtensor import full_tensor, is_dtensor, place
+from slimadam.utils.dtensor import full_tensor, is_dtensor
 from slimadam.utils.errors import shown
 
 
@@ -36,13 +33,13 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
     """
     if not (plan is None or isinstance(plan, CompressionPlan)):
         raise TypeError(f"plan={shown(plan)} must be a CompressionPlan, such as CompressionPlan.load(path), or None")
-    format.check_is_mapping(state_dict)
-    format.check_layout(state_dict)
-    if format.KEY not in state_dict:
+    check_is_mapping(state_dict)
+    check_layout(state_dict)
+    if KEY not in state_dict:
         raise ValueError(
             "the state dict carries no plan: it is not SlimAdam's; one of Adam or AdamW is loaded as it is"
         )
-    old = CompressionPlan.from_dict(state_dict[format.KEY]["plan"])
+    old = CompressionPlan.from_dict(state_dict[KEY]["plan"])
     new = {name: _rules_under(plan, name, rules) for name, rules in old.by_parameter().items()}
     saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
     if len(saved_ids) != len(new):
@@ -55,14 +52,14 @@ def convert_state_dict(state_dict: Mapping[str, Any], plan: CompressionPlan | No
         before = old.by_parameter()[name]
         if saved_id in state:
             state[saved_id] = _with_rules(name, state[saved_id], before, rules)
-    own = {"format_version": format.FORMAT_VERSION, "plan": CompressionPlan.of_parameters(new).to_dict()}
+    own = {"format_version": FORMAT_VERSION, "plan": CompressionPlan.of_parameters(new).to_dict()}
     named = zip(saved_ids, new.values(), strict=True)
-    averaged = {saved_id for saved_id, rules in named if any(rule.form != "full" for rule in rules)}
+    averaged = {saved_id for saved_id, rules in named if not all(rule.is_full for rule in rules)}
     groups = [  # as SlimAdam.state_dict()
         {**group, "fused": None} if averaged.intersection(group["params"]) else group
         for group in state_dict["param_groups"]
     ]
-    return {**state_dict, "state": state, "param_groups": groups, format.KEY: own}
+    return {**state_dict, "state": state, "param_groups": groups, KEY: own}
 
 
 def in_present_format(name: str, state: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, Any]:
@@ -74,38 +71,6 @@ def in_present_format(name: str, state: Mapping[str, Any], rules: Sequence[Rule]
         rules: Its rule, or one for each of its parts.
     """
     return _with_rules(name, with_own_keys(state), rules, rules)
-
-
-def full_state(param: Tensor, rules: Sequence[Rule], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a parameter's state as ``torch.optim.AdamW`` keeps it.
-
-    Args:
-        param: The parameter. With a DTensor every rank must call.
-        rules: Its rule, or one for each of its parts.
-        state: Its state.
-    """
-    made = decoded(param, state)
-    if not second_moment.is_made(state):
-        return made
-    made["exp_avg"] = made["exp_avg"].to(param.dtype, copy=True)
-    made["step"] = made["step"].clone()
-    for kind in second_moment.SECOND_MOMENTS:
-        stored = second_moment.moments_of(made, rules, kind)
-        if stored:
-            full = _expanded(stored, rules, param)
-            for key in second_moment.keys_of(rules, kind):
-                del made[key]
-            made[kind] = full.to(param.dtype)
-            if is_dtensor(param):
-                made[kind] = torch.zeros_like(param)
-                place(made[kind], full)
-    return made
-
-
-def _expanded(moments: Sequence[Tensor], rules: Sequence[Rule], param: Tensor) -> Tensor:
-    if len(moments) == 1 and moments[0].shape == param.shape:
-        return moments[0].clone()
-    return second_moment.expand([full_tensor(moment) for moment in moments], rules, tuple(param.shape))
 
 
 def _rules_under(plan: CompressionPlan | None, name: str, old: Sequence[Rule]) -> list[Rule]:
@@ -136,6 +101,6 @@ def _with_rules(name: str, state: Mapping[str, Any], before: Sequence[Rule], rul
             moments = second_moment.average(full, rules)
             stored = stored_first_moment(state)
             if is_dtensor(stored):
-                moments = distributed_moments(name, rules, stored, moments)
+                moments = slot_of(name, stored, {}, rules).placed(moments)
         changed.update(second_moment.by_key(moments, rules, kind))
     return changed

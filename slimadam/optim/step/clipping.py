@@ -6,18 +6,15 @@ million; here it is taken of 16384 at a time.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from slimadam.kernels.interface import second_moment_dtype
-from slimadam.optim.step.options import number_in
 from slimadam.utils.dtensor import check_placement, groups_of, is_dtensor, is_flat, local_gradient
-from slimadam.utils.errors import shown
 from slimadam.utils.torch_private import disable_dynamo
 
 if TYPE_CHECKING:
@@ -28,23 +25,6 @@ LONGEST_SUM = 1 << 14
 
 _CONVERTED_AT_ONCE = 1 << 18
 _SMALL = 1e-6  # torch's
-
-
-def checked_max_grad_norm(value: Any) -> float | None:
-    """Return the norm to clip to, which may be text from a configuration file.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is not above zero.
-    """
-    value = number_in(value)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"max_grad_norm={shown(value)} must be a number > 0, or None to clip nothing")
-    if not float(value) > 0:
-        raise ValueError(f"max_grad_norm={value} must be a number > 0 (inf only measures), or None to clip nothing")
-    return float(value)
 
 
 def check_have_norm(params: Iterable[tuple[str, Tensor]]) -> None:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from slimadam.distributed.all_reduce import BucketedAllReduce
-from slimadam.distributed.sharded_moments import SharedPiece, shared_pieces
-from slimadam.distributed.sharded_rules import local_rules, local_state
+from slimadam.distributed.sharded_moments import SharedPart
+from slimadam.distributed.slots import ParamSlot
 from slimadam.kernels.interface import Dims, Entry, Hyperparameters, Scalar, second_moment_dtype
 from slimadam.kernels.reference import mean_square, reconstruct, scale_grad, update_first_moment
-from slimadam.optim.step.param_groups import Held
 from slimadam.optim.step.stepper import hyperparameters
 from slimadam.optim.step.tasks import assembled, entries_of, initial_state
 from slimadam.state.first_moment import decoded
-from slimadam.state.rule import Rule
 from slimadam.state.second_moment import is_made
-from slimadam.utils.dtensor import is_dtensor, laid_out_as, local, local_gradient
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from slimadam.utils.dtensor import local
 
 BLOCK_ELEMENTS = 1 << 18
 
@@ -128,35 +123,29 @@ def _mean_square(grad: Tensor, dims: Dims, dtype: torch.dtype, clip_factor: Tens
 
 
 def updates_without_decay(
-    parameters: Iterable[Held],
-    all_rules: Mapping[str, Sequence[Rule]],
-    states: Mapping[Tensor, Mapping[str, Any]],
-    averages: Shared,
-) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
+    slots: Iterable[ParamSlot], states: Mapping[Tensor, Mapping[str, Any]], averages: Shared
+) -> Iterator[tuple[Tensor, Mapping[str, Any], Tensor]]:
     """Yield pending updates, see :meth:`slimadam.SlimAdam.updates_without_decay`.
 
     Args:
-        parameters: Those of the optimizer.
-        all_rules: By name.
+        slots: The optimizer's parameters.
         states: By parameter; those without one start with the pending step.
         averages: The result of :func:`averages_after_step`.
     """
-    for name, param, group in parameters:
-        if param.grad is None:
+    for slot in slots:
+        if slot.param.grad is None:
             continue
-        rules = all_rules[name]
-        state = states.get(param, {})
+        state = states.get(slot.param, {})
         if not is_made(state):
-            state = initial_state(name, rules, param, group, averages.clip_factor)
-        state = {**decoded(param, state), "step": state["step"] + 1}
-        if is_dtensor(param):
-            yield param, group, update_of_shards(name, param, group, rules, state, averages)
-            continue
+            state = initial_state(slot, averages.clip_factor)
+        own_state = slot.own_state({**decoded(slot.param, state), "step": state["step"] + 1})
+        shared = averages.averages.get(id(slot.param)) or [None] * len(slot.rules)
+        hyper = hyperparameters(slot.group, averages.clip_factor)
         directions = (
-            update_without_decay(entry, hyperparameters(group, averages.clip_factor))
-            for entry in entries_of(rules, param, param.grad, group, state)
+            update_without_decay(entry if part is None else part.with_moments(entry), hyper)
+            for entry, part in zip(entries_of(slot, slot.gradient, own_state), shared, strict=True)
         )
-        yield param, group, assembled(param, rules, directions)
+        yield slot.param, slot.group, slot.wrap(assembled(slot, directions))
 
 
 class Shared(NamedTuple):
@@ -167,46 +156,41 @@ class Shared(NamedTuple):
         clip_factor: Factor of every gradient.
     """
 
-    averages: dict[int, list[SharedPiece | None]]
+    averages: dict[int, list[SharedPart | None]]
     clip_factor: Tensor | None = None
 
 
 def averages_after_step(
-    pending: Iterable[tuple[str, DTensor, Mapping[str, Any]]],
-    all_rules: Mapping[str, list[Rule]],
-    states: Mapping[Tensor, Mapping[str, Any]],
-    clip_factor: Tensor | None,
+    slots: Iterable[ParamSlot], states: Mapping[Tensor, Mapping[str, Any]], clip_factor: Tensor | None
 ) -> Shared:
     """Compute averages over several ranks after the pending step, by one all-reduce for each process group.
 
     Collective. The optimizer's state does not change.
 
     Args:
-        pending: Name, parameter with a gradient, and group.
-        all_rules: By name.
+        slots: The optimizer's parameters.
         states: By parameter.
         clip_factor: Factor of every gradient.
     """
-    found: dict[int, list[SharedPiece | None]] = {}
-    pieces: list[SharedPiece] = []
+    found: dict[int, list[SharedPart | None]] = {}
+    parts: list[SharedPart] = []
     grads: list[Tensor] = []
     beta2s: list[Scalar] = []
-    for name, param, group in pending:
-        rules = local_rules(name, all_rules[name], param)
-        if not any(rule.summed_over(dims) for rule in rules for dims in rule.rule.averaged_dims(len(rule.shape))):
+    for slot in slots:
+        if slot.param.grad is None or not slot.is_shared:
             continue
-        state = states.get(param)
-        starts = not state and group["variance_init"] == "gradient"
-        state = state or initial_state(name, all_rules[name], param, group)
-        shared = shared_pieces(rules, param, local_state(name, rules, param, state))
-        copies = found[id(param)] = [None if piece is None else _with_own_moments(piece) for piece in shared]
-        for piece in copies:
-            if piece is not None:
-                pieces.append(piece)
-                grads.append(piece.rule.rule.take(local_gradient(name, param)))
-                beta2s.append(0.0 if starts else hyperparameters(group).beta2)
-    if pieces:
-        exchange = BucketedAllReduce(pieces)
+        state = states.get(slot.param)
+        starts = not state and slot.group["variance_init"] == "gradient"
+        state = slot.own_state(state or initial_state(slot))
+        copies = [None if part is None else _with_own_moments(part) for part in slot.shared_parts(state)]
+        found[id(slot.param)] = copies
+        for part in copies:
+            if part is not None:
+                parts.append(part)
+                grads.append(part.rule.rule.take(slot.gradient))
+                beta2s.append(0.0 if starts else hyperparameters(slot.group).beta2)
+    if parts:
+        exchange = BucketedAllReduce(parts)
         exchange.start(grads, beta2s, clip_factor)
         exchange.finish(beta2s)
     return Shared(found, clip_factor)
@@ -214,41 +198,17 @@ def averages_after_step(
 
 def nbytes_of(shared: Shared) -> int:
     """Return the bytes that the averages hold."""
-    pieces = [piece for pieces in shared.averages.values() for piece in pieces if piece is not None]
-    held = [piece.relative_rows for piece in pieces]
-    for piece in pieces:
-        for moment in piece.moments:
-            held += [moment.stored, moment.maximum]
+    parts = [part for parts in shared.averages.values() for part in parts if part is not None]
+    held = [part.relative_rows for part in parts]
+    held += [tensor for part in parts for moment in part.moments for tensor in (moment.stored, moment.maximum)]
     return sum(one.nbytes for one in held if one is not None)
 
 
-def _with_own_moments(piece: SharedPiece) -> SharedPiece:
+def _with_own_moments(part: SharedPart) -> SharedPart:
     moments = [
         moment._replace(
             stored=moment.stored.clone(), maximum=None if moment.maximum is None else moment.maximum.clone()
         )
-        for moment in piece.moments
+        for moment in part.moments
     ]
-    return piece._replace(moments=moments)
-
-
-def update_of_shards(
-    name: str, param: DTensor, group: Mapping[str, Any], rules: Sequence[Rule], state: Mapping[str, Any], shared: Shared
-) -> DTensor:
-    """Compute the pending update of a DTensor without weight decay, laid out as the DTensor.
-
-    Args:
-        name: The parameter's name.
-        param: The parameter.
-        group: Its group.
-        rules: Its rules.
-        state: Its state, the pending step counted.
-        shared: The result of :func:`averages_after_step`.
-    """
-    on_shard = local_rules(name, rules, param)
-    held, plain = local(param), [one.rule for one in on_shard]
-    entries = entries_of(plain, held, local_gradient(name, param), group, local_state(name, on_shard, param, state))
-    averaged = shared.averages.get(id(param), [None] * len(on_shard))
-    given = (entry if piece is None else piece.given(entry) for entry, piece in zip(entries, averaged, strict=True))
-    directions = (update_without_decay(entry, hyperparameters(group, shared.clip_factor)) for entry in given)
-    return laid_out_as(param, assembled(held, plain, directions))
+    return part._replace(moments=moments)

@@ -1,16 +1,19 @@
-"""The choice of the implementation that updates a parameter."""
+"""Implementations of the update, and the choice of one for a parameter. A new implementation is a new class here."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from slimadam.kernels.cpp import update
 from slimadam.kernels.foreach import foreach_update
@@ -20,26 +23,230 @@ from slimadam.kernels.reference import reference_update
 
 if TYPE_CHECKING:
     from slimadam.kernels.triton.launch import TritonStep
+    from slimadam.optim.step.tasks import UpdateTask
 
 logger = logging.getLogger("slimadam")
 
-Backend = Literal["reference", "foreach", "compiled", "triton"]
-
-UPDATES: Mapping[Backend, Callable[[Sequence[Entry], Hyperparameters], None]] = {
-    "reference": reference_update,
-    "foreach": foreach_update,
-    "compiled": update.compiled_update,
-}
-
-TAKES_CODES: frozenset[Backend] = frozenset({"compiled", "triton"})
-"""Implementations that read and write int8 first moments themselves; the others get them decoded."""
+BackendName = Literal["reference", "foreach", "compiled", "triton"]
 
 _FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
+class Run:
+    """The update of some tasks by one implementation, step after step. Holds no gradient.
+
+    Args:
+        backend: The implementation.
+        tasks: The tasks, each with the index of its parameter's gradient.
+    """
+
+    is_lasting = True
+    """False if it is valid for one step alone."""
+
+    def __init__(self, backend: Backend, tasks: Sequence[tuple[int, UpdateTask]]) -> None:
+        self.backend, self._tasks = backend, list(tasks)
+        self._waits = any(task.shared is not None for _, task in tasks)
+
+    def holds(self, tasks: Sequence[tuple[int, UpdateTask]]) -> bool:
+        """Return whether the tasks are those that it was made for."""
+        return len(tasks) == len(self._tasks) and all(
+            number == own and task is held for (number, task), (own, held) in zip(tasks, self._tasks, strict=True)
+        )
+
+    def counted(self) -> Sequence[Tensor]:
+        """Return the step counts that it advances itself."""
+        return ()
+
+    def start(
+        self,
+        grads: Sequence[Tensor],
+        hyper: Hyperparameters,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Take all of the step that waits for no other rank.
+
+        Args:
+            grads: The parameters' gradients.
+            hyper: Hyperparameters of the step.
+            grad_scale: Scale of the gradients; only where the implementation counts steps itself.
+            found_inf: Not zero: change nothing; only there.
+        """
+        self._update([(grads[number], task) for number, task in self._tasks if task.shared is None], hyper)
+
+    def finish(self, grads: Sequence[Tensor], hyper: Hyperparameters) -> None:
+        """Take the rest of the step, once averages over several ranks are there.
+
+        Args:
+            grads: As in :meth:`start`.
+            hyper: As in :meth:`start`.
+        """
+        if self._waits:
+            self._update([(grads[number], task) for number, task in self._tasks if task.shared is not None], hyper)
+
+    def _update(self, tasks: Sequence[tuple[Tensor, UpdateTask]], hyper: Hyperparameters) -> None:
+        if tasks:
+            self.backend.update([task.entry_with(grad, hyper) for grad, task in tasks], hyper)
+
+
+class _TableRun(Run):
+    """A run of the compiled step, whose table stays valid while nothing moves."""
+
+    def __init__(self, backend: Backend, tasks: Sequence[tuple[int, UpdateTask]], counts: bool) -> None:
+        super().__init__(backend, tasks)
+        entries = [task.entry for _, task in tasks]
+        self._table = update.Table(entries, counts)
+        self._counted = [entry.step for entry in entries] if counts else []
+        self.is_lasting = self._table.is_lasting
+        takes_all = all(task.rule.part is None and task.slice_index is None for _, task in tasks)
+        self._numbers = [number for number, _ in tasks] if takes_all else None
+
+    @override
+    def counted(self) -> Sequence[Tensor]:
+        return self._counted
+
+    @override
+    def start(
+        self,
+        grads: Sequence[Tensor],
+        hyper: Hyperparameters,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        own: Sequence[Tensor]
+        if self._numbers is None:
+            own = [task.gradient_in(grads[number]) for number, task in self._tasks]
+        elif len(self._numbers) == len(grads):
+            own = grads
+        else:
+            own = [grads[number] for number in self._numbers]
+        seeds = [task.seed() for _, task in self._tasks] if hyper.stochastic_round else []
+        self._table.run(own, seeds, hyper)
+
+
+class _TritonRun(Run):
+    """A run of Triton's kernels, with tables by device and precision of the step count."""
+
+    def __init__(self, backend: Backend, tasks: Sequence[tuple[int, UpdateTask]]) -> None:
+        super().__init__(backend, tasks)
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[TritonStep, Tensor | None]] = {}
+
+    @override
+    def start(
+        self,
+        grads: Sequence[Tensor],
+        hyper: Hyperparameters,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        alike: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
+        for number, task in self._tasks:
+            entry = task.entry_with(grads[number], hyper)
+            alike[entry.param.device, entry.step.dtype].append(entry)
+        divisor = _divisor(grad_scale, hyper.clip_factor)
+        for key, entries in alike.items():
+            table, _ = self._tables.get(key, (None, None))
+            if table is None or not table.fits(entries, hyper):
+                table = _triton().TritonStep(entries, hyper)
+            scale, found = (None if value is None else value.to(key[0]) for value in (divisor, found_inf))
+            table.run(hyper, scale, found)
+            self._tables[key] = table, scale
+
+    @override
+    def finish(self, grads: Sequence[Tensor], hyper: Hyperparameters) -> None:
+        for table, scale in self._tables.values():
+            table.run_given(hyper, scale)
+
+
+class Backend(ABC):
+    """An implementation of the update.
+
+    Attributes:
+        name: The name that :meth:`slimadam.SlimAdam.backend` returns.
+        reads_codes: True if it reads and writes int8 first moments itself; the others get them decoded.
+        counts_steps: True if it counts steps itself, on the device.
+        update: Function that updates tensors once.
+    """
+
+    name: ClassVar[BackendName]
+    reads_codes: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = False
+    update: Callable[[Sequence[Entry], Hyperparameters], None]
+
+    def prepare(self, tasks: Sequence[tuple[int, UpdateTask]], counts: bool) -> Run:
+        """Return a run of some tasks.
+
+        Args:
+            tasks: The tasks, each with the index of its parameter's gradient.
+            counts: Whether it may advance step counts itself.
+        """
+        return Run(self, tasks)
+
+    @abstractmethod
+    def supports(self, entry: Entry) -> bool:
+        """Return whether it supports these tensors, whose memory it reads as the parameter's."""
+
+
+class _Reference(Backend):
+    name = "reference"
+    update = staticmethod(reference_update)
+
+    @override
+    def supports(self, entry: Entry) -> bool:
+        return True
+
+
+class _Foreach(Backend):
+    name = "foreach"
+    update = staticmethod(foreach_update)
+
+    @override
+    def supports(self, entry: Entry) -> bool:
+        return True
+
+
+class _Compiled(Backend):
+    name = "compiled"
+    reads_codes = True
+    update = staticmethod(update.compiled_update)
+
+    @override
+    def prepare(self, tasks: Sequence[tuple[int, UpdateTask]], counts: bool) -> Run:
+        waits = any(task.shared is not None for _, task in tasks)
+        return Run(self, tasks) if waits else _TableRun(self, tasks, counts)
+
+    @override
+    def supports(self, entry: Entry) -> bool:
+        if not entry.step.is_cpu or entry.grad.dtype != entry.param.dtype:
+            return False
+        return _dtypes_fit(entry) and _same_layout(entry, has_gaps(entry.param))
+
+
+class _Triton(Backend):
+    name = "triton"
+    reads_codes = True
+    counts_steps = True
+
+    @override
+    def prepare(self, tasks: Sequence[tuple[int, UpdateTask]], counts: bool) -> Run:
+        return _TritonRun(self, tasks)
+
+    @override
+    def supports(self, entry: Entry) -> bool:
+        if entry.grad.dtype not in _FUSED_DTYPES or not _dtypes_fit(entry):
+            return False
+        return _same_layout(entry, has_gaps=False) and bool(_triton().same_layout(entry))
+
+
+REFERENCE: Final = _Reference()
+BACKENDS: Final[Mapping[BackendName, Backend]] = {
+    backend.name: backend for backend in (REFERENCE, _Foreach(), _Compiled(), _Triton())
+}
+
+
 def choose_backend(
     param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dims], group: Mapping[str, Any]
-) -> Backend:
+) -> BackendName:
     """Return the implementation for one parameter.
 
     ``foreach=False`` without ``fused=True``, ``fused=False``, ``differentiable``, ``capturable`` on a CPU, tracing and
@@ -68,12 +275,9 @@ def choose_backend(
         return "reference"
     if update.library() is not None:
         return "compiled"
-    return "foreach" if listable and not _has_tensors(group) else "reference"
-
-
-def _has_tensors(group: Mapping[str, Any]) -> bool:
-    """Return whether lr or betas are tensors, which lists of tensors on a CPU do not take."""
-    return any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"]))
+    # On a CPU lists take no lr or betas that are tensors.
+    has_tensors = any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"]))
+    return "foreach" if listable and not has_tensors else "reference"
 
 
 @cache
@@ -99,18 +303,6 @@ def steps_on_device(param: Tensor, group: Mapping[str, Any]) -> bool:
     return bool(group["capturable"]) or (default and param.is_floating_point() and runs_triton(param.device))
 
 
-def triton_step(entries: Sequence[Entry], hyper: Hyperparameters) -> TritonStep:
-    """Return the tables of a step by Triton, to be kept while they fit.
-
-    Args:
-        entries: The tensors of each parameter.
-        hyper: Hyperparameters of the step.
-    """
-    from slimadam.kernels.triton.launch import TritonStep
-
-    return TritonStep(entries, hyper)
-
-
 def _triton() -> ModuleType:
     """Import late: where no kernel runs, nobody waits for Triton."""
     from slimadam.kernels.triton import launch
@@ -118,38 +310,25 @@ def _triton() -> ModuleType:
     return launch
 
 
-def supports(backend: Backend, entry: Entry) -> bool:
-    """Return whether an implementation supports these tensors, whose memory it reads as the parameter's.
-
-    Args:
-        backend: The implementation.
-        entry: The tensors.
-    """
-    if backend in ("reference", "foreach"):
-        return True
-    if not _dtypes_fit(backend, entry) or any(map(is_marked, (entry.param, entry.grad, entry.exp_avg))):
-        return False
-    if backend == "triton":
-        return _same_layout(entry, has_gaps=False) and bool(_triton().same_layout(entry))
-    return _same_layout(entry, has_gaps(entry.param))
+def _divisor(grad_scale: Tensor | None, clip_factor: Tensor | None) -> Tensor | None:
+    """Return the number by which Triton's kernels divide gradients to unscale and to clip them."""
+    if clip_factor is None:
+        return grad_scale
+    return clip_factor.reciprocal() if grad_scale is None else grad_scale / clip_factor
 
 
-def _dtypes_fit(backend: Backend, entry: Entry) -> bool:
-    """Return whether state and gradient have the precisions that go with the parameter's, which may have changed."""
+def _dtypes_fit(entry: Entry) -> bool:
+    """Return whether state and gradient can go with the parameter, whose precision may have changed."""
     dtype, second = entry.param.dtype, second_moment_dtype(entry.param.dtype)
+    if any(map(is_marked, (entry.param, entry.grad, entry.exp_avg))):
+        return False
     if any(moment.dtype != second for moment in (*entry.exp_avg_sq, *entry.max_exp_avg_sq)):
         return False
     if entry.exp_avg_scale is None and entry.exp_avg.dtype not in (dtype, torch.float32, torch.bfloat16):
         return False
     if entry.exp_avg_scale is not None and not _are_codes(entry.exp_avg, entry.exp_avg_scale):
         return False
-    if not _is_count(entry.step) or (backend == "compiled" and not entry.step.is_cpu):
-        return False
-    return entry.grad.dtype in ({dtype} if backend == "compiled" else _FUSED_DTYPES)
-
-
-def _is_count(step: Tensor) -> bool:
-    return step.numel() == 1 and step.dtype in (torch.float32, torch.float64)
+    return entry.step.numel() == 1 and entry.step.dtype in (torch.float32, torch.float64)
 
 
 def _are_codes(codes: Tensor, scales: Tensor) -> bool:

@@ -117,6 +117,23 @@ def _check_numbers(group: Mapping[str, Any]) -> None:
         raise ValueError(f"betas must be either both floats or both Tensors, not {betas!r}")
 
 
+def checked_max_grad_norm(value: Any) -> float | None:
+    """Return the norm to clip to, which may be text from a configuration file.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not above zero.
+    """
+    value = number_in(value)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"max_grad_norm={shown(value)} must be a number > 0, or None to clip nothing")
+    if not float(value) > 0:
+        raise ValueError(f"max_grad_norm={value} must be a number > 0 (inf only measures), or None to clip nothing")
+    return float(value)
+
+
 def _check_scalar(name: str, value: Scalar, not_single: str) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
