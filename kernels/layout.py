@@ -155,8 +155,6 @@ def overlap(tensors: Iterable[Tensor]) -> bool:
 
 def _extent(tensor: Tensor) -> int:
     """Return the bytes from a tensor's first element to behind its last."""
-    if tensor.is_contiguous():
-        return tensor.numel() * tensor.element_size()
     if tensor.numel() == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

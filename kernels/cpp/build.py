@@ -59,6 +59,7 @@ def library() -> ctypes.CDLL | None:
             "the compiled step was not built with slimadam and cannot be built now, so slower ones run: %s", error
         )
         return None
+    loaded.slimadam_step.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
     loaded.slimadam_step.restype = None
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=loaded.slimadam_forked)
@@ -78,16 +79,22 @@ def seal(path: Path) -> None:
 
 def _installed() -> ctypes.CDLL | None:
     """Return the library that was built with the package for this processor; None if there is none of this source."""
-    path = SOURCE.with_name(f"step_{_level()}{SUFFIX}")
-    if not _is_intact(path):
-        return None
+    return _found(SOURCE.with_name(f"step_{_level()}{SUFFIX}"))
+
+
+def _found(path: Path) -> ctypes.CDLL | None:
     try:
-        loaded = ctypes.CDLL(str(path))
-        loaded.slimadam_source.restype = ctypes.c_char_p
-        fits = loaded.slimadam_source() == source_digest().encode()
+        return _load(path) if _is_intact(path) else None
     except (OSError, AttributeError):
         return None
-    return loaded if fits else None
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    loaded.slimadam_source.restype = ctypes.c_char_p
+    if loaded.slimadam_source() != source_digest().encode():
+        raise OSError(f"{path} was built of another source")
+    return loaded
 
 
 def _level() -> str:
@@ -100,13 +107,11 @@ def _level() -> str:
 def _load_or_build() -> ctypes.CDLL:
     compiler = _compiler()
     path = _path(compiler)
-    if not _is_intact(path):
+    loaded = _found(path)
+    if loaded is None:
         _build(compiler, path)
-    try:
-        return _load(path)
-    except (OSError, AttributeError):
-        _build(compiler, path)
-        return _load(path)
+        loaded = _load(path)
+    return loaded
 
 
 def _compiler() -> list[str]:
@@ -119,12 +124,6 @@ def _compiler() -> list[str]:
     if asked_for:
         raise _BuildError(f"CXX={asked_for!r} is no program on PATH; name a C++17 compiler, or unset CXX")
     raise _BuildError("no C++ compiler on PATH; install one (Debian: apt install g++) or name it in CXX")
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(path))
-    loaded.slimadam_step  # noqa: B018 # raises AttributeError where it is missing
-    return loaded
 
 
 def _path(compiler: list[str]) -> Path:

@@ -7,7 +7,7 @@ AdamW 28. The plain reference beside it is ``reference_update``.
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,13 +21,6 @@ from .build import library as library
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}
 _GRAD, _SEED = 1, 15
 """Columns of the table that each step fills in."""
-
-
-class _Hyper(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "gradient_factor")),
-        ("stochastic_round", ctypes.c_int64),
-    )
 
 
 def supports(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dims]) -> bool:
@@ -94,22 +87,14 @@ class Table:
         self._rows[:, _GRAD] = list(map(Tensor.data_ptr, grads))
         if hyper.stochastic_round:
             self._rows[:, _SEED] = seeds
-        numbers = _Hyper(
-            float(hyper.lr),
-            float(hyper.beta1),
-            float(hyper.beta2),
-            hyper.eps,
-            float(hyper.weight_decay),
+        numbers = struct.pack(  # struct Hyper in the source
+            "6dq",
+            *map(float, (hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay)),
             -factor if hyper.maximize else factor,
             hyper.stochastic_round,
         )
         threads = 1 if self._in_turn else torch.get_num_threads()
-        compiled.slimadam_step(
-            ctypes.c_void_p(self._rows.ctypes.data),
-            ctypes.c_int64(len(self._rows)),
-            ctypes.byref(numbers),
-            ctypes.c_int64(threads),
-        )
+        compiled.slimadam_step(self._rows.ctypes.data, len(self._rows), numbers, threads)
         for moment, ordered in self._aside:
             moment.copy_(ordered)
 
