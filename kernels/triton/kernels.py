@@ -5,6 +5,8 @@ A second moment averaged over adjacent dimensions is a reduction over the middle
 one program, goes through ``sum_squares``, ``finish_sums`` and ``update_spread``. The plain reference of all of them is
 ``reference_update``, whose order of operations they keep.
 
+Columns of the table, and what kernels share, come first; ``COMPUTE`` is the precision of their arithmetic.
+
 Numbers that are Python floats arrive as the bits of a float64, because Triton would pass a float32; those that are
 tensors arrive as pointers, so that the host never waits for the device.
 """
@@ -14,37 +16,241 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import (
-    denominator_of,
-    gradient,
-    is_skipped,
-    load,
-    next_second_moment,
-    number,
-    step_numbers,
-    update_tile,
-)
-from .table import (
-    COLUMN_SUMS,
-    COLUMNS_MAX,
-    COLUMNS_SQ,
-    GRAD,
-    PITCH,
-    POST,
-    PRE,
-    RED,
-    ROW_MEANS,
-    ROW_SUMS,
-    ROWS_MAX,
-    ROWS_SQ,
-    SLICE_COUNT,
-    SLICE_PITCH,
-    WIDTH,
-    field,
-    pointer,
-    size,
-    work,
-)
+# Columns of a table: one row of int64 for each tensor.
+PARAM = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+EXP_AVG = tl.constexpr(2)
+EXP_AVG_SCALE = tl.constexpr(3)
+ROWS_SQ = tl.constexpr(4)  # second moment by row, or in full
+COLUMNS_SQ = tl.constexpr(5)  # second moment by column
+ROWS_MAX = tl.constexpr(6)
+COLUMNS_MAX = tl.constexpr(7)
+STEP = tl.constexpr(8)
+PRE = tl.constexpr(9)
+RED = tl.constexpr(10)
+POST = tl.constexpr(11)
+PITCH = tl.constexpr(12)  # elements from one row of the parameter to the next
+SEED = tl.constexpr(13)
+ROW_SUMS = tl.constexpr(14)  # scratch
+COLUMN_SUMS = tl.constexpr(15)  # scratch
+ROW_MEANS = tl.constexpr(16)  # scratch
+SLICE_PITCH = tl.constexpr(17)  # elements from one of the ``pre`` slices to the next
+SLICE_COUNT = tl.constexpr(18)  # elements of a slice
+WIDTH = tl.constexpr(19)  # elements that share a second moment by row
+CORRECTIONS = tl.constexpr(20)  # where the corrections of its step lie
+FIELDS = tl.constexpr(21)
+
+_MOMENTUM_BLOCK = tl.constexpr(256)
+_MOMENTUM_CODES = tl.constexpr(127.0)
+
+
+@triton.jit
+def _field(row, FIELD: tl.constexpr, ALIGNED: tl.constexpr = False):
+    """Return one number of a tensor's row of the table; ``ALIGNED``: a multiple of 16."""
+    value = tl.load(row + FIELD)
+    if ALIGNED:
+        # Here and not in a caller: up to Triton 3.7 a caller's tl.multiple_of is lost when this call is inlined.
+        value = tl.multiple_of(value, 16)
+    return value
+
+
+@triton.jit
+def _pointer(row, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return an address in a tensor's row of the table; ``ALIGNED``: a multiple of 16 bytes."""
+    address = tl.load(row + FIELD).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def _work(table, programs):
+    """Return the row of the tensor that this program is for, and the number of its tile."""
+    program = programs + 2 * tl.program_id(0).to(tl.int64)
+    return table + tl.load(program).to(tl.int64) * FIELDS, tl.load(program + 1).to(tl.int64)
+
+
+@triton.jit
+def _number(value):
+    """Return in float64 a number that comes as the bits of a float64 or as a pointer."""
+    if value.dtype.is_ptr():
+        return tl.load(value).to(tl.float64)
+    return value.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _step_numbers(row, lr, weight_decay):
+    """Return decay factor, step size and root of the bias correction of one tensor, in float64."""
+    lr = _number(lr)
+    corrections = _pointer(row, CORRECTIONS, tl.float64, False)
+    return 1 - lr * _number(weight_decay), lr / tl.load(corrections), tl.load(corrections + 1)
+
+
+@triton.jit
+def _load(pointers, mask):
+    """Load, with 0 where ``mask`` is false; None: everything is inside."""
+    if mask is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0)
+
+
+@triton.jit
+def _is_skipped(found_inf):
+    """Return whether ``GradScaler`` found a gradient that is not finite."""
+    if found_inf is None:
+        return False
+    else:
+        return tl.load(found_inf) != 0
+
+
+@triton.jit
+def _gradient(loaded, grad_scale, MAXIMIZE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Return a gradient in the precision of the arithmetic, unscaled, of the function to minimize."""
+    grad = loaded.to(COMPUTE)
+    if grad_scale is not None:
+        grad = grad / tl.load(grad_scale).to(COMPUTE)
+    if MAXIMIZE:
+        grad = -grad
+    return grad
+
+
+@triton.jit
+def _next_second_moment(
+    row, MOMENTS: tl.constexpr, MAXIMA: tl.constexpr, index, mask, mean_square, beta2,
+    AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Update second moments, and with ``AMSGRAD`` their maxima, and return those that the update divides by.
+
+    ``SHARED``: several warps load the same second moment and go on to divide by it, while one of them stores it.
+    """
+    COMPUTE: tl.constexpr = mean_square.dtype
+    moments = _pointer(row, MOMENTS, COMPUTE, ALIGNED)
+    second = _load(moments + index, mask) * beta2.to(COMPUTE) + mean_square * (1 - beta2).to(COMPUTE)
+    if SHARED:
+        tl.debug_barrier()  # else a late warp loads what is stored here already, and lets it decay twice
+    tl.store(moments + index, second, mask=mask)
+    if AMSGRAD:
+        maxima = _pointer(row, MAXIMA, COMPUTE, ALIGNED)
+        second = tl.maximum(_load(maxima + index, mask), second, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(maxima + index, second, mask=mask)
+    return second
+
+
+@triton.jit
+def _next_first_moment(exp_avg, grad, beta1):
+    """Return a first moment after a step."""
+    old = exp_avg.to(grad.dtype)
+    return old + (1 - beta1).to(grad.dtype) * (grad - old)
+
+
+@triton.jit
+def _denominator_of(second_moment, root, eps):
+    """Return ``sqrt(v_hat) + eps``; ``root`` is that of the bias correction."""
+    COMPUTE: tl.constexpr = second_moment.dtype
+    if COMPUTE == tl.float64:
+        return tl.sqrt(second_moment) / root + eps
+    else:
+        return tl.div_rn(tl.sqrt_rn(second_moment), root.to(COMPUTE)) + eps.to(COMPUTE)
+
+
+@triton.jit
+def _stepped(param, exp_avg, denominator, decay, step_size):
+    """Return a parameter after weight decay and step."""
+    COMPUTE: tl.constexpr = denominator.dtype
+    decayed = param.to(COMPUTE) * decay.to(COMPUTE)
+    if COMPUTE == tl.float64:
+        return decayed - step_size * (exp_avg / denominator)
+    else:
+        return decayed - step_size.to(COMPUTE) * tl.div_rn(exp_avg, denominator)
+
+
+@triton.jit
+def _random_bits(index, seed, step):
+    """Return 32 well-mixed bits of an element's index, a seed and a step."""
+    mixed = index.to(tl.uint32) ^ (seed.to(tl.uint32) + step.to(tl.uint32) * 0x9E3779B9)
+    mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
+    mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
+    return mixed ^ (mixed >> 16)
+
+
+@triton.jit
+def _as_stored(value, index, row, STEP_DTYPE: tl.constexpr, PARAM_DTYPE: tl.constexpr, ROUNDS: tl.constexpr):
+    """Return a parameter in the precision it is kept in; with ``ROUNDS`` rounded up or down at random."""
+    if ROUNDS:
+        step = tl.load(_pointer(row, STEP, STEP_DTYPE, False)).to(tl.int64)
+        noise = _random_bits(index, _field(row, SEED), step) & 0xFFFF
+        bits = (value.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+        finite = tl.abs(value) < float("inf")
+        return tl.where(finite, bits.to(tl.float32, bitcast=True), value).to(PARAM_DTYPE)
+    elif PARAM_DTYPE == tl.float64:
+        return value
+    else:
+        return value.to(tl.float32).to(PARAM_DTYPE)
+
+
+@triton.jit
+def _in_blocks(tile):
+    """Return ``[rows, columns]`` as ``[rows, columns // 256, 256]``."""
+    return tl.reshape(tile, (tile.shape[0], tile.shape[1] // _MOMENTUM_BLOCK, _MOMENTUM_BLOCK))
+
+
+@triton.jit
+def _decoded(codes, scales):
+    """Return float32 ``[rows, columns]`` from codes of that shape and scales ``[rows, columns // 256]``."""
+    root = _in_blocks(codes).to(tl.float32) / _MOMENTUM_CODES
+    scale = (scales.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+    value = tl.where(root < 0, -root, root) * root * tl.expand_dims(scale, 2)
+    return tl.reshape(value, codes.shape)
+
+
+@triton.jit
+def _encoded(value, grad):
+    """Return codes ``[rows, columns]`` and scales ``[rows, columns // 256]`` of float32 values."""
+    blocks = _in_blocks(value)
+    moving = _in_blocks(grad) != 0
+    size = tl.abs(blocks)
+    largest = tl.max(tl.where(size == size, size, float("inf")), axis=2)
+    exponent = (largest.to(tl.uint32, bitcast=True) + 0x7FFFFF) >> 23
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    root = tl.sqrt_rn(size / tl.expand_dims(tl.where(scale > 0, scale, 1.0), 2)) * _MOMENTUM_CODES
+    root = tl.where(root <= _MOMENTUM_CODES, root, 0.0)
+    nearest = (root + 12582912.0) - 12582912.0
+    code = tl.where(moving, nearest, tl.floor(root))
+    code = tl.where(blocks < 0, -code, code).to(tl.int8)
+    return tl.reshape(code, value.shape), exponent.to(tl.uint8)
+
+
+@triton.jit
+def _update_tile(
+    row, grad, denominator, offsets, mask, blocks, block_mask, decay, step_size, beta1,
+    PARAM_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, STEP_DTYPE: tl.constexpr, ROUNDS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Update first moment and parameter of one tile, whose gradient and denominator are known.
+
+    ``offsets`` are the positions of its elements, and ``blocks`` those of its blocks of codes; a mask of None: all.
+    """
+    moments = _pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED)
+    loaded = _load(moments + offsets, mask)
+    if MOMENT_DTYPE == tl.int8:
+        scales = _pointer(row, EXP_AVG_SCALE, tl.uint8, False)
+        old = _decoded(loaded, _load(scales + blocks, block_mask))
+        exp_avg = _next_first_moment(old, grad, beta1)
+        codes, new_scales = _encoded(exp_avg, grad)
+        tl.store(moments + offsets, codes, mask=mask)
+        tl.store(scales + blocks, new_scales, mask=block_mask)
+    elif MOMENT_DTYPE == tl.float64:
+        exp_avg = _next_first_moment(loaded, grad, beta1)
+        tl.store(moments + offsets, exp_avg, mask=mask)
+    else:
+        kept = _next_first_moment(loaded, grad, beta1).to(tl.float32).to(MOMENT_DTYPE)
+        tl.store(moments + offsets, kept, mask=mask)
+        exp_avg = kept.to(grad.dtype)
+    params = _pointer(row, PARAM, PARAM_DTYPE, ALIGNED)
+    param = _load(params + offsets, mask)
+    moved = _stepped(param, exp_avg, denominator, decay, step_size)
+    tl.store(params + offsets, _as_stored(moved, offsets, row, STEP_DTYPE, PARAM_DTYPE, ROUNDS), mask=mask)
 
 
 @triton.jit(do_not_specialize=["beta1", "beta2"])
@@ -69,8 +275,8 @@ def advance_steps(
         step += tl.where(tl.load(found_inf) != 0, 0, 1)
     tl.store(address, step, mask=known)
     count_left = step.to(tl.int64)
-    first = tl.zeros((BLOCK,), tl.float64) + number(beta1)
-    second = tl.zeros((BLOCK,), tl.float64) + number(beta2)
+    first = tl.zeros((BLOCK,), tl.float64) + _number(beta1)
+    second = tl.zeros((BLOCK,), tl.float64) + _number(beta2)
     power1 = tl.zeros((BLOCK,), tl.float64) + 1
     power2 = tl.zeros((BLOCK,), tl.float64) + 1
     for _ in range(32):
@@ -97,15 +303,14 @@ def _full_tile(
     block_mask = blocks * 256 < count if MASKED else None
     offsets = flat
     if PITCHED:
-        width = field(row, POST)
-        offsets = flat // width * field(row, PITCH) + flat % width
-    grads = pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
-    grad = gradient(load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
-    second = next_second_moment(row, ROWS_SQ, ROWS_MAX, flat, mask, grad * grad, beta2, COMPUTE, AMSGRAD, ALIGNED,
-                                False)  # fmt: skip
-    denominator = denominator_of(second, root, eps, COMPUTE)
-    update_tile(row, grad, denominator, offsets, mask, blocks, block_mask, decay, step_size, beta1,
-           PARAM_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, ROUNDS, ALIGNED, LINES, 256)  # fmt: skip
+        width = _field(row, POST)
+        offsets = flat // width * _field(row, PITCH) + flat % width
+    grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
+    grad = _gradient(_load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
+    second = _next_second_moment(row, ROWS_SQ, ROWS_MAX, flat, mask, grad * grad, beta2, AMSGRAD, ALIGNED, False)
+    denominator = _denominator_of(second, root, eps)
+    _update_tile(row, grad, denominator, offsets, mask, blocks, block_mask, decay, step_size, beta1,
+           PARAM_DTYPE, MOMENT_DTYPE, STEP_DTYPE, ROUNDS, ALIGNED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
@@ -127,13 +332,13 @@ def update_full(
         PITCHED, ALIGNED: There are gaps between rows; addresses and rows are multiples of 16 bytes.
         LINES: Lines of 256 elements of a tile.
     """
-    if is_skipped(found_inf):
+    if _is_skipped(found_inf):
         return
-    row, part = work(table, programs)
+    row, part = _work(table, programs)
     start = part * (LINES * 256)
-    count = field(row, PRE) * field(row, RED) * field(row, POST)
-    decay, step_size, root = step_numbers(row, lr, weight_decay)
-    beta1, beta2, eps = number(beta1), number(beta2), number(eps)
+    count = _field(row, PRE) * _field(row, RED) * _field(row, POST)
+    decay, step_size, root = _step_numbers(row, lr, weight_decay)
+    beta1, beta2, eps = _number(beta1), _number(beta2), _number(eps)
     if start + LINES * 256 <= count:
         _full_tile(row, start, count, decay, step_size, root, beta1, beta2, eps, grad_scale,
                    PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
@@ -158,43 +363,43 @@ def update_rows(
             read again from cache.
         LINES, COLUMNS: Size of a tile. All others are those of ``update_full``.
     """
-    if is_skipped(found_inf):
+    if _is_skipped(found_inf):
         return
-    row, part = work(table, programs)
-    decay, step_size, root = step_numbers(row, lr, weight_decay)
-    beta1, beta2, eps = number(beta1), number(beta2), number(eps)
-    red, pitch = size(row, RED, ALIGNED), size(row, PITCH, ALIGNED)
+    row, part = _work(table, programs)
+    decay, step_size, root = _step_numbers(row, lr, weight_decay)
+    beta1, beta2, eps = _number(beta1), _number(beta2), _number(eps)
+    red, pitch = _field(row, RED, ALIGNED), _field(row, PITCH, ALIGNED)
     line = part * LINES + tl.arange(0, LINES)
-    inside = line < field(row, PRE)
+    inside = line < _field(row, PRE)
     first = line[:, None] * pitch
     column = tl.arange(0, COLUMNS)[None, :]
     block = tl.arange(0, COLUMNS // 256 if MOMENT_DTYPE == tl.int8 else 1)[None, :]
-    grads = pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
+    grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
 
     mask = inside[:, None] & (column < red)
-    grad = gradient(tl.load(grads + first + column, mask=mask, other=0), grad_scale, MAXIMIZE, COMPUTE)
+    grad = _gradient(tl.load(grads + first + column, mask=mask, other=0), grad_scale, MAXIMIZE, COMPUTE)
     squares = grad * grad
     if not WHOLE:
         for start in range(COLUMNS, red, COLUMNS):
             loaded = tl.load(grads + first + start + column, mask=inside[:, None] & (start + column < red), other=0)
-            more = gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
+            more = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
             squares += more * more
-    second = next_second_moment(row, ROWS_SQ, ROWS_MAX, line, inside, tl.sum(squares, axis=1) / red.to(COMPUTE), beta2,
-                                COMPUTE, AMSGRAD, False, True)  # fmt: skip
-    denominator = denominator_of(second, root, eps, COMPUTE)[:, None] + tl.zeros((LINES, COLUMNS), COMPUTE)
+    mean_square = tl.sum(squares, axis=1) / red.to(COMPUTE)
+    second = _next_second_moment(row, ROWS_SQ, ROWS_MAX, line, inside, mean_square, beta2, AMSGRAD, False, True)
+    denominator = _denominator_of(second, root, eps)[:, None] + tl.zeros((LINES, COLUMNS), COMPUTE)
 
-    update_tile(row, grad, denominator, first + column, mask, line[:, None] * (red // 256) + block,
+    _update_tile(row, grad, denominator, first + column, mask, line[:, None] * (red // 256) + block,
            inside[:, None] & (block * 256 < red), decay, step_size, beta1,
-           PARAM_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, ROUNDS, ALIGNED, LINES, COLUMNS)  # fmt: skip
+           PARAM_DTYPE, MOMENT_DTYPE, STEP_DTYPE, ROUNDS, ALIGNED)  # fmt: skip
     if not WHOLE:
         for start in range(COLUMNS, red, COLUMNS):
             mask = inside[:, None] & (start + column < red)
             offsets = first + start + column
-            grad = gradient(load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
+            grad = _gradient(_load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
             here = start // 256 + block
-            update_tile(row, grad, denominator, offsets, mask, line[:, None] * (red // 256) + here,
+            _update_tile(row, grad, denominator, offsets, mask, line[:, None] * (red // 256) + here,
                    inside[:, None] & (here * 256 < red), decay, step_size, beta1,
-                   PARAM_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, ROUNDS, ALIGNED, LINES, COLUMNS)  # fmt: skip
+                   PARAM_DTYPE, MOMENT_DTYPE, STEP_DTYPE, ROUNDS, ALIGNED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
@@ -212,37 +417,37 @@ def update_columns(
     Args:
         LINES, COLUMNS: Rows read at a time, and columns of the strip. All others are those of ``update_full``.
     """
-    if is_skipped(found_inf):
+    if _is_skipped(found_inf):
         return
-    row, part = work(table, programs)
-    decay, step_size, root = step_numbers(row, lr, weight_decay)
-    beta1, beta2, eps = number(beta1), number(beta2), number(eps)
-    red, post, pitch = field(row, RED), size(row, POST, ALIGNED), size(row, PITCH, ALIGNED)
+    row, part = _work(table, programs)
+    decay, step_size, root = _step_numbers(row, lr, weight_decay)
+    beta1, beta2, eps = _number(beta1), _number(beta2), _number(eps)
+    red, post, pitch = _field(row, RED), _field(row, POST, ALIGNED), _field(row, PITCH, ALIGNED)
     strips = (post + COLUMNS - 1) // COLUMNS
     slice_index = part // strips
     column = (part % strips) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < post
     line = tl.arange(0, LINES)[:, None]
     first = slice_index * red * pitch + line * pitch + column[None, :]
-    grads = pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
+    grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
 
     squares = tl.zeros((LINES, COLUMNS), COMPUTE)
     for start in range(0, red, LINES):
         mask = (start + line < red) & inside[None, :]
         loaded = tl.load(grads + first + start * pitch, mask=mask, other=0, eviction_policy="evict_last")
-        grad = gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
+        grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
         squares += grad * grad
-    second = next_second_moment(row, COLUMNS_SQ, COLUMNS_MAX, slice_index * post + column, inside,
-                                tl.sum(squares, axis=0) / red.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False,
-                                True)  # fmt: skip
-    denominator = denominator_of(second, root, eps, COMPUTE)[None, :] + tl.zeros((LINES, COLUMNS), COMPUTE)
+    index = slice_index * post + column
+    mean_square = tl.sum(squares, axis=0) / red.to(COMPUTE)
+    second = _next_second_moment(row, COLUMNS_SQ, COLUMNS_MAX, index, inside, mean_square, beta2, AMSGRAD, False, True)
+    denominator = _denominator_of(second, root, eps)[None, :] + tl.zeros((LINES, COLUMNS), COMPUTE)
 
     for start in range(0, red, LINES):
         mask = (start + line < red) & inside[None, :]
         offsets = first + start * pitch
-        grad = gradient(load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
-        update_tile(row, grad, denominator, offsets, mask, None, None, decay, step_size, beta1,
-               PARAM_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, ROUNDS, ALIGNED, LINES, COLUMNS)  # fmt: skip
+        grad = _gradient(_load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
+        _update_tile(row, grad, denominator, offsets, mask, None, None, decay, step_size, beta1,
+               PARAM_DTYPE, MOMENT_DTYPE, STEP_DTYPE, ROUNDS, ALIGNED)  # fmt: skip
 
 
 @triton.jit
@@ -258,11 +463,11 @@ def sum_squares(
     Args:
         LINES, COLUMNS: Size of a tile. All others are those of ``update_full``.
     """
-    if is_skipped(found_inf):
+    if _is_skipped(found_inf):
         return
-    row, part = work(table, programs)
-    red, post, pitch = field(row, RED), size(row, POST, ALIGNED), size(row, PITCH, ALIGNED)
-    slice_pitch = size(row, SLICE_PITCH, ALIGNED)
+    row, part = _work(table, programs)
+    red, post, pitch = _field(row, RED), _field(row, POST, ALIGNED), _field(row, PITCH, ALIGNED)
+    slice_pitch = _field(row, SLICE_PITCH, ALIGNED)
     row_tiles, column_tiles = (red + LINES - 1) // LINES, (post + COLUMNS - 1) // COLUMNS
     column_tile = part % column_tiles
     row_tile = part // column_tiles % row_tiles
@@ -272,15 +477,15 @@ def sum_squares(
     inner = line[:, None] * pitch + column[None, :]
     offsets = slice_index * slice_pitch + inner
     mask = (line[:, None] < red) & (column[None, :] < post) & (inner < slice_pitch)
-    grads = pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
-    grad = gradient(load(grads + offsets, mask), grad_scale, False, COMPUTE)
+    grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
+    grad = _gradient(_load(grads + offsets, mask), grad_scale, False, COMPUTE)
     squares = grad * grad
-    if field(row, ROW_SUMS) != 0:
-        row_sums = pointer(row, ROW_SUMS, COMPUTE, False)
+    if _field(row, ROW_SUMS) != 0:
+        row_sums = _pointer(row, ROW_SUMS, COMPUTE, False)
         where = (slice_index * red + line) * column_tiles + column_tile
         tl.store(row_sums + where, tl.sum(squares, axis=1), mask=line < red)
-    if field(row, COLUMN_SUMS) != 0:
-        column_sums = pointer(row, COLUMN_SUMS, COMPUTE, False)
+    if _field(row, COLUMN_SUMS) != 0:
+        column_sums = _pointer(row, COLUMN_SUMS, COMPUTE, False)
         where = (slice_index * row_tiles + row_tile) * post + column
         tl.store(column_sums + where, tl.sum(squares, axis=0), mask=column < post)
 
@@ -296,34 +501,32 @@ def finish_sums(
         LINES, COLUMNS: Those of ``sum_squares``.
         BLOCK: Second moments of a program. All others are those of ``update_full``.
     """
-    if is_skipped(found_inf):
+    if _is_skipped(found_inf):
         return
-    row, part = work(table, programs)
-    beta2 = number(beta2)
-    pre, red, post = field(row, PRE), field(row, RED), field(row, POST)
+    row, part = _work(table, programs)
+    beta2 = _number(beta2)
+    pre, red, post = _field(row, PRE), _field(row, RED), _field(row, POST)
     row_tiles, column_tiles = (red + LINES - 1) // LINES, (post + COLUMNS - 1) // COLUMNS
-    rows = pre * red if field(row, ROW_SUMS) != 0 else pre * 0
+    rows = pre * red if _field(row, ROW_SUMS) != 0 else pre * 0
     row_parts = (rows + BLOCK - 1) // BLOCK
     total = tl.zeros((BLOCK,), COMPUTE)
     if part < row_parts:
-        row_sums = pointer(row, ROW_SUMS, COMPUTE, False)
+        row_sums = _pointer(row, ROW_SUMS, COMPUTE, False)
         index = part * BLOCK + tl.arange(0, BLOCK)
         inside = index < rows
         for tile in range(0, column_tiles):
             total += tl.load(row_sums + index * column_tiles + tile, mask=inside, other=0)
-        next_second_moment(
-            row, ROWS_SQ, ROWS_MAX, index, inside, total / post.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False, False
-        )
+        mean_square = total / post.to(COMPUTE)
+        _next_second_moment(row, ROWS_SQ, ROWS_MAX, index, inside, mean_square, beta2, AMSGRAD, False, False)
     else:
-        column_sums = pointer(row, COLUMN_SUMS, COMPUTE, False)
+        column_sums = _pointer(row, COLUMN_SUMS, COMPUTE, False)
         index = (part - row_parts) * BLOCK + tl.arange(0, BLOCK)
         inside = index < pre * post
         first = index // post * row_tiles * post + index % post
         for tile in range(0, row_tiles):
             total += tl.load(column_sums + first + tile * post, mask=inside, other=0)
-        next_second_moment(
-            row, COLUMNS_SQ, COLUMNS_MAX, index, inside, total / red.to(COMPUTE), beta2, COMPUTE, AMSGRAD, False, False
-        )
+        mean_square = total / red.to(COMPUTE)
+        _next_second_moment(row, COLUMNS_SQ, COLUMNS_MAX, index, inside, mean_square, beta2, AMSGRAD, False, False)
 
 
 @triton.jit(do_not_specialize=["beta2"])
@@ -337,25 +540,26 @@ def finish_slices(
         LINES: That of ``sum_squares``.
         BLOCK: Numbers that are read at a time. All others are those of ``update_full``.
     """
-    if is_skipped(found_inf):
+    if _is_skipped(found_inf):
         return
-    row, part = work(table, programs)
-    beta2 = number(beta2)
-    red, post = field(row, RED), field(row, POST)
-    factored = field(row, ROW_SUMS) != 0
+    row, part = _work(table, programs)
+    beta2 = _number(beta2)
+    red, post = _field(row, RED), _field(row, POST)
+    factored = _field(row, ROW_SUMS) != 0
     count = red if factored else (red + LINES - 1) // LINES * post
-    values = pointer(row, ROWS_SQ, COMPUTE, False) if factored else pointer(row, COLUMN_SUMS, COMPUTE, False)
+    values = _pointer(row, ROWS_SQ, COMPUTE, False) if factored else _pointer(row, COLUMN_SUMS, COMPUTE, False)
     total = tl.zeros((BLOCK,), COMPUTE)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
         total += tl.load(values + part * count + index, mask=index < count, other=0)
-    mean = tl.sum(total, axis=0) / (red if factored else field(row, SLICE_COUNT)).to(COMPUTE)
+    mean = tl.sum(total, axis=0) / (red if factored else _field(row, SLICE_COUNT)).to(COMPUTE)
     if factored:
-        tl.store(pointer(row, ROW_MEANS, COMPUTE, False) + part, mean)
+        tl.store(_pointer(row, ROW_MEANS, COMPUTE, False) + part, mean)
     else:
         index = part + tl.arange(0, 1)
-        next_second_moment(row, ROWS_SQ, ROWS_MAX, index, index >= 0, mean + tl.zeros((1,), COMPUTE), beta2,
-                           COMPUTE, AMSGRAD, False, False)  # fmt: skip
+        inside = index >= 0
+        mean_square = mean + tl.zeros((1,), COMPUTE)
+        _next_second_moment(row, ROWS_SQ, ROWS_MAX, index, inside, mean_square, beta2, AMSGRAD, False, False)
 
 
 @triton.jit
@@ -371,7 +575,7 @@ def _spread_tile(
     blocks = start // 256 + tl.arange(0, LINES)[:, None]
     mask = flat < count if MASKED else None
     block_mask = blocks * 256 < count if MASKED else None
-    red, width = field(row, RED), field(row, WIDTH)
+    red, width = _field(row, RED), _field(row, WIDTH)
     first_line = start // width
     first_slice = first_line // red
     column = (start - first_line * width).to(INDEX) + lane.to(INDEX)
@@ -379,24 +583,24 @@ def _spread_tile(
     column -= line * width.to(INDEX)
     slice_index = first_slice + ((first_line - first_slice * red).to(INDEX) + line) // red.to(INDEX)
     line += first_line
-    rows = pointer(row, ROWS_MAX if AMSGRAD else ROWS_SQ, COMPUTE, False)
-    columns = pointer(row, COLUMNS_MAX if AMSGRAD else COLUMNS_SQ, COMPUTE, False)
-    means = pointer(row, ROW_MEANS, COMPUTE, False)
-    has_rows = flat < tl.where(field(row, ROWS_SQ) != 0, count, 0)
-    has_columns = flat < tl.where(field(row, COLUMNS_SQ) != 0, count, 0)
-    factored = flat < tl.where(field(row, ROW_MEANS) != 0, count, 0)
+    rows = _pointer(row, ROWS_MAX if AMSGRAD else ROWS_SQ, COMPUTE, False)
+    columns = _pointer(row, COLUMNS_MAX if AMSGRAD else COLUMNS_SQ, COMPUTE, False)
+    means = _pointer(row, ROW_MEANS, COMPUTE, False)
+    has_rows = flat < tl.where(_field(row, ROWS_SQ) != 0, count, 0)
+    has_columns = flat < tl.where(_field(row, COLUMNS_SQ) != 0, count, 0)
+    factored = flat < tl.where(_field(row, ROW_MEANS) != 0, count, 0)
     second = tl.load(rows + line, mask=has_rows, other=1)
     mean = tl.load(means + slice_index, mask=factored, other=1)
     smallest: tl.constexpr = 2.2250738585072014e-308 if COMPUTE == tl.float64 else 1.1754943508222875e-38
     mean = tl.maximum(mean, smallest, propagate_nan=tl.PropagateNan.ALL)
     second = second / mean if COMPUTE == tl.float64 else tl.div_rn(second, mean)
     second *= tl.load(columns + slice_index * width + column, mask=has_columns, other=1)
-    offsets = line.to(tl.int64) * field(row, PITCH) + column if PITCHED else flat
-    grads = pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
-    grad = gradient(load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
-    denominator = denominator_of(second, root, eps, COMPUTE)
-    update_tile(row, grad, denominator, offsets, mask, blocks, block_mask, decay, step_size, beta1,
-           PARAM_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, ROUNDS, ALIGNED, LINES, 256)  # fmt: skip
+    offsets = line.to(tl.int64) * _field(row, PITCH) + column if PITCHED else flat
+    grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
+    grad = _gradient(_load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
+    denominator = _denominator_of(second, root, eps)
+    _update_tile(row, grad, denominator, offsets, mask, blocks, block_mask, decay, step_size, beta1,
+           PARAM_DTYPE, MOMENT_DTYPE, STEP_DTYPE, ROUNDS, ALIGNED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
@@ -411,13 +615,13 @@ def update_spread(
     Args:
         WIDE: A tile's indices within rows and slices may need 64 bits. All others are those of ``update_full``.
     """
-    if is_skipped(found_inf):
+    if _is_skipped(found_inf):
         return
-    row, part = work(table, programs)
+    row, part = _work(table, programs)
     start = part * (LINES * 256)
-    count = field(row, PRE) * field(row, SLICE_COUNT)
-    decay, step_size, root = step_numbers(row, lr, weight_decay)
-    beta1, eps = number(beta1), number(eps)
+    count = _field(row, PRE) * _field(row, SLICE_COUNT)
+    decay, step_size, root = _step_numbers(row, lr, weight_decay)
+    beta1, eps = _number(beta1), _number(eps)
     if start + LINES * 256 <= count:
         _spread_tile(row, start, count, decay, step_size, root, beta1, eps, grad_scale,
                      PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,

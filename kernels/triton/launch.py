@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..interface import Dims, Entry, Hyperparameters, second_moment_dtype
 from ..layout import memory_order
-from . import kernels, table
+from . import kernels
 from .tiling import STRIP, Kind, Tiling, tiling
 
 _DTYPES = {
@@ -88,16 +88,8 @@ _KERNELS: dict[Kind, Any] = {
     "columns": kernels.update_columns,
     "spread": kernels.update_spread,
 }
-
-
-def _numbers(hyper: Hyperparameters, device: torch.device) -> list[int | Tensor]:
-    """Return the hyperparameters as kernels take them: a float as the bits of a float64, a tensor as itself."""
-    return [
-        value
-        if isinstance(value, Tensor) and value.device == device
-        else int(struct.unpack("<q", struct.pack("<d", float(value)))[0])
-        for value in (hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay)
-    ]
+_Arguments = dict[str, int | Tensor | None]
+"""What kernels take besides tables, by name."""
 
 
 class _Key(NamedTuple):
@@ -106,7 +98,6 @@ class _Key(NamedTuple):
     kind: Kind
     columns: int
     precomputed: bool
-    is_pitched: bool
     sums_aligned: bool
     options: tuple[tuple[str, Any], ...]
 
@@ -123,34 +114,30 @@ class TritonStep:
     """
 
     def __init__(self, entries: Sequence[Entry], hyper: Hyperparameters) -> None:
-        self._flags = _flags(hyper)
-        self._addresses = _addresses(entries)
-        self._device = entries[0].param.device
-        with _on(self._device):
-            self._build(entries, hyper)
-
-    def _build(self, entries: Sequence[Entry], hyper: Hyperparameters) -> None:
-        device = self._device
-        places = {address: index for index, address in enumerate(dict.fromkeys(self._addresses["step"]))}
-        self._steps = _on_device(torch.tensor(list(places)), device)
+        self._identity, self._grads = _identity(entries, hyper)
+        self._device = device = entries[0].param.device
         self._step_dtype = _DTYPES[entries[0].step.dtype]
-        self._corrections = torch.empty((len(places), 2), dtype=torch.float64, device=device)
         self._scratch: list[Tensor] = []
+        addresses = dict.fromkeys(entry.step.data_ptr() for entry in entries)
+        places = {address: place for place, address in enumerate(addresses)}
         rows: list[list[int]] = []
         groups: dict[_Key, list[tuple[int, Tiling]]] = {}
-        for number, entry in enumerate(entries):
-            found = _tiling(entry)
-            assert found is not None
-            row = _table_row(entry, found, hyper.amsgrad)
-            row[table.CORRECTIONS.value] = self._corrections[places[entry.step.data_ptr()]].data_ptr()
-            for column, size in _scratch_sizes(entry, found).items():
-                self._scratch.append(torch.empty(size, dtype=second_moment_dtype(entry.param.dtype), device=device))
-                row[column] = self._scratch[-1].data_ptr()
-            rows.append(row)
-            groups.setdefault(_key(entry, found, hyper), []).append((number, found))
-        self._rows = torch.tensor(rows)
-        self._table = _on_device(self._rows, device)
-        self._launches = [_Launch(key, group, device) for key, group in groups.items()]
+        with _on(device):
+            self._steps = _on_device(torch.tensor(list(places)), device)
+            self._corrections = torch.empty((len(places), 2), dtype=torch.float64, device=device)
+            for number, entry in enumerate(entries):
+                found = _tiling(entry)
+                assert found is not None
+                row = _table_row(entry, found, hyper.amsgrad)
+                row[kernels.CORRECTIONS.value] = self._corrections[places[entry.step.data_ptr()]].data_ptr()
+                for column, size in _scratch_sizes(entry, found).items():
+                    self._scratch.append(torch.empty(size, dtype=second_moment_dtype(entry.param.dtype), device=device))
+                    row[column] = self._scratch[-1].data_ptr()
+                rows.append(row)
+                groups.setdefault(_key(entry, found, hyper), []).append((number, found))
+            self._rows = torch.tensor(rows)
+            self._table = _on_device(self._rows, device)
+            self._launches = [_Launch(key, members, device) for key, members in groups.items()]
 
     def fits(self, entries: Sequence[Entry], hyper: Hyperparameters) -> bool:
         """Return whether the tables are valid for these tensors and flags, after following gradients that have moved.
@@ -159,15 +146,15 @@ class TritonStep:
             entries: The tensors.
             hyper: Hyperparameters.
         """
-        found = _addresses(entries)
-        if found == self._addresses and self._flags == _flags(hyper):
-            return True
-        grads, old = found.pop("grad"), self._addresses.pop("grad")
-        same = found == self._addresses and [grad % 16 for grad in grads] == [grad % 16 for grad in old]
-        self._addresses["grad"] = grads
-        if not same or self._flags != _flags(hyper):
+        identity, grads = _identity(entries, hyper)
+        if identity != self._identity:
             return False
-        self._rows[:, table.GRAD.value] = torch.tensor(grads)
+        if grads == self._grads:
+            return True
+        if any((new - old) % 16 for new, old in zip(grads, self._grads, strict=True)):
+            return False
+        self._grads = grads
+        self._rows[:, kernels.GRAD.value] = torch.tensor(grads)
         with _on(self._device):
             self._table.copy_(_pinned(self._rows, self._device), non_blocking=True)
         return True
@@ -180,16 +167,16 @@ class TritonStep:
             grad_scale: Divisor of the gradients.
             found_inf: Unless zero, nothing is done.
         """
-        _, beta1, beta2, *_ = numbers = _numbers(hyper, self._device)
+        arguments = self._arguments(hyper, grad_scale, found_inf)
         count = len(self._steps)
         with _on(self._device):
             kernels.advance_steps[(_ceil(count, STEPS_AT_ONCE),)](
-                self._steps, count, self._corrections, beta1, beta2, found_inf,
+                self._steps, count, self._corrections, arguments["beta1"], arguments["beta2"], found_inf,
                 STEP_DTYPE=self._step_dtype, BLOCK=STEPS_AT_ONCE,
             )  # fmt: skip
             for launch in self._launches:
                 if not launch.key.precomputed:
-                    launch.run(self._table, numbers, grad_scale, found_inf)
+                    launch.run(self._table, arguments)
 
     def run_given(self, hyper: Hyperparameters, grad_scale: Tensor | None = None) -> None:
         """Update the entries with precomputed second moments, once these are there, after :meth:`run`.
@@ -198,64 +185,63 @@ class TritonStep:
             hyper: As in :meth:`run`.
             grad_scale: As in :meth:`run`.
         """
-        numbers = _numbers(hyper, self._device)
+        arguments = self._arguments(hyper, grad_scale, None)
         with _on(self._device):
             for launch in self._launches:
                 if launch.key.precomputed:
-                    launch.run(self._table, numbers, grad_scale, None)
+                    launch.run(self._table, arguments)
+
+    def _arguments(self, hyper: Hyperparameters, grad_scale: Tensor | None, found_inf: Tensor | None) -> _Arguments:
+        """Return what kernels take: of hyperparameters tensors on the device, and floats as the bits of a float64."""
+        arguments: _Arguments = {"grad_scale": grad_scale, "found_inf": found_inf}
+        for name in ("lr", "beta1", "beta2", "eps", "weight_decay"):
+            value = getattr(hyper, name)
+            if not isinstance(value, Tensor) or value.device != self._device:
+                (value,) = struct.unpack("<q", struct.pack("<d", float(value)))
+            arguments[name] = value
+        return arguments
 
 
 class _Launch:
     """The launches for tensors with the same key; ``members`` are their numbers in the table and their tilings."""
 
     def __init__(self, key: _Key, members: Sequence[tuple[int, Tiling]], device: torch.device) -> None:
-        self.key, self.options = key, dict(key.options)
+        self.key = key
         self.settings = settings = SETTINGS[key.kind, key.columns]
         numbers, tilings = zip(*members, strict=True)
-        self.programs = _programs(numbers, [_tiles(one, settings) for one in tilings], device)
-        self.sums = key.kind == "spread" and not key.precomputed
-        if self.sums:
-            self.summing = _programs(numbers, [_tiles_summed(one) for one in tilings], device)
-            self.finishing = _programs(numbers, [_finishing(one) for one in tilings], device)
-            self.slices = _programs(numbers, [one.pre if one.by_row else 0 for one in tilings], device)
-            common = {name: self.options[name] for name in ("COMPUTE", "maxnreg")}
-            common |= {"LINES": SUMS.lines, "num_warps": SUMS.num_warps}
-            grad = {"GRAD_DTYPE": self.options["GRAD_DTYPE"], "ALIGNED": key.sums_aligned}
-            self.sum_options = {**common, **grad, "COLUMNS": SUMS.columns}
-            self.slice_options = {**common, "AMSGRAD": self.options["AMSGRAD"], "BLOCK": FINISHED_AT_ONCE}
-            self.finish_options = {**self.slice_options, "COLUMNS": SUMS.columns}
+        options = dict(key.options)
+        steps = [(_KERNELS[key.kind], [_tiles(one, settings) for one in tilings], options)]
+        if key.kind == "spread" and not key.precomputed:
+            sums = {**options, "ALIGNED": key.sums_aligned, "BLOCK": FINISHED_AT_ONCE}
+            sums |= {"LINES": SUMS.lines, "COLUMNS": SUMS.columns, "num_warps": SUMS.num_warps}
+            steps = [
+                (kernels.sum_squares, [_tiles_summed(one) for one in tilings], sums),
+                (kernels.finish_sums, [_finishing(one) for one in tilings], sums),
+                (kernels.finish_slices, [one.pre if one.by_row else 0 for one in tilings], sums),
+                *steps,
+            ]
+        self._steps: list[tuple[Any, Tensor, list[str], dict[str, Any]]] = []
+        for kernel, tiles, known in steps:
+            if any(tiles):
+                taken = {name: known[name] for name in (*kernel.arg_names, "num_warps", "maxnreg") if name in known}
+                asked_for = [name for name in kernel.arg_names[2:] if name not in taken]
+                self._steps.append((kernel, _programs(numbers, tiles, device), asked_for, taken))
 
-    def run(
-        self, table: Tensor, numbers: list[int | Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        if self.sums:
-            beta2 = numbers[2]
-            _launch(kernels.sum_squares, table, self.summing, grad_scale, found_inf, **self.sum_options)
-            _launch(kernels.finish_sums, table, self.finishing, beta2, found_inf, **self.finish_options)
-            _launch(kernels.finish_slices, table, self.slices, beta2, found_inf, **self.slice_options)
-        update = _KERNELS[self.key.kind]
-        _launch(update, table, self.programs, *numbers, grad_scale, found_inf, **self.options)
+    def run(self, table: Tensor, arguments: _Arguments) -> None:
+        for kernel, programs, names, options in self._steps:
+            kernel[(len(programs),)](table, programs, *[arguments[name] for name in names], **options)
 
 
-def _launch(kernel: Any, table: Tensor, programs: Tensor, *arguments: int | Tensor | None, **options: Any) -> None:
-    if len(programs):
-        kernel[(len(programs),)](table, programs, *arguments, **options)
-
-
-def _flags(hyper: Hyperparameters) -> tuple[bool, ...]:
-    return hyper.amsgrad, hyper.maximize, hyper.stochastic_round
-
-
-def _addresses(entries: Sequence[Entry]) -> dict[str, list[int]]:
-    """Return the addresses of every tensor of a step."""
+def _identity(entries: Sequence[Entry], hyper: Hyperparameters) -> tuple[tuple[Any, ...], list[int]]:
+    """Return what tables rest on, flags and addresses, and the addresses of gradients, which tables follow."""
     state = [
         tensor.data_ptr()
         for entry in entries
-        for tensor in (entry.param, entry.exp_avg, *entry.exp_avg_sq, *entry.max_exp_avg_sq)
+        for tensor in (entry.param, entry.exp_avg, *entry.exp_avg_sq, *entry.max_exp_avg_sq, entry.step)
     ]
-    state += [entry.exp_avg_scale.data_ptr() for entry in entries if entry.exp_avg_scale is not None]
-    steps = [entry.step.data_ptr() for entry in entries]
-    return {"state": state, "step": steps, "grad": [entry.grad.data_ptr() for entry in entries]}
+    scales = [entry.exp_avg_scale.data_ptr() for entry in entries if entry.exp_avg_scale is not None]
+    flags = hyper.amsgrad, hyper.maximize, hyper.stochastic_round
+    return (flags, state, scales), [entry.grad.data_ptr() for entry in entries]
 
 
 _captured: list[Tensor] = []
@@ -281,16 +267,16 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
+    kind, is_flat = found.kind, found.kind in ("full", "spread")
     dense = [entry.param, entry.grad, entry.exp_avg]
-    if found.kind == "full":
+    if kind == "full":
         dense += [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
-    columns = {"full": 256, "spread": 256, "columns": STRIP, "rows": _row_tile(found.red)}[found.kind]
+    columns = 256 if is_flat else STRIP if kind == "columns" else _row_tile(found.red)
     columns = columns if entry.exp_avg_scale is None else max(columns, 256)
-    settings = SETTINGS[found.kind, columns]
-    inner = found.red if found.kind == "rows" else found.post
-    is_flat = found.kind in ("full", "spread") and not found.is_pitched
-    rows_aligned = is_flat or (inner % 16 == 0 and found.pitch % 16 == 0)
-    options: dict[str, Any] = {
+    settings = SETTINGS[kind, columns]
+    row = found.red if kind == "rows" else found.post
+    rows_aligned = (is_flat and not found.is_pitched) or (row % 16 == 0 and found.pitch % 16 == 0)
+    options = {
         "PARAM_DTYPE": _DTYPES[entry.param.dtype],
         "GRAD_DTYPE": _DTYPES[entry.grad.dtype],
         "MOMENT_DTYPE": _DTYPES[entry.exp_avg.dtype],
@@ -299,22 +285,18 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
         "AMSGRAD": hyper.amsgrad and not entry.precomputed,
         "MAXIMIZE": hyper.maximize,
         "ROUNDS": hyper.stochastic_round and entry.param.dtype == torch.bfloat16,
+        "PITCHED": is_flat and found.is_pitched,
         "ALIGNED": rows_aligned and all(tensor.data_ptr() % 16 == 0 for tensor in dense),
+        "WHOLE": kind == "rows" and found.red <= columns,
+        "WIDE": kind == "spread" and max(found.width, found.red) >= 1 << 30,
         "LINES": settings.lines,
+        "COLUMNS": settings.columns,
         "num_warps": settings.num_warps,
         "maxnreg": MOST_REGISTERS,
     }
-    if found.kind in ("full", "spread"):
-        options["PITCHED"] = found.is_pitched
-    else:
-        options["COLUMNS"] = settings.columns
-    if found.kind == "rows":
-        options["WHOLE"] = found.red <= _row_tile(found.red)
-    if found.kind == "spread":
-        options["WIDE"] = max(found.width, found.red) >= 1 << 30
     summed = (entry.grad.data_ptr(), found.post, found.pitch, found.slice_pitch)
-    sums_aligned = found.kind == "spread" and all(size % 16 == 0 for size in summed)
-    return _Key(found.kind, columns, entry.precomputed, found.is_pitched, sums_aligned, tuple(options.items()))
+    sums_aligned = kind == "spread" and all(size % 16 == 0 for size in summed)
+    return _Key(kind, columns, entry.precomputed, sums_aligned, tuple(options.items()))
 
 
 def _row_tile(red: int) -> int:
@@ -325,25 +307,25 @@ def _row_tile(red: int) -> int:
 def _table_row(entry: Entry, found: Tiling, amsgrad: bool) -> list[int]:
     rows_sq, columns_sq = _by_row_and_column(entry.exp_avg_sq, found)
     row = {
-        table.PARAM.value: entry.param.data_ptr(),
-        table.GRAD.value: entry.grad.data_ptr(),
-        table.EXP_AVG.value: entry.exp_avg.data_ptr(),
-        table.EXP_AVG_SCALE.value: 0 if entry.exp_avg_scale is None else entry.exp_avg_scale.data_ptr(),
-        table.ROWS_SQ.value: rows_sq,
-        table.COLUMNS_SQ.value: columns_sq,
-        table.STEP.value: entry.step.data_ptr(),
-        table.PRE.value: found.pre,
-        table.RED.value: found.red,
-        table.POST.value: found.post,
-        table.PITCH.value: found.pitch,
-        table.SEED.value: entry.seed & 0xFFFFFFFF,
-        table.SLICE_PITCH.value: found.slice_pitch,
-        table.SLICE_COUNT.value: found.slice_count,
-        table.WIDTH.value: found.width,
+        kernels.PARAM.value: entry.param.data_ptr(),
+        kernels.GRAD.value: entry.grad.data_ptr(),
+        kernels.EXP_AVG.value: entry.exp_avg.data_ptr(),
+        kernels.EXP_AVG_SCALE.value: 0 if entry.exp_avg_scale is None else entry.exp_avg_scale.data_ptr(),
+        kernels.ROWS_SQ.value: rows_sq,
+        kernels.COLUMNS_SQ.value: columns_sq,
+        kernels.STEP.value: entry.step.data_ptr(),
+        kernels.PRE.value: found.pre,
+        kernels.RED.value: found.red,
+        kernels.POST.value: found.post,
+        kernels.PITCH.value: found.pitch,
+        kernels.SEED.value: entry.seed & 0xFFFFFFFF,
+        kernels.SLICE_PITCH.value: found.slice_pitch,
+        kernels.SLICE_COUNT.value: found.slice_count,
+        kernels.WIDTH.value: found.width,
     }
     if amsgrad and not entry.precomputed:
-        row[table.ROWS_MAX.value], row[table.COLUMNS_MAX.value] = _by_row_and_column(entry.max_exp_avg_sq, found)
-    return [row.get(column, 0) for column in range(table.FIELDS.value)]
+        row[kernels.ROWS_MAX.value], row[kernels.COLUMNS_MAX.value] = _by_row_and_column(entry.max_exp_avg_sq, found)
+    return [row.get(column, 0) for column in range(kernels.FIELDS.value)]
 
 
 def _by_row_and_column(moments: Sequence[Tensor], found: Tiling) -> tuple[int, int]:
@@ -358,10 +340,10 @@ def _scratch_sizes(entry: Entry, found: Tiling) -> dict[int, int]:
     """Return the numbers of sums to keep, by column of the table."""
     if found.kind != "spread" or entry.precomputed:
         return {}
-    sizes = {table.COLUMN_SUMS.value: found.pre * _ceil(found.red, SUMS.lines) * found.post}
+    sizes = {kernels.COLUMN_SUMS.value: found.pre * _ceil(found.red, SUMS.lines) * found.post}
     if found.by_row and found.by_column:
-        sizes[table.ROW_SUMS.value] = found.pre * found.red * _ceil(found.post, SUMS.columns)
-        sizes[table.ROW_MEANS.value] = found.pre
+        sizes[kernels.ROW_SUMS.value] = found.pre * found.red * _ceil(found.post, SUMS.columns)
+        sizes[kernels.ROW_MEANS.value] = found.pre
     return sizes
 
 

@@ -24,6 +24,7 @@ class Watched:
 
     def __init__(self, kernel: Any, current: list[torch.device], launches: list[torch.device | None]) -> None:
         self._kernel, self._current, self._launches = kernel, current, launches
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Any:
         self._launches.append(self._current[-1] if self._current else None)
