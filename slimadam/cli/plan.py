@@ -15,8 +15,7 @@ from torch import nn
 
 from slimadam.cli.console import call, output_path
 from slimadam.layers.roles import names_of
-from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.serialization import rule_to_dict
+from slimadam.plans.plan import CompressionPlan, rule_to_dict
 from slimadam.state.rule import FACTORED, Candidate, Rule, Source, fit_rules
 from slimadam.utils.errors import PlanError
 

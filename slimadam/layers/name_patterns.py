@@ -1,4 +1,4 @@
-"""Roles that the names of parameters suggest, for where modules do not tell them.
+"""Names of parameters as text, and the roles that they suggest where modules do not tell them.
 
 Patterns are searched in a bare name (:func:`bare_name`); the first that matches counts, so narrow ones come first.
 """
@@ -6,7 +6,12 @@ Patterns are searched in a bare name (:func:`bare_name`); the first that matches
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from slimadam.layers.splits import Part
 
 UNKNOWN = "unknown"
 NORM = "norm"
@@ -31,13 +36,11 @@ def _last(words: str) -> str:
     return rf"(^|\.)({words})$"
 
 
-def _projection(word: str, role: str) -> tuple[tuple[str, str], ...]:
+def _projection(word: str) -> tuple[tuple[str, str], ...]:
     """Make patterns for query, key or value; alone at the top of a model the word means something else."""
     letter = word[0]
-    return (
-        (rf"\.({letter}|{word})$", role),
-        (_last(rf"(to_|w|linear_){letter}|({letter}|{word})_(b_)?(proj|lin|linear)"), role),
-    )
+    own = rf"\.({letter}|{word})$"
+    return (own, word), (_last(rf"(to_|w|linear_){letter}|({letter}|{word})_(b_)?(proj|lin|linear)"), word)
 
 
 # Adapters as PEFT lays them out: the name of the adapter may follow.
@@ -48,36 +51,29 @@ ADAPTERS = _compiled(
     (_last(r"lora_b(\.\w+)?"), "lora_b"),
     (_last(r"lora_magnitude_vector(\.\w+)?"), "layer_scale"),
 )
-
-SCALES = _compiled((_last(r"(layer_?scale\w*|ls\d?)(\.\w+)?|gamma(_?\d)?|lambda_?\d"), "layer_scale"))
-
-RELATIVE_POSITION_BIASES = _compiled((_last(r"rel(ative)?_\w*bias(_table)?"), "relative_position_bias"))
+_SCALES = _compiled((_last(r"(layer_?scale\w*|ls\d?)(\.\w+)?|gamma(_?\d)?|lambda_?\d"), "layer_scale"))
+_RELATIVE_POSITION_BIASES = _compiled((_last(r"rel(ative)?_\w*bias(_table)?"), "relative_position_bias"))
+_POSITIONS = r"(^|[._])(wpe|rel_emb\w*|pos(ition(s|al)?)?(_?e(mb|nc)\w*)?)(_[hw])?(\.(emb\w*|pe|table))?$"
+_TOKENS = r"wte|(\w+_)?tok(en)?s?_emb\w*|embed_tokens|word_emb\w*|emb(ed(ding)?s?)?|embed_in|shared"
 PATCH_EMBEDDINGS = _compiled(
     (_last(r"\w*patch_?emb\w*(\.(proj\w*|conv\w*))?|conv_proj|x_embedder\.proj"), "patch_embedding")
 )
-FREE_TOKENS = _compiled(
+_FREE_TOKENS = _compiled(
     (
         _last(r"(\w+_)?(cls|class|mask|dist\w*|reg|register|query)_tokens?|mask_emb\w*|class_embedding|latents"),
         "learned_token",
     )
 )
 TABLES = (
-    RELATIVE_POSITION_BIASES
-    + _compiled(
-        (
-            r"(^|[._])(wpe|rel_emb\w*|pos(ition(s|al)?)?(_?e(mb|nc)\w*)?)(_[hw])?(\.(emb\w*|pe|table))?$",
-            "position_embedding",
-        )
-    )
-    + PATCH_EMBEDDINGS
-    + FREE_TOKENS
-    + _compiled(
+    *_RELATIVE_POSITION_BIASES,
+    *_compiled((_POSITIONS, "position_embedding")),
+    *PATCH_EMBEDDINGS,
+    *_FREE_TOKENS,
+    *_compiled(
         (_last(r"(token_type|segment|type)_emb\w*"), "segment_embedding"),
-        (_last(r"wte|(\w+_)?tok(en)?s?_emb\w*|embed_tokens|word_emb\w*|emb(ed(ding)?s?)?|embed_in|shared"),
-         "token_embedding"),
-    )
-)  # fmt: skip
-
+        (_last(_TOKENS), "token_embedding"),
+    ),
+)
 _OUTPUTS = _compiled(
     (_last(r"(classifier|\w*head|\w*predictions(\.transform)?)\.dense|vocab_transform"), "head_transform"),
     (_last(r"(router|gate|gating)\.(wg|layer|classifier|linear)|\w*router|\w*expert_gate"), "router"),
@@ -90,7 +86,6 @@ _OUTPUTS = _compiled(
     (r"^(model\.)?fc$", "classifier"),
     (_last(r"pooler(\.\w+)?"), "pooler"),
 )
-
 ATTENTION_PARTS = _compiled(
     (rf"{_ATTENTION}\.in_proj$", "fused_qkv"),
     (_last(r"c_attn|w?qkv(_proj)?|to_qkv|query_key_value|attn_qkv"), "fused_qkv"),
@@ -98,16 +93,15 @@ ATTENTION_PARTS = _compiled(
     (_last(r"q_a_proj|wq_a"), "latent_query"),
     (_last(r"kv_a_proj\w*|wkv_a"), "latent_kv"),
     (_last(r"wq_b|q_attn"), "query"),
-    *_projection("query", "query"),
-    *_projection("key", "key"),
-    *_projection("value", "value"),
+    *_projection("query"),
+    *_projection("key"),
+    *_projection("value"),
     (
         rf"{_ATTENTION}\.(c_proj|w?o|o(ut)?_(proj|lin)|to_out|(linear_)?out|dense|output(\.dense)?|proj(ection)?)$",
         "attention_output",
     ),
     (_last(r"o_proj|o_lin|to_out|attn_out(put)?|attention_out(put)?"), "attention_output"),
 )
-
 _FEED_FORWARD_PARTS = _compiled(
     (_last(r"gate_(and_)?up(_proj)?|w12|w13"), "fused_gate_up"),
     (rf"{_FEED_FORWARD}\.input_linear$", "fused_gate_up"),
@@ -119,7 +113,6 @@ _FEED_FORWARD_PARTS = _compiled(
     (rf"(^|\.){_FEED_FORWARD}\.(c_proj|wo|fc_out|proj|dense)$", "mlp_down"),
     (r"(^|\.)(layers?|blocks?|h)\.output\.dense$", "mlp_down"),
 )
-
 SQUEEZE_EXCITE = _compiled(
     (r"(^|\.)(se|se_?(module|block|layer)|squeeze_?(and_?)?excit\w*)\.", "squeeze_excite"),
 )
@@ -127,8 +120,7 @@ _CONVOLUTIONS = _compiled(
     (_last(r"dw_?conv\w*|conv_?dw\w*|\w*depthwise\w*"), "depthwise_convolution"),
     (r"conv|stem|downsample|shortcut|features", "convolution"),
 )
-
-RECURRENT = _compiled(
+_RECURRENT = _compiled(
     (_last(r"weight_ih(_l\d+)?(_reverse)?"), "recurrent_input"),
     (_last(r"weight_hh(_l\d+)?(_reverse)?"), "recurrent_hidden"),
     (_last(r"weight_hr(_l\d+)?(_reverse)?"), "recurrent_projection"),
@@ -137,21 +129,20 @@ _PROJECTIONS = _compiled(
     (_last(r"(\w+_)?(projection|projector)|project_(in|out)|reduction"), "projection"),
     (_last(r"embeddings_project|embedding_hidden_mapping_in|\w*projector\.\w+"), "projection"),
 )
-
 _NORMS = re.compile(r"(^|\.)(\w*norm(?!al(?!i[sz]))\w*|ln(_?[a-z0-9]+)*|(\w+_)?bn\d*)(\.(gamma|scale|g))?$")
-LINEARS = SQUEEZE_EXCITE + PATCH_EMBEDDINGS + _OUTPUTS + ATTENTION_PARTS + _FEED_FORWARD_PARTS + _PROJECTIONS
-STACKS = ATTENTION_PARTS + _FEED_FORWARD_PARTS
+_STACKS = ATTENTION_PARTS + _FEED_FORWARD_PARTS
+LINEARS = SQUEEZE_EXCITE + PATCH_EMBEDDINGS + _OUTPUTS + _STACKS + _PROJECTIONS
 MATRIX_ROLES = frozenset(role for _, role in LINEARS + TABLES)
 
 
-def search(patterns: Iterable[tuple[re.Pattern[str], str]], bare: str) -> str:
-    """Return the role of the first pattern that matches a bare name, or ``"unknown"``.
+def search(patterns: Patterns, bare: str) -> str:
+    """Return the role of the first pattern that matches a bare name; an empty text without one.
 
     Args:
         patterns: Patterns with their roles.
         bare: Result of :func:`bare_name`.
     """
-    return next((role for pattern, role in patterns if pattern.search(bare)), UNKNOWN)
+    return next((role for pattern, role in patterns if pattern.search(bare)), "")
 
 
 def canonical_name(name: str) -> str:
@@ -171,8 +162,6 @@ def unwrapped_name(name: str) -> str:
     """Return :func:`canonical_name` without adapters' holders, parametrized tensors under their own names.
 
     Example:
-        >>> unwrapped_name("q_proj.base_layer.weight")
-        'q_proj.weight'
         >>> unwrapped_name("conv.parametrizations.weight.original0")
         'conv.weight_g'
     """
@@ -191,6 +180,34 @@ def bare_name(name: str) -> str:
     return _WEIGHT.sub("", ".".join(parts))
 
 
+def names_of(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Return all names of each parameter, without wrapper prefixes: several where it is tied, in module order."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(canonical_name(name))
+    return names
+
+
+def key_of(name: str, part: Part | None) -> str:
+    """Return the key of a parameter, or of one part of it, in plans and histories.
+
+    Args:
+        name: The parameter's name.
+        part: The part; None for all of it.
+    """
+    return name if part is None else f"{name}[{part.label}]"
+
+
+def owner_of(key: str, part: Part | None) -> str:
+    """Return the parameter's name from :func:`key_of`.
+
+    Args:
+        key: The key of a parameter or part.
+        part: The part; None for all of it.
+    """
+    return key if part is None else key.removesuffix(f"[{part.label}]")
+
+
 def role_from_name(name: str, ndim: int) -> str:
     """Return the role that a parameter's name suggests, or ``"unknown"``.
 
@@ -199,18 +216,19 @@ def role_from_name(name: str, ndim: int) -> str:
         ndim: Number of dimensions of the parameter.
     """
     bare = bare_name(name)
-    if ndim > 1 and (found := search(RELATIVE_POSITION_BIASES, bare)) != UNKNOWN:
+    if ndim > 1 and (found := search(_RELATIVE_POSITION_BIASES, bare)):
         return found
     leaf = bare.rpartition(".")[2]
     if leaf.startswith("bias") or leaf.endswith("bias"):
         return BIAS
-    if (found := search(ADAPTERS, bare)) != UNKNOWN:
+    if found := search(ADAPTERS, bare):
         return found
     if _NORMS.search(bare) or unwrapped_name(name).endswith("weight_g"):
         return NORM
     if ndim <= 1:
-        return search(SCALES + FREE_TOKENS, bare)
-    if ndim == 2:
-        return search(TABLES + LINEARS + RECURRENT, bare)
-    found = search(SQUEEZE_EXCITE + TABLES + _CONVOLUTIONS + (STACKS if ndim == 3 else ()), bare)
-    return "convolution" if found == UNKNOWN and ndim > 3 else found
+        patterns = _SCALES + _FREE_TOKENS
+    elif ndim == 2:
+        patterns = TABLES + LINEARS + _RECURRENT
+    else:
+        patterns = SQUEEZE_EXCITE + TABLES + _CONVOLUTIONS + (_STACKS if ndim == 3 else ())
+    return search(patterns, bare) or ("convolution" if ndim > 3 else UNKNOWN)

@@ -7,18 +7,21 @@ import itertools
 import logging
 import re
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from functools import cached_property
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from slimadam.layers.fused_weights import check_all_matched, matches_any, pieces_of
-from slimadam.layers.roles import ParameterRole, canonical_name, class_name, names_of, roles_of
-from slimadam.layers.splits import Piece, Split, check_declared, pieces
+from slimadam.layers.name_patterns import canonical_name, names_of
+from slimadam.layers.roles import ParameterRole, class_name, roles_of
+from slimadam.layers.splits import Piece, Split, check_all_matched, check_declared, matches_any, pieces, pieces_of
 from slimadam.utils.errors import PlanError
 from slimadam.utils.torch_private import HAS_WEAK_TENSORS, by_tensor
 
 logger = logging.getLogger("slimadam")
+
+_Layout = tuple[ParameterRole, list[Piece]]
 
 _POSITION = re.compile(r"param_groups\.\d+\.params\.\d+(\[.*\])?")
 _IN_FRONT = re.compile(r"param_groups\.\d+\.params\.\d+(\.|$)")
@@ -49,9 +52,9 @@ def renumbered(names: Sequence[Sequence[str]]) -> list[list[str]]:
     taken: set[str] = set()
     for group_index, own in enumerate(names):
         for index, name in enumerate(own):
-            place, given = position_name(group_index, index), _IN_FRONT.sub("", name, count=1)
+            place, user_name = position_name(group_index, index), _IN_FRONT.sub("", name, count=1)
             if name not in now:  # a parameter may be there repeatedly
-                now[name] = place if not given else f"{place}.{given}" if given in taken else given
+                now[name] = place if not user_name else f"{place}.{user_name}" if user_name in taken else user_name
                 taken.add(now[name])
     return [[now[name] for name in own] for own in names]
 
@@ -65,67 +68,68 @@ class NamedParameters:
         parts: The logical matrices in parameters, by pattern, where their modules do not say.
 
     Attributes:
+        known: All names.
         matched: The patterns of ``parts`` that match a name.
 
     Raises:
         ValueError: ``parts`` is of the wrong type.
-        PlanError: Declared parts do not fit a parameter.
     """
 
     def __init__(self, models: Iterable[nn.Module] = (), parts: Mapping[str, Split] | None = None) -> None:
         self._names: MutableMapping[Tensor, str] = by_tensor()
-        self._pieces: MutableMapping[Tensor, list[Piece]] = by_tensor()
-        self._roles: MutableMapping[Tensor, ParameterRole] = by_tensor()
         self._all_names: MutableMapping[Tensor, list[str]] = by_tensor()
+        self._layouts: MutableMapping[Tensor, _Layout] = by_tensor()
+        self._owners: MutableMapping[Tensor, int] = by_tensor()
+        self._parts = check_declared(parts)
+        self._unread = list(models)  # modules whose layers nobody has asked for yet
         taken: set[str] = set()
-        parts = check_declared(parts)
-        for model in models:
-            layout, names = self._layout_of(model, parts), names_of(model)
-            for name, parameter in model.named_parameters():
-                if parameter in self._names:
-                    continue
-                free = _free_name(canonical_name(name), class_name(model), taken)
-                taken.add(free)
-                self._names[parameter] = free
-                self._all_names[parameter] = names[parameter]
-                if name in layout:
-                    self._roles[parameter], self._pieces[parameter] = layout[name]
-        known = taken.union(*self._all_names.values())
-        self.matched = {pattern for pattern in parts if matches_any(pattern, known)}
-
-    @staticmethod
-    def _layout_of(model: nn.Module, parts: Mapping[str, Split]) -> dict[str, tuple[ParameterRole, list[Piece]]]:
-        if any(map(is_lazy, model.parameters())):
-            return {}  # read again once all shapes are known
-        try:
-            roles = roles_of(model)
-            return {name: (roles[name], found) for name, found in pieces_of(model, parts, roles).items()}
-        except PlanError:
-            raise
-        except Exception as error:  # a module class of others may do anything; names are enough to go on
-            logger.warning("the layers of %s cannot be told from its modules (%r)", type(model).__name__, error)
-            return {}
+        for index, model in enumerate(self._unread):
+            for parameter, names in names_of(model).items():
+                if parameter not in self._names:
+                    self._names[parameter] = free = _free_name(names[0], class_name(model), taken)
+                    self._all_names[parameter], self._owners[parameter] = names, index
+                    taken.add(free)
+        self.known = taken.union(*self._all_names.values())
+        self.matched = {pattern for pattern in self._parts if matches_any(pattern, self.known)}
 
     def name(self, parameter: Tensor) -> str | None:
         """Return the parameter's qualified name without wrapper prefixes, or None if no module owns it."""
         return self._names.get(parameter)
 
-    def pieces(self, parameter: Tensor) -> list[Piece]:
-        """Return the parameter's logical matrices; without a role if no module owns it."""
-        found = self._pieces.get(parameter)
-        return pieces("", tuple(parameter.shape), ParameterRole(""), None) if found is None else found
-
-    def role(self, parameter: Tensor) -> ParameterRole | None:
-        """Return role and layout of the parameter as a whole, or None if no module owns it."""
-        return self._roles.get(parameter)
-
     def all_names(self, parameter: Tensor) -> list[str]:
         """Return every name that its module has for the parameter: several where tied, none if no module owns it."""
         return self._all_names.get(parameter, [])
 
+    def pieces(self, parameter: Tensor) -> list[Piece]:
+        """Return the parameter's logical matrices; without a role if no module owns it.
+
+        Raises:
+            PlanError: Declared parts do not fit a parameter.
+        """
+        layout = self._layout(parameter)
+        return layout[1] if layout else pieces("", tuple(parameter.shape), ParameterRole(""), None)
+
+    def role(self, parameter: Tensor) -> ParameterRole | None:
+        """Return role and layout of the parameter as a whole, or None if no module owns it."""
+        layout = self._layout(parameter)
+        return layout[0] if layout else None
+
+    def owner(self, parameter: Tensor) -> int | None:
+        """Return which of the modules owns the parameter, the first of several; None if none does."""
+        return self._owners.get(parameter)
+
     def owned(self, parameter: Tensor) -> bool:
         """Return whether a module owns the parameter."""
-        return parameter in self._pieces
+        return self._layout(parameter) is not None
+
+    def _layout(self, parameter: Tensor) -> _Layout | None:
+        for model in self._unread:
+            layouts = _layouts_of(model, self._parts)
+            for name, owned in model.named_parameters():
+                if name in layouts:
+                    self._layouts.setdefault(owned, layouts[name])
+        self._unread = []
+        return self._layouts.get(parameter)
 
     @classmethod
     def of_optimizer(
@@ -142,67 +146,72 @@ class NamedParameters:
             parts: The logical matrices in parameters, by pattern, where their modules do not say.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+        user_names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
         named = cls(owning_modules(parameters) if model is None else [model], parts)
-        if model is None and len(given) == len(parameters):
-            pairs = [(parameter, canonical_name(name)) for parameter, name in zip(parameters, given, strict=True)]
+        if model is None and len(user_names) == len(parameters):
+            pairs = list(zip(parameters, map(canonical_name, user_names), strict=True))
             shared = shared_names(pairs)
             named._names.update(pair for pair in pairs if pair[1] not in shared)
-        unmatched = [pattern for pattern in parts or () if pattern not in named.matched]
-        check_all_matched(unmatched, named._names.values())
+        check_all_matched(named._parts.keys() - named.matched, named._names.values())
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
                 named._names.setdefault(parameter, position_name(group_index, index))
         return named
 
 
-def shared_names(given: Iterable[tuple[Tensor, str]]) -> set[str]:
+def _layouts_of(model: nn.Module, parts: Mapping[str, Split]) -> dict[str, _Layout]:
+    if any(map(is_lazy, model.parameters())):
+        return {}  # read again once all shapes are known
+    try:
+        roles = roles_of(model)
+        return {name: (roles[name], found) for name, found in pieces_of(model, parts, roles).items()}
+    except PlanError:
+        raise
+    except Exception as error:  # a module class of others may do anything; names are enough to go on
+        logger.warning("the layers of %s cannot be told from its modules (%r)", type(model).__name__, error)
+        return {}
+
+
+def shared_names(pairs: Iterable[tuple[Tensor, str]]) -> set[str]:
     """Return the names that stand for several parameters, as names in two modules of one optimizer may."""
     first: dict[str, Tensor] = {}
-    return {name for parameter, name in given if first.setdefault(name, parameter) is not parameter}
+    return {name for parameter, name in pairs if first.setdefault(name, parameter) is not parameter}
 
 
 class ToldApart:
-    """Names as in ``calibrate`` for parameters that their given names do not tell apart, or not as a plan does.
+    """Names as in ``calibrate`` for parameters that the user's names do not tell apart, or not as a plan does.
 
     The modules alive in the process are looked through when a name is first asked for.
 
     Args:
         parameters: Those of one optimizer.
-        shared: Given names that stand for several of them.
+        shared: The user's names that stand for several of them.
     """
 
     def __init__(self, parameters: Sequence[Tensor], shared: Iterable[str] = ()) -> None:
         self.shared = frozenset(shared)
         self._parameters = parameters
-        self._named: NamedParameters | None = None
-        self._own_names: dict[int, str] = {}
-        self._owners = 0
 
-    def name(self, parameter: Tensor, given: str | None) -> str | None:
-        """Return its name where its module is one of several, or its given name is that of several; else None.
+    @cached_property
+    def _named(self) -> NamedParameters:
+        return NamedParameters(owning_modules(self._parameters))
+
+    @cached_property
+    def _is_of_several(self) -> bool:
+        return len({*map(self._named.owner, self._parameters)} - {None}) > 1
+
+    def name(self, parameter: Tensor, user_name: str | None) -> str | None:
+        """Return its name where its module is one of several, or the user's name is that of several; else None.
 
         Args:
             parameter: One of the parameters.
-            given: Its given name, if it has one. It stands where it does not end in the module's own.
+            user_name: The user's name, if it has one. It stands where it does not end in the module's own.
         """
-        named = self._look_up() if self._named is None else self._named
-        own, is_shared = self._own_names.get(id(parameter)), given in self.shared
-        if own is None or (self._owners < 2 and not is_shared):
+        is_shared, all_names = user_name in self.shared, self._named.all_names(parameter)
+        if not all_names or not (is_shared or self._is_of_several):
             return None
-        fits = given is None or is_shared or given == own or given.endswith(f".{own}")
-        return named.name(parameter) if fits else None
-
-    def _look_up(self) -> NamedParameters:
-        modules = owning_modules(self._parameters)
-        missing = set(map(id, self._parameters))
-        for module in modules:
-            found = {id(parameter): canonical_name(name) for name, parameter in module.named_parameters()}
-            self._own_names.update((key, found[key]) for key in missing.intersection(found))
-            self._owners += not missing.isdisjoint(found)
-            missing.difference_update(found)
-        self._named = NamedParameters(modules)
-        return self._named
+        fits = user_name is None or is_shared or f".{user_name}".endswith(f".{all_names[0]}")
+        return self._named.name(parameter) if fits else None
 
 
 def _free_name(name: str, owner: str, taken: set[str]) -> str:
@@ -212,7 +221,7 @@ def _free_name(name: str, owner: str, taken: set[str]) -> str:
 
 
 def owning_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:
-    """Return the outermost modules alive in the process that own the given parameters, in the order of these.
+    """Return the outermost modules alive in the process that own some parameters, in the order of these.
 
     Of several owners of a parameter, the one that owns most of all parameters counts; modules that are nobody's owner
     then come last.

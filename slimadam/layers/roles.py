@@ -19,6 +19,7 @@ from slimadam.layers.name_patterns import NORM as NORM
 from slimadam.layers.name_patterns import UNKNOWN as UNKNOWN
 from slimadam.layers.name_patterns import bare_name, search, unwrapped_name
 from slimadam.layers.name_patterns import canonical_name as canonical_name
+from slimadam.layers.name_patterns import names_of as names_of
 from slimadam.layers.name_patterns import role_from_name as role_from_name
 from slimadam.utils import torch_private
 
@@ -81,14 +82,6 @@ def roles_of(model: nn.Module) -> dict[str, ParameterRole]:
     return {name: graph.role_of(name, parameter) for name, parameter in model.named_parameters()}
 
 
-def names_of(model: nn.Module) -> dict[Tensor, list[str]]:
-    """Return all names of each parameter, without wrapper prefixes: several where it is tied, in module order."""
-    names: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(canonical_name(name))
-    return names
-
-
 class _Linear(NamedTuple):
     """A module that multiplies by a stored matrix."""
 
@@ -115,26 +108,20 @@ class _Graph:
             self._add_child(unwrapped_name(name), None)
 
     def role_of(self, name: str, parameter: Tensor) -> ParameterRole:
-        """Return role and layout of a parameter.
-
-        Args:
-            name: Its name in the model.
-            parameter: The parameter.
-        """
         path, leaf = _split(unwrapped_name(name))
         module, shape = self._modules[path], tuple(parameter.shape)
-        table = self._tables.get(id(parameter)) or self._tables.get(id(module))
-        if table is not None:
+        if table := self._tables.get(id(parameter)) or self._tables.get(id(module)):
             return _matrix(table)
         by_name = role_from_name(name, len(shape))
         if by_name == BIAS:
             return ParameterRole(BIAS)
-        if leaf == "weight_g" or (_NORM_TYPE.search(class_name(module)) and _is_vector(shape)):
+        is_vector = sum(size > 1 for size in shape) <= 1
+        if leaf == "weight_g" or (is_vector and _NORM_TYPE.search(class_name(module))):
             return ParameterRole(NORM)
         adapter = search(name_patterns.ADAPTERS, bare_name(name))
         if isinstance(module, nn.modules.conv._ConvNd):
-            return _convolution(module, self._convolution_role(path, module) if adapter == UNKNOWN else adapter)
-        if adapter != UNKNOWN:
+            return _convolution(module, adapter or self._convolution_role(path, module))
+        if adapter:
             return _matrix(adapter, adapter == "lora_embedding_a") if len(shape) == 2 else ParameterRole(adapter)
         linear = _as_linear(module)
         if linear is not None and leaf.startswith("weight"):
@@ -148,29 +135,24 @@ class _Graph:
         self._children.setdefault(parent, {})[own] = module
 
     def _add_table(self, path: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
-        role = search(name_patterns.TABLES, bare_name(path))
-        if role == UNKNOWN:
-            role = "position_embedding" if "position" in class_name(module).lower() else "token_embedding"
+        by_class = "position_embedding" if "position" in class_name(module).lower() else "token_embedding"
+        role = search(name_patterns.TABLES, bare_name(path)) or by_class
         if role == "token_embedding":
             self._vocabulary.add(module.num_embeddings)
         # Heads share their weight with the table; a parametrized one keeps it elsewhere.
         self._tables[id(torch_private.parameters(module).get("weight", module))] = role
 
-    # -- modules that multiply by a matrix --------------------------------------------------------------------
-
     def _linear_role(self, path: str, linear: _Linear) -> str:
         parent, own = _split(path)
-        role = "squeeze_excite" if self._in_squeeze_excite(path) else self._role_among_siblings(parent, own)
-        if role != UNKNOWN:
+        if role := "squeeze_excite" if self._in_squeeze_excite(path) else self._role_among_siblings(parent, own):
             return role
         role = search(name_patterns.LINEARS, bare_name(path))
-        in_attention = self._in_attention(parent)
-        if own.lower() in _AMBIGUOUS_ALONE and not in_attention:
-            role = UNKNOWN
-        if role == UNKNOWN and in_attention:
-            role = search(name_patterns.ATTENTION_PARTS, f"attention.{own.lower()}")
-        if role == UNKNOWN or (role in ("mlp_up", "mlp_down") and _NUMBERED.search(own)):
-            role = self._role_by_sizes(path, linear, named=role != UNKNOWN)
+        if self._in_attention(parent):
+            role = role or search(name_patterns.ATTENTION_PARTS, f"attention.{own.lower()}")
+        elif own.lower() in _AMBIGUOUS_ALONE:
+            role = ""
+        if not role or (role in ("mlp_up", "mlp_down") and _NUMBERED.search(own)):
+            role = self._role_by_sizes(path, linear, named=bool(role))
         return self._head_role(path, linear, role) if role in (UNKNOWN, "classifier") else role
 
     def _role_among_siblings(self, parent: str, own: str) -> str:
@@ -178,16 +160,16 @@ class _Graph:
         for required, roles in _AMONG_SIBLINGS:
             if own in roles and required <= siblings.keys():
                 return roles[own]
-        return UNKNOWN
+        return ""
 
     def _role_by_sizes(self, path: str, linear: _Linear, *, named: bool) -> str:
-        """Tell the role of a matrix from its sizes and those of its siblings, where its name does not tell it."""
+        """Tell the role of a matrix from its sizes and those of its siblings."""
         parent, own = _split(path)
         if linear.outputs > 1 and linear.outputs == _expert_count(self._modules[parent]):
             return "router"
         linears = self._linears(parent)
         roles = {sibling: search(name_patterns.LINEARS, bare_name(_joined(parent, sibling))) for sibling in linears}
-        pair = [sibling for sibling, role in roles.items() if role in (UNKNOWN, "mlp_up", "mlp_down")]
+        pair = [sibling for sibling, role in roles.items() if role in ("", "mlp_up", "mlp_down")]
         if not named and self._in_attention(parent):
             only_one_left = len(pair) == 1 and not _INNER_ATTENTION.isdisjoint(roles.values())
             return "attention_output" if only_one_left else UNKNOWN
@@ -226,25 +208,21 @@ class _Graph:
     def _in_squeeze_excite(self, path: str) -> bool:
         parent, _ = _split(path)
         types = (class_name(self._modules[above]) for above in (parent, _split(parent)[0]))
-        named = search(name_patterns.SQUEEZE_EXCITE, bare_name(path)) != UNKNOWN
-        return named or any(_SQUEEZE_TYPE.search(name) for name in types)
-
-    # -- convolutions and tensors that belong to no layer -----------------------------------------------------
+        named = search(name_patterns.SQUEEZE_EXCITE, bare_name(path))
+        return bool(named) or any(_SQUEEZE_TYPE.search(name) for name in types)
 
     def _convolution_role(self, path: str, module: nn.modules.conv._ConvNd) -> str:
         if self._in_squeeze_excite(path):
             return "squeeze_excite"
-        if search(name_patterns.PATCH_EMBEDDINGS, bare_name(path)) != UNKNOWN:
-            return "patch_embedding"
-        return "depthwise_convolution" if 1 < module.groups == module.in_channels else "convolution"
+        by_groups = "depthwise_convolution" if 1 < module.groups == module.in_channels else "convolution"
+        return search(name_patterns.PATCH_EMBEDDINGS, bare_name(path)) or by_groups
 
     def _free_tensor(self, path: str, leaf: str, shape: tuple[int, ...], by_name: str) -> ParameterRole:
         module, ndim = self._modules[path], len(shape)
         experts = _expert_count(module)
         if ndim == 2 and (experts == shape[0] or self._role_among_siblings(*_split(path)) == "router"):
             return _matrix("router")
-        role = self._role_among_siblings(path, leaf)
-        role = by_name if role == UNKNOWN else role
+        role = self._role_among_siblings(path, leaf) or by_name
         if ndim == 3 and (experts == shape[0] or "expert" in f"{path}.{class_name(module)}".lower()):
             inputs, outputs = (2, 1) if self._inputs_last(path, shape[0]) else (1, 2)
             return ParameterRole(role, (inputs,), (outputs,))
@@ -269,8 +247,7 @@ class _Graph:
             bias = tensors.get(f"{leaf.removesuffix('_weight')}_bias")
             if bias is not None:
                 return stack.shape[1] == bias.shape[-1]
-            role = self._role_among_siblings(path, leaf)
-            role = role_from_name(_joined(path, leaf), 3) if role == UNKNOWN else role
+            role = self._role_among_siblings(path, leaf) or role_from_name(_joined(path, leaf), 3)
             if width in stack.shape[1:] and role in _FEED_FORWARD:
                 return (stack.shape[2] == width) != (role == "mlp_down")
         return True
@@ -313,10 +290,6 @@ def _convolution(module: nn.modules.conv._ConvNd, role: str) -> ParameterRole:
 def _expert_count(module: nn.Module) -> int | None:
     counts = (getattr(module, name, None) for name in _EXPERT_COUNTS)
     return next((count for count in counts if isinstance(count, int)), None)
-
-
-def _is_vector(shape: tuple[int, ...]) -> bool:
-    return sum(size > 1 for size in shape) <= 1
 
 
 def _split(path: str) -> tuple[str, str]:

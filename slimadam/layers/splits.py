@@ -1,23 +1,34 @@
 """Logical matrices inside one stored parameter: fused projections, heads, stacked experts.
 
 A fused query-key-value weight is one tensor and three matrices. Each part has its own rule; in plans and histories it
-goes by the parameter's name with its label in brackets, ``"attn.c_attn.weight[query]"``.
+goes by the parameter's name with its label in brackets, ``"attn.c_attn.weight[query]"``. Modules tell where one matrix
+ends and the next begins; where they do not, a parameter counts as one matrix, unless a plan or
+``parts={"pattern": Split(...)}`` declares its parts.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from slimadam.layers.roles import ParameterRole
+from slimadam.layers.name_patterns import WRAPPERS, canonical_name, names_of
+from slimadam.layers.name_patterns import key_of as key_of
+from slimadam.layers.name_patterns import owner_of as owner_of
+from slimadam.layers.roles import ParameterRole, roles_of
 from slimadam.utils.errors import PlanError, shown
 
 Shape = tuple[int, ...]
+
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_local_kv_heads", "num_query_groups")
+_INTERLEAVED_PER_HEAD = ("GPTNeoX", "Bloom")
+_ORDER_UNKNOWN = ("Falcon", "CodeGen")
 
 
 @dataclass(frozen=True)
@@ -96,15 +107,14 @@ class Split:
             PlanError: The parts do not fit the shape.
         """
         view = shape if self.view is None else tuple(self.view)
-        for label in self.sizes:
-            if not label or set(label) & set("[]"):
-                raise PlanError(f"{name!r}: the label {label!r} of its parts must be a word without brackets")
         if not 0 <= self.batch_dims <= max(0, len(view) - 2):
             raise PlanError(
                 f"{name!r}: batch_dims={self.batch_dims} of its parts must leave a matrix of the view {view}"
             )
         parts, start = [], 0
         for label, size in self.sizes.items():
+            if not label or set(label) & set("[]"):
+                raise PlanError(f"{name!r}: the label {label!r} of its parts must be a word without brackets")
             parts.append(Part(label, shape, view, self.dim, start, size))
             start += size
         check_parts(name, parts, shape)
@@ -147,26 +157,6 @@ class Piece(NamedTuple):
     role: ParameterRole
     part: Part | None = None
     batch_dims: int = 0
-
-
-def key_of(name: str, part: Part | None) -> str:
-    """Return the key of a piece in plans and histories.
-
-    Args:
-        name: The parameter's name.
-        part: The part; None for a whole parameter.
-    """
-    return name if part is None else f"{name}[{part.label}]"
-
-
-def owner_of(key: str, part: Part | None) -> str:
-    """Return the parameter's name from :func:`key_of`.
-
-    Args:
-        key: The key of a piece.
-        part: The part; None for a whole parameter.
-    """
-    return key if part is None else key.removesuffix(f"[{part.label}]")
 
 
 def pieces(name: str, shape: Shape, role: ParameterRole, parts: Split | None) -> list[Piece]:
@@ -256,6 +246,156 @@ def split_dims(name: str, shape: Shape, view: Shape) -> list[tuple[int, ...]]:
                               for group, size in zip(groups, shape, strict=True)):  # fmt: skip
         raise PlanError(f"{name!r}: view={view} must split dimensions of the parameter's shape {shape}")
     return groups
+
+
+def pieces_of(
+    model: nn.Module, parts: Mapping[str, Split], roles: Mapping[str, ParameterRole] | None = None
+) -> dict[str, list[Piece]]:
+    """Find the logical matrices of each parameter.
+
+    Args:
+        model: Any module, wrapped or not.
+        parts: Declared splits by pattern (``fnmatch``) of any of a parameter's names; these go before the modules.
+        roles: Result of :func:`~slimadam.layers.roles.roles_of`, where at hand.
+
+    Returns:
+        For each name of ``model.named_parameters()`` its pieces: one where it is a single matrix.
+
+    Raises:
+        PlanError: Declared parts do not fit a parameter.
+    """
+    roles = roles_of(model) if roles is None else roles
+    modules, names = dict(model.named_modules()), names_of(model)
+    found = {}
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        split = declared_parts(parts, names[parameter])
+        if split is None and parameter.numel() and not parameter.is_complex():
+            split = _parts_from_modules(modules, name, shape, roles[name])
+        found[name] = pieces(name, shape, roles[name], split)
+    return found
+
+
+def declared_parts(parts: Mapping[str, Split], names: Sequence[str]) -> Split | None:
+    """Return the split declared by the first pattern that one of a parameter's names matches; None without one.
+
+    Args:
+        parts: Declared splits by pattern.
+        names: Names of the parameter.
+    """
+    return next((found for pattern, found in parts.items() if matches_any(pattern, names)), None)
+
+
+def matches_any(pattern: str, names: Iterable[str]) -> bool:
+    """Return whether one of the names matches.
+
+    Args:
+        pattern: As for ``fnmatch``.
+        names: Any names.
+    """
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def pieces_of_target(model: nn.Module, parts: Mapping[str, Split] | None) -> dict[str, list[Piece]]:
+    """Check both arguments, and return :func:`pieces_of` the model that a plan is made for.
+
+    Args:
+        model: Any module.
+        parts: Declared splits by pattern; None is nothing.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``parts`` is no mapping from patterns to :class:`~slimadam.Split`.
+        PlanError: A pattern matches nothing, or declared parts do not fit a parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={shown(model)} must be an nn.Module, the one that the plan is for")
+    parts = check_declared(parts)
+    check_all_matched(parts, (name for names in names_of(model).values() for name in names))
+    return pieces_of(model, parts)
+
+
+def check_all_matched(patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Check that each pattern matches a name.
+
+    Args:
+        patterns: Patterns of ``parts``.
+        names: All names, wrapped or not.
+
+    Raises:
+        PlanError: Names the pattern.
+    """
+    known = [canonical_name(name) for name in names]
+    for pattern in patterns:
+        if not matches_any(pattern, known):
+            raise PlanError(f"parts: the pattern {pattern!r} matches no parameter of the model; correct or remove it")
+
+
+def _parts_from_modules(
+    modules: Mapping[str, nn.Module], name: str, shape: tuple[int, ...], role: ParameterRole
+) -> Split | None:
+    if role.role not in ("fused_qkv", "fused_gate_up") or len(role.fan_out) != 1:
+        return None
+    path = name.split(".")[:-1]
+    owner = modules[".".join(path)]
+    while path and path[-1] in WRAPPERS:
+        path.pop()
+    if "parametrizations" in path:
+        return None
+    find = _gate_up if role.role == "fused_gate_up" else _query_key_value
+    return find(owner, modules[".".join(path[:-1])], shape, role)
+
+
+def _gate_up(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...], role: ParameterRole) -> Split | None:
+    (dim,) = role.fan_out
+    if shape[dim] % 2:
+        return None
+    batch_dims = min(*role.fan_in, *role.fan_out)
+    half = shape[dim] // 2
+    if any(type(module).__name__.startswith("GptOss") for module in (owner, parent)):
+        view = (*shape[:dim], half, 2, *shape[dim + 1 :])
+        return Split({"mlp_gate": 1, "mlp_up": 1}, dim + 1, view, batch_dims)
+    return Split({"mlp_gate": half, "mlp_up": half}, dim, None, batch_dims)
+
+
+def _query_key_value(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...], role: ParameterRole) -> Split | None:
+    (dim,) = role.fan_out
+    size = shape[dim]
+    if isinstance(owner, nn.MultiheadAttention):
+        return _thirds(size, dim)
+    heads = _integer_attribute(parent, _HEADS)
+    if type(parent).__name__.startswith(_INTERLEAVED_PER_HEAD):
+        if heads is None or size % (3 * heads) or dim != 0 or len(shape) != 2:
+            return None
+        view = (heads, 3, size // (3 * heads), shape[1])
+        return Split({"query": 1, "key": 1, "value": 1}, 1, view, 2)
+    if type(parent).__name__.startswith(_ORDER_UNKNOWN):
+        return None
+    key_value_heads = _integer_attribute(parent, _KEY_VALUE_HEADS) or heads
+    if heads is None or key_value_heads is None or size % (heads + 2 * key_value_heads):
+        return _thirds(size, dim) if key_value_heads == heads else None
+    head_size = size // (heads + 2 * key_value_heads)
+    if (_integer_attribute(parent, ("head_dim",)) or head_size) != head_size:
+        return None
+    return Split(
+        {"query": heads * head_size, "key": key_value_heads * head_size, "value": key_value_heads * head_size}, dim
+    )
+
+
+def _thirds(size: int, dim: int) -> Split | None:
+    if size % 3:
+        return None
+    return Split({"query": size // 3, "key": size // 3, "value": size // 3}, dim)
+
+
+def _integer_attribute(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """Return the first of these attributes that is a positive integer, on the module or on its ``config``."""
+    for holder in (module, getattr(module, "config", None)):
+        for name in names:
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
 
 
 if not TYPE_CHECKING:

@@ -1,34 +1,51 @@
-"""Compression plans: for each parameter, how finely its second moment is stored, and why."""
+"""Compression plans: for each parameter, how finely its second moment is stored, and why.
+
+A plan file is untrusted: every value is checked, nothing is evaluated.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
-from slimadam.layers.fused_weights import pieces_of_target
+from slimadam.layers.name_patterns import canonical_name, key_of, owner_of
 from slimadam.layers.names import is_position
-from slimadam.layers.roles import canonical_name
-from slimadam.layers.splits import Piece, Split, check_parts, key_of, owner_of
-from slimadam.measurement.history import SNRHistory
-from slimadam.plans.expected_loss import Expectation, expectation
-from slimadam.plans.selection import Forms, choose
-from slimadam.plans.serialization import plan_from_dict, plan_to_dict, read_json
+from slimadam.layers.splits import Part, Piece, Split, check_parts, pieces_of_target
+from slimadam.measurement.history import MAX_NAME_LENGTH, MAX_SIZE, SNRHistory
+from slimadam.plans.selection import Expectation, Forms, choose, expectation
 from slimadam.plans.transfer import rules_for_model
-from slimadam.state.rule import Rule, check_rule, factored_rule, in_order, paper_rule
+from slimadam.state.rule import (
+    FACTORED,
+    MAX_NDIM,
+    Candidate,
+    Rule,
+    Source,
+    check_rule,
+    factored_rule,
+    in_order,
+    normalize_candidate,
+    paper_rule,
+    source_of_reason,
+)
 from slimadam.utils.atomic_write import write_whole
-from slimadam.utils.errors import PlanError
+from slimadam.utils.errors import PlanError, shown
 
 logger = logging.getLogger("slimadam")
 
 SCHEMA_PATH = Path(__file__).with_name("plan.schema.json")
+_FORMAT: Final = "slimadam.plan"
+_VERSION: Final = 1
+_MAX_FILE_BYTES = 64 << 20
+_MAX_SHAPE_LENGTH = 64
+_KEYS = {"form", "dims", "shape", "role", "reason", "source", "snr", "part", "batch_dims", "fan_in"}
 
 
 class CompressionPlan(Mapping[str, Rule]):
@@ -130,19 +147,19 @@ class CompressionPlan(Mapping[str, Rule]):
 
     @cached_property
     def _parts_by_owner(self) -> Mapping[str, list[str]]:
-        index: dict[str, list[str]] = {}
+        index = defaultdict(list)
         for key, rule in self._rules.items():
             if rule.part is not None:
                 owner = owner_of(key, rule.part)
                 for name in {owner, canonical_name(owner)}:
-                    index.setdefault(name, []).append(key)
+                    index[name].append(key)
         return index
 
     @cached_property
     def _by_canonical_name(self) -> Mapping[str, list[str]]:
-        index: dict[str, list[str]] = {}
+        index = defaultdict(list)
         for name in self._rules:
-            index.setdefault(canonical_name(name), []).append(name)
+            index[canonical_name(name)].append(name)
         return index
 
     @classmethod
@@ -174,8 +191,7 @@ class CompressionPlan(Mapping[str, Rule]):
             ValueError: An option is out of range, a pattern of ``keep`` matches nothing, the budget cannot be met, or
                 the history is empty.
         """
-        rules = choose(history, cutoff, budget, forms, keep)
-        return cls(rules, cutoff=float(cutoff) if budget is None else None)
+        return cls(choose(history, cutoff, budget, forms, keep), cutoff=float(cutoff) if budget is None else None)
 
     @classmethod
     def from_rules(cls, model: nn.Module) -> CompressionPlan:
@@ -241,15 +257,24 @@ class CompressionPlan(Mapping[str, Rule]):
         Raises:
             PlanError: The file cannot be read or is not a plan; the message says where and why.
         """
-        data = read_json(path)
+        path = Path(path)
         try:
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise PlanError("larger than 64 MiB, so it is no plan; pass a file that plan.save() wrote")
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
             return cls.from_dict(data)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise PlanError(f"{path}: cannot be read as a JSON plan ({error})") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-compatible data."""
-        return plan_to_dict(self._rules, self.cutoff)
+        data: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
+        if self.cutoff is not None:
+            data["cutoff"] = self.cutoff
+        return data | {"parameters": {name: rule_to_dict(rule) for name, rule in self.items()}}
 
     @classmethod
     def from_dict(cls, data: object) -> CompressionPlan:
@@ -258,7 +283,13 @@ class CompressionPlan(Mapping[str, Rule]):
         Raises:
             PlanError: The data is not a plan.
         """
-        rules, cutoff = plan_from_dict(data)
+        if not isinstance(data, dict):
+            raise PlanError(f"a plan is a JSON object, not {shown(data)}")
+        if not data:
+            raise PlanError("the plan is empty; calibrate a model to get one")
+        if not isinstance(data.get("format"), str):
+            return cls({name: _rule_of_authors(name, value) for name, value in data.items()})
+        rules, cutoff = _checked_contents(data)
         plan = cls(rules, cutoff=cutoff)
         for name, found in plan.by_parameter().items():
             parts = [rule.part for rule in found if rule.part is not None]
@@ -269,3 +300,176 @@ class CompressionPlan(Mapping[str, Rule]):
             if parts:
                 check_parts(name, parts, parts[0].of)
         return plan
+
+
+def check_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
+    """Check that amsgrad is off where a second moment is factored.
+
+    Args:
+        name: The parameter's name.
+        rule: Its rule.
+        group: Its parameter group.
+
+    Raises:
+        PlanError: The two are combined.
+    """
+    if group["amsgrad"] and rule.form == "factored":
+        raise PlanError(
+            f"{name!r}: amsgrad=True has no factored form, since the maximum of a product is not the "
+            "product of maxima; set amsgrad=False or give the parameter form 'mean' or 'full'"
+        )
+
+
+def rule_to_dict(rule: Rule) -> dict[str, Any]:
+    """Return a rule as JSON-compatible data."""
+    part = rule.part
+    snr = [
+        {
+            "candidate": candidate if candidate == FACTORED else [*candidate],
+            "value": value if math.isfinite(value) else "infinity",
+        }
+        for candidate, value in rule.snr.items()
+        if not math.isnan(value)
+    ]
+    data = {
+        "form": rule.form,
+        "dims": [*rule.dims] or None,
+        "shape": None if rule.shape is None else [*rule.shape],
+        "part": part and {"of": [*part.of], "view": [*part.view], "dim": part.dim, "start": part.start},
+        "fan_in": [*rule.fan_in] or None,
+        "batch_dims": rule.batch_dims or None,
+        "role": rule.role or None,
+        "reason": rule.reason or None,
+        "source": Source(rule.source).value,
+        "snr": snr or None,
+    }
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _checked_contents(data: dict[str, Any]) -> tuple[dict[str, Rule], float | None]:
+    version, parameters, cutoff = (data.get(key) for key in ("version", "parameters", "cutoff"))
+    if data["format"] != _FORMAT:
+        raise PlanError(f"format={shown(data['format'])}: expected {_FORMAT!r}")
+    if not _is_integer(version, _VERSION, _VERSION):
+        raise PlanError(
+            f"version={shown(version)}: this release reads version {_VERSION}; update slimadam or calibrate again"
+        )
+    _check_keys("the plan", data, {"format", "version", "cutoff", "parameters"})
+    if not isinstance(parameters, dict):
+        raise PlanError(f"parameters={shown(parameters)}: expected an object of rules by parameter name")
+    if cutoff is not None and not (_is_nonnegative_number(cutoff) and cutoff < math.inf):
+        raise PlanError(f"cutoff={shown(cutoff)}: expected a number >= 0")
+    rules = {name: _rule_from_dict(name, value) for name, value in parameters.items()}
+    return rules, None if cutoff is None else float(cutoff)
+
+
+def _rule_from_dict(name: str, data: Any) -> Rule:
+    _check_name(name)
+    if not isinstance(data, dict):
+        raise PlanError(f"{name!r}: {shown(data)} is not a rule; expected an object with 'form'")
+    _check_keys(repr(name), data, _KEYS)
+    shape = None if data.get("shape") is None else _integers(name, "shape", data["shape"], MAX_SIZE, _MAX_SHAPE_LENGTH)
+    role, reason, form = data.get("role", ""), data.get("reason", ""), data.get("form")
+    _check(isinstance(role, str), name, "role", role, "be text")
+    _check(isinstance(reason, str), name, "reason", reason, "be text")
+    _check(isinstance(form, str), name, "form", form, "be 'full', 'mean' or 'factored'")
+    source = data.get("source", source_of_reason(reason))
+    _check(source in list(Source), name, "source", source, f"be one of {[one.value for one in Source]}")
+    return Rule(
+        dims=tuple(sorted(_integers(name, "dims", data.get("dims", []), MAX_NDIM - 1))),
+        form=form,  # type: ignore[arg-type]  # checked by the plan's constructor
+        shape=shape,
+        snr=_snr_from_list(name, data.get("snr", []), MAX_NDIM if shape is None else len(shape)),
+        reason=reason,
+        role=role,
+        part=None if data.get("part") is None else _part_from_dict(name, data["part"], shape),
+        fan_in=tuple(sorted(_integers(name, "fan_in", data.get("fan_in", []), MAX_NDIM - 1))),
+        batch_dims=_integer(name, "batch_dims", data.get("batch_dims", 0), MAX_NDIM - 2),
+        source=Source(source),
+    )
+
+
+def _part_from_dict(name: str, data: Any, shape: tuple[int, ...] | None) -> Part:
+    is_part = isinstance(data, dict) and set(data) == {"of", "view", "dim", "start"}
+    _check(is_part, name, "part", data, "have 'of', 'view', 'dim' and 'start'")
+    of, view = (_integers(name, key, data[key], MAX_SIZE) for key in ("of", "view"))
+    dim = _integer(name, "dim", data["dim"], MAX_NDIM - 1)
+    if shape is None or dim >= len(shape):
+        raise PlanError(f"{name!r}: a part needs its 'shape', with the dimension {dim} along which the parts lie")
+    label = name.rpartition("[")[2].removesuffix("]")
+    return Part(label, of, view, dim, _integer(name, "start", data["start"], MAX_SIZE), shape[dim])
+
+
+def _snr_from_list(name: str, data: Any, ndim: int) -> dict[Candidate, float]:
+    is_list = isinstance(data, list) and len(data) <= 2**MAX_NDIM
+    _check(is_list, name, "snr", data, "be a list of candidates with their values")
+    found: dict[Candidate, float] = {}
+    for item in data:
+        if not isinstance(item, dict) or set(item) != {"candidate", "value"}:
+            raise PlanError(f"{name!r}: snr entry {shown(item)} must have 'candidate' and 'value'")
+        value = math.inf if item["value"] == "infinity" else item["value"]
+        if not _is_nonnegative_number(value):
+            raise PlanError(f"{name!r}: SNR {shown(value)} must be a number >= 0 or 'infinity'")
+        try:
+            found[normalize_candidate(item["candidate"], ndim)] = float(value)
+        except ValueError as error:
+            raise PlanError(f"{name!r}: {error}") from error
+    return found
+
+
+def _rule_of_authors(name: str, value: object) -> Rule:
+    _check_name(name)
+    numbers = [] if value is None else [value] if isinstance(value, int) else value
+    dims = tuple(sorted(_integers(name, "dims", numbers, MAX_NDIM - 1)))
+    return Rule(dims, "mean" if dims else "full", reason="taken from a rules file")
+
+
+def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise PlanError(f"{shown(twice)} appears twice in one object; keep one of them")
+    return found
+
+
+def _refuse_constant(constant: str) -> None:
+    raise PlanError(f'{constant} is not JSON; write infinite SNRs as "infinity"')
+
+
+def _check_name(name: str) -> None:
+    if len(name) > MAX_NAME_LENGTH:
+        raise PlanError(f"{shown(name)} is no parameter's name: longer than {MAX_NAME_LENGTH} characters")
+
+
+def _check_keys(where: str, data: Mapping[str, object], known: set[str]) -> None:
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise PlanError(f"{where}: unknown key {shown(unknown[0])}; known are {sorted(known)}")
+
+
+def _check(fits: bool, name: str, key: str, value: object, expected: str) -> None:
+    if not fits:
+        raise PlanError(f"{name!r}: {key}={shown(value)} must {expected}")
+
+
+def _integers(name: str, key: str, value: Any, largest: int, longest: int = MAX_NDIM) -> tuple[int, ...]:
+    is_short_list = isinstance(value, list) and len(value) <= longest
+    _check(is_short_list, name, key, value, f"be a list of at most {longest} integers")
+    fits = all(_is_integer(number, 0, largest) for number in value)
+    _check(fits, name, key, value, f"hold integers in 0..{largest}")
+    return tuple(value)
+
+
+def _integer(name: str, key: str, value: Any, largest: int) -> int:
+    _check(_is_integer(value, 0, largest), name, key, value, f"be an integer in 0..{largest}")
+    return int(value)
+
+
+def _is_integer(value: object, least: int, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= largest
+
+
+def _is_nonnegative_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 <= value <= math.inf and not (isinstance(value, int) and value > 1 << 1000)

@@ -12,12 +12,21 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from slimadam.layers.fused_weights import check_all_matched, declared_parts
+from slimadam.layers.name_patterns import (
+    BIAS,
+    NORM,
+    UNKNOWN,
+    canonical_name,
+    key_of,
+    owner_of,
+    role_from_name,
+)
 from slimadam.layers.names import NamedParameters, ToldApart, is_position, owning_modules, position_name, read_modules
-from slimadam.layers.roles import BIAS, NORM, UNKNOWN, ParameterRole, canonical_name, names_of, role_from_name
-from slimadam.layers.splits import Piece, key_of, owner_of, pieces
+from slimadam.layers.roles import ParameterRole
+from slimadam.layers.splits import Piece, check_all_matched, declared_parts, pieces
 from slimadam.plans.auto import AutoPlan
 from slimadam.plans.plan import CompressionPlan
+from slimadam.plans.plan import check_factored_amsgrad as check_factored_amsgrad
 from slimadam.state.rule import NO_ELEMENTS, Rule, Source, factored_rule, fit_rules, full_rule, paper_rule
 from slimadam.utils.dtensor import check_not_flat
 from slimadam.utils.errors import PlanError, did_you_mean
@@ -57,8 +66,7 @@ def _read_plan(plan: object) -> _ResolvedPlan:
 class Resolver:
     """Finds names and rules for the parameters of one optimizer, and remembers which plan entries were used.
 
-    Without a model, names are those that the optimizer was given, and roles come from the modules alive in the process
-    that own the parameters.
+    Without a model, names are the user's, and roles come from the modules alive in the process that own the parameters.
 
     Args:
         plan: The optimizer's ``plan`` argument.
@@ -79,7 +87,6 @@ class Resolver:
         self._known = self._named
         self._told_apart: ToldApart | None = None
         self._matched = set(self._named.matched)
-        self._model_names = {name for names in ({} if model is None else names_of(model)).values() for name in names}
         self._all_names: dict[str, list[str]] = {}
         self._used: _Used = {}
         self._owner: MutableMapping[str, Tensor] = WeakValueDictionary()
@@ -120,7 +127,7 @@ class Resolver:
         return own
 
     def names(self, group: Mapping[str, Any], group_index: int) -> list[str]:
-        """Name each parameter of a group: as given, else from the model, else by its position.
+        """Name each parameter of a group: as the user does, else from the model, else by its position.
 
         A name that another parameter has already gets the position in front.
 
@@ -129,11 +136,10 @@ class Resolver:
             group_index: Its position.
         """
         names = []
-        for index, param in enumerate(group["params"]):
-            given = self._given_name(group, index)
-            name = given or position_name(group_index, index)
+        for index, (param, user_name) in enumerate(zip(group["params"], self._user_names(group), strict=True)):
+            name = user_name or position_name(group_index, index)
             if self._owner.setdefault(name, param) is not param:
-                name = f"{position_name(group_index, index)}.{given}"
+                name = f"{position_name(group_index, index)}.{user_name}"
             names.append(name)
         return names
 
@@ -155,20 +161,20 @@ class Resolver:
                 f"plan={plan!r} in a parameter group: 'auto' is for a whole optimizer; pass it to SlimAdam, and give "
                 "the groups that it should leave alone a plan of their own, such as None"
             )
-        given = [self._given_name(group, index) for index in range(len(names))]
+        user_names = self._user_names(group)
         if resolved is not None and not isinstance(resolved, CompressionPlan):
             self._look_for_owners(group["params"])
         else:
             self.forget_owners()
             if self._arguments["model"] is None:
-                shared = {one for one, name in zip(given, names, strict=True) if one is not None and one != name}
+                shared = {own for own, name in zip(user_names, names, strict=True) if own is not None and own != name}
                 self._told_apart = ToldApart([*self._owner.values(), *group["params"]], shared)
         found = []
-        for name, param, given_name in zip(names, group["params"], given, strict=True):
+        for name, param, user_name in zip(names, group["params"], user_names, strict=True):
             self._all_names[name] = self._known.all_names(param)
             if resolved is not None:
                 check_not_flat(name, param)
-            rules = self._rules_of(resolved, name, param, given_name)
+            rules = self._rules_of(resolved, name, param, user_name)
             if param.numel() == 0 and any(rule.form != "full" for rule in rules):
                 rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason=NO_ELEMENTS)]
             rules = _readable_rules(name, param, group, rules, resolved)
@@ -177,11 +183,8 @@ class Resolver:
             found.append(rules)
         if resolved == "rules" and self._by_role is not None:
             self._by_role.update(zip(names, found, strict=True))
-        missing = [
-            name
-            for name, param, (rule, *_) in zip(names, group["params"], found, strict=True)
-            if rule.source == Source.ABSENT and param.dim() > 1
-        ]
+        pairs = zip(names, found, strict=True)
+        missing = [name for name, (rule, *_) in pairs if rule.source == Source.ABSENT and len(rule.shape or ()) > 1]
         if missing:
             logger.warning(
                 "the plan has no entry for %d parameters with two or more dimensions (%s, ...): "
@@ -212,11 +215,7 @@ class Resolver:
             self._owner[name] = param
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Take note of other names of all parameters.
-
-        Args:
-            names: The present names by the previous ones.
-        """
+        """Take note of other names of all parameters, by the previous ones."""
         self._owner = WeakValueDictionary({names[name]: param for name, param in self._owner.items() if name in names})
         self._all_names = {names[name]: known for name, known in self._all_names.items() if name in names}
         if self._by_role is not None:
@@ -280,7 +279,7 @@ class Resolver:
         check_all_matched([pattern for pattern in self._declared if pattern not in self._matched], self._owner)
         for plan, used in self._used.values():
             others = (key for key in plan if key not in used)
-            unused = [key for key in others if canonical_name(owner_of(key, plan[key].part)) not in self._model_names]
+            unused = [key for key in others if canonical_name(owner_of(key, plan[key].part)) not in self._named.known]
             if unused and all(map(is_position, plan)):
                 raise PlanError(
                     f"the plan goes by positions such as {unused[0]!r}, since it was made by an optimizer without "
@@ -288,7 +287,7 @@ class Resolver:
                     "model.named_parameters() or model=model"
                 )
             if unused:
-                known = sorted({key for _, keys in self._used.values() for key in keys} | self._model_names)
+                known = sorted({key for _, keys in self._used.values() for key in keys} | self._named.known)
                 hint = did_you_mean(unused[0], known)
                 raise PlanError(
                     f"the plan's entry {unused[0]!r} matches no parameter of the optimizer "
@@ -297,72 +296,56 @@ class Resolver:
                 )
         if self._by_role is not None:
             held = {name: rules for name, rules in self._by_role.items() if name in self._owner}
-            self._by_role = None if _tell_without_rule(held, bool(self._model_names)) else held
+            self._by_role = None if _tell_without_rule(held, bool(self._named.known)) else held
 
-    def _given_name(self, group: Mapping[str, Any], index: int) -> str | None:
+    def _user_names(self, group: Mapping[str, Any]) -> list[str | None]:
+        """Return the names that the user, or the model, has for a group's parameters; None where it has none."""
         if "param_names" in group:
-            return canonical_name(group["param_names"][index])
-        return self._named.name(group["params"][index])
+            return list(map(canonical_name, group["param_names"]))
+        return list(map(self._named.name, group["params"]))
 
-    def _rules_of(self, plan: _ResolvedPlan, name: str, param: Tensor, given: str | None) -> list[Rule]:
+    def _rules_of(self, plan: _ResolvedPlan, name: str, param: Tensor, user_name: str | None) -> list[Rule]:
         shape = tuple(param.shape)
-        found = self._pieces(param, given)
-        role = found[0].role.role if len(found) == 1 else ""
-        if plan is None:
-            return [Rule(shape=shape, role=role, reason="plan=None: as AdamW")]
-        if plan == "rules" and given is None and not self._known.owned(param):
+        if isinstance(plan, CompressionPlan):
+            keys = self._keys(plan, name, param, user_name)
+            self._note_use(plan, keys)
+            if keys:
+                return fit_rules(name, [plan[key] for key in keys], shape)
+        found = self._pieces(param, user_name)
+        if plan is None or isinstance(plan, CompressionPlan):
+            role = found[0].role.role if len(found) == 1 else ""
+            reason, source = (
+                ("plan=None: as AdamW", Source.OTHER) if plan is None else ("not in the plan", Source.ABSENT)
+            )
+            return [Rule(shape=shape, role=role, reason=reason, source=source)]
+        if plan == "rules" and user_name is None and not self._known.owned(param):
             raise PlanError(_unnamed("plan='rules' goes by layer role"))
-        if not isinstance(plan, CompressionPlan):
-            return [_rule_of_piece(plan, piece) for piece in found]
-        keys = self._keys(plan, name, param, given)
-        self._note_use(plan, keys)
-        if not keys:
-            return [Rule(shape=shape, role=role, reason="not in the plan", source=Source.ABSENT)]
-        return fit_rules(name, [plan[key] for key in keys], shape)
+        return [_rule_of_piece(plan, piece) for piece in found]
 
-    def _keys(self, plan: CompressionPlan, name: str, param: Tensor, given: str | None) -> list[str]:
-        told_apart = self._told_apart
-        if told_apart is not None and given in told_apart.shared and (told := told_apart.name(param, given)):
-            return plan.keys_of(told)
-        known_as = [name, *([given] if given else []), *self._named.all_names(param)]
-        keys = next((found for found in map(plan.keys_of, known_as) if found), [])
-        if keys:
-            return keys
-        told = None if told_apart is None else told_apart.name(param, given)
-        if told is None and given is None:
+    def _keys(self, plan: CompressionPlan, name: str, param: Tensor, user_name: str | None) -> list[str]:
+        told = self._told_apart
+        if told is not None and user_name in told.shared and (found := told.name(param, user_name)):
+            return plan.keys_of(found)
+        for known_as in (name, user_name, *self._named.all_names(param)):
+            if known_as and (keys := plan.keys_of(known_as)):
+                return keys
+        found = None if told is None else told.name(param, user_name)
+        if found is None and user_name is None:
             raise PlanError(_unnamed("the plan goes by parameter names"))
-        return [] if told is None else plan.keys_of(told)
+        return [] if found is None else plan.keys_of(found)
 
-    def _pieces(self, param: Tensor, given: str | None) -> list[Piece]:
-        declared = None if given is None else declared_parts(self._declared, [given])
-        if given is None or (self._known.owned(param) and declared is None):
+    def _pieces(self, param: Tensor, user_name: str | None) -> list[Piece]:
+        declared = None if user_name is None else declared_parts(self._declared, [user_name])
+        if user_name is None or (declared is None and self._known.owned(param)):
             return self._known.pieces(param)
         role = self._known.role(param)
         if role is None:  # a guess by name, with the layout that Linear and Embedding use
-            by_name, ndim = role_from_name(given, param.dim()), param.dim()
+            by_name, ndim = role_from_name(user_name, param.dim()), param.dim()
             role = ParameterRole(by_name, (1,), (0,)) if ndim == 2 else ParameterRole(by_name if ndim < 2 else UNKNOWN)
-        return pieces(given, tuple(param.shape), role, declared)
+        return pieces(user_name, tuple(param.shape), role, declared)
 
     def _note_use(self, plan: CompressionPlan, keys: Sequence[str]) -> None:
         self._used.setdefault(id(plan), (plan, set()))[1].update(keys)
-
-
-def check_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
-    """Check that amsgrad is off where a second moment is factored.
-
-    Args:
-        name: The parameter's name.
-        rule: Its rule.
-        group: Its parameter group.
-
-    Raises:
-        PlanError: The two are combined.
-    """
-    if group["amsgrad"] and rule.form == "factored":
-        raise PlanError(
-            f"{name!r}: amsgrad=True has no factored form, since the maximum of a product is not the "
-            "product of maxima; set amsgrad=False or give the parameter form 'mean' or 'full'"
-        )
 
 
 def _rule_of_piece(plan: AutoPlan | Literal["rules", "factored"], piece: Piece) -> Rule:
@@ -393,17 +376,18 @@ def _unnamed(why: str) -> str:
 
 def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]], knows_model: bool) -> bool:
     """Warn if the paper's rules leave weights in full that are more than a small share of all elements."""
-    sized = [(name, rule, math.prod(rule.shape or ())) for name, rules in by_name.items() for rule in rules]
-    left = [
-        (key_of(name, rule.part), rule.role, elements)
-        for name, rule, elements in sized
-        if rule.source == Source.NO_RULE and len(rule.shape or ()) > 1 and rule.role not in (NORM, BIAS)
-    ]
-    share = sum(elements for *_, elements in left) / max(1, sum(elements for *_, elements in sized))
-    if share <= _LARGEST_SHARE_WITHOUT_RULE:
+    unknown: list[str] = []
+    others: list[str] = []
+    elements = left = 0
+    for name, rules in by_name.items():
+        for rule in rules:
+            size, is_vector = math.prod(rule.shape or ()), len(rule.shape or ()) < 2
+            elements += size
+            if rule.source == Source.NO_RULE and not is_vector and rule.role not in (NORM, BIAS):
+                left += size
+                (unknown if rule.role == UNKNOWN else others).append(key_of(name, rule.part))
+    if left <= _LARGEST_SHARE_WITHOUT_RULE * elements:
         return False
-    unknown = [key for key, role, _ in left if role == UNKNOWN]
-    others = [key for key, role, _ in left if role != UNKNOWN]
     reasons = [f"the paper has no rule for {_weights(others)}"] if others else []
     if unknown:
         tells = "neither name nor model tells" if knows_model else "without model=model nothing tells"
@@ -411,7 +395,7 @@ def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]], knows_model: bool)
     logger.warning(
         "plan='rules' leaves the second moments of these weights in full, %.0f%% of all elements: %s; plan='auto' "
         "measures them, plan='factored' averages their rows and columns, a plan of yours may do either",
-        100 * share,
+        100 * left / elements,
         "; ".join(reasons),
     )
     return True

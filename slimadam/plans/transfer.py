@@ -10,10 +10,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from slimadam.layers.fused_weights import pieces_of_target
-from slimadam.layers.name_patterns import MATRIX_ROLES
-from slimadam.layers.roles import UNKNOWN, canonical_name, names_of, role_from_name
-from slimadam.layers.splits import Part, Piece, Split, key_of
+from slimadam.layers.name_patterns import MATRIX_ROLES, UNKNOWN, canonical_name, key_of, names_of, role_from_name
+from slimadam.layers.splits import Part, Piece, Split, pieces_of_target
 from slimadam.measurement.snr import average_snr
 from slimadam.plans.selection import Forms, choose_by_cutoff, keep_full
 from slimadam.state.rule import FACTORED, Rule, Source, full_rule
@@ -55,12 +53,10 @@ def rules_for_model(
     for name, pieces in found.items():
         names = all_names[parameters[name]]
         for piece in pieces:
-            keys = [key for key in (key_of(one, piece.part) for one in names) if key in kept]
-            if keys:
-                rule = full_rule(piece, kept[keys[0]].reason, kept[keys[0]].source)
-            else:
-                rule = _carried(names, piece, kinds, cutoff)
-            carried[key_of(name, piece.part)] = rule
+            asked = next((kept[key] for key in (key_of(one, piece.part) for one in names) if key in kept), None)
+            carried[key_of(name, piece.part)] = (
+                full_rule(piece, asked.reason, asked.source) if asked else _carried(names, piece, kinds, cutoff)
+            )
     matrices = [rule for rule in carried.values() if len(rule.shape or ()) > 1]
     if matrices and all(rule.source == Source.NO_COUNTERPART for rule in matrices):
         raise PlanError(
@@ -80,13 +76,12 @@ def _kind(key: str, role: str, ndim: int, part: Part | None) -> _Kind:
 
 
 def _kinds_of(names: Sequence[str], piece: Piece) -> list[_Kind]:
-    """Return the kinds that a piece may count as, the best first: for a tied parameter, by each of its names."""
-    ndim, keys = len(piece.shape), [key_of(name, piece.part) for name in names]
-    found = [_kind(keys[0], piece.role.role, ndim, piece.part)]
-    if piece.part is None:
-        return found + [_kind(key, "", ndim, None) for key in keys[1:]]
-    found += [_kind(key, piece.role.role, ndim, piece.part) for key in keys[1:]]
-    if piece.part.view == piece.part.of:
+    """Return the kinds that a matrix may count as, the best first: for a tied parameter, by each of its names."""
+    ndim, role, part = len(piece.shape), piece.role.role, piece.part
+    if part is None:
+        return [_kind(names[0], role, ndim, None), *(_kind(name, "", ndim, None) for name in names[1:])]
+    found = [_kind(key_of(name, part), role, ndim, part) for name in names]
+    if part.view == part.of:
         found += [_kind(name, "", ndim, None) for name in names]  # rules for the weight as a whole
     return found
 

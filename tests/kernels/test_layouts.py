@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slimadam import AutoPlan, CompressionPlan, PlanError, Rule, SlimAdam, SNRRecorder, Split
-from slimadam.layers.fused_weights import pieces_of
+from slimadam.layers.splits import pieces_of
 from slimadam.plans import resolver
 from slimadam.state.rule import Source
 

@@ -24,8 +24,7 @@ from slimadam import (
     convert_state_dict,
     every,
 )
-from slimadam.layers.fused_weights import pieces_of
-from slimadam.layers.splits import Part, check_parts
+from slimadam.layers.splits import Part, check_parts, pieces_of
 from slimadam.state.rule import Rule
 from tests.reference import gradients, second_moments, slim_adamw_float64
 
