@@ -23,7 +23,8 @@ from benchmarks.harness import machine
 from slimadam import CompressionPlan, SlimAdam, snr
 from slimadam.demo.data import ByteData, load
 from slimadam.demo.training import DemoSettings, calibrate
-from slimadam.measurement.monitor import MEASUREMENTS, SHORTEST_INTERVAL, Monitor
+from slimadam.measurement.monitor import SHORTEST_INTERVAL, Monitor
+from slimadam.measurement.sampling import MEASUREMENTS
 
 LARGEST_MEMORY_SHARE = 0.01
 LARGEST_TIME_SHARE = 0.005

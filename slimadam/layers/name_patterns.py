@@ -36,11 +36,11 @@ def _last(words: str) -> str:
     return rf"(^|\.)({words})$"
 
 
-def _projection(word: str) -> tuple[tuple[str, str], ...]:
-    """Make patterns for query, key or value; alone at the top of a model the word means something else."""
+def _projection(word: str) -> tuple[str, str]:
+    """Make a pattern for query, key or value; alone at the top of a model the word means something else."""
     letter = word[0]
-    own = rf"\.({letter}|{word})$"
-    return (own, word), (_last(rf"(to_|w|linear_){letter}|({letter}|{word})_(b_)?(proj|lin|linear)"), word)
+    named = _last(rf"(to_|w|linear_){letter}|({letter}|{word})_(b_)?(proj|lin|linear)")
+    return rf"\.({letter}|{word})$|{named}", word
 
 
 # Adapters as PEFT lays them out: the name of the adapter may follow.
@@ -55,24 +55,16 @@ _SCALES = _compiled((_last(r"(layer_?scale\w*|ls\d?)(\.\w+)?|gamma(_?\d)?|lambda
 _RELATIVE_POSITION_BIASES = _compiled((_last(r"rel(ative)?_\w*bias(_table)?"), "relative_position_bias"))
 _POSITIONS = r"(^|[._])(wpe|rel_emb\w*|pos(ition(s|al)?)?(_?e(mb|nc)\w*)?)(_[hw])?(\.(emb\w*|pe|table))?$"
 _TOKENS = r"wte|(\w+_)?tok(en)?s?_emb\w*|embed_tokens|word_emb\w*|emb(ed(ding)?s?)?|embed_in|shared"
-PATCH_EMBEDDINGS = _compiled(
-    (_last(r"\w*patch_?emb\w*(\.(proj\w*|conv\w*))?|conv_proj|x_embedder\.proj"), "patch_embedding")
-)
-_FREE_TOKENS = _compiled(
-    (
-        _last(r"(\w+_)?(cls|class|mask|dist\w*|reg|register|query)_tokens?|mask_emb\w*|class_embedding|latents"),
-        "learned_token",
-    )
-)
+_PATCHES = r"\w*patch_?emb\w*(\.(proj\w*|conv\w*))?|conv_proj|x_embedder\.proj"
+PATCH_EMBEDDINGS = _compiled((_last(_PATCHES), "patch_embedding"))
+_LEARNED = r"(\w+_)?(cls|class|mask|dist\w*|reg|register|query)_tokens?|mask_emb\w*|class_embedding|latents"
+_FREE_TOKENS = _compiled((_last(_LEARNED), "learned_token"))
 TABLES = (
     *_RELATIVE_POSITION_BIASES,
     *_compiled((_POSITIONS, "position_embedding")),
     *PATCH_EMBEDDINGS,
     *_FREE_TOKENS,
-    *_compiled(
-        (_last(r"(token_type|segment|type)_emb\w*"), "segment_embedding"),
-        (_last(_TOKENS), "token_embedding"),
-    ),
+    *_compiled((_last(r"(token_type|segment|type)_emb\w*"), "segment_embedding"), (_last(_TOKENS), "token_embedding")),
 )
 _OUTPUTS = _compiled(
     (_last(r"(classifier|\w*head|\w*predictions(\.transform)?)\.dense|vocab_transform"), "head_transform"),
@@ -86,6 +78,7 @@ _OUTPUTS = _compiled(
     (r"^(model\.)?fc$", "classifier"),
     (_last(r"pooler(\.\w+)?"), "pooler"),
 )
+_ATTENTION_OUTPUTS = r"(c_proj|w?o|o(ut)?_(proj|lin)|to_out|(linear_)?out|dense|output(\.dense)?|proj(ection)?)"
 ATTENTION_PARTS = _compiled(
     (rf"{_ATTENTION}\.in_proj$", "fused_qkv"),
     (_last(r"c_attn|w?qkv(_proj)?|to_qkv|query_key_value|attn_qkv"), "fused_qkv"),
@@ -93,13 +86,10 @@ ATTENTION_PARTS = _compiled(
     (_last(r"q_a_proj|wq_a"), "latent_query"),
     (_last(r"kv_a_proj\w*|wkv_a"), "latent_kv"),
     (_last(r"wq_b|q_attn"), "query"),
-    *_projection("query"),
-    *_projection("key"),
-    *_projection("value"),
-    (
-        rf"{_ATTENTION}\.(c_proj|w?o|o(ut)?_(proj|lin)|to_out|(linear_)?out|dense|output(\.dense)?|proj(ection)?)$",
-        "attention_output",
-    ),
+    _projection("query"),
+    _projection("key"),
+    _projection("value"),
+    (rf"{_ATTENTION}\.{_ATTENTION_OUTPUTS}$", "attention_output"),
     (_last(r"o_proj|o_lin|to_out|attn_out(put)?|attention_out(put)?"), "attention_output"),
 )
 _FEED_FORWARD_PARTS = _compiled(
@@ -113,9 +103,7 @@ _FEED_FORWARD_PARTS = _compiled(
     (rf"(^|\.){_FEED_FORWARD}\.(c_proj|wo|fc_out|proj|dense)$", "mlp_down"),
     (r"(^|\.)(layers?|blocks?|h)\.output\.dense$", "mlp_down"),
 )
-SQUEEZE_EXCITE = _compiled(
-    (r"(^|\.)(se|se_?(module|block|layer)|squeeze_?(and_?)?excit\w*)\.", "squeeze_excite"),
-)
+SQUEEZE_EXCITE = _compiled((r"(^|\.)(se|se_?(module|block|layer)|squeeze_?(and_?)?excit\w*)\.", "squeeze_excite"))
 _CONVOLUTIONS = _compiled(
     (_last(r"dw_?conv\w*|conv_?dw\w*|\w*depthwise\w*"), "depthwise_convolution"),
     (r"conv|stem|downsample|shortcut|features", "convolution"),

@@ -70,9 +70,6 @@ class NamedParameters:
     Attributes:
         known: All names.
         matched: The patterns of ``parts`` that match a name.
-
-    Raises:
-        ValueError: ``parts`` is of the wrong type.
     """
 
     def __init__(self, models: Iterable[nn.Module] = (), parts: Mapping[str, Split] | None = None) -> None:
@@ -80,13 +77,13 @@ class NamedParameters:
         self._all_names: MutableMapping[Tensor, list[str]] = by_tensor()
         self._layouts: MutableMapping[Tensor, _Layout] = by_tensor()
         self._owners: MutableMapping[Tensor, int] = by_tensor()
-        self._parts = check_declared(parts)
+        self._parts = parts or {}
         self._unread = list(models)  # modules whose layers nobody has asked for yet
         taken: set[str] = set()
         for index, model in enumerate(self._unread):
             for parameter, names in names_of(model).items():
                 if parameter not in self._names:
-                    self._names[parameter] = free = _free_name(names[0], class_name(model), taken)
+                    self._names[parameter] = free = _free_name(names[0], model, taken)
                     self._all_names[parameter], self._owners[parameter] = names, index
                     taken.add(free)
         self.known = taken.union(*self._all_names.values())
@@ -144,7 +141,12 @@ class NamedParameters:
             optimizer: Any torch optimizer.
             model: The module that owns its parameters, where at hand.
             parts: The logical matrices in parameters, by pattern, where their modules do not say.
+
+        Raises:
+            ValueError: ``parts`` is of the wrong type.
+            PlanError: A pattern matches no parameter.
         """
+        parts = check_declared(parts)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         user_names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
         named = cls(owning_modules(parameters) if model is None else [model], parts)
@@ -152,7 +154,7 @@ class NamedParameters:
             pairs = list(zip(parameters, map(canonical_name, user_names), strict=True))
             shared = shared_names(pairs)
             named._names.update(pair for pair in pairs if pair[1] not in shared)
-        check_all_matched(named._parts.keys() - named.matched, named._names.values())
+        check_all_matched([pattern for pattern in parts if pattern not in named.matched], named._names.values())
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
                 named._names.setdefault(parameter, position_name(group_index, index))
@@ -214,10 +216,12 @@ class ToldApart:
         return self._named.name(parameter) if fits else None
 
 
-def _free_name(name: str, owner: str, taken: set[str]) -> str:
+def _free_name(name: str, owner: nn.Module, taken: set[str]) -> str:
     """Return ``name``, with its owner's class (and a number) in front where another module has that name."""
-    numbered = (f"{owner}{'' if number == 1 else f'#{number}'}.{name}" for number in itertools.count(1))
-    return next(free for free in itertools.chain([name], numbered) if free not in taken)
+    if name not in taken:
+        return name
+    numbers = (f"#{number}" if number > 1 else "" for number in itertools.count(1))
+    return next(free for number in numbers if (free := f"{class_name(owner)}{number}.{name}") not in taken)
 
 
 def owning_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:

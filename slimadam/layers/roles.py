@@ -41,21 +41,18 @@ class ParameterRole(NamedTuple):
 
 
 # Roles of names that mean something only beside others.
-_AMONG_SIBLINGS: tuple[tuple[frozenset[str], Mapping[str, str]], ...] = tuple(
-    (frozenset(names.split()), roles)
-    for names, roles in (
-        ("w1 w2 w3", {"w1": "mlp_gate", "w2": "mlp_down", "w3": "mlp_up"}),
-        ("w1 w2 v1", {"w1": "mlp_gate", "w2": "mlp_down", "v1": "mlp_up"}),
-        ("w12 w3", {"w12": "fused_gate_up", "w3": "mlp_down"}),
-        ("w1 w2", {"w1": "mlp_up", "w2": "mlp_down"}),
-        ("wi wo", {"wi": "mlp_up", "wo": "mlp_down"}),
-        ("wi_0 wi_1 wo", {"wi_0": "mlp_gate", "wi_1": "mlp_up", "wo": "mlp_down"}),
-        ("q_attn c_attn", {"q_attn": "query", "c_attn": "fused_kv"}),
-        ("c_fc c_proj", {"c_proj": "mlp_down"}),
-        ("gate experts", {"gate": "router"}),
-        ("gate up down", {"gate": "mlp_gate"}),
-        ("gate up_proj down_proj", {"gate": "mlp_gate"}),
-    )
+_AMONG_SIBLINGS: tuple[tuple[str, Mapping[str, str]], ...] = (
+    ("w1 w2 w3", {"w1": "mlp_gate", "w2": "mlp_down", "w3": "mlp_up"}),
+    ("w1 w2 v1", {"w1": "mlp_gate", "w2": "mlp_down", "v1": "mlp_up"}),
+    ("w12 w3", {"w12": "fused_gate_up", "w3": "mlp_down"}),
+    ("w1 w2", {"w1": "mlp_up", "w2": "mlp_down"}),
+    ("wi wo", {"wi": "mlp_up", "wo": "mlp_down"}),
+    ("wi_0 wi_1 wo", {"wi_0": "mlp_gate", "wi_1": "mlp_up", "wo": "mlp_down"}),
+    ("q_attn c_attn", {"q_attn": "query", "c_attn": "fused_kv"}),
+    ("c_fc c_proj", {"c_proj": "mlp_down"}),
+    ("gate experts", {"gate": "router"}),
+    ("gate up down", {"gate": "mlp_gate"}),
+    ("gate up_proj down_proj", {"gate": "mlp_gate"}),
 )
 
 _EXPERT_COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -66,6 +63,8 @@ _NUMBERED = re.compile(r"(^|_|[a-z])\d$|^\d+$|^fc_(in|out)$")
 _AMBIGUOUS_ALONE = frozenset({"q", "k", "v", "query", "key", "value"})
 _INNER_ATTENTION = frozenset({"query", "key", "value", "fused_qkv", "fused_kv"})
 _FEED_FORWARD = frozenset({"fused_gate_up", "mlp_gate", "mlp_up", "mlp_down"})
+_AVERAGED_OVER_FAN_IN = {"token_embedding", "position_embedding", "patch_embedding", "lm_head", "query", "key"}
+_AVERAGED_OVER_FAN_OUT = {"value", "attention_output", "mlp_up", "mlp_gate", "mlp_down"}
 
 
 def class_name(module: nn.Module) -> str:
@@ -156,11 +155,9 @@ class _Graph:
         return self._head_role(path, linear, role) if role in (UNKNOWN, "classifier") else role
 
     def _role_among_siblings(self, parent: str, own: str) -> str:
-        siblings = self._children.get(parent, {})
-        for required, roles in _AMONG_SIBLINGS:
-            if own in roles and required <= siblings.keys():
-                return roles[own]
-        return ""
+        siblings = self._children.get(parent, {}).keys()
+        fitting = (roles[own] for names, roles in _AMONG_SIBLINGS if own in roles and siblings >= {*names.split()})
+        return next(fitting, "")
 
     def _role_by_sizes(self, path: str, linear: _Linear, *, named: bool) -> str:
         """Tell the role of a matrix from its sizes and those of its siblings."""
@@ -299,12 +296,6 @@ def _split(path: str) -> tuple[str, str]:
 
 def _joined(parent: str, own: str) -> str:
     return f"{parent}.{own}" if parent else own
-
-
-_AVERAGED_OVER_FAN_IN = frozenset(
-    {"token_embedding", "position_embedding", "patch_embedding", "lm_head", "query", "key"}
-)
-_AVERAGED_OVER_FAN_OUT = frozenset({"value", "attention_output", "mlp_up", "mlp_gate", "mlp_down"})
 
 
 def recommended_dims(role: ParameterRole) -> tuple[int, ...]:

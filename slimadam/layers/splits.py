@@ -58,8 +58,8 @@ class Part:
 
     def take(self, tensor: Tensor) -> Tensor:
         """Return the part of a tensor of shape ``of``, as a view."""
-        whole = tensor if self.view == self.of else tensor.view(self.view)
-        return whole.narrow(self.dim, self.start, self.size)
+        full = tensor if self.view == self.of else tensor.view(self.view)
+        return full.narrow(self.dim, self.start, self.size)
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,13 @@ class Split:
     batch_dims: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sizes, Mapping) or not all(
-            isinstance(label, str) and _is_integer(size) for label, size in self.sizes.items()
-        ):
+        is_mapping = isinstance(self.sizes, Mapping) and all(isinstance(label, str) for label in self.sizes)
+        if not is_mapping or not _are_integers(self.sizes.values()):
             raise ValueError(f"sizes={self.sizes!r} must give each part's label and length, such as {{'query': 768}}")
         for name in ("dim", "batch_dims"):
-            if not _is_integer(getattr(self, name)):
+            if not _are_integers([getattr(self, name)]):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer")
-        if self.view is not None and not (
-            isinstance(self.view, (tuple, list)) and all(_is_integer(size) for size in self.view)
-        ):
+        if self.view is not None and not (isinstance(self.view, (tuple, list)) and _are_integers(self.view)):
             raise ValueError(f"view={self.view!r} must be a tuple of integers, such as (12, 64, 768), or None")
 
     def divide(self, name: str, shape: Shape) -> list[Part]:
@@ -121,8 +118,8 @@ class Split:
         return parts
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_integers(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
 def check_declared(parts: object) -> Mapping[str, Split]:
@@ -159,27 +156,26 @@ class Piece(NamedTuple):
     batch_dims: int = 0
 
 
-def pieces(name: str, shape: Shape, role: ParameterRole, parts: Split | None) -> list[Piece]:
-    """Return the pieces of one parameter.
+def pieces(name: str, shape: Shape, role: ParameterRole, split: Split | None) -> list[Piece]:
+    """Return the logical matrices of one parameter.
 
     Args:
         name: Its name, for errors.
         shape: Its shape.
         role: Its role and layout.
-        parts: Its logical matrices; None where it is one.
+        split: How it falls into parts; None where it does not.
 
     Raises:
         PlanError: The parts do not fit the shape.
     """
-    if parts is None:
-        inner = {*role.fan_in, *role.fan_out}
-        batch_dims = min(inner) if inner and len(shape) > 2 else 0
-        return [Piece(shape, role, None, batch_dims)]
+    if split is None:
+        inner = [*role.fan_in, *role.fan_out]
+        return [Piece(shape, role, None, min(inner) if inner and len(shape) > 2 else 0)]
     found = []
-    for part in parts.divide(name, shape):
+    for part in split.divide(name, shape):
         groups = split_dims(name, shape, part.view)
         fans = (tuple(dim for old in fan for dim in groups[old]) for fan in (role.fan_in, role.fan_out))
-        found.append(Piece(part.shape, ParameterRole(part.label, *fans), part, parts.batch_dims))
+        found.append(Piece(part.shape, ParameterRole(part.label, *fans), part, split.batch_dims))
     return found
 
 
@@ -242,8 +238,7 @@ def split_dims(name: str, shape: Shape, view: Shape) -> list[tuple[int, ...]]:
         while at < len(view) and (at == begin or math.prod(view[begin:at]) < size):
             at += 1
         groups.append(tuple(range(begin, at)))
-    if at != len(view) or any(math.prod(view[dim] for dim in group) != size
-                              for group, size in zip(groups, shape, strict=True)):  # fmt: skip
+    if at != len(view) or tuple(math.prod(view[dim] for dim in group) for group in groups) != shape:
         raise PlanError(f"{name!r}: view={view} must split dimensions of the parameter's shape {shape}")
     return groups
 
@@ -271,7 +266,7 @@ def pieces_of(
         shape = tuple(parameter.shape)
         split = declared_parts(parts, names[parameter])
         if split is None and parameter.numel() and not parameter.is_complex():
-            split = _parts_from_modules(modules, name, shape, roles[name])
+            split = _split_by_modules(modules, name, shape, roles[name])
         found[name] = pieces(name, shape, roles[name], split)
     return found
 
@@ -304,8 +299,7 @@ def pieces_of_target(model: nn.Module, parts: Mapping[str, Split] | None) -> dic
         parts: Declared splits by pattern; None is nothing.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``parts`` is no mapping from patterns to :class:`~slimadam.Split`.
+        TypeError, ValueError: An argument is of the wrong type.
         PlanError: A pattern matches nothing, or declared parts do not fit a parameter.
     """
     if not isinstance(model, nn.Module):
@@ -331,9 +325,7 @@ def check_all_matched(patterns: Iterable[str], names: Iterable[str]) -> None:
             raise PlanError(f"parts: the pattern {pattern!r} matches no parameter of the model; correct or remove it")
 
 
-def _parts_from_modules(
-    modules: Mapping[str, nn.Module], name: str, shape: tuple[int, ...], role: ParameterRole
-) -> Split | None:
+def _split_by_modules(modules: Mapping[str, nn.Module], name: str, shape: Shape, role: ParameterRole) -> Split | None:
     if role.role not in ("fused_qkv", "fused_gate_up") or len(role.fan_out) != 1:
         return None
     path = name.split(".")[:-1]
@@ -342,23 +334,23 @@ def _parts_from_modules(
         path.pop()
     if "parametrizations" in path:
         return None
-    find = _gate_up if role.role == "fused_gate_up" else _query_key_value
-    return find(owner, modules[".".join(path[:-1])], shape, role)
+    split = _gate_up if role.role == "fused_gate_up" else _query_key_value
+    return split(owner, modules[".".join(path[:-1])], shape, role)
 
 
-def _gate_up(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...], role: ParameterRole) -> Split | None:
+def _gate_up(owner: nn.Module, parent: nn.Module, shape: Shape, role: ParameterRole) -> Split | None:
     (dim,) = role.fan_out
-    if shape[dim] % 2:
+    half, odd = divmod(shape[dim], 2)
+    if odd:
         return None
-    batch_dims = min(*role.fan_in, *role.fan_out)
-    half = shape[dim] // 2
+    batch_dims = min(*role.fan_in, dim)
     if any(type(module).__name__.startswith("GptOss") for module in (owner, parent)):
         view = (*shape[:dim], half, 2, *shape[dim + 1 :])
         return Split({"mlp_gate": 1, "mlp_up": 1}, dim + 1, view, batch_dims)
     return Split({"mlp_gate": half, "mlp_up": half}, dim, None, batch_dims)
 
 
-def _query_key_value(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...], role: ParameterRole) -> Split | None:
+def _query_key_value(owner: nn.Module, parent: nn.Module, shape: Shape, role: ParameterRole) -> Split | None:
     (dim,) = role.fan_out
     size = shape[dim]
     if isinstance(owner, nn.MultiheadAttention):
@@ -377,15 +369,12 @@ def _query_key_value(owner: nn.Module, parent: nn.Module, shape: tuple[int, ...]
     head_size = size // (heads + 2 * key_value_heads)
     if (_integer_attribute(parent, ("head_dim",)) or head_size) != head_size:
         return None
-    return Split(
-        {"query": heads * head_size, "key": key_value_heads * head_size, "value": key_value_heads * head_size}, dim
-    )
+    inner = key_value_heads * head_size
+    return Split({"query": heads * head_size, "key": inner, "value": inner}, dim)
 
 
 def _thirds(size: int, dim: int) -> Split | None:
-    if size % 3:
-        return None
-    return Split({"query": size // 3, "key": size // 3, "value": size // 3}, dim)
+    return None if size % 3 else Split(dict.fromkeys(("query", "key", "value"), size // 3), dim)
 
 
 def _integer_attribute(module: nn.Module, names: tuple[str, ...]) -> int | None:

@@ -13,17 +13,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from slimadam.layers.names import is_position
 from slimadam.layers.splits import Part
-from slimadam.measurement.snr import average_snr
-from slimadam.state.rule import FACTORED, MAX_NDIM, Candidate, normalize_candidate
+from slimadam.measurement.snr import average_snr, measure
+from slimadam.state.rule import FACTORED, MAX_NDIM, Candidate, Rule, normalize_candidate
+from slimadam.utils.dtensor import full_tensor
 from slimadam.utils.errors import PlanError, shown
 
 CSV_COLUMNS = ("step", "key", "shape", "compress_dims", "snr")
 MAX_NAME_LENGTH = 1000
 MAX_SIZE = 1 << 62
-_PART_COLUMNS = ("of", "view", "dim", "start", "batch_dims")
-_LAYOUT_COLUMNS = ("role", "fan_in")
+_LAYOUT_COLUMNS = ("of", "view", "dim", "start", "batch_dims", "role", "fan_in")
 _MAX_CSV_BYTES = 1 << 30
 _MAX_STEP = 1 << 53
 _INTEGER_TUPLE = re.compile(r"(?:torch\.Size)?[\d\s,()\[\]]*")
@@ -56,11 +58,7 @@ class ParameterSNR:
         return [(step, found[candidate]) for step, found in sorted(self.values.items()) if candidate in found]
 
     def average(self) -> dict[Candidate, float]:
-        """Return the mean over the measured steps of each candidate's SNR.
-
-        NaN measurements (non-finite gradients) are left out. A step at which every slice was constant says
-        nothing about noise, so infinity counts only if it is all there is.
-        """
+        """Return the mean over the measured steps of each candidate's SNR, as :func:`average_snr` takes it."""
         return average_snr(self.values.values())
 
 
@@ -127,15 +125,21 @@ class SNRHistory(Mapping[str, ParameterSNR]):
         if values:
             parameter.values.setdefault(int(step), {}).update(values)
 
-    def forget_if_reshaped(self, name: str, shape: Sequence[int]) -> None:
-        """Drop the measurements under a name if they are of another shape, and so of another parameter.
+    def measure(self, step: int, key: str, rule: Rule, second_moment: Tensor | None, all_names: Sequence[str]) -> None:
+        """Measure one parameter, or part, and add its SNR; drop measurements of another shape under its key.
 
         Args:
-            name: Name of the parameter.
-            shape: Its shape now.
+            step: Optimizer step, from 1.
+            key: Name of the parameter or part.
+            rule: Its rule, in full.
+            second_moment: Second moment of the whole parameter; None to make it known without a measurement.
+            all_names: Every name of the whole parameter, where known.
         """
-        if name in self._parameters and self._parameters[name].shape != tuple(shape):
-            del self._parameters[name]
+        assert rule.shape is not None
+        values = {} if second_moment is None else measure(rule.take(full_tensor(second_moment)), rule.batch_dims)
+        if key in self and self[key].shape != rule.shape:
+            del self._parameters[key]
+        self.record(step, key, rule.shape, values, rule.role, rule.part, rule.batch_dims, rule.fan_in, all_names)
 
     def rename(self, keys: Mapping[str, str]) -> None:
         """Give parameters other names at once; other measurements under the new names, or places, are dropped."""
@@ -147,7 +151,7 @@ class SNRHistory(Mapping[str, ParameterSNR]):
         known = any(one.part or one.batch_dims or one.role or one.fan_in for one in self.values())
         with Path(path).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
-            writer.writerow([*CSV_COLUMNS, *_PART_COLUMNS, *_LAYOUT_COLUMNS] if known else CSV_COLUMNS)
+            writer.writerow([*CSV_COLUMNS, *_LAYOUT_COLUMNS] if known else CSV_COLUMNS)
             for name, parameter in self.items():
                 part = parameter.part
                 place = [part.of, part.view, part.dim, part.start] if part else [""] * 4
@@ -194,52 +198,44 @@ def _read_row(history: SNRHistory, row: Mapping[str, str | None]) -> None:
             f"key={shown(name)} must be a parameter's name, neither empty nor longer than {MAX_NAME_LENGTH} characters"
         )
     try:
-        shape, candidate = _shape_and_candidate(row["shape"], row["compress_dims"])
+        shape, candidate, layout = _read_layout(
+            name, row["shape"], row["compress_dims"], *map(row.get, _LAYOUT_COLUMNS)
+        )
         number, ratio = int(step or ""), float(value or "")
         if not 0 <= number < _MAX_STEP or ratio < 0:
             raise ValueError(f"step={shown(step)}, snr={shown(value)} must be >= 0, and the step below 2**53")
-        part, batch_dims = _part_and_batch_dims(name, shape, *map(row.get, _PART_COLUMNS))
-        role, fan_in = _role_and_fan_in(shape, *map(row.get, _LAYOUT_COLUMNS))
-        history.record(number, name, shape, {candidate: ratio}, role, part, batch_dims, fan_in)
+        history.record(number, name, shape, {candidate: ratio}, *layout)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from error
 
 
-@functools.lru_cache(maxsize=1024)
-def _shape_and_candidate(shape_text: str | None, dims_text: str | None) -> tuple[tuple[int, ...], Candidate]:
+@functools.lru_cache(maxsize=4096)
+def _read_layout(
+    name: str, shape_text: str | None, dims_text: str | None, of: str | None, view: str | None, dim: str | None,
+    start: str | None, batch_dims: str | None, role: str | None, fan_in: str | None,
+) -> tuple[tuple[int, ...], Candidate, tuple[str, Part | None, int, tuple[int, ...]]]:  # fmt: skip
+    """Return shape and candidate of a row, and the role, part, batch and input dimensions of its parameter."""
     shape = _integers("shape", shape_text)
-    dims = dims_text if dims_text == FACTORED else _integers("compress_dims", dims_text)
-    return shape, normalize_candidate(dims, len(shape))
-
-
-@functools.lru_cache(maxsize=1024)
-def _part_and_batch_dims(
-    name: str, shape: tuple[int, ...], of: str | None, view: str | None, dim: str | None, start: str | None,
-    batch_dims: str | None,
-) -> tuple[Part | None, int]:  # fmt: skip
-    leading = int(batch_dims or 0)
+    candidate = normalize_candidate(
+        dims_text if dims_text == FACTORED else _integers("compress_dims", dims_text), len(shape)
+    )
+    leading, inputs = int(batch_dims or 0), _integers("fan_in", fan_in) if fan_in else ()
     if not 0 <= leading <= max(0, len(shape) - 2):
         raise ValueError(f"batch_dims={leading} leaves less than a matrix of shape {shape}")
-    if not of:
-        return None, leading
-    along, first = int(dim or ""), int(start or "")
-    label = name.rpartition("[")[2].removesuffix("]")
-    if not 0 <= along < len(shape) or not 0 <= first <= MAX_SIZE or not name.endswith(f"[{label}]"):
-        raise ValueError(f"dim={shown(dim)}, start={shown(start)} are not those of a part of shape {shape}")
-    part = Part(label, _integers("of", of), _integers("view", view), along, first, shape[along])
-    if along >= len(part.view) or part.shape != shape:
-        raise ValueError(f"view={part.view} has no part of shape {shape} along dimension {along}")
-    return part, leading
-
-
-@functools.lru_cache(maxsize=1024)
-def _role_and_fan_in(shape: tuple[int, ...], role: str | None, fan_in: str | None) -> tuple[str, tuple[int, ...]]:
+    if any(one >= len(shape) for one in inputs):
+        raise ValueError(f"fan_in={inputs} must be dimensions of the shape {shape}")
     if len(role or "") > MAX_NAME_LENGTH:
         raise ValueError(f"role={shown(role)} must not be longer than {MAX_NAME_LENGTH} characters")
-    dims = _integers("fan_in", fan_in) if fan_in else ()
-    if any(dim >= len(shape) for dim in dims):
-        raise ValueError(f"fan_in={dims} must be dimensions of the shape {shape}")
-    return role or "", dims
+    part = None
+    if of:
+        along, first = int(dim or ""), int(start or "")
+        label = name.rpartition("[")[2].removesuffix("]")
+        if not 0 <= along < len(shape) or not 0 <= first <= MAX_SIZE or not name.endswith(f"[{label}]"):
+            raise ValueError(f"dim={shown(dim)}, start={shown(start)} are not those of a part of shape {shape}")
+        part = Part(label, _integers("of", of), _integers("view", view), along, first, shape[along])
+        if along >= len(part.view) or part.shape != shape:
+            raise ValueError(f"view={part.view} has no part of shape {shape} along dimension {along}")
+    return shape, candidate, (role or "", part, leading, inputs)
 
 
 def _integers(column: str, text: str | None) -> tuple[int, ...]:

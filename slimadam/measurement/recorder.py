@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +12,11 @@ from torch.utils.hooks import RemovableHandle
 from slimadam.layers.names import NamedParameters
 from slimadam.layers.splits import Split, key_of
 from slimadam.measurement.history import SNRHistory
-from slimadam.measurement.snr import measure
-from slimadam.state.rule import Rule, full_rule
-from slimadam.utils.dtensor import full_tensor
+from slimadam.measurement.snr import check_count
+from slimadam.state.rule import full_rule
 from slimadam.utils.torch_private import disable_dynamo
 
 Schedule = Callable[[int], bool]
-
-
-def record(
-    history: SNRHistory, step: int, key: str, rule: Rule, second_moment: Tensor | None, all_names: Sequence[str]
-) -> None:
-    """Measure one parameter, or part, and add the SNR to a history.
-
-    Args:
-        history: The history to add to.
-        step: Optimizer step, from 1.
-        key: Name of the parameter or part.
-        rule: Rule of the parameter or part, which takes it from the second moment.
-        second_moment: Second moment of the whole parameter; None to make it known without a measurement.
-        all_names: Every name of the whole parameter, where known.
-    """
-    assert rule.shape is not None
-    values = {} if second_moment is None else measure(rule.take(full_tensor(second_moment)), rule.batch_dims)
-    history.forget_if_reshaped(key, rule.shape)
-    history.record(step, key, rule.shape, values, rule.role, rule.part, rule.batch_dims, rule.fan_in, all_names)
 
 
 def paper_schedule(step: int) -> bool:
@@ -50,8 +30,7 @@ def every(interval: int) -> Schedule:
     Raises:
         ValueError: ``interval`` is not a positive integer.
     """
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ValueError(f"interval={interval!r} must be an integer >= 1")
+    check_count("interval", interval, 1)
     return lambda step: step == 1 or step % interval == 0
 
 
@@ -135,7 +114,7 @@ class SNRRecorder:
             self._handle.remove()
             self._handle = None
 
-    def _parameters(self) -> Iterable[Tensor]:
+    def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self._optimizer.param_groups for parameter in group["params"])
 
     def _record(self, parameter: Tensor, second_moment: Tensor | None) -> None:
@@ -146,4 +125,4 @@ class SNRRecorder:
             assert name is not None
         names = self._names.all_names(parameter)
         for piece in self._names.pieces(parameter):
-            record(self.history, self.steps, key_of(name, piece.part), full_rule(piece, ""), second_moment, names)
+            self.history.measure(self.steps, key_of(name, piece.part), full_rule(piece, ""), second_moment, names)

@@ -1,26 +1,36 @@
-"""Samples of second moments that are tracked in full: where they lie, when they need gradients, their SNR."""
+"""Samples of second moments that are tracked in full: when they need gradients, and what is measured of them."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from slimadam.kernels.interface import second_moment_dtype
 from slimadam.measurement.snr import snr
+from slimadam.state import second_moment
 from slimadam.state.rule import FACTORED, Rule
 from slimadam.utils import torch_private
+from slimadam.utils.dtensor import full_tensor, is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-LARGEST_SHARE: Final = 0.01
-SMALLEST_SAMPLE: Final = 32
-
+MEASUREMENTS: Final = 3
+"""Measurements in a row that a decline is judged by, and at least as many before them."""
+USUAL_MEASUREMENTS: Final = 8
+"""Of how many the level is the mean that a decline is judged by."""
+PHASES: Final = 16
+"""How many places earlier releases chose one of for each sample."""
+_DEVIATIONS = 4
+_STILL_FILLING = 0.06
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 Index = tuple[slice, ...]
@@ -32,10 +42,8 @@ def thinning(beta2: float) -> int:
 
     Independent Gaussian gradients whose variances differ within a slice by ``h = std / mean`` give a second moment
     with ``1 / SNR = h**2 + 2 (1 + h**2) / N``, where ``N = (1 + beta2) / (1 - beta2)`` is how many of them the
-    exponential average holds. Seeing every ``n``-th with ``beta2**n`` keeps the time it looks back on and leaves
-    ``N / n`` gradients, which divides the SNR by about ``1 + 2 (n - 1) (SNR + 1) / N``. With ``n = 0.03 / (1 - beta2)``
-    that is at most 1.06 at ``SNR = 1`` and 1.33 at 10, where nothing is decided; up to ``beta2 = 0.97`` no step is
-    left out.
+    exponential average holds. Seeing every ``n``-th with ``beta2**n`` divides the SNR by about
+    ``1 + 2 (n - 1) (SNR + 1) / N``: at most 1.06 at ``SNR = 1`` and 1.33 at 10, where nothing is decided.
     """
     return max(1, round(0.03 / (1 - beta2)))
 
@@ -69,41 +77,6 @@ def next_look(step: int, beta2: float, interval: int) -> int:
         step = look  # in the rest of a later interval
 
 
-def place(rule: Rule, shape: tuple[int, ...]) -> Index | None:
-    """Return the index of a parameter's sample: at most 1% of the second-moment elements that the rule saves.
-
-    Slices that share one value (for the factored form: rows) are sampled whole and spread over as many different
-    experts or heads as there are, so small dimensions are used up first. Where all dimensions are averaged, single
-    elements are sampled at a distance that meets each row and column in turn.
-
-    Args:
-        rule: How the second moment is stored.
-        shape: Shape of the parameter.
-
-    Returns:
-        None if so little is saved that the sample would hold no slice, or fewer than 32 elements.
-    """
-    elements = math.prod(shape)
-    budget = int(LARGEST_SHARE * (elements - rule.stored_elements(shape)))
-    if budget < SMALLEST_SAMPLE:
-        return None
-    single = range(rule.batch_dims + 1) if rule.form == FACTORED else set(range(len(shape))) - set(rule.dims)
-    kept = [dim for dim in single if shape[dim] > 1]
-    if kept:
-        counts, slices = list(shape), budget // (elements // math.prod(shape[dim] for dim in kept))
-        for dim in sorted(kept, key=shape.__getitem__):
-            counts[dim] = min(shape[dim], slices)
-            slices //= max(1, counts[dim])
-        strides = [size // max(1, count) for size, count in zip(shape, counts, strict=True)]
-    else:
-        strides = [next(n for n in range(elements // budget + 1, elements) if math.gcd(n, elements) == 1)]
-        counts = [elements // strides[0]]
-    if math.prod(counts) < SMALLEST_SAMPLE:
-        return None
-    pairs = zip(counts, strides, strict=True)
-    return tuple(slice(stride // 2, stride // 2 + count * stride, stride) for count, stride in pairs)
-
-
 def counts_of(index: Index) -> tuple[int, ...]:
     """Return the number of indices along each dimension."""
     return tuple((one.stop - one.start) // (one.step or 1) for one in index)
@@ -113,47 +86,10 @@ def take(tensor: Tensor, index: Index) -> Tensor:
     """Return the sampled elements; a view unless all dimensions are averaged and the tensor is not contiguous.
 
     Args:
-        tensor: The whole, or a shard.
+        tensor: The parameter's, or a shard of it.
         index: Position of the sample in it.
     """
     return (tensor if tensor.dim() == len(index) else tensor.reshape(-1))[index]
-
-
-class SampleShard(NamedTuple):
-    """A rank's shard of a DTensor that is sampled.
-
-    Attributes:
-        spans: First index along each dimension, and the number of indices.
-        mesh: Mesh of the DTensor.
-        mesh_dims: Dimensions of the mesh along which the DTensor is sharded.
-    """
-
-    spans: Sequence[tuple[int, int]]
-    mesh: DeviceMesh
-    mesh_dims: Sequence[int]
-
-    @classmethod
-    def of(cls, param: DTensor, is_flat: bool) -> SampleShard | None:
-        """Return this rank's shard, or None where that is not one block of the parameter.
-
-        Args:
-            param: The parameter.
-            is_flat: Lay its elements end to end.
-        """
-        from torch.distributed.tensor import Shard
-
-        mesh = param.device_mesh
-        cuts = {
-            index: placement
-            for index, placement in enumerate(param.placements)
-            if not placement.is_replicate() and mesh.size(index) > 1
-        }
-        if any(type(cut) is not Shard or (is_flat and cut.dim > 0) for cut in cuts.values()):
-            return None
-        shape, offsets = torch_private.local_shape_and_offset(param)
-        row = param.shape[1:].numel() if is_flat else 1
-        spans = [(first * row, count * row) for first, count in zip(offsets, shape, strict=True)]
-        return cls(spans[:1] if is_flat else spans, mesh, tuple(cuts))
 
 
 def within(sampled: slice, first: int, count: int) -> tuple[slice, slice]:
@@ -171,28 +107,203 @@ def within(sampled: slice, first: int, count: int) -> tuple[slice, slice]:
     return slice(at, at + (end - begin) * stride, stride), slice(begin, end)
 
 
-def sampled_snr(rule: Rule, index: Index, moment: Tensor, averages: Sequence[Tensor]) -> float:
-    """Compute the SNR of a sample, defined as :func:`slimadam.snr` of the whole (arXiv 2503.01843).
+class _Shard(NamedTuple):
+    """A rank's shard of a DTensor: its first index and size along each dimension, and the mesh dimensions that cut."""
 
-    Args:
-        rule: How the parameter is stored.
-        index: Position of the sample in it.
-        moment: The sample's full second moments.
-        averages: The stored second moments. The factored form's row and column averages say what is expected of the
-            sample; where leading dimensions count matrices the result is the mean over these.
+    spans: Sequence[tuple[int, int]]
+    mesh: DeviceMesh
+    mesh_dims: Sequence[int]
 
-    Returns:
-        The ratio; infinity where the sample is constant or no gradient has reached it, NaN where it is not finite.
+
+def _shard_of(param: DTensor, is_flat: bool) -> _Shard | None:
+    """Return this rank's shard, of elements laid end to end if flat; None where that is not one block."""
+    from torch.distributed.tensor import Shard
+
+    mesh = param.device_mesh
+    cuts = {
+        index: placement
+        for index, placement in enumerate(param.placements)
+        if not placement.is_replicate() and mesh.size(index) > 1
+    }
+    if any(type(cut) is not Shard or (is_flat and cut.dim > 0) for cut in cuts.values()):
+        return None
+    shape, offsets = torch_private.local_shape_and_offset(param)
+    row = param.shape[1:].numel() if is_flat else 1
+    spans = [(first * row, count * row) for first, count in zip(offsets, shape, strict=True)]
+    return _Shard(spans[:1] if is_flat else spans, mesh, tuple(cuts))
+
+
+@dataclass
+class Sample:
+    """The tracked second moments of one parameter, and what was measured of them.
+
+    Of a DTensor each rank tracks the elements in its ``shard``, and a measurement gathers them. ``unfilled`` is the
+    weight that the start at zero still has. ``window`` is the interval in which it last saw a gradient, ``arrived``
+    the share of that interval's looks that met one. ``usual`` are the first finite SNRs, but for those clearly below
+    them; ``recent`` are the last of these, until one comes back up; ``lowest`` is the lowest SNR that one came back
+    from.
     """
-    moment = moment.cpu()  # small, and the host would wait for each of the numbers that follow
-    if rule.form != FACTORED:
-        return snr(moment, rule.dims if len(index) > 1 else 0)
-    row_dim = rule.batch_dims
-    rows, columns = (one.cpu().to(torch.float64) for one in averages)
-    relative = rows / rows.mean(row_dim, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    expected = relative[index[: row_dim + 1]] * columns[index[:row_dim]]
-    matrices = [math.prod(moment.shape[:row_dim]), -1]
-    pairs = zip((moment / expected).reshape(matrices), expected.reshape(matrices), strict=True)
-    found = [snr(ratio[product != 0], 0) for ratio, product in pairs]
-    telling = [value for value in found if value != math.inf]
-    return math.fsum(telling) / len(telling) if telling else math.inf
+
+    rule: Rule
+    index: Index
+    dtype: torch.dtype
+    cutoff: float
+    shard: _Shard | None = None
+    phase: int = PHASES // 2
+    moment: Tensor | None = None
+    unfilled: float = 1.0
+    window: int = -1
+    arrived: float = 1.0
+    latest: float = math.nan
+    measured: int = 0
+    usual: Sequence[float] = field(default_factory=list)
+    recent: Sequence[float] = field(default_factory=list)
+    lowest: float = math.inf
+
+    def __post_init__(self) -> None:
+        spans = [(0, one.stop) for one in self.index] if self.shard is None else self.shard.spans
+        pairs = [within(one, *span) for one, span in zip(self.index, spans, strict=True)]
+        self.here, self.there = tuple(here for here, _ in pairs), tuple(there for _, there in pairs)
+
+    @classmethod
+    def of(cls, param: Tensor, rule: Rule, index: Index, cutoff: float) -> Sample | None:
+        """Return the sample of a parameter, or of a part; None where shards are not blocks of it.
+
+        Args:
+            param: The parameter.
+            rule: How its second moment, or the part's, is stored.
+            index: Position of the sample.
+            cutoff: SNR to compare with.
+        """
+        shard = None
+        if is_dtensor(param):
+            shard = None if rule.part else _shard_of(param, is_flat=len(index) != param.dim())
+            if shard is None:
+                return None
+        return cls(rule, index, second_moment_dtype(param.dtype), cutoff, shard)
+
+    def look(self, grad: Tensor, step: int, beta2: float, interval: int) -> tuple[Tensor, Tensor, float]:
+        """Return the second moments, what they see of a gradient, and by how much they decay.
+
+        In an interval's first look they decay also for the rest before it: for as much of that as looks of the interval
+        before met a gradient.
+
+        Args:
+            grad: This rank's gradient.
+            step: The optimizer step, from 0.
+            beta2: Decay rate of second moments.
+            interval: Steps between measurements.
+        """
+        seen = take(self.rule.take(grad), self.here)
+        if self.moment is None:
+            self.moment = torch.zeros(counts_of(self.there), dtype=self.dtype, device=seen.device)
+        self.moment = self.moment.to(seen.device)
+        every, rest, window = thinning(beta2), max(0, interval - filling(beta2)), step // interval
+        share, steps = every / (interval - rest), float(every)
+        self.unfilled *= beta2**every
+        if window == self.window:
+            self.arrived = min(1.0, self.arrived + share)
+        else:
+            steps += rest * self.arrived
+            self.window, self.arrived = window, share
+        return self.moment, seen, beta2**steps
+
+    def start(self, second_moment: Tensor) -> None:
+        """Begin with the true second moment, and measure it."""
+        averages = [second_moment.mean(dims, keepdim=True) for dims in self.rule.averaged_dims(second_moment.dim())]
+        sampled = take(second_moment, self.index)
+        self.moment, self.unfilled = sampled[self.there].to(self.dtype, copy=True), 0.0
+        self._record(self._snr(sampled, averages))
+
+    @torch.no_grad()
+    def measure(self, state: Mapping[str, Any]) -> None:
+        """Measure, unless the sample is still filling or its factored parameter has no state (collective)."""
+        averages = second_moment.moments_of(state, [self.rule])
+        is_factored = self.rule.form == FACTORED
+        if self.moment is not None and self.unfilled <= _STILL_FILLING and (averages or not is_factored):
+            averages = [full_tensor(one) for one in averages] if is_factored else averages
+            self._record(self._snr(self._gathered(self.moment), averages))
+
+    def _gathered(self, moment: Tensor) -> Tensor:
+        """Return the second moments of all ranks' parts of the sample (collective)."""
+        if self.shard is None:
+            return moment
+        full = moment.new_zeros(counts_of(self.index))
+        full[self.there] = moment
+        for mesh_dim in self.shard.mesh_dims:
+            torch.distributed.all_reduce(full, group=self.shard.mesh.get_group(mesh_dim))
+        return full
+
+    def _snr(self, moment: Tensor, averages: Sequence[Tensor]) -> float:
+        """Compute the SNR of the sample, defined as :func:`slimadam.snr` of all of it (arXiv 2503.01843).
+
+        The factored form's row and column averages say what is expected of the sample; where leading dimensions count
+        matrices the result is the mean over these. Infinity where the sample is constant or no gradient has reached it.
+        """
+        moment = moment.cpu()  # small, and the host would wait for each of the numbers that follow
+        if self.rule.form != FACTORED:
+            return snr(moment, self.rule.dims if len(self.index) > 1 else 0)
+        row_dim = self.rule.batch_dims
+        rows, columns = (one.cpu().to(torch.float64) for one in averages)
+        relative = rows / rows.mean(row_dim, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        expected = relative[self.index[: row_dim + 1]] * columns[self.index[:row_dim]]
+        matrices = [math.prod(moment.shape[:row_dim]), -1]
+        pairs = zip((moment / expected).reshape(matrices), expected.reshape(matrices), strict=True)
+        found = [snr(ratio[product != 0], 0) for ratio, product in pairs]
+        telling = [value for value in found if value != math.inf]
+        return math.fsum(telling) / len(telling) if telling else math.inf
+
+    def _record(self, value: float) -> None:
+        """Add a measurement; one that is not finite tells nothing about a level."""
+        self.latest = value
+        self.measured += 1
+        if not math.isfinite(value):
+            return
+        recent = [*self.recent, value]
+        if len(self.usual) < MEASUREMENTS or value >= self._clearly_low:
+            self.lowest = min(self.lowest, *recent)
+            self.usual, recent = [*self.usual, *recent][:USUAL_MEASUREMENTS], []
+        self.recent = recent[-MEASUREMENTS:]
+
+    @property
+    def level(self) -> float:
+        """Geometric mean of the usual measurements."""
+        return math.exp(statistics.fmean(map(_log, self.usual)))
+
+    @property
+    def _clearly_low(self) -> float:
+        spread = statistics.stdev(map(_log, self.usual))
+        return min(self.cutoff, self.level / 2, self.level * math.exp(-_DEVIATIONS * spread))
+
+    @property
+    def declined(self) -> bool:
+        """True where the last measurements are clearly low, and lower than any that it came back from."""
+        return len(self.recent) == MEASUREMENTS and self.level >= self.cutoff and max(self.recent) < self.lowest
+
+    def loaded(self, key: str, saved: Mapping[str, Any]) -> Sample:
+        """Return a sample that goes on from a saved one, also where earlier releases had placed it.
+
+        Args:
+            key: Name of the parameter, for errors.
+            saved: Its fields from ``phase`` on; the tensor is copied.
+
+        Raises:
+            ValueError: It has another shape.
+        """
+        values = dict(saved)
+        moment = values.pop("moment")
+        if moment is not None and tuple(moment.shape) != counts_of(self.index):
+            raise ValueError(
+                f"{key!r}: the saved sample is of shape {tuple(moment.shape)}, this plan's has shape "
+                f"{counts_of(self.index)}; load it under the plan that it was saved under"
+            )
+        starts = [(one.step * values["phase"] // PHASES, one) for one in self.index]
+        index = tuple(slice(start, start + one.stop - one.start, one.step) for start, one in starts)
+        after = replace(self, index=index, **values)
+        if moment is not None:
+            after.moment = moment.detach()[after.there].to(self.dtype, copy=True)
+        return after
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, 1e-300))

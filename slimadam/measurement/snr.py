@@ -47,7 +47,7 @@ def snr(v: Tensor, dims: int | Sequence[int] | Literal["factored"], batch_dims: 
         ValueError: ``dims`` is empty, repeated or out of range, or ``batch_dims`` leaves no matrix to factor.
     """
     candidate = normalize_candidate(dims, v.dim())
-    _check_batch_dims(batch_dims)
+    check_count("batch_dims", batch_dims, 0)
     if candidate == FACTORED and v.dim() < batch_dims + 2:
         raise ValueError(f"batch_dims={batch_dims} leaves no matrix of shape {tuple(v.shape)} for dims='factored'")
     return _ratios(v, [candidate], batch_dims)[candidate]
@@ -69,7 +69,7 @@ def measure(v: Tensor, batch_dims: int = 0) -> dict[Candidate, float]:
     Raises:
         ValueError: ``batch_dims`` is negative.
     """
-    _check_batch_dims(batch_dims)
+    check_count("batch_dims", batch_dims, 0)
     if v.dim() > MAX_NDIM:
         return {}
     wanted: list[Candidate] = [*dimension_subsets(v.dim())]
@@ -78,9 +78,19 @@ def measure(v: Tensor, batch_dims: int = 0) -> dict[Candidate, float]:
     return _ratios(v, wanted, batch_dims)
 
 
-def _check_batch_dims(batch_dims: int) -> None:
-    if not isinstance(batch_dims, int) or isinstance(batch_dims, bool) or batch_dims < 0:
-        raise ValueError(f"batch_dims={batch_dims!r} must be an integer >= 0")
+def check_count(name: str, value: object, least: int) -> None:
+    """Check that an argument counts something.
+
+    Args:
+        name: Its name.
+        value: Its value.
+        least: The smallest that is allowed.
+
+    Raises:
+        ValueError: It is no integer, or too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer >= {least}")
 
 
 class _Moments(NamedTuple):
@@ -110,12 +120,12 @@ class _Moments(NamedTuple):
         return _Moments(size, mean, spread)
 
     def ratios(self) -> Tensor:
-        """Return the sum and number of the ratios of the slices that are not constant."""
         assert self.spread is not None
         return _sum_and_number(self.mean, self.spread / self.size)
 
 
 def _sum_and_number(mean: Tensor, variance: Tensor) -> Tensor:
+    """Return the sum and number of the ratios of the slices that are not constant."""
     signal = mean.square()
     varies = ~(variance <= CONSTANT_RELATIVE_VARIANCE * signal)
     return torch.stack([torch.where(varies, signal / variance, 0.0).sum(), varies.sum()])
@@ -205,11 +215,11 @@ def _subset_sums(
     assert along is not None
     known = {(chunks.longest,): along}
     sums |= {dims: chunks.moments(dims, known).ratios() for dims in subsets if chunks.longest in dims}
-    whole = [
+    full = [
         torch.cat(found, chunks.longest) if found else chunks.moments(dims, known).mean
         for dims, found in zip(averages, means, strict=True)
     ]
-    return sums, whole
+    return sums, full
 
 
 def _residual_sum(
@@ -223,8 +233,8 @@ def _residual_sum(
     mean = rows.mean(column_dims, keepdim=True)
     by_columns = torch.where(columns != 0, mean / columns, 0.0)
     first, second = torch.zeros_like(rows), torch.zeros_like(rows)
-    pieces = map(chunks.split, (rows, kept_columns, by_columns, first, second))
-    for chunk, row, kept, by_column, firsts, seconds in zip(chunks, *pieces, strict=True):
+    split = map(chunks.split, (rows, kept_columns, by_columns, first, second))
+    for chunk, row, kept, by_column, firsts, seconds in zip(chunks, *split, strict=True):
         distance = chunk.mul_(by_column).addcmul_(row, kept, value=-1)
         firsts += distance.sum(row_dims, keepdim=True)
         seconds += distance.square_().sum(row_dims, keepdim=True)

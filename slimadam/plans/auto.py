@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimadam.layers.splits import Part, Split, check_declared
 from slimadam.measurement.history import SNRHistory
-from slimadam.measurement.recorder import record
+from slimadam.measurement.snr import check_count
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.selection import Forms, check_choice, check_keep, idle_patterns
 from slimadam.state.rule import FACTORED, Rule, normalize_candidate
@@ -52,9 +52,7 @@ class AutoPlan:
 
     def __post_init__(self) -> None:
         for name in ("calibration_steps", "measurements"):
-            value = getattr(self, name)
-            if not _is_count(value) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer >= 1")
+            check_count(name, getattr(self, name), 1)
         check_choice(self.cutoff, self.forms, self.budget)
         if not isinstance(self.keep, tuple):
             raise ValueError(f"keep={self.keep!r} must be a tuple of patterns, such as ('*norm*',)")
@@ -74,14 +72,11 @@ Moment = tuple[str, Rule, Tensor, Sequence[str]]
 
 
 class Measuring:
-    """The phase before the decision: the measurements so far.
-
-    Args:
-        settings: How to measure and decide.
+    """The phase before the decision.
 
     Attributes:
-        settings: As given.
-        history: The measurements.
+        settings: How to measure and decide.
+        history: The measurements so far.
         steps: Optimizer steps done.
     """
 
@@ -97,10 +92,9 @@ class Measuring:
         Args:
             same_state: Whether the parameters have the very state of the last step.
         """
-        step = self.steps + 1
-        if not (same_state and self._had_moments) or step >= self.settings.calibration_steps:
-            return False
-        if self.settings.measures(step):
+        step, settings = self.steps + 1, self.settings
+        may_measure = step >= settings.calibration_steps or settings.measures(step)
+        if may_measure or not (same_state and self._had_moments):
             return False
         self.steps = step
         return True
@@ -114,8 +108,8 @@ class Measuring:
         Where more steps were done before than these settings ask for, the first step here measures and decides.
 
         Args:
-            moments: For each piece of a parameter that has a second moment: its key and rule, the parameter's full
-                second moment, and all names of the parameter.
+            moments: For each parameter with a second moment, or each part of it: its key and rule, the parameter's
+                full second moment, and all names of the parameter.
             forms: The forms to choose among, as in :class:`AutoPlan`.
 
         Returns:
@@ -131,7 +125,7 @@ class Measuring:
         last = self.steps >= choice.calibration_steps
         if last or choice.measures(self.steps):
             for key, rule, second_moment, names in itertools.chain([first], moments):
-                record(self.history, self.steps, key, rule, second_moment, names)
+                self.history.measure(self.steps, key, rule, second_moment, names)
         if not last:
             return None
         idle = idle_patterns(choice.keep, self.history)
@@ -146,20 +140,20 @@ class Measuring:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the phase as plain numbers and text, for a checkpoint."""
-        measured = [
-            {
+        measured: list[dict[str, Any]] = []
+        for name, parameter in self.history.items():
+            place, values = _place(parameter.part), []
+            for step, found in parameter.values.items():
+                pairs = [[key if key == FACTORED else list(key), value] for key, value in found.items()]
+                values.append([step, pairs])
+            own = {
                 "name": name,
                 "role": parameter.role,
-                "part": _place(parameter.part),
+                "part": place,
                 "shape": list(parameter.shape),
-                "values": [
-                    [step, [[candidate if candidate == FACTORED else list(candidate), value]
-                            for candidate, value in values.items()]]
-                    for step, values in parameter.values.items()
-                ],
+                "values": values,
             }
-            for name, parameter in self.history.items()
-        ]  # fmt: skip
+            measured.append(own)
         return {"steps": self.steps, "measured": measured}
 
     @classmethod
@@ -179,8 +173,7 @@ class Measuring:
             raise ValueError(f"the state dict's record of plan='auto' is damaged (it is {shown(data)})")
         try:
             measuring.steps = data["steps"]
-            if not _is_count(measuring.steps):
-                raise ValueError(f"steps={shown(measuring.steps)} must be an integer >= 0")
+            check_count("steps", measuring.steps, 0)
             others = []
             for parameter in data["measured"]:
                 name, shape = parameter["name"], tuple(parameter["shape"])
@@ -204,7 +197,3 @@ class Measuring:
 
 def _place(part: Part | None) -> list[object] | None:
     return None if part is None else [list(part.of), list(part.view), part.dim, part.start, part.size]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slimadam.layers.splits import Split
 from slimadam.measurement.recorder import Schedule, SNRRecorder, paper_schedule
+from slimadam.measurement.snr import check_count
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.selection import Forms
 
@@ -55,8 +56,7 @@ def calibrate(
         ValueError: ``steps`` is not positive.
         TypeError: ``train_step`` did not return a scalar tensor.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps={steps!r} must be an integer >= 1")
+    check_count("steps", steps, 1)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay)
     recorder = SNRRecorder(optimizer, model, schedule, parts=parts)

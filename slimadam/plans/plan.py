@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -96,8 +96,8 @@ class CompressionPlan(Mapping[str, Rule]):
     @property
     def second_moments(self) -> tuple[int, int]:
         """Second-moment elements ``(kept, of AdamW)`` over the rules whose shape is known."""
-        kept = sum(rule.stored_elements(rule.shape) for rule in self.values() if rule.shape is not None)
-        return kept, sum(math.prod(rule.shape) for rule in self.values() if rule.shape is not None)
+        shaped = [(rule, rule.shape) for rule in self.values() if rule.shape is not None]
+        return sum(rule.stored_elements(shape) for rule, shape in shaped), sum(math.prod(shape) for _, shape in shaped)
 
     @property
     def second_moments_saved(self) -> float:
@@ -425,10 +425,11 @@ def _rule_of_authors(name: str, value: object) -> Rule:
 
 
 def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise PlanError(f"{shown(twice)} appears twice in one object; keep one of them")
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise PlanError(f"{shown(key)} appears twice in one object; keep one of them")
+        found[key] = value
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Final, Literal
@@ -12,15 +13,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from slimadam.layers.name_patterns import (
-    BIAS,
-    NORM,
-    UNKNOWN,
-    canonical_name,
-    key_of,
-    owner_of,
-    role_from_name,
-)
+from slimadam.layers.name_patterns import BIAS, NORM, UNKNOWN, canonical_name, key_of, owner_of, role_from_name
 from slimadam.layers.names import NamedParameters, ToldApart, is_position, owning_modules, position_name, read_modules
 from slimadam.layers.roles import ParameterRole
 from slimadam.layers.splits import Piece, check_all_matched, declared_parts, pieces
@@ -155,20 +148,22 @@ class Resolver:
             PlanError: The plan does not fit.
             RuntimeError: Another library has laid parameters end to end.
         """
-        resolved = self._resolved(plan)
+        resolved = self.plan if plan is _DEFAULT else _read_plan(plan)
         if isinstance(resolved, AutoPlan) and plan is not _DEFAULT:
             raise PlanError(
                 f"plan={plan!r} in a parameter group: 'auto' is for a whole optimizer; pass it to SlimAdam, and give "
                 "the groups that it should leave alone a plan of their own, such as None"
             )
         user_names = self._user_names(group)
-        if resolved is not None and not isinstance(resolved, CompressionPlan):
-            self._look_for_owners(group["params"])
-        else:
+        if resolved is None or isinstance(resolved, CompressionPlan):
             self.forget_owners()
             if self._arguments["model"] is None:
                 shared = {own for own, name in zip(user_names, names, strict=True) if own is not None and own != name}
                 self._told_apart = ToldApart([*self._owner.values(), *group["params"]], shared)
+        elif not all(map(self._known.owned, group["params"])):
+            modules = owning_modules(group["params"])
+            self._known = read_modules(modules, self._declared) if modules else self._named
+            self._matched |= self._known.matched
         found = []
         for name, param, user_name in zip(names, group["params"], user_names, strict=True):
             self._all_names[name] = self._known.all_names(param)
@@ -189,9 +184,8 @@ class Resolver:
             logger.warning(
                 "the plan has no entry for %d parameters with two or more dimensions (%s, ...): "
                 "their second moments stay in full",
-                len(missing),
-                missing[0],
-            )
+                len(missing), missing[0],
+            )  # fmt: skip
         return found
 
     def all_names(self, name: str) -> list[str]:
@@ -235,18 +229,9 @@ class Resolver:
             name: The parameter's name.
             plan: The plan of its group, if that has its own.
         """
-        resolved = self._resolved(plan)
+        resolved = self.plan if plan is _DEFAULT else _read_plan(plan)
         if isinstance(resolved, CompressionPlan):
             self._note_use(resolved, resolved.keys_of(name))
-
-    def _resolved(self, plan: object) -> _ResolvedPlan:
-        return self.plan if plan is _DEFAULT else _read_plan(plan)
-
-    def _look_for_owners(self, params: Sequence[Tensor]) -> None:
-        if not all(self._known.owned(param) for param in params):
-            modules = owning_modules(params)
-            self._known = read_modules(modules, self._declared) if modules else self._named
-            self._matched |= self._known.matched
 
     def forget_owners(self) -> None:
         """Let go of the modules that :meth:`rules` has found, which keep other parameters alive."""
@@ -276,7 +261,8 @@ class Resolver:
         Raises:
             PlanError: Names the entry and the closest parameter.
         """
-        check_all_matched([pattern for pattern in self._declared if pattern not in self._matched], self._owner)
+        if unmatched := [pattern for pattern in self._declared if pattern not in self._matched]:
+            check_all_matched(unmatched, self._owner)
         for plan, used in self._used.values():
             others = (key for key in plan if key not in used)
             unused = [key for key in others if canonical_name(owner_of(key, plan[key].part)) not in self._named.known]
@@ -313,11 +299,8 @@ class Resolver:
                 return fit_rules(name, [plan[key] for key in keys], shape)
         found = self._pieces(param, user_name)
         if plan is None or isinstance(plan, CompressionPlan):
-            role = found[0].role.role if len(found) == 1 else ""
-            reason, source = (
-                ("plan=None: as AdamW", Source.OTHER) if plan is None else ("not in the plan", Source.ABSENT)
-            )
-            return [Rule(shape=shape, role=role, reason=reason, source=source)]
+            rule = Rule(shape=shape, role=found[0].role.role if len(found) == 1 else "", reason="plan=None: as AdamW")
+            return [rule if plan is None else replace(rule, reason="not in the plan", source=Source.ABSENT)]
         if plan == "rules" and user_name is None and not self._known.owned(param):
             raise PlanError(_unnamed("plan='rules' goes by layer role"))
         return [_rule_of_piece(plan, piece) for piece in found]

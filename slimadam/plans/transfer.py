@@ -13,7 +13,7 @@ from torch import nn
 from slimadam.layers.name_patterns import MATRIX_ROLES, UNKNOWN, canonical_name, key_of, names_of, role_from_name
 from slimadam.layers.splits import Part, Piece, Split, pieces_of_target
 from slimadam.measurement.snr import average_snr
-from slimadam.plans.selection import Forms, choose_by_cutoff, keep_full
+from slimadam.plans.selection import choose_by_cutoff, keep_full
 from slimadam.state.rule import FACTORED, Rule, Source, full_rule
 from slimadam.utils.errors import PlanError
 
@@ -23,21 +23,16 @@ _Kind = tuple[str, int]
 def rules_for_model(
     rules: Mapping[str, Rule], cutoff: float | None, model: nn.Module, parts: Mapping[str, Split] | None
 ) -> dict[str, Rule]:
-    """Make a rule for each logical matrix of a model from rules that were chosen for another.
+    """Make a rule for each logical matrix of a model, as :meth:`CompressionPlan.for_model` says.
 
     Layers of the same role and number of dimensions count as one kind; those of unknown role by their name without
-    layer numbers. With a cutoff, the SNR of each candidate is averaged over the layers of a kind and decides anew;
-    without one (chosen by budget, or not measured) the most common rule of the kind holds. Parameters that somebody
-    asked to keep in full, or to expand, stay in full under the same name.
+    layer numbers. Parameters that somebody asked to keep in full, or to expand, stay in full under the same name.
 
     Args:
         rules: The rules to carry over, by key.
         cutoff: SNR cutoff that they were chosen with, if any.
         model: The model to carry them to.
         parts: The logical matrices in its parameters, where the model does not say.
-
-    Raises:
-        PlanError: Nothing carries over, or a pattern of ``parts`` matches nothing.
     """
     found = pieces_of_target(model, parts)
     kinds: dict[_Kind, list[Rule]] = {}
@@ -96,16 +91,14 @@ def _carried(names: Sequence[str], piece: Piece, kinds: Mapping[_Kind, Sequence[
     if kept is not None or not found:
         return kept or empty
     origin = f"carried over from {len(found)} {'matrix' if len(found) == 1 else 'matrices'} ({words})"
-    kept_count = sum(map(_asked_for, found))
-    if kept_count:
+    if kept_count := sum(map(_asked_for, found)):
         origin += f" ({kept_count} of {len(found)} were kept in full as asked)"
     measured = replace(empty, snr=average_snr(rule.snr for rule in found), source=Source.CARRIED)
     if all(rule.form == "full" for rule in found):
         return replace(measured, reason=f"{origin}, all in full")
     if cutoff is not None and any(rule.snr for rule in found):
         any_factored = any(rule.form == FACTORED for rules in kinds.values() for rule in rules)
-        forms: Forms = "best" if any_factored else "mean"
-        chosen = choose_by_cutoff(measured, cutoff, forms)
+        chosen = choose_by_cutoff(measured, cutoff, "best" if any_factored else "mean")
         return replace(chosen, reason=f"{origin}: {chosen.reason}", source=Source.CARRIED)
     ((form, dims), count), *_ = Counter((rule.form, rule.dims) for rule in found).most_common()
     common = replace(measured, form=form, dims=dims, snr={}, reason=f"{origin}: the rule of {count} of them")
@@ -119,8 +112,9 @@ def _in_layout_of(piece: Piece, rule: Rule) -> Rule:
     if not rule.fan_in or not piece.role.fan_in or rule.fan_in == piece.role.fan_in or rule.shape is None:
         return rule
     dims = range(rule.batch_dims, len(rule.shape))
-    before = [*rule.fan_in, *(dim for dim in dims if dim not in rule.fan_in)]
-    after = [*piece.role.fan_in, *(dim for dim in dims if dim not in piece.role.fan_in)]
+    before, after = (
+        [*fan_in, *(dim for dim in dims if dim not in fan_in)] for fan_in in (rule.fan_in, piece.role.fan_in)
+    )
     if len(rule.fan_in) != len(piece.role.fan_in) or sorted(before) != sorted(after):
         return rule
     moved = dict(zip(before, after, strict=True))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from slimadam import snr
-from slimadam.measurement.monitor import Monitor
-from slimadam.measurement.sampling import counts_of, filling, next_look, place, take, thinning
+from slimadam.measurement.monitor import Monitor, place
+from slimadam.measurement.sampling import counts_of, filling, next_look, take, thinning
 from slimadam.state import second_moment
 from slimadam.state.rule import Rule
 
