@@ -147,23 +147,13 @@ def canonical_name(name: str) -> str:
 
 
 def unwrapped_name(name: str) -> str:
-    """Return :func:`canonical_name` without adapters' holders, parametrized tensors under their own names.
-
-    Example:
-        >>> unwrapped_name("conv.parametrizations.weight.original0")
-        'conv.weight_g'
-    """
+    """Return :func:`canonical_name` without adapters' holders, parametrized tensors under their own names."""
     own = _PARAMETRIZED.sub(lambda found: f".{found[1]}{'_g' if found[2] == '0' else ''}", name)
     return _ADAPTER_HOLDERS.sub("", canonical_name(own))
 
 
 def bare_name(name: str) -> str:
-    """Return :func:`unwrapped_name` in lower case, without layer numbers and without ``weight`` at its end.
-
-    Example:
-        >>> bare_name("encoder.block.0.layer.1.DenseReluDense.wo.weight")
-        'encoder.block.layer.densereludense.wo'
-    """
+    """Return :func:`unwrapped_name` in lower case, without layer numbers and without ``weight`` at its end."""
     parts = (part for part in unwrapped_name(name).lower().split(".") if not part.isdigit())
     return _WEIGHT.sub("", ".".join(parts))
 

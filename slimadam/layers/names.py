@@ -43,10 +43,9 @@ def is_position(key: str) -> bool:
 
 
 def renumbered(names: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return names, group by group, in which every place is the one that the parameter has now.
+    """Return names, group by group, with every place as it is now: the names in a new optimizer of the same groups.
 
-    These are the names in a new optimizer of the same groups. A place stands for a name, or in front of a name that an
-    earlier parameter has.
+    A place stands for a name, or in front of a name that an earlier parameter has.
     """
     now: dict[str, str] = {}
     taken: set[str] = set()
@@ -98,11 +97,7 @@ class NamedParameters:
         return self._all_names.get(parameter, [])
 
     def pieces(self, parameter: Tensor) -> list[Piece]:
-        """Return the parameter's logical matrices; without a role if no module owns it.
-
-        Raises:
-            PlanError: Declared parts do not fit a parameter.
-        """
+        """Return the parameter's logical matrices; without a role if no module owns it."""
         layout = self._layout(parameter)
         return layout[1] if layout else pieces("", tuple(parameter.shape), ParameterRole(""), None)
 
@@ -119,13 +114,17 @@ class NamedParameters:
         """Return whether a module owns the parameter."""
         return self._layout(parameter) is not None
 
-    def _layout(self, parameter: Tensor) -> _Layout | None:
+    def read_layers(self) -> None:
+        """Read the layers of the modules, unless that is done, and let go of these."""
         for model in self._unread:
             layouts = _layouts_of(model, self._parts)
-            for name, owned in model.named_parameters():
+            for name, parameter in model.named_parameters():
                 if name in layouts:
-                    self._layouts.setdefault(owned, layouts[name])
+                    self._layouts.setdefault(parameter, layouts[name])
         self._unread = []
+
+    def _layout(self, parameter: Tensor) -> _Layout | None:
+        self.read_layers()
         return self._layouts.get(parameter)
 
     @classmethod
@@ -183,8 +182,6 @@ def shared_names(pairs: Iterable[tuple[Tensor, str]]) -> set[str]:
 class ToldApart:
     """Names as in ``calibrate`` for parameters that the user's names do not tell apart, or not as a plan does.
 
-    The modules alive in the process are looked through when a name is first asked for.
-
     Args:
         parameters: Those of one optimizer.
         shared: The user's names that stand for several of them.
@@ -199,7 +196,7 @@ class ToldApart:
         return NamedParameters(owning_modules(self._parameters))
 
     @cached_property
-    def _is_of_several(self) -> bool:
+    def _has_several_owners(self) -> bool:
         return len({*map(self._named.owner, self._parameters)} - {None}) > 1
 
     def name(self, parameter: Tensor, user_name: str | None) -> str | None:
@@ -210,7 +207,7 @@ class ToldApart:
             user_name: The user's name, if it has one. It stands where it does not end in the module's own.
         """
         is_shared, all_names = user_name in self.shared, self._named.all_names(parameter)
-        if not all_names or not (is_shared or self._is_of_several):
+        if not all_names or not (is_shared or self._has_several_owners):
             return None
         fits = user_name is None or is_shared or f".{user_name}".endswith(f".{all_names[0]}")
         return self._named.name(parameter) if fits else None
@@ -227,8 +224,7 @@ def _free_name(name: str, owner: nn.Module, taken: set[str]) -> str:
 def owning_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:
     """Return the outermost modules alive in the process that own some parameters, in the order of these.
 
-    Of several owners of a parameter, the one that owns most of all parameters counts; modules that are nobody's owner
-    then come last.
+    Of several owners of a parameter, the one that owns most of all parameters counts; others come last.
     """
     places: dict[int, int] = {}
     for index, parameter in enumerate(parameters):
@@ -275,4 +271,5 @@ def read_modules(modules: Sequence[nn.Module], parts: Mapping[str, Split]) -> Na
     if named is None or any(named.name(param) is None for one in modules for param in one.parameters()):
         _last_read.clear()
         named = _last_read[key] = NamedParameters(modules)
+        named.read_layers()
     return named

@@ -123,11 +123,7 @@ def _are_integers(values: Iterable[object]) -> bool:
 
 
 def check_declared(parts: object) -> Mapping[str, Split]:
-    """Return the ``parts`` argument, the splits of parameters by pattern of their names; None is nothing.
-
-    Raises:
-        ValueError: It is no mapping from patterns to :class:`Split`.
-    """
+    """Return the ``parts`` argument; None is nothing. Raise :class:`ValueError` if it maps no patterns to splits."""
     if parts is None:
         return {}
     if not isinstance(parts, Mapping) or not all(
@@ -163,10 +159,7 @@ def pieces(name: str, shape: Shape, role: ParameterRole, split: Split | None) ->
         name: Its name, for errors.
         shape: Its shape.
         role: Its role and layout.
-        split: How it falls into parts; None where it does not.
-
-    Raises:
-        PlanError: The parts do not fit the shape.
+        split: How it falls into parts, which may not fit it (:class:`PlanError`); None where it does not.
     """
     if split is None:
         inner = [*role.fan_in, *role.fan_out]
@@ -180,15 +173,12 @@ def pieces(name: str, shape: Shape, role: ParameterRole, split: Split | None) ->
 
 
 def check_parts(name: str, parts: Sequence[Part], shape: Shape) -> None:
-    """Check that parts are together exactly the parameter.
+    """Raise :class:`PlanError` unless parts are together exactly the parameter.
 
     Args:
         name: The parameter's name, for errors.
         parts: Its parts.
         shape: Its shape.
-
-    Raises:
-        PlanError: Names the part that does not fit.
     """
     first = parts[0] if parts else Part("", shape, shape, 0, 0, 0)
     if first.of != shape:
@@ -222,7 +212,7 @@ def split_dims(name: str, shape: Shape, view: Shape) -> list[tuple[int, ...]]:
     Args:
         name: The parameter's name.
         shape: Its shape.
-        view: A view of it that splits dimensions.
+        view: Its view.
 
     Raises:
         PlanError: The view does not only split dimensions.
@@ -246,15 +236,12 @@ def split_dims(name: str, shape: Shape, view: Shape) -> list[tuple[int, ...]]:
 def pieces_of(
     model: nn.Module, parts: Mapping[str, Split], roles: Mapping[str, ParameterRole] | None = None
 ) -> dict[str, list[Piece]]:
-    """Find the logical matrices of each parameter.
+    """Return the logical matrices of each parameter, by the names of ``model.named_parameters()``.
 
     Args:
         model: Any module, wrapped or not.
         parts: Declared splits by pattern (``fnmatch``) of any of a parameter's names; these go before the modules.
         roles: Result of :func:`~slimadam.layers.roles.roles_of`, where at hand.
-
-    Returns:
-        For each name of ``model.named_parameters()`` its pieces: one where it is a single matrix.
 
     Raises:
         PlanError: Declared parts do not fit a parameter.
@@ -278,7 +265,7 @@ def declared_parts(parts: Mapping[str, Split], names: Sequence[str]) -> Split | 
         parts: Declared splits by pattern.
         names: Names of the parameter.
     """
-    return next((found for pattern, found in parts.items() if matches_any(pattern, names)), None)
+    return next((split for pattern, split in parts.items() if matches_any(pattern, names)), None)
 
 
 def matches_any(pattern: str, names: Iterable[str]) -> bool:
@@ -296,11 +283,7 @@ def pieces_of_target(model: nn.Module, parts: Mapping[str, Split] | None) -> dic
 
     Args:
         model: Any module.
-        parts: Declared splits by pattern; None is nothing.
-
-    Raises:
-        TypeError, ValueError: An argument is of the wrong type.
-        PlanError: A pattern matches nothing, or declared parts do not fit a parameter.
+        parts: Declared splits by pattern, each of which matches something; None is nothing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={shown(model)} must be an nn.Module, the one that the plan is for")
@@ -310,14 +293,11 @@ def pieces_of_target(model: nn.Module, parts: Mapping[str, Split] | None) -> dic
 
 
 def check_all_matched(patterns: Iterable[str], names: Iterable[str]) -> None:
-    """Check that each pattern matches a name.
+    """Raise :class:`PlanError` where a pattern of ``parts`` matches no name.
 
     Args:
-        patterns: Patterns of ``parts``.
+        patterns: The patterns.
         names: All names, wrapped or not.
-
-    Raises:
-        PlanError: Names the pattern.
     """
     known = [canonical_name(name) for name in names]
     for pattern in patterns:

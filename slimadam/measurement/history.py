@@ -198,9 +198,8 @@ def _read_row(history: SNRHistory, row: Mapping[str, str | None]) -> None:
             f"key={shown(name)} must be a parameter's name, neither empty nor longer than {MAX_NAME_LENGTH} characters"
         )
     try:
-        shape, candidate, layout = _read_layout(
-            name, row["shape"], row["compress_dims"], *map(row.get, _LAYOUT_COLUMNS)
-        )
+        cells = tuple(map(row.get, ("shape", "compress_dims", *_LAYOUT_COLUMNS)))
+        shape, candidate, layout = _read_layout(name, cells)
         number, ratio = int(step or ""), float(value or "")
         if not 0 <= number < _MAX_STEP or ratio < 0:
             raise ValueError(f"step={shown(step)}, snr={shown(value)} must be >= 0, and the step below 2**53")
@@ -211,14 +210,12 @@ def _read_row(history: SNRHistory, row: Mapping[str, str | None]) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _read_layout(
-    name: str, shape_text: str | None, dims_text: str | None, of: str | None, view: str | None, dim: str | None,
-    start: str | None, batch_dims: str | None, role: str | None, fan_in: str | None,
-) -> tuple[tuple[int, ...], Candidate, tuple[str, Part | None, int, tuple[int, ...]]]:  # fmt: skip
+    name: str, cells: tuple[str | None, ...]
+) -> tuple[tuple[int, ...], Candidate, tuple[str, Part | None, int, tuple[int, ...]]]:
     """Return shape and candidate of a row, and the role, part, batch and input dimensions of its parameter."""
+    shape_text, dims, of, view, dim, start, batch_dims, role, fan_in = cells
     shape = _integers("shape", shape_text)
-    candidate = normalize_candidate(
-        dims_text if dims_text == FACTORED else _integers("compress_dims", dims_text), len(shape)
-    )
+    candidate = normalize_candidate(dims if dims == FACTORED else _integers("compress_dims", dims), len(shape))
     leading, inputs = int(batch_dims or 0), _integers("fan_in", fan_in) if fan_in else ()
     if not 0 <= leading <= max(0, len(shape) - 2):
         raise ValueError(f"batch_dims={leading} leaves less than a matrix of shape {shape}")

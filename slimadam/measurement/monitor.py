@@ -203,31 +203,21 @@ class Monitor:
         self._warned = True
         named = [f"{key!r} (SNR {sample.level:.2g} -> {sample.latest:.2g})" for key, sample in declined]
         more = len(named) - _NAMES_IN_WARNING
+        low = sum(sample.latest < self.cutoff for sample in self._samples.values())
         logger.warning(
             "averaging second moments no longer holds, by a sample of each, for %s%s; of %d monitored parameters %d "
             "are below the cutoff %g now; opt.expand(name) returns one to a full second moment, opt.snr_check() shows "
             "all",
-            ", ".join(named[:_NAMES_IN_WARNING]),
-            f" and {more} more" if more > 0 else "",
-            len(self._samples),
-            sum(sample.latest < self.cutoff for sample in self._samples.values()),
+            ", ".join(named[:_NAMES_IN_WARNING]), f" and {more} more" if more > 0 else "", len(self._samples), low,
             self.cutoff,
-        )
+        )  # fmt: skip
 
     def check(self) -> dict[str, Check]:
         """Return what is known of each compressed parameter, as of the last measurement. Nothing is computed."""
-        checks = {
-            key: Check(
-                snr=sample.latest,
-                cutoff=self.cutoff,
-                form=sample.rule.form,
-                dims=sample.rule.dims,
-                sampled=math.prod(counts_of(sample.index)),
-                ready=sample.measured > 0,
-                reason=self._in_words(sample),
-            )
-            for key, sample in self._samples.items()
-        }
+        checks = {}
+        for key, sample in self._samples.items():
+            rule, count, reason = sample.rule, math.prod(counts_of(sample.index)), self._in_words(sample)
+            checks[key] = Check(sample.latest, self.cutoff, rule.form, rule.dims, count, sample.measured > 0, reason)
         return checks | self._left_out
 
     def _in_words(self, sample: Sample) -> str:
@@ -251,11 +241,8 @@ class Monitor:
 
         Without samples of DTensors, of which each rank has its own: they start anew.
         """
-        samples = {
-            key: {field: getattr(sample, field) for field in _SAMPLE_FIELDS}
-            for key, sample in self._samples.items()
-            if sample.shard is None
-        }
+        local = {key: sample for key, sample in self._samples.items() if sample.shard is None}
+        samples = {key: {field: getattr(sample, field) for field in _SAMPLE_FIELDS} for key, sample in local.items()}
         own = {"steps": self.steps, "longest_memory": self._longest_memory, "warned": self._warned}
         return {**own, "samples": samples}
 
@@ -281,16 +268,13 @@ class Monitor:
 def place(rule: Rule, shape: tuple[int, ...]) -> Index | None:
     """Return the index of a parameter's sample: at most 1% of the second-moment elements that the rule saves.
 
-    Slices that share one value (for the factored form: rows) are sampled whole and spread over as many different
-    experts or heads as there are, so small dimensions are used up first. Where all dimensions are averaged, single
-    elements are sampled at a distance that meets each row and column in turn.
+    Slices that share one value (for the factored form: rows) are sampled and spread over as many different experts or
+    heads as there are, so small dimensions are used up first. Where all dimensions are averaged, single elements are
+    sampled at a distance that meets each row and column in turn. None where that is no slice or fewer than 32 elements.
 
     Args:
         rule: How the second moment is stored.
         shape: Shape of the parameter.
-
-    Returns:
-        None if so little is saved that the sample would hold no slice, or fewer than 32 elements.
     """
     elements = math.prod(shape)
     budget = int(LARGEST_SHARE * (elements - rule.stored_elements(shape)))

@@ -56,9 +56,8 @@ def filling(beta2: float) -> int:
 def next_look(step: int, beta2: float, interval: int) -> int:
     """Return the next step in which a sample sees the gradient.
 
-    It rests until :func:`filling` steps before each measurement, then sees one in :func:`thinning` steps at irregular
-    distances. At regular ones it would see always or never what has a gradient in each second or tenth step. The
-    fractional parts of multiples of the golden ratio are evenly distributed and have no period.
+    It rests until :func:`filling` steps before each measurement, then sees one in :func:`thinning` steps at distances
+    without a period, or it would see always or never what has a gradient in each second or tenth step.
 
     Args:
         step: The first step in question, from 0.
@@ -185,7 +184,7 @@ class Sample:
     def look(self, grad: Tensor, step: int, beta2: float, interval: int) -> tuple[Tensor, Tensor, float]:
         """Return the second moments, what they see of a gradient, and by how much they decay.
 
-        In an interval's first look they decay also for the rest before it: for as much of that as looks of the interval
+        The first look of an interval also decays for the rest before it, for as much of that as looks of the interval
         before met a gradient.
 
         Args:
@@ -222,14 +221,15 @@ class Sample:
         is_factored = self.rule.form == FACTORED
         if self.moment is not None and self.unfilled <= _STILL_FILLING and (averages or not is_factored):
             averages = [full_tensor(one) for one in averages] if is_factored else averages
-            self._record(self._snr(self._gathered(self.moment), averages))
+            self._record(self._snr(self.full_moment(), averages))
 
-    def _gathered(self, moment: Tensor) -> Tensor:
-        """Return the second moments of all ranks' parts of the sample (collective)."""
+    def full_moment(self) -> Tensor:
+        """Return the second moments of the full sample (collective)."""
+        assert self.moment is not None
         if self.shard is None:
-            return moment
-        full = moment.new_zeros(counts_of(self.index))
-        full[self.there] = moment
+            return self.moment
+        full = self.moment.new_zeros(counts_of(self.index))
+        full[self.there] = self.moment
         for mesh_dim in self.shard.mesh_dims:
             torch.distributed.all_reduce(full, group=self.shard.mesh.get_group(mesh_dim))
         return full

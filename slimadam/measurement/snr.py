@@ -79,15 +79,12 @@ def measure(v: Tensor, batch_dims: int = 0) -> dict[Candidate, float]:
 
 
 def check_count(name: str, value: object, least: int) -> None:
-    """Check that an argument counts something.
+    """Raise :class:`ValueError` unless an argument is an integer that is large enough.
 
     Args:
         name: Its name.
         value: Its value.
-        least: The smallest that is allowed.
-
-    Raises:
-        ValueError: It is no integer, or too small.
+        least: The smallest that is.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be an integer >= {least}")

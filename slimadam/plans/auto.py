@@ -103,7 +103,7 @@ class Measuring:
         return f"auto, measures for {self.settings.calibration_steps} steps as AdamW, {self.steps} of them done"
 
     def after_step(self, moments: Iterable[Moment], forms: Forms) -> CompressionPlan | None:
-        """Count a step, measure if it is time, and decide after the last. Without any moments it does not count.
+        """Count a step that has moments, measure if it is time, and return the plan after the last.
 
         Where more steps were done before than these settings ask for, the first step here measures and decides.
 
@@ -111,9 +111,6 @@ class Measuring:
             moments: For each parameter with a second moment, or each part of it: its key and rule, the parameter's
                 full second moment, and all names of the parameter.
             forms: The forms to choose among, as in :class:`AutoPlan`.
-
-        Returns:
-            The plan, once the steps are done.
         """
         moments = iter(moments)
         first = next(moments, None)
@@ -162,11 +159,8 @@ class Measuring:
 
         Args:
             settings: How to measure and decide.
-            data: The data.
+            data: The data; anything else is a :class:`ValueError`.
             plan: Rules of the parameters, or parts of them, as they are now.
-
-        Raises:
-            ValueError: The data is not what :meth:`to_dict` returned.
         """
         measuring = cls(settings)
         if not isinstance(data, Mapping):

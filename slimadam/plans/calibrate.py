@@ -79,14 +79,13 @@ def calibrate(
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
     """Return a function that puts parameters, buffers, gradients and modes back as they are now."""
-    tensors = [*model.parameters(), *model.buffers()]
-    values = [tensor.detach().clone() for tensor in tensors]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
 
     @torch.no_grad()
     def restore() -> None:
-        for tensor, value in zip(tensors, values, strict=True):
+        for tensor, value in values:
             tensor.copy_(value)
         for parameter, grad in grads:
             parameter.grad = grad

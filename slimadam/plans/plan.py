@@ -274,7 +274,7 @@ class CompressionPlan(Mapping[str, Rule]):
         data: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
         if self.cutoff is not None:
             data["cutoff"] = self.cutoff
-        return data | {"parameters": {name: rule_to_dict(rule) for name, rule in self.items()}}
+        return data | {"parameters": {name: rule_to_dict(rule) for name, rule in self._rules.items()}}
 
     @classmethod
     def from_dict(cls, data: object) -> CompressionPlan:
@@ -303,15 +303,12 @@ class CompressionPlan(Mapping[str, Rule]):
 
 
 def check_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
-    """Check that amsgrad is off where a second moment is factored.
+    """Raise :class:`PlanError` where amsgrad is on and a second moment factored.
 
     Args:
         name: The parameter's name.
         rule: Its rule.
         group: Its parameter group.
-
-    Raises:
-        PlanError: The two are combined.
     """
     if group["amsgrad"] and rule.form == "factored":
         raise PlanError(
@@ -323,14 +320,11 @@ def check_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> N
 def rule_to_dict(rule: Rule) -> dict[str, Any]:
     """Return a rule as JSON-compatible data."""
     part = rule.part
-    snr = [
-        {
-            "candidate": candidate if candidate == FACTORED else [*candidate],
-            "value": value if math.isfinite(value) else "infinity",
-        }
-        for candidate, value in rule.snr.items()
-        if not math.isnan(value)
-    ]
+    snr = []
+    for key, value in rule.snr.items():
+        if not math.isnan(value):
+            candidate = key if key == FACTORED else [*key]
+            snr.append({"candidate": candidate, "value": value if math.isfinite(value) else "infinity"})
     data = {
         "form": rule.form,
         "dims": [*rule.dims] or None,

@@ -364,10 +364,10 @@ def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]], knows_model: bool)
     elements = left = 0
     for name, rules in by_name.items():
         for rule in rules:
-            size, is_vector = math.prod(rule.shape or ()), len(rule.shape or ()) < 2
-            elements += size
-            if rule.source == Source.NO_RULE and not is_vector and rule.role not in (NORM, BIAS):
-                left += size
+            shape = rule.shape or ()
+            elements += math.prod(shape)
+            if rule.source == Source.NO_RULE and len(shape) > 1 and rule.role not in (NORM, BIAS):
+                left += math.prod(shape)
                 (unknown if rule.role == UNKNOWN else others).append(key_of(name, rule.part))
     if left <= _LARGEST_SHARE_WITHOUT_RULE * elements:
         return False
@@ -378,9 +378,8 @@ def _tell_without_rule(by_name: Mapping[str, Sequence[Rule]], knows_model: bool)
     logger.warning(
         "plan='rules' leaves the second moments of these weights in full, %.0f%% of all elements: %s; plan='auto' "
         "measures them, plan='factored' averages their rows and columns, a plan of yours may do either",
-        100 * left / elements,
-        "; ".join(reasons),
-    )
+        100 * left / elements, "; ".join(reasons),
+    )  # fmt: skip
     return True
 
 

@@ -83,15 +83,12 @@ def expectation(rules: Iterable[Rule]) -> Expectation | None:
 
 
 def check_choice(cutoff: float, forms: str, budget: float | None = None) -> None:
-    """Check the arguments that a plan is chosen by.
+    """Raise :class:`ValueError` where an argument that a plan is chosen by is out of range.
 
     Args:
         cutoff: SNR that a candidate must exceed.
         forms: ``"mean"`` or ``"best"``.
         budget: Share of second moments to save, if any.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
     if not _is_number(cutoff) or not 0 <= cutoff < math.inf:
         raise ValueError(f"cutoff={cutoff!r} must be a number >= 0")
@@ -106,11 +103,7 @@ def _is_number(value: object) -> bool:
 
 
 def check_keep(keep: Iterable[str]) -> tuple[str, ...]:
-    """Return the patterns of ``keep`` as a tuple.
-
-    Raises:
-        ValueError: It is no sequence of texts.
-    """
+    """Return the patterns of ``keep`` as a tuple; raise :class:`ValueError` if it is no sequence of texts."""
     patterns = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else (None,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"keep={keep!r} must be a list or tuple of patterns, such as ('*norm*',)")
@@ -212,7 +205,7 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     options = _options(rule, forms)
     if not options:
         return replace(rule, reason=_why_without_options(rule), source=Source.MEASURED)
-    best = max(options, key=lambda option: (option.snr, option.saved))
+    best = max(options, key=_rank)
     label = _describe(best.rule)
     if best.snr > cutoff:
         has = "have" if best.rule.form == FACTORED else "has"
@@ -234,6 +227,10 @@ def _options(rule: Rule, forms: Forms) -> list[_Option]:
             continue
         found.append(_Option(snr, _elements(rule) - option.stored_elements(rule.shape or ()), option))
     return [option for option in found if option.saved > 0]
+
+
+def _rank(option: _Option) -> tuple[float, int]:
+    return option.snr, option.saved
 
 
 def _elements(rule: Rule) -> int:
@@ -258,22 +255,23 @@ def _choose_by_budget(undecided: Mapping[str, Rule], elements: int, budget: floa
     What a candidate loses is the noise it averages away, ``elements / SNR``. No plan by cutoff that saves as much loses
     less.
     """
-    found = [[option for option in _options(rule, forms) if option.snr > _SMALLEST_SNR] for rule in undecided.values()]
+    found = []
+    for rule in undecided.values():
+        options = [option for option in _options(rule, forms) if option.snr > _SMALLEST_SNR]
+        found.append([_Option(math.inf, 0, rule), *options])  # the first: it stays in full
     needed = math.ceil(budget * elements - 1e-9)
-    possible = sum(max((option.saved for option in options), default=0) for options in found)
+    possible = sum(max(option.saved for option in options) for options in found)
     if possible < needed:
         share = possible / elements if elements else 0.0
         raise ValueError(f"budget={budget}: at most {share:.4f} of the second moments can be saved; ask for less")
-    classes = [
-        [(0, 0.0), *((option.saved, _elements(option.rule) / option.snr) for option in options)] for options in found
-    ]
+    classes = [[(option.saved, _elements(option.rule) / option.snr) for option in options] for options in found]
     taken = least_loss(classes, needed, _by_highest_snr(found, needed))
     rules = {}
-    for (key, rule), options, index in zip(undecided.items(), found, taken, strict=True):
+    for key, options, index in zip(undecided, found, taken, strict=True):
+        snr, _, rule = options[index]
         if index:
-            snr, _, rule = options[index - 1]
             reason = f"{_describe(rule)}, SNR {snr:.3g}: part of the cheapest way to save {budget:.1%}"
-        elif options:
+        elif len(options) > 1:
             reason = f"stays in full: the budget of {budget:.1%} is met at less loss elsewhere"
         else:
             reason = _why_without_options(rule)
@@ -283,15 +281,12 @@ def _choose_by_budget(undecided: Mapping[str, Rule], elements: int, budget: floa
 
 def _by_highest_snr(found: Sequence[Sequence[_Option]], needed: int) -> list[list[int]]:
     """Return the choices by the highest cutoff at which enough is saved, if there is one."""
-    best = [
-        max(enumerate(options, 1), key=lambda item: (item[1].snr, item[1].saved), default=(0, _Option(0, 0, Rule())))
-        for options in found
-    ]
+    best = [max(options[1:], key=_rank, default=options[0]) for options in found]
     taken, saved = [0] * len(found), 0
-    for at in sorted(range(len(found)), key=lambda at: -best[at][1].snr):
+    for at in sorted(range(len(found)), key=lambda at: -best[at].snr):
         if saved < needed:
-            taken[at] = best[at][0]
-            saved += best[at][1].saved
+            taken[at] = found[at].index(best[at])
+            saved += best[at].saved
     return [taken] if saved >= needed else []
 
 
@@ -301,10 +296,9 @@ def least_loss(
     """Return the option of each class, by index, that together save at least ``needed`` and lose the least.
 
     Each element saved gets the smallest price at which every class, choosing the option of the lowest cost
-    ``loss - price * saved`` for itself, saves enough. A choice then loses
-    ``bound + regret + price * (saved - needed)``, where ``regret`` is what its options cost more than the cheapest
-    ones. The classes are gone through with all choices that no other dominates and whose regret leaves room below the
-    best loss known.
+    ``loss - price * saved`` for itself, saves enough. A choice loses ``bound + regret + price * (saved - needed)``,
+    where ``regret`` is what its options cost more than the cheapest ones. The classes are gone through with all choices
+    that no other dominates and whose regret leaves room below the best loss known.
 
     Args:
         classes: What each option saves and loses. One is ``(0, 0.0)``; all classes together can save what is needed.
