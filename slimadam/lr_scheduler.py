@@ -18,8 +18,7 @@ from slimadam.curvature.probe.line import Closure
 from slimadam.layers.names import owning_modules
 from slimadam.utils.errors import shown
 
-_FRACTION_OF_A_STEP = 1e-9
-"""Less of a step than this is rounding of the rates' ratio."""
+_FRACTION_OF_A_STEP = 1e-9  # less is rounding of the rates' ratio
 _MAX_FORWARDS = 100
 _REASONS = {
     "no descent": "the loss {0.loss:.6g} does not fall at any rate along the pending update; is it the loss, and the "
@@ -51,10 +50,8 @@ def critical_lr(optimizer: Optimizer, closure: Closure, start: float = 1e-6, max
     Raises:
         RuntimeError: No gradient is pending, or no rate could be found: the loss is not finite, or no rate along the
             pending update lowers it, or, in 16 bits, does so by more than rounding.
+        ValueError: ``start`` or ``max_lr`` is no positive, finite number.
     """
-    _check_rate("start", start)
-    if max_lr is not None:
-        _check_rate("max_lr", max_lr)
     measured = CriticalSharpness(optimizer, start=start, max_lr=max_lr, max_forwards=_MAX_FORWARDS).measure(closure)
     if measured.status in ("found", "noisy"):
         return measured.critical_lr
@@ -109,8 +106,8 @@ class CatapultWarmup(LRScheduler):
             return self._get_closed_form_lr()
         before = self._factor(self.last_epoch - 1) if self.last_epoch else 1.0
         after = self._factor(self.last_epoch)
-        rates = (group["lr"] for group in self.optimizer.param_groups)
-        return [_moved(lr, target, before, after) for lr, target in zip(rates, self._targets, strict=True)]
+        groups = zip(self.optimizer.param_groups, self._targets, strict=True)
+        return [_moved(group["lr"], target, before, after) for group, target in groups]
 
     def _get_closed_form_lr(self) -> list[float | Tensor]:
         """Return the rates at ``last_epoch``, whatever they are now; torch calls this by name."""

@@ -16,11 +16,10 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, finite, is_main_rank, output_path, status_console
+from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, FiniteRange, OutputPath, is_main_rank, status_console
 from slimadam.cli.script.children import Children
 from slimadam.cli.script.observer import Observer
-from slimadam.cli.script.runner import SCRIPT_SETTINGS, SIGTERM_EXIT, Script, script_arguments
-from slimadam.measurement.history import SNRHistory
+from slimadam.cli.script.runner import SCRIPT_SETTINGS, SIGTERM_EXIT, run_script, script_arguments
 from slimadam.measurement.recorder import every, paper_schedule
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.selection import Forms, idle_patterns
@@ -34,31 +33,20 @@ _REMEDY = (
 
 @click.command("calibrate", context_settings=SCRIPT_SETTINGS)
 @click.option("--steps", type=click.IntRange(min=1), help="End the script after so many optimizer steps.")
-@click.option(
-    "--cutoff", type=click.FloatRange(min=0), default=1.0, show_default=True, callback=finite,
-    help="SNR that averaging must exceed to be chosen.",
-)  # fmt: skip
-@click.option(
-    "--budget", type=click.FloatRange(0, 1), callback=finite,
-    help="Instead of a cutoff: save at least this share of second moments and lose the least SNR.",
-)  # fmt: skip
-@click.option(
-    "--forms", type=click.Choice(["mean", "best"]), default="best", show_default=True,
-    help="mean: averages only, as in the paper. best: row and column averages compete too.",
-)  # fmt: skip
+@click.option("--cutoff", type=FiniteRange(min=0), default=1.0, show_default=True,
+              help="SNR that averaging must exceed to be chosen.")  # fmt: skip
+@click.option("--budget", type=FiniteRange(0, 1), help="Instead of a cutoff: save at least this share of second "
+              "moments and lose the least SNR.")  # fmt: skip
+@click.option("--forms", type=click.Choice(["mean", "best"]), default="best", show_default=True,
+              help="mean: averages only, as in the paper. best: row and column averages compete too.")  # fmt: skip
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Names or roles to keep in full; may be repeated.")
-@click.option(
-    "--every", "interval", type=click.IntRange(min=1),
-    help="Measure at step 1 and every so many steps. Default: every 100, after step 1000 every 1000.",
-)  # fmt: skip
-@click.option(
-    "--lr-scale", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
-    callback=finite,
-    help="Factor on the learning rate of Adam-like optimizers; 0.1 is recommended.",
-)  # fmt: skip
-@click.option("--out", default="plan.json", show_default=True, callback=output_path, help="The plan to write.")
-@click.option("--report", callback=output_path, help="An HTML page with the numbers and plots to write.")
-@click.option("--history", callback=output_path, help="A CSV file with every measurement to write.")
+@click.option("--every", "interval", type=click.IntRange(min=1), help="Measure at step 1 and every so many steps. "
+              "Default: every 100, after step 1000 every 1000.")  # fmt: skip
+@click.option("--lr-scale", type=FiniteRange(min=0, min_open=True), default=1.0, show_default=True,
+              help="Factor on the learning rate of Adam-like optimizers; 0.1 is recommended.")  # fmt: skip
+@click.option("--out", default="plan.json", show_default=True, type=OutputPath(), help="The plan to write.")
+@click.option("--report", type=OutputPath(), help="An HTML page with the numbers and plots to write.")
+@click.option("--history", type=OutputPath(), help="A CSV file with every measurement to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout.")
 @script_arguments
 @click.pass_context
@@ -97,12 +85,21 @@ def _calibrate(
     with _progress(console, steps) as on_step:
         observer = Observer(paper_schedule if interval is None else every(interval), steps, lr_scale, on_step)
         with observer.watching(), children.noticed():
-            outcome = Script(script, arguments, is_module).run()
+            outcome = run_script(script, arguments, is_module)
     outcome.show_error()
     for problem in observer.problems:
         say(problem)
-    measured = observer.history()
-    plan = _plan(say, measured, cutoff, budget, forms, keep) if observer.optimizers else CompressionPlan({})
+    plan = CompressionPlan({})
+    if observer.optimizers:
+        measured = observer.history()
+        idle = idle_patterns(keep, measured)
+        kept = [pattern for pattern in keep if pattern not in idle]
+        choose = partial(CompressionPlan.from_snr, measured, cutoff, forms=forms, keep=kept)
+        try:
+            plan = choose(budget=budget)
+        except ValueError as error:  # out of reach, but what was measured is not to be lost
+            say(f"{error}; the plan is by the cutoff {cutoff:g} instead")
+            plan = choose()
     result: dict[str, Any] = {
         "steps": observer.steps,
         "optimizers": observer.optimizers,
@@ -115,12 +112,19 @@ def _calibrate(
     if observer.optimizers:
         result["averaged_away"] = None if plan.expectation is None else plan.expectation.averaged_away
         if is_main_rank():
-            _write(files, plan, measured, {"script": script, "learning rate": f"the script's, times {lr_scale:g}"})
+            for path in files.values():  # the script may have removed the folder
+                path.parent.mkdir(parents=True, exist_ok=True)
+            plan.save(out)
+            if history is not None:
+                measured.save_csv(history)
+            if report is not None:
+                facts = {"script": script, "learning rate": f"the script's, times {lr_scale:g}"}
+                write_report(report, plan, measured, facts=facts)
             result["files"] = {kind: str(path) for kind, path in files.items()}
         if plan.expectation is not None:
             say(str(plan.expectation))
         _summarize(say, result, len(measured.steps), lr_scale)
-        for pattern in idle_patterns(keep, measured):
+        for pattern in idle:
             say(f"--keep {pattern}: no parameter has such a name or role")
     if as_json and is_main_rank():
         click.echo(json.dumps(result), file=stdout)
@@ -131,34 +135,6 @@ def _calibrate(
     if not observer.optimizers:
         say(f"nothing to calibrate: no optimizer that keeps exp_avg_sq (Adam, AdamW) stepped{children.elsewhere}")
         ctx.exit(NOTHING_DONE)
-
-
-def _plan(
-    say: Callable[[str], None],
-    measured: SNRHistory,
-    cutoff: float,
-    budget: float | None,
-    forms: Forms,
-    keep: tuple[str, ...],
-) -> CompressionPlan:
-    """Return the plan; where the budget is out of reach, the one by cutoff, so that no measurement is lost."""
-    idle = idle_patterns(keep, measured)
-    fitting = [pattern for pattern in keep if pattern not in idle]
-    try:
-        return CompressionPlan.from_snr(measured, cutoff, budget=budget, forms=forms, keep=fitting)
-    except ValueError as error:
-        say(f"{error}; the plan is by the cutoff {cutoff:g} instead")
-        return CompressionPlan.from_snr(measured, cutoff, forms=forms, keep=fitting)
-
-
-def _write(files: dict[str, Path], plan: CompressionPlan, history: SNRHistory, facts: dict[str, str]) -> None:
-    for path in files.values():  # the script may have removed the folder
-        path.parent.mkdir(parents=True, exist_ok=True)
-    plan.save(files["plan"])
-    if "history" in files:
-        history.save_csv(files["history"])
-    if "report" in files:
-        write_report(files["report"], plan, history, facts=facts)
 
 
 @contextmanager
@@ -176,10 +152,10 @@ def _progress(console: Console, total: int | None) -> Iterator[Callable[[int], N
 
     def on_step(step: int) -> None:
         nonlocal drawn
-        now = time.monotonic()
-        due = now - drawn >= _REDRAW_SECONDS
+        due = time.monotonic() - drawn >= _REDRAW_SECONDS
         bar.update(task, completed=step, refresh=due)
-        drawn = now if due else drawn
+        if due:
+            drawn = time.monotonic()
 
     with bar:
         yield on_step

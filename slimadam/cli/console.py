@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from typing_extensions import override
 
 SCRIPT_FAILED, NOTHING_DONE = 1, 3
 """Exit codes of the commands that run a script; click itself exits with 2 for wrong usage."""
@@ -28,49 +29,38 @@ def status_console() -> Console:
     )
 
 
-def output_path(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
-    """Check, before anything runs, that a file named by an option can be written.
+class FiniteRange(click.FloatRange):
+    """A number in a range that is neither NaN nor infinite."""
 
-    Args:
-        ctx: Context of the command.
-        parameter: The option, whose callback this is.
-        value: Path of the file; None where the option is left out.
+    @override
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
 
-    Raises:
-        click.BadParameter: It cannot be written.
-    """
-    if value is None:
-        return None
-    path = Path(value).absolute()
-    if not is_main_rank():  # perhaps on another machine, and it writes nothing
+
+class OutputPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click
+    """A file that can be written, which is checked before anything runs."""
+
+    name = "text"
+
+    @override
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value).absolute()
+        if not is_main_rank():  # perhaps on another machine, and it writes nothing
+            return path
+        if path.is_dir():
+            self.fail(f"{value!r} is a folder; name a file", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"the folder {str(path.parent)!r} does not exist; create it", param, ctx)
+        # A file is replaced in one move, for which its folder must be writable; a device is written to.
+        needed = [path] if path.exists() else []
+        if path.is_file() or not path.exists():
+            needed.append(path.resolve().parent)
+        if not all(os.access(place, os.W_OK) for place in needed):
+            self.fail(f"{value!r} is not writable", param, ctx)
         return path
-    if path.is_dir():
-        raise click.BadParameter(f"{value!r} is a folder; name a file", ctx, parameter)
-    if not path.parent.is_dir():
-        raise click.BadParameter(f"the folder {str(path.parent)!r} does not exist; create it", ctx, parameter)
-    # A file is replaced in one move, for which its folder must be writable; a device is written to.
-    needed = [path] if path.exists() else []
-    if path.is_file() or not path.exists():
-        needed.append(path.resolve().parent)
-    if not all(os.access(place, os.W_OK) for place in needed):
-        raise click.BadParameter(f"{value!r} is not writable", ctx, parameter)
-    return path
-
-
-def finite(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    """Check that a number given as an option is neither NaN nor infinite.
-
-    Args:
-        ctx: Context of the command.
-        parameter: The option, whose callback this is.
-        value: The number; None where the option is left out.
-
-    Raises:
-        click.BadParameter: It is not finite.
-    """
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number", ctx, parameter)
-    return value
 
 
 def call(builder: str, argument: str) -> Any:

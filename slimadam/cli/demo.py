@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from slimadam.cli.console import finite, status_console
+from slimadam.cli.console import FiniteRange, status_console
 from slimadam.demo import training
 from slimadam.demo.data import DataError, load
 from slimadam.demo.plot import draw
@@ -34,8 +34,8 @@ _DEFAULTS = DemoSettings()
               help=f"Width of the model, a multiple of its {_DEFAULTS.heads} attention heads.")  # fmt: skip
 @click.option("--layers", type=click.IntRange(min=1), default=_DEFAULTS.layers, show_default=True,
               help="Transformer blocks.")  # fmt: skip
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), callback=finite, default=_DEFAULTS.lr,
-              show_default=True, help="Learning rate of both runs.")  # fmt: skip
+@click.option("--lr", type=FiniteRange(min=0, min_open=True), default=_DEFAULTS.lr, show_default=True,
+              help="Learning rate of both runs.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=_DEFAULTS.seed, show_default=True,
               help="Of the initialisation and the batches.")  # fmt: skip
 @click.option("--data", "data_file", type=click.Path(path_type=Path), metavar="FILE",

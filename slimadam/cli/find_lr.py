@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,11 +14,12 @@ from weakref import WeakKeyDictionary
 
 import click
 import torch
+from rich.console import Console
 from torch.optim import Optimizer
 
-from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, finite, is_main_rank, status_console
+from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, FiniteRange, is_main_rank, status_console
 from slimadam.cli.script.children import Children
-from slimadam.cli.script.runner import SCRIPT_SETTINGS, Script, StopScript, script_arguments, step_hooks
+from slimadam.cli.script.runner import SCRIPT_SETTINGS, StopScript, run_script, script_arguments, step_hooks
 from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.curvature.probe.line import LineProbe
 from slimadam.curvature.probe.loss_recorder import LossRecorder, ReplayError
@@ -67,7 +68,7 @@ class _Finder:
             self.problem = str(error)
         raise StopScript
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._steps.get(optimizer, 0) == self.step - 1:
             self._recorder.recording = True
 
@@ -85,18 +86,12 @@ class _Finder:
 
 
 @click.command("find-lr", context_settings=SCRIPT_SETTINGS)
-@click.option(
-    "--step", type=click.IntRange(min=1), default=1, show_default=True,
-    help="Optimizer step at which to measure; the script ends there.",
-)  # fmt: skip
-@click.option(
-    "--max-lr", type=click.FloatRange(min=0, min_open=True), callback=finite,
-    default=_LARGEST, help="Largest learning rate to try, for instance the target of the warmup.",
-)  # fmt: skip
-@click.option(
-    "--warmup-steps", type=click.IntRange(min=1), default=1000, show_default=True,
-    help="Length of the plain warmup, for the steps saved.",
-)  # fmt: skip
+@click.option("--step", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Optimizer step at which to measure; the script ends there.")  # fmt: skip
+@click.option("--max-lr", type=FiniteRange(min=0, min_open=True), default=_LARGEST,
+              help="Largest learning rate to try, for instance the target of the warmup.")  # fmt: skip
+@click.option("--warmup-steps", type=click.IntRange(min=1), default=1000, show_default=True,
+              help="Length of the plain warmup, for the steps saved.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout.")
 @script_arguments
 @click.pass_context
@@ -129,7 +124,7 @@ def _find_lr(
     finder = _Finder(step, max_lr)
     children = Children(say, _REMEDY)
     with finder.watching(), children.noticed():
-        outcome = Script(script, arguments, is_module).run()
+        outcome = run_script(script, arguments, is_module)
     outcome.show_error()
     if outcome.exit_code:
         say(f"the script failed (exit code {outcome.exit_code})")
@@ -138,13 +133,7 @@ def _find_lr(
     if measured is None:
         say(f"nothing was measured: {finder.problem}{children.elsewhere}")
         ctx.exit(NOTHING_DONE)
-    share = _summarize(say, finder, measured)
-    if share is not None and share < 1:
-        say(f"{int(warmup_steps * share)} of {warmup_steps} steps of warmup are saved by starting there:")
-        console.print(
-            f"scheduler = slimadam.CatapultWarmup(optimizer, warmup_steps={warmup_steps}, "
-            f"critical_lr={measured.critical_lr:.3g})"
-        )
+    _summarize(console, finder, measured, warmup_steps)
     if as_json and is_main_rank():
         click.echo(json.dumps(_result(finder, measured)), file=stdout)
     if measured.status not in ("found", "noisy", "no increase"):
@@ -169,8 +158,8 @@ def _result(finder: _Finder, measured: SharpnessMeasurement) -> dict[str, Any]:
     }
 
 
-def _summarize(say: Callable[[str], None], finder: _Finder, measured: SharpnessMeasurement) -> float | None:
-    """Show the result, and return the critical rate as a share of the script's own where both are known."""
+def _summarize(console: Console, finder: _Finder, measured: SharpnessMeasurement, warmup_steps: int) -> None:
+    say = partial(console.print, "slimadam:")
     where = f"step {finder.step} of {finder.optimizer}"
     if finder.micro_batches > 1:
         where += f", the sum of {finder.micro_batches} losses"
@@ -181,16 +170,21 @@ def _summarize(say: Callable[[str], None], finder: _Finder, measured: SharpnessM
             say("the script computes in 16 bits, whose rounding hides it: run it in float32")
         if measured.status == "no increase" and finder.lr <= finder.max_lr:
             say(f"the script's own learning rate {finder.lr:g} needs no warmup on this account")
-        return None
+        return
     lower, upper = measured.bracket
     say(
         f"critical learning rate {measured.critical_lr:.3g} at {where}, between {lower:.3g} and {upper:.3g} "
         f"({measured.forward_passes} forward passes)"
     )
     if not finder.lr:
-        return None
+        return
     share = measured.critical_lr / finder.lr
     say(f"the script's own learning rate is {finder.lr:g}, {1 / share:.3g} times that")
     if share >= 1:
         say("it needs no warmup on this account")
-    return share
+    else:
+        say(f"{int(warmup_steps * share)} of {warmup_steps} steps of warmup are saved by starting there:")
+        console.print(
+            f"scheduler = slimadam.CatapultWarmup(optimizer, warmup_steps={warmup_steps}, "
+            f"critical_lr={measured.critical_lr:.3g})"
+        )

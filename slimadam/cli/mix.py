@@ -15,8 +15,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.optim import Optimizer
 
-from slimadam.cli.console import call, finite, output_path, status_console
-from slimadam.curvature.mixing.advice import MixAdvice
+from slimadam.cli.console import FiniteRange, OutputPath, call, status_console
 from slimadam.curvature.mixing.advise import advise_mix
 from slimadam.curvature.mixing.settled_momentum import Momentum
 from slimadam.utils.atomic_write import write_whole
@@ -34,13 +33,13 @@ _PICTURES = (".png", ".svg", ".pdf")
               help="Of the resampling that the intervals come from.")  # fmt: skip
 @click.option("--momentum", type=click.Choice(["settled", "kept"]), default="settled", show_default=True,
               help="First moments as they become under each mix, or as they are.")  # fmt: skip
-@click.option("--max-grad-norm", type=click.FloatRange(min=0, min_open=True), callback=finite,
+@click.option("--max-grad-norm", type=FiniteRange(min=0, min_open=True),
               help="Clip the mixed gradients to this norm, as in training.")  # fmt: skip
-@click.option("--tol", type=click.FloatRange(min=0, max=1, min_open=True, max_open=True), default=1 / 16,
-              show_default=True, callback=finite, help="How closely each critical rate is found.")  # fmt: skip
+@click.option("--tol", type=FiniteRange(min=0, max=1, min_open=True, max_open=True), default=1 / 16,
+              show_default=True, help="How closely each critical rate is found.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--plot", callback=output_path, help="A picture of the curves to write, .png, .svg or .pdf.")
-@click.option("--out", callback=output_path, help="A CSV file of the curves to write.")
+@click.option("--plot", type=OutputPath(), help="A picture of the curves to write, .png, .svg or .pdf.")
+@click.option("--out", type=OutputPath(), help="A CSV file of the curves to write.")
 @click.pass_context
 def _mix(
     ctx: click.Context,
@@ -65,7 +64,11 @@ def _mix(
     """
     if plot is not None and plot.suffix not in _PICTURES:
         raise click.BadParameter(f"{str(plot)!r} must end in {', '.join(_PICTURES)}", param_hint="--plot")
-    shares = None if ratios is None else _shares(ratios)
+    try:
+        shares = None if ratios is None else [float(share) for share in ratios.split(",")]
+    except ValueError as error:
+        message = f"{ratios!r} must be numbers between commas, as 0,0.5,1"
+        raise click.BadParameter(message, param_hint="--ratios") from error
     optimizer, losses, tasks = _built(builder)
     try:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -84,22 +87,16 @@ def _mix(
         traceback.print_exc()
         raise click.UsageError(f"{builder}: {type(error).__name__}: {error}") from error
     if out is not None:
-        write_whole(out, _csv(advice))
+        rows = advice.rows()
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([rows[0].keys(), *(row.values() for row in rows)])
+        write_whole(out, table.getvalue())
     if as_json:
         click.echo(json.dumps(advice.to_dict(), allow_nan=False))
     else:
         click.echo(advice.table())
         click.echo(str(advice))
     ctx.exit(_NO_ADVICE if math.isnan(advice.ratio) else 0)
-
-
-def _shares(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise click.BadParameter(
-            f"{text!r} must be numbers between commas, as 0,0.5,1", param_hint="--ratios"
-        ) from error
 
 
 def _built(builder: str) -> tuple[Optimizer, Mapping[str, Any], Mapping[str, Any] | None]:
@@ -110,10 +107,3 @@ def _built(builder: str) -> tuple[Optimizer, Mapping[str, Any], Mapping[str, Any
             param_hint="MODULE:CALLABLE",
         )
     return built[0], built[1], built[2] if len(built) == 3 else None
-
-
-def _csv(advice: MixAdvice) -> str:
-    rows = advice.rows()
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([rows[0].keys(), *(row.values() for row in rows)])
-    return text.getvalue()

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from slimadam.cli.console import call, output_path
+from slimadam.cli.console import OutputPath, call
 from slimadam.layers.roles import names_of
 from slimadam.plans.plan import CompressionPlan, rule_to_dict
 from slimadam.state.rule import FACTORED, Candidate, Rule, Source, fit_rules
@@ -40,8 +40,13 @@ def _show(file: Path, as_json: bool) -> None:
         totals = {"second_moments": full, "second_moments_kept": kept, "second_moments_saved": saved}
         click.echo(json.dumps(loaded.to_dict() | {"totals": totals}))
         return
-    console = Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED_WIDTH)
-    console.print(_table(loaded))
+    table = Table("parameter", "role", "shape", "SNR", "decision", "reason")
+    for name, rule in loaded.items():
+        shape = "" if rule.shape is None else "x".join(map(str, rule.shape)) or "scalar"
+        snrs = "  ".join(f"{_candidate(candidate)}: {value:.3g}" for candidate, value in rule.snr.items())
+        row = (name, rule.role, shape, snrs, _decision(rule), rule.reason)
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    Console(width=None if sys.stdout.isatty() else _UNBOUNDED_WIDTH).print(table)
     compressed = sum(rule.form != "full" for rule in loaded.values())
     click.echo(
         f"{compressed} of {len(loaded)} parameters compressed; {kept:,} of {full:,} second moments kept, "
@@ -84,7 +89,7 @@ def _diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
 @click.argument("file", metavar="PLAN", type=_PLAN_FILE)
 @click.option("--model", "builder", metavar="MODULE:CALLABLE", required=True,
               help="Carry it to the model that this builds.")  # fmt: skip
-@click.option("--out", required=True, callback=output_path, help="The plan to write.")
+@click.option("--out", required=True, type=OutputPath(), help="The plan to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def _transfer(ctx: click.Context, file: Path, builder: str, out: Path, as_json: bool) -> None:
@@ -128,16 +133,6 @@ def _check(ctx: click.Context, file: Path, builder: str | None) -> None:
     click.echo(f"{file}: valid, {len(loaded)} entries, {loaded.second_moments_saved:.1%} of second moments saved")
     if model is not None:
         click.echo(f"{covered} of the model's {len(list(model.parameters()))} parameters have a rule")
-
-
-def _table(shown: CompressionPlan) -> Table:
-    table = Table("parameter", "role", "shape", "SNR", "decision", "reason")
-    for name, rule in shown.items():
-        shape = "" if rule.shape is None else "x".join(map(str, rule.shape)) or "scalar"
-        snrs = "  ".join(f"{_candidate(candidate)}: {value:.3g}" for candidate, value in rule.snr.items())
-        row = (name, rule.role, shape, snrs, _decision(rule), rule.reason)
-        table.add_row(*(Text(cell, overflow="fold") for cell in row))
-    return table
 
 
 def _candidate(candidate: Candidate) -> str:

@@ -11,7 +11,7 @@ import click
 
 from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, status_console
 from slimadam.cli.script.children import Children
-from slimadam.cli.script.runner import SCRIPT_SETTINGS, Script, script_arguments
+from slimadam.cli.script.runner import SCRIPT_SETTINGS, run_script, script_arguments
 from slimadam.cli.script.substitution import NamedPlan, ScriptPlan, Substitution
 from slimadam.plans.auto import AutoPlan
 from slimadam.plans.plan import CompressionPlan
@@ -24,11 +24,9 @@ _REMEDY = (
 
 
 @click.command("run", context_settings=SCRIPT_SETTINGS)
-@click.option(
-    "--plan", "plan_name", required=True, metavar="PLAN",
-    help="A plan file; 'auto': measure for 200 steps, then decide; 'rules': the paper's table by layer role; "
-    "'factored': row and column averages of each matrix; 'none': nothing compressed.",
-)  # fmt: skip
+@click.option("--plan", "plan_name", required=True, metavar="PLAN",
+              help="A plan file; 'auto': measure for 200 steps, then decide; 'rules': the paper's table by layer role; "
+              "'factored': row and column averages of each matrix; 'none': nothing compressed.")  # fmt: skip
 @script_arguments
 @click.pass_context
 def _run(ctx: click.Context, plan_name: str, is_module: bool, script: str, arguments: tuple[str, ...]) -> None:
@@ -41,7 +39,7 @@ def _run(ctx: click.Context, plan_name: str, is_module: bool, script: str, argum
     substitution = Substitution(_read_plan(plan_name))
     children = Children(say, _REMEDY, follows_fork=True)
     with substitution.active(), children.noticed():
-        outcome = Script(script, arguments, is_module).run()
+        outcome = run_script(script, arguments, is_module)
     if isinstance(outcome.error, PlanError):
         raise outcome.error
     outcome.show_error()
@@ -81,9 +79,10 @@ def _summarize(say: Callable[[str], None], substitution: Substitution) -> None:
         f"second moments of {len(reports)} optimizer(s) take {kept:,} bytes instead of {full:,}, "
         f"{1 - kept / full if full else 0:.1%} saved"
     )
-    if substitution.undecided:
+    undecided = sum(substitution.undecided.values())
+    if undecided:
         say(
-            f"{len(substitution.undecided)} optimizer(s) had not decided yet: plan 'auto' runs as AdamW for its first "
+            f"{undecided} optimizer(s) had not decided yet: plan 'auto' runs as AdamW for its first "
             f"{AutoPlan().calibration_steps} steps; train longer, or calibrate first"
         )
     for message, names in (

@@ -42,17 +42,13 @@ class ByteData:
     source: str
 
     def batches(self, steps: int, batch_size: int, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield random windows of the training text, the same ones for the same seed.
+        """Yield pairs of random windows of the training text and the same moved on by one byte, both ``int64``.
 
         Args:
-            steps: Number of batches.
+            steps: Number of pairs.
             batch_size: Windows in each.
             context: Length of a window in bytes.
             seed: Seed of the choice.
-
-        Yields:
-            ``steps`` pairs of inputs and targets (the inputs moved on by one byte), each ``int64`` of shape
-            ``[batch_size, context]``.
         """
         generator = torch.Generator().manual_seed(seed)
         for _ in range(steps):
@@ -60,14 +56,11 @@ class ByteData:
             yield _windows(self.train, starts, context)
 
     def held_out_windows(self, count: int, context: int) -> tuple[Tensor, Tensor]:
-        """Return windows that do not overlap, spread evenly over the held-out text.
+        """Return windows, and targets as in :meth:`batches`, spread evenly over the held-out text without overlap.
 
         Args:
             count: Number of windows; fewer where the text is short.
             context: Length of each in bytes.
-
-        Returns:
-            Inputs and targets as :meth:`batches` gives them, of shape ``[windows, context]``.
         """
         available = (len(self.held_out) - 1) // context
         windows = min(count, available)
@@ -108,13 +101,10 @@ def _read_file(path: Path) -> ByteData:
 
 
 def read_standard_library(root: Path | None = None) -> ByteData:
-    """Read the Python source files of the standard library, split by file.
+    """Read the Python source files of the standard library in ``root``, split by file.
 
     Hashes of the files' names decide which one in ten is held out and which come first where there are more
     than 4 MB to train on, so the choice depends on neither machine nor seed.
-
-    Args:
-        root: Folder of the standard library; default: that of the running interpreter.
 
     Raises:
         DataError: There are no source files, as in interpreters that keep them in an archive.
@@ -150,9 +140,8 @@ def is_held_out(name: Path) -> bool:
 def _read(files: list[Path], limit: int) -> Tensor:
     content = bytearray()
     for file in files:
-        if len(content) >= limit:
-            break
-        content += file.read_bytes()
+        if len(content) < limit:
+            content += file.read_bytes()
     return _tensor(content[:limit])
 
 

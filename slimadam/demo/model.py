@@ -38,20 +38,12 @@ class ByteGPT(nn.Module):
                 nn.init.normal_(parameter, std=_INIT_STD / (math.sqrt(2 * layers) if writes_to_residual else 1.0))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Compute the logits of the next byte.
-
-        Args:
-            tokens: Integers in 0..255, shape ``[batch, length]`` with ``length <= context``.
-
-        Returns:
-            Shape ``[batch, length, 256]``.
-        """
+        """Compute the logits of the next byte, ``[batch, length, 256]``, from bytes ``[batch, length]``."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.lm_head(self.final_norm(x))
-        return logits
+        return self.lm_head(self.final_norm(x))  # type: ignore[no-any-return]
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Compute the mean cross-entropy of the next byte, in nats.
@@ -76,8 +68,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[batch, length, width]`` to the same shape."""
         x = x + self.attention(self.attention_norm(x))
-        updated: Tensor = x + self.mlp(self.mlp_norm(x))
-        return updated
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
 class _Attention(nn.Module):
@@ -96,8 +87,7 @@ class _Attention(nn.Module):
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return result
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class _MLP(nn.Module):
@@ -109,5 +99,4 @@ class _MLP(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(F.gelu(self.up(x)))
-        return result
+        return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -68,8 +68,8 @@ class DemoSettings:
     held_out_windows: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("steps", "width", "layers", "heads", "context", "batch_size", "measurements",
-                     "evaluations", "held_out_windows"):  # fmt: skip
+        counts = "steps width layers heads context batch_size measurements evaluations held_out_windows"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.width % self.heads:
@@ -87,31 +87,29 @@ class DivergedError(ArithmeticError):
     """A loss was no longer finite; the message says where and what to try."""
 
 
+@dataclass(eq=False)
 class Trainee:
     """A model in training, its optimizer and the measurements of its run.
 
-    Args:
+    Attributes:
         phase: Name under which progress is reported.
         model: The model.
         optimizer: Its optimizer.
         progress: Called after each step.
-
-    Attributes:
         train_losses: Loss of each step's batch, in nats per byte.
         held_out_losses: By step, the loss on the held-out windows.
         optimizer_ms: Duration of each ``optimizer.step()`` in milliseconds.
-        step_ms: Duration of each whole training step: forward, backward and optimizer.
+        step_ms: Duration of each full training step: forward, backward and optimizer.
     """
 
-    def __init__(self, phase: Phase, model: ByteGPT, optimizer: Optimizer, progress: Progress) -> None:
-        self.phase: Phase = phase
-        self.model = model
-        self.optimizer = optimizer
-        self.progress = progress
-        self.train_losses: list[float] = []
-        self.held_out_losses: dict[int, float] = {}
-        self.optimizer_ms: list[float] = []
-        self.step_ms: list[float] = []
+    phase: Phase
+    model: ByteGPT
+    optimizer: Optimizer
+    progress: Progress
+    train_losses: list[float] = field(default_factory=list)
+    held_out_losses: dict[int, float] = field(default_factory=dict)
+    optimizer_ms: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -156,25 +154,12 @@ class Trainee:
         self.optimizer_ms.append((end - before_update) * 1e3)
         self.step_ms.append((end - start) * 1e3)
         self.train_losses.append(loss.item())
-        if not math.isfinite(self.train_losses[-1]):
+        if not math.isfinite(loss.item()):
             raise DivergedError(
                 f"the loss became {loss.item()} at step {self.steps} of {self.phase} with lr={lr:g}; "
                 "choose a smaller learning rate"
             )
-        self.progress(self.phase, self.steps, self.train_losses[-1])
-
-    @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor, batch_size: int) -> None:
-        """Add the held-out loss at the current step to the curve.
-
-        Args:
-            inputs: All held-out windows.
-            targets: Their next bytes.
-            batch_size: Windows in one forward pass.
-        """
-        batches = zip(torch.split(inputs, batch_size), torch.split(targets, batch_size), strict=True)
-        total = sum(self.model.loss(*batch).item() * len(batch[0]) for batch in batches)
-        self.held_out_losses[self.steps] = total / len(inputs)
+        self.progress(self.phase, self.steps, loss.item())
 
 
 @dataclass(frozen=True)
@@ -224,16 +209,11 @@ def run_demo(settings: DemoSettings, data: ByteData, progress: Progress) -> Demo
     """
     history = calibrate(settings, data, progress)
     plan, best_plan = CompressionPlan.from_snr(history), CompressionPlan.from_snr(history, forms="best")
-
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
-
-    def trainee(phase: Phase, make: Callable[[ByteGPT], Optimizer]) -> Trainee:
-        model = settings.new_model()
-        return Trainee(phase, model, make(model), progress)
-
-    adamw = trainee("AdamW", lambda model: torch.optim.AdamW(model.named_parameters(), **options))
-    slim = trainee("SlimAdam", lambda model: SlimAdam(model, plan=plan, **options))
-    best = trainee("SlimAdam, best form", lambda model: SlimAdam(model, plan=best_plan, **options))
+    first, second, third = (settings.new_model() for _ in range(3))
+    adamw = Trainee("AdamW", first, torch.optim.AdamW(first.named_parameters(), **options), progress)
+    slim = Trainee("SlimAdam", second, SlimAdam(second, plan=plan, **options), progress)
+    best = Trainee("SlimAdam, best form", third, SlimAdam(third, plan=best_plan, **options), progress)
     train(settings, data, (adamw, slim, best))
     return DemoResult(settings, history, plan, best_plan, adamw, slim, best)
 
@@ -245,9 +225,6 @@ def calibrate(settings: DemoSettings, data: ByteData, progress: Progress) -> SNR
         settings: Model and training.
         data: Text to train on; the batches are those of the training runs.
         progress: Called after each step.
-
-    Raises:
-        DivergedError: A loss was no longer finite.
     """
     steps = settings.calibration_steps or settings.steps
     model = settings.new_model()
@@ -268,18 +245,18 @@ def train(settings: DemoSettings, data: ByteData, trainees: Sequence[Trainee]) -
         settings: Steps, batches and learning rates.
         data: Text to train on.
         trainees: The models.
-
-    Raises:
-        DivergedError: A loss was no longer finite.
     """
-    held_out = data.held_out_windows(settings.held_out_windows, settings.context)
+    windows = data.held_out_windows(settings.held_out_windows, settings.context)
+    held_out = list(zip(*(torch.split(part, settings.batch_size) for part in windows), strict=True))
     interval = max(1, settings.steps // settings.evaluations)
     batches = data.batches(settings.steps, settings.batch_size, settings.context, settings.seed)
     for step, batch in enumerate(batches, start=1):
         for trainee in trainees:
             trainee.step(batch, learning_rate(settings, step))
             if step % interval == 0 or step == settings.steps:
-                trainee.evaluate(*held_out, settings.batch_size)
+                with torch.no_grad():
+                    total = sum(trainee.model.loss(*part).item() * len(part[0]) for part in held_out)
+                trainee.held_out_losses[step] = total / len(windows[0])
 
 
 def learning_rate(settings: DemoSettings, step: int) -> float:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -15,11 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from slimadam.curvature.critical import CriticalSharpness
-from slimadam.curvature.logger import SharpnessLogger
-from slimadam.curvature.probe.displacement import Memory
-from slimadam.curvature.probe.line import Closure
-from slimadam.integrations.micro_batches import Loss, replayable, summed
+from slimadam.integrations.step_sharpness import StepSharpness
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,7 +23,7 @@ except ImportError as error:
     raise ImportError("slimadam.integrations.lightning needs Lightning: pip install 'slimadam[lightning]'") from error
 
 
-class SharpnessCallback(Callback):
+class SharpnessCallback(StepSharpness, Callback):
     """Measures critical sharpness every ``every`` steps of a Lightning Trainer, and logs it to its loggers.
 
     The loss is the one that the step is taken on: ``training_step`` again with the same batch, dropout masks and
@@ -53,24 +48,8 @@ class SharpnessCallback(Callback):
         logger: From the beginning of training on, the :class:`~slimadam.SharpnessLogger` with all rows.
     """
 
-    logger: SharpnessLogger
-
-    def __init__(
-        self,
-        every: int = 100,
-        *,
-        csv: str | Path | None = None,
-        tasks: Mapping[str, Closure] | None = None,
-        tol: float = 1 / 16,
-        memory: Memory = "copy",
-    ) -> None:
-        self._every = every
-        self._csv = csv
-        self._tasks = dict(tasks or {})
-        self._probe_options: dict[str, Any] = {"tol": tol, "memory": memory}
-        self._batches: list[Loss] = []
-        self._is_supported = False
-        self._loaded: dict[str, Any] = {}
+    _is_supported = False
+    _loaded: dict[str, Any] | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,8 +58,7 @@ class SharpnessCallback(Callback):
         if unsupported is not None:
             warnings.warn(f"critical sharpness is not measured: {unsupported}", stacklevel=2)
             return
-        probe = CriticalSharpness(trainer.optimizers[0], **self._probe_options)
-        self.logger = SharpnessLogger(probe, self._every, csv=self._csv, log=partial(_log, trainer))
+        self._begin(trainer.optimizers[0], partial(_log, trainer))
         if self._loaded:
             self.logger.load_state_dict(self._loaded)
 
@@ -90,19 +68,18 @@ class SharpnessCallback(Callback):
             self.logger.steps = trainer.global_step
             if self.logger.is_due:
                 arguments = (batch, batch_idx) if _takes_index(pl_module) else (batch,)
-                self._batches.append(replayable(partial(_loss, trainer, arguments), pl_module))
+                self._record(partial(_loss, trainer, arguments), pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        batches, self._batches = self._batches, []
-        if batches:
+        if self._losses:
             silent = patch.multiple(pl_module, log=_ignore, log_dict=_ignore)
             with _clipped(trainer, pl_module, optimizer), silent:
-                self.logger.measure({"": summed(batches), **self._tasks})
+                self._measure()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the logger's state, for checkpoints."""
-        return self.logger.state_dict() if self._is_supported else self._loaded
+        return self.logger.state_dict() if self._is_supported else self._loaded or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state of :meth:`state_dict`."""

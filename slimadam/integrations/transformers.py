@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
 
-from slimadam.curvature.critical import CriticalSharpness
-from slimadam.curvature.logger import SharpnessLogger
 from slimadam.curvature.probe.displacement import Memory
 from slimadam.curvature.probe.line import Closure
-from slimadam.integrations.micro_batches import Loss, replayable, summed
+from slimadam.integrations.step_sharpness import StepSharpness
 from slimadam.optim.slimadam import Params, SlimAdam
 from slimadam.plans.resolver import PlanArgument
 
@@ -85,7 +85,7 @@ def _check_offload(args: TrainingArguments) -> None:
         )
 
 
-class SharpnessCallback(TrainerCallback):  # type: ignore[misc]
+class SharpnessCallback(StepSharpness, TrainerCallback):  # type: ignore[misc]
     """Measures critical sharpness every ``every`` steps of a Trainer, and logs it as the Trainer logs.
 
     The loss is the one that the step is taken on: ``compute_loss`` of the Trainer, again with the same inputs,
@@ -115,8 +115,6 @@ class SharpnessCallback(TrainerCallback):  # type: ignore[misc]
         TypeError: ``trainer`` is no Trainer.
     """
 
-    logger: SharpnessLogger
-
     def __init__(
         self,
         trainer: Trainer,
@@ -129,46 +127,43 @@ class SharpnessCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer={trainer!r} must be the transformers.Trainer that the callback is added to")
+        super().__init__(every, csv=csv, tasks=tasks, tol=tol, memory=memory)
         self._trainer = trainer
-        self._every = every
-        self._csv = csv
-        self._tasks = dict(tasks or {})
-        self._probe_options: dict[str, Any] = {"tol": tol, "memory": memory}
-        self._batches: list[Loss] = []
         self._unsupported: str | None = "training has not begun"
+        self._recording = ExitStack()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Set up the logger: the Trainer has its optimizer now."""
         self._unsupported = _unsupported(self._trainer)
-        if self._unsupported is not None:
+        if self._unsupported is None:
+            self._begin(self._trainer.optimizer, self._log)
+        else:
             self._warn()
-            return
-        probe = CriticalSharpness(self._trainer.optimizer, **self._probe_options)
-        self.logger = SharpnessLogger(probe, self._every, csv=self._csv, log=self._log)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Begin to record the batches of a step in which a measurement is due."""
-        self._stop_recording()
+        self._recording.close()
+        self._losses = []
         if self._unsupported is None:
             self.logger.steps = self._trainer.state.global_step
             if self.logger.is_due:
-                self._trainer.compute_loss = partial(self._recorded_loss, self._trainer.compute_loss)
+                recorded = partial(self._recorded_loss, self._trainer.compute_loss)
+                self._recording.enter_context(patch.object(self._trainer, "compute_loss", recorded))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Measure, between clipping and the step."""
         if self._unsupported is not None or not self.logger.is_due:
             return
-        batches = self._batches
-        self._stop_recording()
-        if batches:
-            self.logger.measure({"": summed(batches), **self._tasks})
+        self._recording.close()
+        if self._losses:
+            self._measure()
         else:
             self._unsupported = "training_step of this Trainer does not call compute_loss"
             self._warn()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the Trainer as it was."""
-        self._stop_recording()
+        self._recording.close()
 
     def _warn(self) -> None:
         warnings.warn(f"critical sharpness is not measured: {self._unsupported}", stacklevel=3)
@@ -176,7 +171,7 @@ class SharpnessCallback(TrainerCallback):  # type: ignore[misc]
     def _recorded_loss(self, compute_loss: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if model.training:
             # compute_loss may take labels out of the inputs.
-            self._batches.append(replayable(partial(self._loss, model, dict(inputs), *args, **kwargs), model))
+            self._record(partial(self._loss, model, dict(inputs), *args, **kwargs), model)
         return compute_loss(model, inputs, *args, **kwargs)
 
     def _loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -188,16 +183,6 @@ class SharpnessCallback(TrainerCallback):  # type: ignore[misc]
             trainer.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
         )
         return loss if is_share else loss / trainer.args.gradient_accumulation_steps  # type: ignore[no-any-return]
-
-    def _stop_recording(self) -> None:
-        self._batches = []
-        recording = vars(self._trainer).get("compute_loss")
-        if isinstance(recording, partial) and recording.func == self._recorded_loss:
-            [original] = recording.args
-            if getattr(original, "__func__", None) is type(self._trainer).compute_loss:
-                del self._trainer.compute_loss
-            else:
-                self._trainer.compute_loss = original
 
     def _log(self, scalars: dict[str, float], step: int) -> None:
         self._trainer.log(dict(scalars))

@@ -45,9 +45,7 @@ def dims_label(candidate: Candidate) -> str:
 
 def chosen_candidate(rule: Rule) -> Candidate | None:
     """Return the candidate that a rule applies, None for a full second moment."""
-    if rule.form == "full":
-        return None
-    return FACTORED if rule.form == FACTORED else rule.dims
+    return FACTORED if rule.form == FACTORED else rule.dims or None
 
 
 def shown_candidates(snr: Mapping[Candidate, float], chosen: Iterable[Candidate | None]) -> list[Candidate]:
@@ -76,10 +74,13 @@ def names_by_role(plan: CompressionPlan) -> dict[str, list[str]]:
     Parameters without a known role are put together by their name with the layer numbers left out.
     """
     grouped: dict[str, list[str]] = {}
+    with_matrices = set()
     for name, rule in plan.items():
         role = known_role(name, rule) or re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
         grouped.setdefault(role, []).append(name)
-    return dict(sorted(grouped.items(), key=lambda item: all(_is_vector(plan[name]) for name in item[1])))
+        if rule.role not in (NORM, BIAS) and (rule.shape is None or len(rule.shape) > 1):
+            with_matrices.add(role)
+    return dict(sorted(grouped.items(), key=lambda item: item[0] not in with_matrices))
 
 
 def known_role(name: str, rule: Rule) -> str:
@@ -102,7 +103,3 @@ def format_snr(value: float) -> str:
         return f"{value:.0e}"
     decimals = 3 if 0 < value < 0.01 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:,.{decimals}f}"
-
-
-def _is_vector(rule: Rule) -> bool:
-    return rule.role in (NORM, BIAS) or (rule.shape is not None and len(rule.shape) < 2)

@@ -50,35 +50,20 @@ def draw(plan: CompressionPlan) -> list[Layer]:
         for name in names:
             rule, width = plan[name], minimum + scale * sides[name]
             hover = f"{name}\n{format_shape(rule.shape)}: {labels.decision_label(rule)}"
-            label = _fitting_label(name.removeprefix(layer + "."), width)
+            label = name.removeprefix(layer + ".").removesuffix(".weight").rpartition(".")[2]
+            label = label if _CHARACTER_WIDTH * len(label) + 8 <= width else ""
             cells.append(Cell(x, width, labels.decision_kind(rule), label, hover))
             x += width + minimum
-        rows.append(Layer(layer, _shortened(layer), cells))
+        most = int(_LABEL_WIDTH / _CHARACTER_WIDTH) - 3
+        rows.append(Layer(layer, layer if len(layer) <= most else "…" + layer[-most:], cells))
     return rows
 
 
 def layer_of(name: str) -> str:
-    """Return the layer of a parameter: its name up to the first number that is not the last component.
+    """Return the layer of a parameter: ``"blocks.0"`` for ``"blocks.0.attention.query.weight"``.
 
-    Without such a number, the module that owns it.
-
-    Example:
-        >>> layer_of("blocks.0.attention.query.weight")
-        'blocks.0'
+    It is the name up to the first number that is not the last component; else the module that owns the parameter.
     """
-    parts = name.split(".")
-    for index, part in enumerate(parts[:-1]):
-        if part.isdigit():
-            return ".".join(parts[: index + 1])
-    return ".".join(parts[:-1]) or name
-
-
-def _fitting_label(name: str, width: float) -> str:
-    """Return the last component of a dotted name other than ``weight``, where it fits."""
-    label = name.removesuffix(".weight").rpartition(".")[2]
-    return label if _CHARACTER_WIDTH * len(label) + 8 <= width else ""
-
-
-def _shortened(name: str) -> str:
-    room = int(_LABEL_WIDTH / _CHARACTER_WIDTH) - 3
-    return name if len(name) <= room else "…" + name[-room:]
+    *owners, _ = name.split(".")
+    end = next((index for index, owner in enumerate(owners, start=1) if owner.isdigit()), len(owners))
+    return ".".join(owners[:end]) or name

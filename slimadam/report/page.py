@@ -41,14 +41,13 @@ def render(
         breakable=lambda name: Markup(".<wbr>").join(name.split(".")), bytes=format_bytes, percent="{:.2%}".format
     )
     rows = tables.parameter_rows(plan)
-    kinds = {kind for row in rows for kind, *_ in row.decisions}
+    kinds = set(map(labels.decision_kind, plan.values()))
     return environment.get_template("report.html.j2").render(
         title=title,
         facts={**_basic_facts(plan, measured), **facts},
         figures=[(caption, plots.inline_svg(svg)) for caption, svg in figures],
         headline=tables.headline(plan),
-        unknown_shapes=sum(rule.shape is None for rule in plan.values()),
-        count=len(plan),
+        plan=plan,
         layers=network.draw(plan),
         width=network.WIDTH,
         legend={kind: label for kind, label in labels.LEGEND.items() if kind in kinds},
@@ -58,7 +57,6 @@ def render(
         plots=plots.role_plots(plan, measured),
         max_roles=plots.MAX_ROLES,
         depth_colours=plots.DEPTH_COLOURS,
-        cutoff=plan.cutoff,
         parameters=rows,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,10 +90,11 @@ def _row(plan: CompressionPlan, name: str, role: str, rules: Sequence[Rule]) -> 
     shapes = {format_shape(rule.shape) for rule in rules}
     chosen = {candidate: rule for rule in rules if (candidate := labels.chosen_candidate(rule)) is not None}
     snr = labels.average_over_layers([rule.snr for rule in rules])
-    measured = {
-        candidate: _measured(candidate, snr[candidate], chosen, plan.cutoff)
-        for candidate in labels.shown_candidates(snr, chosen)
-    }
+    measured = {}
+    for candidate in labels.shown_candidates(snr, chosen):
+        text, heading = labels.format_snr(snr[candidate]), labels.dims_label(candidate)
+        kind = labels.decision_kind(chosen[candidate]) if candidate in chosen else ""
+        measured[candidate] = Measured(heading, text, plan.cutoff is not None and snr[candidate] > plan.cutoff, kind)
     columns = snr_columns(plan)
     decisions = Counter((labels.decision_kind(rule), labels.decision_label(rule)) for rule in rules)
     sized = [(rule, rule.shape) for rule in rules if rule.shape is not None]
@@ -108,13 +109,4 @@ def _row(plan: CompressionPlan, name: str, role: str, rules: Sequence[Rule]) -> 
         before=sum(math.prod(shape) for _, shape in sized) if sized else None,
         after=sum(rule.stored_elements(shape) for rule, shape in sized) if sized else None,
         reason=rules[0].reason,
-    )
-
-
-def _measured(candidate: Candidate, value: float, chosen: Mapping[Candidate, Rule], cutoff: float | None) -> Measured:
-    return Measured(
-        candidate=labels.dims_label(candidate),
-        text=labels.format_snr(value),
-        above_cutoff=cutoff is not None and value > cutoff,
-        kind=labels.decision_kind(chosen[candidate]) if candidate in chosen else "",
     )

@@ -17,7 +17,7 @@ from click.testing import Result
 from slimadam import CompressionPlan, SlimAdam, SNRHistory
 from slimadam.cli import cli
 from slimadam.cli.script.observer import LearningRateScale, Observer
-from slimadam.cli.script.runner import Script
+from slimadam.cli.script.runner import run_script
 from tests.command_line import CliRunner
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -300,7 +300,7 @@ def test_syntax_error_is_the_scripts_failure() -> None:
 )
 def test_exit_codes_of_scripts(source: str, exit_code: int, capsys: pytest.CaptureFixture[str]) -> None:
     Path("script.py").write_text(source, encoding="utf-8")
-    outcome = Script("script.py").run()
+    outcome = run_script("script.py")
     outcome.show_error()
     assert outcome.exit_code == exit_code
     assert capsys.readouterr().err == ("bad news\n" if "bad news" in source else "")

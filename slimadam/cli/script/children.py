@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest.mock import patch
@@ -15,23 +15,21 @@ from unittest.mock import patch
 _HELPERS = ("torch.utils.data.", "torch.multiprocessing.queue", "torch._inductor.", "multiprocessing.managers")
 
 
+@dataclass
 class Children:
     """Notices the processes that a script starts by ``multiprocessing``, and says once what that means.
 
-    Args:
+    Attributes:
         say: Shows a message to the user.
         remedy: The sentence that tells what to do instead.
         follows_fork: Leave forked processes out, since they have what this one has.
-
-    Attributes:
         unfollowed: True once a process was started that nothing is known of.
     """
 
-    def __init__(self, say: Callable[[str], None], remedy: str, *, follows_fork: bool = False) -> None:
-        self.unfollowed = False
-        self._say = say
-        self._remedy = remedy
-        self._follows_fork = follows_fork
+    say: Callable[[str], None]
+    remedy: str
+    follows_fork: bool = False
+    unfollowed: bool = False
 
     @property
     def elsewhere(self) -> str:
@@ -43,24 +41,19 @@ class Children:
         """Notice the processes that this process starts within the block."""
         start, parent = BaseProcess.start, os.getpid()
 
-        @functools.wraps(start)
         def start_noticed(process: BaseProcess) -> None:
-            if os.getpid() == parent:
-                self._note(process)
+            method = getattr(process, "_start_method", None) or multiprocessing.get_start_method()
+            is_followed = self.follows_fork and method == "fork"
+            if os.getpid() == parent and not (self.unfollowed or is_followed or _is_helper(process)):
+                self.unfollowed = True
+                self.say(
+                    f"the script starts processes of its own (multiprocessing, {method!r}), which slimadam does not "
+                    f"follow: an optimizer that is built there is torch's, and not measured. {self.remedy}"
+                )
             start(process)
 
         with patch.object(BaseProcess, "start", start_noticed):
             yield
-
-    def _note(self, process: BaseProcess) -> None:
-        method = getattr(process, "_start_method", None) or multiprocessing.get_start_method()
-        if self.unfollowed or _is_helper(process) or (self._follows_fork and method == "fork"):
-            return
-        self.unfollowed = True
-        self._say(
-            f"the script starts processes of its own (multiprocessing, {method!r}), which slimadam does not follow: "
-            f"an optimizer that is built there is torch's, and not measured. {self._remedy}"
-        )
 
 
 def _is_helper(process: BaseProcess) -> bool:

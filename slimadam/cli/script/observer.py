@@ -13,17 +13,13 @@ from weakref import WeakKeyDictionary
 from torch.optim import Optimizer
 
 from slimadam.cli.script.names import prefix_of, prefixed
-from slimadam.cli.script.runner import StopScript, Terminated, step_hooks
+from slimadam.cli.script.runner import SIGTERM_EXIT, StopScript, step_hooks
 from slimadam.measurement.history import SNRHistory
 from slimadam.measurement.recorder import Schedule, SNRRecorder
 
 
 class LearningRateScale:
-    """Multiplies the learning rate of an optimizer's groups, and puts the very same object back.
-
-    Args:
-        factor: The factor.
-    """
+    """Multiplies the learning rate of an optimizer's groups by a factor, and puts the very same object back."""
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
@@ -106,28 +102,27 @@ class Observer:
             for name, found in recorder.history.items():
                 if len(owners.get(name, ())) > 1:
                     name = next(free for free in prefixed(prefix, name) if free not in merged)
-                merged.record(0, name, found.shape, {}, found.role, found.part, found.batch_dims, found.fan_in,
-                              found.all_names)  # fmt: skip
-                done = max(merged[name].values, default=0)
-                for step, values in found.values.items():
-                    merged.record(done + step, name, found.shape, values)
+                done = max(merged[name].values, default=0) if name in merged else 0
+                layout = found.role, found.part, found.batch_dims, found.fan_in, found.all_names
+                for step, values in {0: {}, **found.values}.items():
+                    merged.record(done + step, name, found.shape, values, *layout)
         return merged
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Observe the optimizer steps of this process, and turn SIGTERM into :class:`Terminated`."""
+        """Observe the optimizer steps of this process; SIGTERM ends the script as an exit of its own would."""
         try:
             with step_hooks(self._before_step, self._after_step), self._sigterm_raises():
                 yield
         finally:
             self._learning_rate.restore()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         # Before its first step an optimizer has no state yet to tell what it is by.
         if _is_adam_like(optimizer) or (not optimizer.state and "betas" in optimizer.defaults):
             self._learning_rate.apply(optimizer)
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._learning_rate.restore(optimizer)
         steps = self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
         if optimizer not in self._failed:
@@ -136,7 +131,7 @@ class Observer:
             self._most_steps = steps
             self._on_step(steps)
         if self._terminated:
-            raise Terminated
+            raise SystemExit(SIGTERM_EXIT)
         if self._max_steps is not None and steps >= self._max_steps:
             raise StopScript
 
@@ -164,7 +159,7 @@ class Observer:
                 os.kill(os.getpid(), number)
             elif not self._terminated:  # timeout and torchrun send it twice
                 self._terminated = True
-                raise Terminated
+                raise SystemExit(SIGTERM_EXIT)
 
         signal.signal(signal.SIGTERM, handle)
         try:

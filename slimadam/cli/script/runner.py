@@ -6,7 +6,7 @@ import builtins
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -26,14 +26,11 @@ SCRIPT_SETTINGS = {"allow_interspersed_args": False}
 _INTERRUPT_EXIT = 130
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+_Loaded = tuple[ModuleType, Callable[[], CodeType]]
 
 
 class StopScript(BaseException):
     """Ends the script from inside an optimizer step; no ``Exception``, so that scripts do not swallow it."""
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
 
 
 @dataclass(frozen=True)
@@ -56,68 +53,46 @@ class Outcome:
             sys.excepthook(type(self.error), self.error, self.error.__traceback__)
 
 
-@dataclass(frozen=True)
-class Script:
-    """A script or module and its command line.
-
-    Attributes:
-        target: Path of a script, or name of a module.
-        arguments: Its command line.
-        is_module: True where ``target`` is a module.
-    """
-
-    target: str
-    arguments: tuple[str, ...] = ()
-    is_module: bool = False
-
-    def run(self) -> Outcome:
-        """Run it as ``__main__``.
-
-        Raises:
-            click.UsageError: There is no such script or module.
-        """
-        main, argv, path = sys.modules["__main__"], list(sys.argv), list(sys.path)
-        try:
-            module, load = self._find_module() if self.is_module else self._find_file()
-            sys.argv[:] = [str(module.__file__) if self.is_module else self.target, *self.arguments]
-            return _execute(module, load)
-        finally:
-            sys.modules["__main__"] = main
-            sys.argv[:], sys.path[:] = argv, path
-
-    def _find_file(self) -> tuple[ModuleType, Callable[[], CodeType]]:
-        path = Path(self.target)
-        if not path.is_file():
-            raise click.UsageError(f"cannot run {self.target!r}: no such file")
-        _set_first_path(os.path.dirname(os.path.realpath(path)))
-        module = ModuleType("__main__")
-        module.__file__ = file = str(path.absolute())
-        module.__loader__ = SourceFileLoader("__main__", file)
-        return module, lambda: compile(path.read_bytes(), file, "exec", dont_inherit=True)
-
-    def _find_module(self) -> tuple[ModuleType, Callable[[], CodeType]]:
-        _set_first_path(os.getcwd())
-        name = self.target
-        try:
-            spec = importlib.util.find_spec(name)
-            if spec is not None and spec.submodule_search_locations is not None:
-                spec = importlib.util.find_spec(f"{name}.__main__")
-        except (ImportError, ValueError) as error:
-            raise click.UsageError(f"cannot run module {name!r}: {error}") from error
-        loader: Any = None if spec is None else spec.loader
-        if spec is None or not hasattr(loader, "get_code"):
-            raise click.UsageError(f"cannot run module {name!r}: no such Python module")
-        module = ModuleType("__main__")
-        module.__file__, module.__loader__ = str(spec.origin), loader
-        module.__spec__, module.__package__ = spec, spec.parent
-        return module, lambda: loader.get_code(spec.name)
-
-
 def script_arguments(command: _Decorated) -> _Decorated:
     """Add ``[-m] SCRIPT [ARGS...]`` to a click command made with ``SCRIPT_SETTINGS``."""
     command = click.argument("arguments", metavar="[ARGS]...", nargs=-1, type=click.UNPROCESSED)(command)
     command = click.argument("script", metavar="SCRIPT")(command)
     return click.option("-m", "is_module", is_flag=True, help="SCRIPT is a module, as in python -m.")(command)
+
+
+def run_script(script: str, arguments: Sequence[str] = (), is_module: bool = False) -> Outcome:
+    """Run a script or module as ``__main__``.
+
+    Args:
+        script: Path of a script, or name of a module.
+        arguments: Its command line.
+        is_module: True where ``script`` is a module.
+
+    Raises:
+        click.UsageError: There is no such script or module.
+    """
+    before = sys.modules["__main__"], list(sys.argv), list(sys.path)
+    process = os.getpid()
+    code = None
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.realpath(script))
+    try:
+        module, load = _find_module(script) if is_module else _find_file(script)
+        sys.argv[:] = [str(module.__file__) if is_module else script, *arguments]
+        vars(module)["__builtins__"] = builtins
+        sys.modules["__main__"] = module
+        try:
+            code = load()
+            exec(code, vars(module))
+            if os.getpid() != process:
+                raise SystemExit(0)
+        except BaseException as error:
+            if os.getpid() != process:  # a child that the script forked ends on its own
+                raise
+            return _outcome(error, code)
+        return Outcome()
+    finally:
+        sys.modules["__main__"], sys.argv[:], sys.path[:] = before
 
 
 @contextmanager
@@ -137,44 +112,42 @@ def step_hooks(before: _Hook, after: _Hook) -> Iterator[None]:
 
         return disable_dynamo(call)
 
-    handles = (
+    with (
         register_optimizer_step_pre_hook(in_this_process(before)),
         register_optimizer_step_post_hook(in_this_process(after)),
-    )
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _set_first_path(folder: str) -> None:
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = folder
+def _find_file(target: str) -> _Loaded:
+    path = Path(target)
+    if not path.is_file():
+        raise click.UsageError(f"cannot run {target!r}: no such file")
+    module = ModuleType("__main__")
+    module.__file__ = file = str(path.absolute())
+    module.__loader__ = SourceFileLoader("__main__", file)
+    return module, lambda: compile(path.read_bytes(), file, "exec", dont_inherit=True)
 
 
-def _execute(module: ModuleType, load: Callable[[], CodeType]) -> Outcome:
-    process = os.getpid()
-    module.__dict__["__builtins__"] = builtins
-    sys.modules["__main__"] = module
-    code = None
+def _find_module(name: str) -> _Loaded:
     try:
-        code = load()
-        exec(code, module.__dict__)
-        if os.getpid() != process:
-            raise SystemExit(0)
-    except BaseException as error:
-        if os.getpid() != process:  # a child that the script forked ends on its own
-            raise
-        return _outcome(error, code)
-    return Outcome()
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except (ImportError, ValueError) as error:
+        raise click.UsageError(f"cannot run module {name!r}: {error}") from error
+    loader: Any = None if spec is None else spec.loader
+    if spec is None or not hasattr(loader, "get_code"):
+        raise click.UsageError(f"cannot run module {name!r}: no such Python module")
+    module = ModuleType("__main__")
+    module.__file__, module.__loader__ = str(spec.origin), loader
+    module.__spec__, module.__package__ = spec, spec.parent
+    return module, lambda: loader.get_code(spec.name)
 
 
 def _outcome(error: BaseException, code: CodeType | None) -> Outcome:
     if isinstance(error, StopScript):
         return Outcome()
-    if isinstance(error, Terminated):
-        return Outcome(SIGTERM_EXIT)
     if isinstance(error, SystemExit):
         return Outcome(error.code or 0) if isinstance(error.code, int | None) else Outcome(1, error)
     traceback = error.__traceback__
