@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, FiniteRange, OutputPath, is_main_rank, status_console
-from slimadam.cli.script.children import Children
 from slimadam.cli.script.observer import Observer
-from slimadam.cli.script.runner import SCRIPT_SETTINGS, SIGTERM_EXIT, run_script, script_arguments
+from slimadam.cli.script.runner import SCRIPT_SETTINGS, SIGTERM_EXIT, Children, run_script, script_arguments
 from slimadam.measurement.recorder import every, paper_schedule
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.selection import Forms, idle_patterns
@@ -49,9 +48,7 @@ _REMEDY = (
 @click.option("--history", type=OutputPath(), help="A CSV file with every measurement to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout.")
 @script_arguments
-@click.pass_context
 def _calibrate(
-    ctx: click.Context,
     steps: int | None,
     cutoff: float,
     budget: float | None,
@@ -63,9 +60,7 @@ def _calibrate(
     report: Path | None,
     history: Path | None,
     as_json: bool,
-    is_module: bool,
-    script: str,
-    arguments: tuple[str, ...],
+    **command: Any,
 ) -> None:
     """Run a training script unmodified, measure its second moments and write a compression plan.
 
@@ -73,7 +68,7 @@ def _calibrate(
     goes to the script. Exit codes: 0 done, 1 the script failed (what was measured is still written), 2 usage,
     3 nothing to calibrate.
     """
-    if budget is not None and ctx.get_parameter_source("cutoff") is ParameterSource.COMMANDLINE:
+    if budget is not None and click.get_current_context().get_parameter_source("cutoff") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--cutoff and --budget exclude each other; choose one")
     named = {"plan": out, "history": history, "report": report}
     files = {kind: path for kind, path in named.items() if path is not None}
@@ -85,7 +80,7 @@ def _calibrate(
     with _progress(console, steps) as on_step:
         observer = Observer(paper_schedule if interval is None else every(interval), steps, lr_scale, on_step)
         with observer.watching(), children.noticed():
-            outcome = run_script(script, arguments, is_module)
+            outcome = run_script(**command)
     outcome.show_error()
     for problem in observer.problems:
         say(problem)
@@ -118,7 +113,7 @@ def _calibrate(
             if history is not None:
                 measured.save_csv(history)
             if report is not None:
-                facts = {"script": script, "learning rate": f"the script's, times {lr_scale:g}"}
+                facts = {"script": command["script"], "learning rate": f"the script's, times {lr_scale:g}"}
                 write_report(report, plan, measured, facts=facts)
             result["files"] = {kind: str(path) for kind, path in files.items()}
         if plan.expectation is not None:
@@ -131,10 +126,10 @@ def _calibrate(
     if outcome.exit_code:
         how = "was terminated" if outcome.exit_code == SIGTERM_EXIT else f"failed (exit code {outcome.exit_code})"
         say(f"the script {how}")
-        ctx.exit(SCRIPT_FAILED)
+        sys.exit(SCRIPT_FAILED)
     if not observer.optimizers:
         say(f"nothing to calibrate: no optimizer that keeps exp_avg_sq (Adam, AdamW) stepped{children.elsewhere}")
-        ctx.exit(NOTHING_DONE)
+        sys.exit(NOTHING_DONE)
 
 
 @contextmanager

@@ -43,9 +43,7 @@ _DEFAULTS = DemoSettings()
 @click.option("--out", type=click.Path(file_okay=False, writable=True, path_type=Path), metavar="DIR",
               default="slimadam-demo", show_default=True, help="Folder for what the demo writes.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the content of result.json, not tables.")
-def _demo(
-    steps: int, width: int, layers: int, lr: float, seed: int, data_file: Path | None, out: Path, as_json: bool
-) -> None:
+def _demo(data_file: Path | None, out: Path, as_json: bool, **options: Any) -> None:
     """Train a small byte-level GPT with AdamW and with SlimAdam, and compare loss, memory and time.
 
     Calibrates at a tenth of the learning rate first; then both optimizers train from the same
@@ -53,7 +51,7 @@ def _demo(
     result.json. Takes about two minutes on one CPU core.
     """
     try:
-        settings = DemoSettings(steps=steps, width=width, layers=layers, lr=lr, seed=seed)
+        settings = DemoSettings(**options)
         data = load(data_file, settings.context)
     except ValueError as error:
         raise click.UsageError(f"--data: {error}" if isinstance(error, DataError) else f"--{error}") from error
@@ -61,7 +59,7 @@ def _demo(
     # A model this small gains little from more threads, and loses much where other programs hold the cores.
     torch.set_num_threads(1)
     try:
-        with _progress(steps) as progress:
+        with _progress(settings.steps) as progress:
             result = run_demo(settings, data, progress)
     except DivergedError as error:
         raise click.ClickException(str(error)) from error

@@ -18,8 +18,7 @@ from rich.console import Console
 from torch.optim import Optimizer
 
 from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, FiniteRange, is_main_rank, status_console
-from slimadam.cli.script.children import Children
-from slimadam.cli.script.runner import SCRIPT_SETTINGS, StopScript, run_script, script_arguments, step_hooks
+from slimadam.cli.script.runner import SCRIPT_SETTINGS, Children, StopScript, run_script, script_arguments, step_hooks
 from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.curvature.probe.line import LineProbe
 from slimadam.curvature.probe.loss_recorder import LossRecorder, ReplayError
@@ -94,17 +93,7 @@ class _Finder:
               help="Length of the plain warmup, for the steps saved.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout.")
 @script_arguments
-@click.pass_context
-def _find_lr(
-    ctx: click.Context,
-    step: int,
-    max_lr: float,
-    warmup_steps: int,
-    as_json: bool,
-    is_module: bool,
-    script: str,
-    arguments: tuple[str, ...],
-) -> None:
+def _find_lr(step: int, max_lr: float, warmup_steps: int, as_json: bool, **command: Any) -> None:
     """Run a training script unmodified up to an optimizer step and find that step's critical learning rate.
 
     It is the smallest rate at which the step raises the loss of its own batch: where a warmup may start. The script
@@ -124,20 +113,20 @@ def _find_lr(
     finder = _Finder(step, max_lr)
     children = Children(say, _REMEDY)
     with finder.watching(), children.noticed():
-        outcome = run_script(script, arguments, is_module)
+        outcome = run_script(**command)
     outcome.show_error()
     if outcome.exit_code:
         say(f"the script failed (exit code {outcome.exit_code})")
-        ctx.exit(SCRIPT_FAILED)
+        sys.exit(SCRIPT_FAILED)
     measured = finder.measured
     if measured is None:
         say(f"nothing was measured: {finder.problem}{children.elsewhere}")
-        ctx.exit(NOTHING_DONE)
+        sys.exit(NOTHING_DONE)
     _summarize(console, finder, measured, warmup_steps)
     if as_json and is_main_rank():
         click.echo(json.dumps(_result(finder, measured)), file=stdout)
     if measured.status not in ("found", "noisy", "no increase"):
-        ctx.exit(NOTHING_DONE)
+        sys.exit(NOTHING_DONE)
 
 
 def _result(finder: _Finder, measured: SharpnessMeasurement) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch.optim import Optimizer
 
 from slimadam.cli.console import FiniteRange, OutputPath, call, status_console
 from slimadam.curvature.mixing.advise import advise_mix
-from slimadam.curvature.mixing.settled_momentum import Momentum
 from slimadam.utils.atomic_write import write_whole
 
 _NO_ADVICE = 1
@@ -40,20 +40,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--plot", type=OutputPath(), help="A picture of the curves to write, .png, .svg or .pdf.")
 @click.option("--out", type=OutputPath(), help="A CSV file of the curves to write.")
-@click.pass_context
-def _mix(
-    ctx: click.Context,
-    builder: str,
-    ratios: str | None,
-    batches: int,
-    seed: int,
-    momentum: Momentum,
-    max_grad_norm: float | None,
-    tol: float,
-    as_json: bool,
-    plot: Path | None,
-    out: Path | None,
-) -> None:
+def _mix(builder: str, ratios: str | None, as_json: bool, plot: Path | None, out: Path | None, **options: Any) -> None:
     """Advise how much of each domain to train on next, at a checkpoint, without training.
 
     MODULE:CALLABLE is a function of yours that takes nothing, loads the checkpoint, and returns (optimizer, losses):
@@ -75,8 +62,7 @@ def _mix(
         with Progress(*columns, console=status_console()) as bar:
             task = bar.add_task("measuring", total=None)
             advice = advise_mix(
-                optimizer, losses, tasks=tasks, ratios=shares, batches=batches, seed=seed, tol=tol,
-                momentum=momentum, max_grad_norm=max_grad_norm,
+                optimizer, losses, tasks=tasks, ratios=shares, **options,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
         if plot is not None:
@@ -96,7 +82,7 @@ def _mix(
     else:
         click.echo(advice.table())
         click.echo(str(advice))
-    ctx.exit(_NO_ADVICE if math.isnan(advice.ratio) else 0)
+    sys.exit(_NO_ADVICE if math.isnan(advice.ratio) else 0)
 
 
 def _built(builder: str) -> tuple[Optimizer, Mapping[str, Any], Mapping[str, Any] | None]:

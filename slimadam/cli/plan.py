@@ -60,8 +60,7 @@ def _show(file: Path, as_json: bool) -> None:
 @click.argument("a", type=_PLAN_FILE)
 @click.argument("b", type=_PLAN_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_context
-def _diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
+def _diff(a: Path, b: Path, as_json: bool) -> None:
     """Compare how two plans store each parameter. Exit codes: 0 the same, 1 different, 2 trouble."""
     first, second = CompressionPlan.load(a), CompressionPlan.load(b)
     pairs = {name: second.match(name) for name in first}
@@ -82,7 +81,7 @@ def _diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
         for path, names in ((a, only_a), (b, only_b)):
             for name in names:
                 click.echo(f"{name}: only in {path}")
-    ctx.exit(1 if changed or only_a or only_b else 0)
+    sys.exit(1 if changed or only_a or only_b else 0)
 
 
 @_plan.command("transfer")
@@ -91,8 +90,7 @@ def _diff(ctx: click.Context, a: Path, b: Path, as_json: bool) -> None:
               help="Carry it to the model that this builds.")  # fmt: skip
 @click.option("--out", required=True, type=OutputPath(), help="The plan to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.pass_context
-def _transfer(ctx: click.Context, file: Path, builder: str, out: Path, as_json: bool) -> None:
+def _transfer(file: Path, builder: str, out: Path, as_json: bool) -> None:
     """Carry a plan to another depth or width of its model, by layer role, averaged over depth.
 
     Exit codes: 0 done, 1 nothing of the plan carries over, 2 trouble.
@@ -102,7 +100,7 @@ def _transfer(ctx: click.Context, file: Path, builder: str, out: Path, as_json: 
         carried = CompressionPlan.load(file).for_model(model)
     except PlanError as error:
         click.echo(f"slimadam: {error}", err=True)
-        ctx.exit(1)
+        sys.exit(1)
     carried.save(out)
     without = [
         key for key, rule in carried.items() if rule.source == Source.NO_COUNTERPART and len(rule.shape or ()) > 1
@@ -120,8 +118,7 @@ def _transfer(ctx: click.Context, file: Path, builder: str, out: Path, as_json: 
 @_plan.command("check")
 @click.argument("file", metavar="PLAN", type=_PLAN_FILE)
 @click.option("--model", "builder", metavar="MODULE:CALLABLE", help="Check it against the model that this builds.")
-@click.pass_context
-def _check(ctx: click.Context, file: Path, builder: str | None) -> None:
+def _check(file: Path, builder: str | None) -> None:
     """Validate a plan file, by itself or against a model. Exit codes: 0 valid, 1 not, 2 trouble."""
     model = None if builder is None else _build(builder)
     try:
@@ -129,7 +126,7 @@ def _check(ctx: click.Context, file: Path, builder: str | None) -> None:
         covered = len(loaded) if model is None else _check_fit(loaded, model)
     except PlanError as error:
         click.echo(f"slimadam: {error}", err=True)
-        ctx.exit(1)
+        sys.exit(1)
     click.echo(f"{file}: valid, {len(loaded)} entries, {loaded.second_moments_saved:.1%} of second moments saved")
     if model is not None:
         click.echo(f"{covered} of the model's {len(list(model.parameters()))} parameters have a rule")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
 from slimadam.cli.console import NOTHING_DONE, SCRIPT_FAILED, status_console
-from slimadam.cli.script.children import Children
-from slimadam.cli.script.runner import SCRIPT_SETTINGS, run_script, script_arguments
+from slimadam.cli.script.runner import SCRIPT_SETTINGS, Children, run_script, script_arguments
 from slimadam.cli.script.substitution import NamedPlan, ScriptPlan, Substitution
 from slimadam.plans.auto import AutoPlan
 from slimadam.plans.plan import CompressionPlan
@@ -28,8 +28,7 @@ _REMEDY = (
               help="A plan file; 'auto': measure for 200 steps, then decide; 'rules': the paper's table by layer role; "
               "'factored': row and column averages of each matrix; 'none': nothing compressed.")  # fmt: skip
 @script_arguments
-@click.pass_context
-def _run(ctx: click.Context, plan_name: str, is_module: bool, script: str, arguments: tuple[str, ...]) -> None:
+def _run(plan_name: str, **command: Any) -> None:
     """Run a training script unmodified, with SlimAdam in place of torch.optim.Adam and AdamW.
 
     Everything after SCRIPT goes to the script. Exit codes: 0 done, 1 the script failed, 2 usage, or the plan does
@@ -39,7 +38,7 @@ def _run(ctx: click.Context, plan_name: str, is_module: bool, script: str, argum
     substitution = Substitution(_read_plan(plan_name))
     children = Children(say, _REMEDY, follows_fork=True)
     with substitution.active(), children.noticed():
-        outcome = run_script(script, arguments, is_module)
+        outcome = run_script(**command)
     if isinstance(outcome.error, PlanError):
         raise outcome.error
     outcome.show_error()
@@ -47,7 +46,7 @@ def _run(ctx: click.Context, plan_name: str, is_module: bool, script: str, argum
         _summarize(say, substitution)
     if outcome.exit_code:
         say(f"the script failed (exit code {outcome.exit_code})")
-        ctx.exit(SCRIPT_FAILED)
+        sys.exit(SCRIPT_FAILED)
     if substitution.memory:
         substitution.check_matched()
     elif substitution.built_anywhere:
@@ -58,7 +57,7 @@ def _run(ctx: click.Context, plan_name: str, is_module: bool, script: str, argum
             if children.unfollowed
             else "nothing was replaced: the script built no torch.optim.Adam or AdamW in this process"
         )
-        ctx.exit(NOTHING_DONE)
+        sys.exit(NOTHING_DONE)
 
 
 def _read_plan(name: str) -> ScriptPlan:

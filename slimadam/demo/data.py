@@ -29,13 +29,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class ByteData:
-    """Text as bytes.
-
-    Attributes:
-        train: The text that batches are drawn from, ``uint8``, one dimension.
-        held_out: The text that the model never trains on, likewise.
-        source: The name of the text, for people.
-    """
+    """Text as bytes, ``uint8`` of one dimension: what batches are drawn from, what is held out, and its name."""
 
     train: Tensor
     held_out: Tensor

@@ -28,23 +28,10 @@ Progress = Callable[[Phase, int, float], None]
 class DemoSettings:
     """The model of the demo, its text windows and its training.
 
-    Attributes:
-        steps: Optimizer steps of each training run.
-        width: Size of the residual stream, a multiple of ``heads``.
-        layers: Transformer blocks.
-        lr: Peak learning rate; calibration runs at ``calibration_lr_factor`` of it.
-        seed: Seed of the initialisation and of the batches.
-        heads: Attention heads.
-        context: Window length in bytes.
-        batch_size: Windows in a batch.
-        betas: Decay rates of both moments, as usual in pre-training GPTs.
-        warmup: Share of the steps over which the learning rate rises linearly; then it falls as a cosine.
-        final_lr: The end of the cosine, as a share of the peak.
-        calibration_steps: Optimizer steps of the calibration; None: as many as training has.
-        calibration_lr_factor: Constant learning rate of the calibration, after the same warmup, as a share of ``lr``.
-        measurements: Number of SNR measurements in the calibration.
-        evaluations: Number of held-out losses in training.
-        held_out_windows: Windows of held-out text that each is computed on.
+    Over the share ``warmup`` of the steps the learning rate rises to ``lr``, then it falls as a cosine to the share
+    ``final_lr`` of it. Calibration has as many steps unless ``calibration_steps`` says otherwise; after the same
+    warmup its rate stays at the share ``calibration_lr_factor`` of ``lr``. It measures the SNR ``measurements`` times,
+    training computes ``evaluations`` losses on held-out windows. A window has ``context`` bytes.
 
     Raises:
         ValueError: A setting is out of range.
@@ -68,8 +55,8 @@ class DemoSettings:
     held_out_windows: int = 512
 
     def __post_init__(self) -> None:
-        counts = "steps width layers heads context batch_size measurements evaluations held_out_windows"
-        for name in counts.split():
+        for name in ("steps", "width", "layers", "heads", "context", "batch_size", "measurements",
+                     "evaluations", "held_out_windows"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.width % self.heads:
@@ -91,15 +78,8 @@ class DivergedError(ArithmeticError):
 class Trainee:
     """A model in training, its optimizer and the measurements of its run.
 
-    Attributes:
-        phase: Name under which progress is reported.
-        model: The model.
-        optimizer: Its optimizer.
-        progress: Called after each step.
-        train_losses: Loss of each step's batch, in nats per byte.
-        held_out_losses: By step, the loss on the held-out windows.
-        optimizer_ms: Duration of each ``optimizer.step()`` in milliseconds.
-        step_ms: Duration of each full training step: forward, backward and optimizer.
+    Losses are in nats per byte: of each step's batch, and by step on the held-out windows. Durations are in
+    milliseconds: of each ``optimizer.step()``, and of each full step with forward and backward.
     """
 
     phase: Phase
@@ -164,16 +144,9 @@ class Trainee:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The calibration and the three training runs.
+    """The calibration and the three training runs: with AdamW, with ``plan`` and with ``best_plan``.
 
-    Attributes:
-        settings: The settings they were made with.
-        history: The calibration's measurements.
-        plan: The plan chosen from them.
-        best_plan: The plan where row and column averages compete with plain averages (``forms="best"``).
-        adamw: The run with ``torch.optim.AdamW``.
-        slimadam: The run with ``slimadam.SlimAdam`` and ``plan``.
-        best: The run with ``slimadam.SlimAdam`` and ``best_plan``.
+    In ``best_plan`` row and column averages compete with plain averages (``forms="best"``).
     """
 
     settings: DemoSettings

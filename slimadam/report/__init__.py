@@ -31,8 +31,7 @@ def write_report(
     Args:
         path: The HTML file to write.
         plan: The plan to report on, with at least one parameter. Bytes are counted at 4 per element.
-        history: The measurements behind it, for the plots; also fills in shapes and averaged SNRs that the plan
-            lacks.
+        history: The measurements, for the plots; also fills in shapes and averaged SNRs that the plan lacks.
         title: Heading of the page.
         facts: Further rows for the list of facts, for instance the script and the learning rate.
         figures: Pairs of caption and SVG markup, shown at the top. The markup is trusted and not escaped.

@@ -13,7 +13,8 @@ import pytest
 
 import slimadam
 from slimadam import CompressionPlan, PlanError, Rule, SNRHistory
-from slimadam.report import labels, network, tables, write_report
+from slimadam.report import labels, write_report
+from slimadam.report.page import WIDTH, draw, headline, layer_of, parameter_rows
 from slimadam.report.plots import MAX_LINES, MAX_ROLES, role_plots
 from slimadam.state.rule import Candidate, dimension_subsets
 from slimadam.utils import formatting
@@ -297,23 +298,23 @@ def test_strip_has_a_row_per_layer_and_cells_that_fit() -> None:
             "head.weight": Rule(),
         }
     )
-    drawing = network.draw(plan)
+    drawing = draw(plan)
     assert [row.name for row in drawing] == ["embed", "blocks.0", "blocks.1", "head"]
     kinds = [[cell.kind for cell in row.cells] for row in drawing]
     assert kinds == [["dim1"], ["full", "dim0"], ["other", "factored"], ["full"]]
     assert drawing[1].cells[1].label == "up"
     assert drawing[1].cells[1].hover == "blocks.0.mlp.up.weight\n64 × 16: mean over dim 0"
     ends = [row.cells[-1].x + row.cells[-1].width for row in drawing]
-    assert max(ends) == pytest.approx(network.WIDTH, abs=4)
+    assert max(ends) == pytest.approx(WIDTH, abs=4)
     assert drawing[1].cells[1].width == pytest.approx(drawing[2].cells[0].width)
 
 
 @pytest.mark.parametrize("count", [1, 3000])
 def test_strip_of_one_layer_stays_inside_the_drawing(count: int) -> None:
     plan = CompressionPlan({f"params.{index}": Rule(shape=(8, 8)) for index in range(count)})
-    (row,) = network.draw(plan)
+    (row,) = draw(plan)
     assert all(cell.width > 0 for cell in row.cells)
-    assert row.cells[-1].x + row.cells[-1].width <= network.WIDTH
+    assert row.cells[-1].x + row.cells[-1].width <= WIDTH
 
 
 @pytest.mark.parametrize(
@@ -327,7 +328,7 @@ def test_strip_of_one_layer_stays_inside_the_drawing(count: int) -> None:
     ],
 )
 def test_layer_of(name: str, layer: str) -> None:
-    assert network.layer_of(name) == layer
+    assert layer_of(name) == layer
 
 
 @pytest.mark.parametrize(
@@ -357,12 +358,12 @@ def test_averages_over_layers_leave_out_what_is_not_a_number() -> None:
 def test_unknown_roles_are_grouped_by_name_without_layer_numbers() -> None:
     plan = CompressionPlan({f"net.{layer}.w7": Rule(shape=(2, 2)) for layer in range(3)})
     assert labels.names_by_role(plan) == {"net.*.w7": list(plan)}
-    assert tables.parameter_rows(plan)[0].role == ""
+    assert parameter_rows(plan)[0].role == ""
 
 
 def test_optimizer_state_counts_a_full_momentum() -> None:
     plan = CompressionPlan({"a.weight": Rule((1,), "mean", (10, 20)), "b": Rule(shape=(5,))})
-    moments, state = tables.headline(plan)
+    moments, state = headline(plan)
     assert (moments.before, moments.after) == (4 * 205, 4 * 15)
     assert (state.before, state.after) == (8 * 205, 4 * 205 + 4 * 15)
     assert moments.saved == pytest.approx(plan.second_moments_saved)

@@ -1,18 +1,21 @@
-"""Run somebody's script inside this process as ``python SCRIPT`` or ``python -m MODULE`` would."""
+"""Run somebody's script inside this process as ``python SCRIPT`` would, and notice processes that it starts."""
 
 from __future__ import annotations
 
 import builtins
 import importlib.util
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import click
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -23,6 +26,8 @@ SIGTERM_EXIT = 143
 SCRIPT_SETTINGS = {"allow_interspersed_args": False}
 """Context settings that leave everything after SCRIPT to the script."""
 
+# The modules of what libraries run in processes of their own, to load data or to share objects.
+_HELPERS = ("torch.utils.data.", "torch.multiprocessing.queue", "torch._inductor.", "multiprocessing.managers")
 _INTERRUPT_EXIT = 130
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
@@ -35,12 +40,7 @@ class StopScript(BaseException):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a script ended.
-
-    Attributes:
-        exit_code: The code that Python would have exited with.
-        error: The exception that it ended by, with only the script's own frames, if it failed by one.
-    """
+    """How a script ended: as Python's exit code, and by which exception, if it failed, with the script's own frames."""
 
     exit_code: int = 0
     error: BaseException | None = None
@@ -119,6 +119,43 @@ def step_hooks(before: _Hook, after: _Hook) -> Iterator[None]:
         yield
 
 
+@dataclass
+class Children:
+    """Notices the processes that a script starts by ``multiprocessing``, and says once what to do instead.
+
+    With ``follows_fork`` those that it forks do not count, since they have what this one has.
+    """
+
+    say: Callable[[str], None]
+    remedy: str
+    follows_fork: bool = False
+    unfollowed: bool = False
+
+    @property
+    def elsewhere(self) -> str:
+        """The end of a message that nothing was found: it is about this process alone."""
+        return " in this process" + ("; those that the script started were not followed" if self.unfollowed else "")
+
+    @contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Notice the processes that this process starts within the block."""
+        start, parent = BaseProcess.start, os.getpid()
+
+        def start_noticed(process: BaseProcess) -> None:
+            method = getattr(process, "_start_method", None) or multiprocessing.get_start_method()
+            is_followed = self.follows_fork and method == "fork"
+            if os.getpid() == parent and not (self.unfollowed or is_followed or _is_helper(process)):
+                self.unfollowed = True
+                self.say(
+                    f"the script starts processes of its own (multiprocessing, {method!r}), which slimadam does not "
+                    f"follow: an optimizer that is built there is torch's, and not measured. {self.remedy}"
+                )
+            start(process)
+
+        with patch.object(BaseProcess, "start", start_noticed):
+            yield
+
+
 def _find_file(target: str) -> _Loaded:
     path = Path(target)
     if not path.is_file():
@@ -155,3 +192,9 @@ def _outcome(error: BaseException, code: CodeType | None) -> Outcome:
         traceback = traceback.tb_next
     error.__traceback__ = traceback
     return Outcome(_INTERRUPT_EXIT if isinstance(error, KeyboardInterrupt) else 1, error)
+
+
+def _is_helper(process: BaseProcess) -> bool:
+    target: Any = getattr(process, "_target", None)
+    modules = (getattr(target, "__module__", None) or type(target).__module__, type(process).__module__)
+    return any(module.startswith(_HELPERS) for module in modules)
