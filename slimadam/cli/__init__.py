@@ -48,7 +48,7 @@ class _LazyGroup(click.Group):
             ctx.exit(2)
 
 
-@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="slimadam")
 def cli() -> None:
     """Store Adam's second moments only as finely as a measurement says each layer needs."""

@@ -31,19 +31,18 @@ _REMEDY = (
 
 
 @click.command("calibrate", context_settings=SCRIPT_SETTINGS)
-@click.option("--steps", type=click.IntRange(min=1), help="End the script after so many optimizer steps.")
-@click.option("--cutoff", type=FiniteRange(min=0), default=1.0, show_default=True,
-              help="SNR that averaging must exceed to be chosen.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), help="End the script after so many optimizer steps.")
+@click.option("--cutoff", type=FiniteRange(0), default=1.0, help="SNR that averaging must exceed to be chosen.")
 @click.option("--budget", type=FiniteRange(0, 1), help="Instead of a cutoff: save at least this share of second "
               "moments and lose the least SNR.")  # fmt: skip
-@click.option("--forms", type=click.Choice(["mean", "best"]), default="best", show_default=True,
+@click.option("--forms", type=click.Choice(["mean", "best"]), default="best",
               help="mean: averages only, as in the paper. best: row and column averages compete too.")  # fmt: skip
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Names or roles to keep in full; may be repeated.")
-@click.option("--every", "interval", type=click.IntRange(min=1), help="Measure at step 1 and every so many steps. "
+@click.option("--every", "interval", type=click.IntRange(1), help="Measure at step 1 and every so many steps. "
               "Default: every 100, after step 1000 every 1000.")  # fmt: skip
-@click.option("--lr-scale", type=FiniteRange(min=0, min_open=True), default=1.0, show_default=True,
+@click.option("--lr-scale", type=FiniteRange(0, min_open=True), default=1.0,
               help="Factor on the learning rate of Adam-like optimizers; 0.1 is recommended.")  # fmt: skip
-@click.option("--out", default="plan.json", show_default=True, type=OutputPath(), help="The plan to write.")
+@click.option("--out", default="plan.json", type=OutputPath(), help="The plan to write.")
 @click.option("--report", type=OutputPath(), help="An HTML page with the numbers and plots to write.")
 @click.option("--history", type=OutputPath(), help="A CSV file with every measurement to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout.")

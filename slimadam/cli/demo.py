@@ -28,20 +28,18 @@ _DEFAULTS = DemoSettings()
 
 
 @click.command("demo")
-@click.option("--steps", type=click.IntRange(min=1), default=_DEFAULTS.steps, show_default=True,
+@click.option("--steps", type=click.IntRange(1), default=_DEFAULTS.steps,
               help="Optimizer steps of the calibration and of each training run.")  # fmt: skip
-@click.option("--width", type=click.IntRange(min=1), default=_DEFAULTS.width, show_default=True,
+@click.option("--width", type=click.IntRange(1), default=_DEFAULTS.width,
               help=f"Width of the model, a multiple of its {_DEFAULTS.heads} attention heads.")  # fmt: skip
-@click.option("--layers", type=click.IntRange(min=1), default=_DEFAULTS.layers, show_default=True,
-              help="Transformer blocks.")  # fmt: skip
-@click.option("--lr", type=FiniteRange(min=0, min_open=True), default=_DEFAULTS.lr, show_default=True,
-              help="Learning rate of both runs.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=_DEFAULTS.seed, show_default=True,
+@click.option("--layers", type=click.IntRange(1), default=_DEFAULTS.layers, help="Transformer blocks.")
+@click.option("--lr", type=FiniteRange(0, min_open=True), default=_DEFAULTS.lr, help="Learning rate of both runs.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=_DEFAULTS.seed,
               help="Of the initialisation and the batches.")  # fmt: skip
 @click.option("--data", "data_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Train on this file, its last tenth held out.  [default: Python's standard library]")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False, writable=True, path_type=Path), metavar="DIR",
-              default="slimadam-demo", show_default=True, help="Folder for what the demo writes.")  # fmt: skip
+              default="slimadam-demo", help="Folder for what the demo writes.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the content of result.json, not tables.")
 def _demo(data_file: Path | None, out: Path, as_json: bool, **options: Any) -> None:
     """Train a small byte-level GPT with AdamW and with SlimAdam, and compare loss, memory and time.

@@ -85,11 +85,11 @@ class _Finder:
 
 
 @click.command("find-lr", context_settings=SCRIPT_SETTINGS)
-@click.option("--step", type=click.IntRange(min=1), default=1, show_default=True,
+@click.option("--step", type=click.IntRange(1), default=1,
               help="Optimizer step at which to measure; the script ends there.")  # fmt: skip
-@click.option("--max-lr", type=FiniteRange(min=0, min_open=True), default=_LARGEST,
+@click.option("--max-lr", type=FiniteRange(0, min_open=True), default=_LARGEST, show_default=False,
               help="Largest learning rate to try, for instance the target of the warmup.")  # fmt: skip
-@click.option("--warmup-steps", type=click.IntRange(min=1), default=1000, show_default=True,
+@click.option("--warmup-steps", type=click.IntRange(1), default=1000,
               help="Length of the plain warmup, for the steps saved.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout.")
 @script_arguments

@@ -27,16 +27,15 @@ _PICTURES = (".png", ".svg", ".pdf")
 @click.command("mix")
 @click.argument("builder", metavar="MODULE:CALLABLE")
 @click.option("--ratios", metavar="R,R,...", help="Shares of the first of two domains to try.  [default: 0,0.1,...,1]")
-@click.option("--batches", type=click.IntRange(min=1), default=8, show_default=True,
+@click.option("--batches", type=click.IntRange(1), default=8,
               help="How often all is measured, each time on other batches.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Of the resampling that the intervals come from.")  # fmt: skip
-@click.option("--momentum", type=click.Choice(["settled", "kept"]), default="settled", show_default=True,
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the resampling that the intervals come from.")
+@click.option("--momentum", type=click.Choice(["settled", "kept"]), default="settled",
               help="First moments as they become under each mix, or as they are.")  # fmt: skip
-@click.option("--max-grad-norm", type=FiniteRange(min=0, min_open=True),
+@click.option("--max-grad-norm", type=FiniteRange(0, min_open=True),
               help="Clip the mixed gradients to this norm, as in training.")  # fmt: skip
-@click.option("--tol", type=FiniteRange(min=0, max=1, min_open=True, max_open=True), default=1 / 16,
-              show_default=True, help="How closely each critical rate is found.")  # fmt: skip
+@click.option("--tol", type=FiniteRange(0, 1, min_open=True, max_open=True), default=1 / 16,
+              help="How closely each critical rate is found.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--plot", type=OutputPath(), help="A picture of the curves to write, .png, .svg or .pdf.")
 @click.option("--out", type=OutputPath(), help="A CSV file of the curves to write.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -48,23 +47,18 @@ class SharpnessCallback(StepSharpness, Callback):
         logger: From the beginning of training on, the :class:`~slimadam.SharpnessLogger` with all rows.
     """
 
-    _is_supported = False
     _loaded: dict[str, Any] | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        unsupported = _unsupported(trainer, pl_module)
-        self._is_supported = unsupported is None
-        if unsupported is not None:
-            warnings.warn(f"critical sharpness is not measured: {unsupported}", stacklevel=2)
-            return
-        self._begin(trainer.optimizers[0], partial(_log, trainer))
-        if self._loaded:
-            self.logger.load_state_dict(self._loaded)
+        if self._supports(_unsupported(trainer, pl_module)):
+            self._begin(trainer.optimizers[0], partial(_log, trainer))
+            if self._loaded:
+                self.logger.load_state_dict(self._loaded)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._is_supported:
+        if self._unsupported is None:
             self.logger.steps = trainer.global_step
             if self.logger.is_due:
                 arguments = (batch, batch_idx) if _takes_index(pl_module) else (batch,)
@@ -79,7 +73,7 @@ class SharpnessCallback(StepSharpness, Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the logger's state, for checkpoints."""
-        return self.logger.state_dict() if self._is_supported else self._loaded or {}
+        return self.logger.state_dict() if self._unsupported is None else self._loaded or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state of :meth:`state_dict`."""

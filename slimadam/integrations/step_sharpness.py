@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -39,6 +40,14 @@ class StepSharpness:
         self._tol = tol
         self._memory: Memory = memory
         self._losses: list[Callable[[], Tensor]] = []
+        self._unsupported: str | None = "training has not begun"
+
+    def _supports(self, unsupported: str | None) -> bool:
+        """Return whether anything can be measured, and warn of the reason why not."""
+        self._unsupported = unsupported
+        if unsupported is not None:
+            warnings.warn(f"critical sharpness is not measured: {unsupported}", stacklevel=3)
+        return unsupported is None
 
     def _begin(self, optimizer: Optimizer, log: Log) -> None:
         probe = CriticalSharpness(optimizer, self._tol, memory=self._memory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -129,16 +128,12 @@ class SharpnessCallback(StepSharpness, TrainerCallback):  # type: ignore[misc]
             raise TypeError(f"trainer={trainer!r} must be the transformers.Trainer that the callback is added to")
         super().__init__(every, csv=csv, tasks=tasks, tol=tol, memory=memory)
         self._trainer = trainer
-        self._unsupported: str | None = "training has not begun"
         self._recording = ExitStack()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Set up the logger: the Trainer has its optimizer now."""
-        self._unsupported = _unsupported(self._trainer)
-        if self._unsupported is None:
+        if self._supports(_unsupported(self._trainer)):
             self._begin(self._trainer.optimizer, self._log)
-        else:
-            self._warn()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Begin to record the batches of a step in which a measurement is due."""
@@ -158,15 +153,11 @@ class SharpnessCallback(StepSharpness, TrainerCallback):  # type: ignore[misc]
         if self._losses:
             self._measure()
         else:
-            self._unsupported = "training_step of this Trainer does not call compute_loss"
-            self._warn()
+            self._supports("training_step of this Trainer does not call compute_loss")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the Trainer as it was."""
         self._recording.close()
-
-    def _warn(self) -> None:
-        warnings.warn(f"critical sharpness is not measured: {self._unsupported}", stacklevel=3)
 
     def _recorded_loss(self, compute_loss: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if model.training:

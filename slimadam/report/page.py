@@ -128,12 +128,8 @@ class Row:
     decisions: list[tuple[str, str, int]]
     before: int | None
     after: int | None
+    saved: str
     reason: str
-
-    @property
-    def saved(self) -> str:
-        """Share of the elements saved."""
-        return f"{1 - self.after / self.before:.2%}" if self.before and self.after is not None else "–"
 
 
 def headline(plan: CompressionPlan) -> list[Quantity]:
@@ -164,6 +160,8 @@ def _row(plan: CompressionPlan, name: str, role: str, rules: Sequence[Rule]) -> 
     columns = snr_columns(plan)
     decisions = Counter((labels.decision_kind(rule), labels.decision_label(rule)) for rule in rules)
     sized = [(rule, rule.shape) for rule in rules if rule.shape is not None]
+    before = sum(math.prod(shape) for _, shape in sized)
+    after = sum(rule.stored_elements(shape) for rule, shape in sized)
     return Row(
         name=name,
         role=role,
@@ -172,8 +170,9 @@ def _row(plan: CompressionPlan, name: str, role: str, rules: Sequence[Rule]) -> 
         columns=[measured.get(column) for column in columns],
         others=[cell for candidate, cell in measured.items() if candidate not in columns],
         decisions=[(kind, label, count) for (kind, label), count in decisions.most_common()],
-        before=sum(math.prod(shape) for _, shape in sized) if sized else None,
-        after=sum(rule.stored_elements(shape) for rule, shape in sized) if sized else None,
+        before=before if sized else None,
+        after=after if sized else None,
+        saved=f"{1 - after / before:.2%}" if before else "–",
         reason=rules[0].reason,
     )
 

@@ -35,16 +35,9 @@ _SMALLEST, _LARGEST = 1e-6, 1e9
 _FEW_POINTS = 8
 
 # Colours that stand for variables of style.css, so that one drawing serves light, dark and print.
-_TEXT, _GRID, _CUTOFF, _PLAIN, _CHOSEN = "#00aa01", "#00aa02", "#00aa03", "#00aa04", "#00aa05"
-_DEPTH = [f"#00bb{index:02x}" for index in range(DEPTH_COLOURS)]
-_VARIABLES = {
-    _TEXT: "currentColor",
-    _GRID: "var(--grid)",
-    _CUTOFF: "var(--cutoff)",
-    _PLAIN: "var(--panel)",
-    _CHOSEN: "var(--panel-chosen)",
-    **{colour: f"var(--depth-{index})" for index, colour in enumerate(_DEPTH)},
-}
+_NAMES = ["grid", "cutoff", "panel", "panel-chosen", *(f"depth-{index}" for index in range(DEPTH_COLOURS))]
+_VARIABLES = {"#00aa00": "currentColor", **{f"#00bb{i:02x}": f"var(--{name})" for i, name in enumerate(_NAMES)}}
+_TEXT, _GRID, _CUTOFF, _PLAIN, _CHOSEN, *_DEPTH = _VARIABLES
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "slimadam",
