@@ -21,11 +21,7 @@ from slimadam.state.rule import Rule
 
 
 def layer_rows(plan: CompressionPlan) -> list[dict[str, Any]]:
-    """Return the choices of a plan for the parameters of each role, in the order of the model.
-
-    Each row has the ``role``, the number of its ``tensors``, those ``chosen`` for each choice of dimensions (none:
-    full), the most frequent first, and the ``snr`` of each candidate, averaged over the parameters.
-    """
+    """Return for each role how many of its parameters got which dimensions (none: full), and their average SNRs."""
     roles: dict[str, list[Rule]] = {}
     for rule in plan.values():
         roles.setdefault(rule.role, []).append(rule)

@@ -35,8 +35,9 @@ _SMALLEST, _LARGEST = 1e-6, 1e9
 _FEW_POINTS = 8
 
 # Colours that stand for variables of style.css, so that one drawing serves light, dark and print.
-_NAMES = ["grid", "cutoff", "panel", "panel-chosen", *(f"depth-{index}" for index in range(DEPTH_COLOURS))]
-_VARIABLES = {"#00aa00": "currentColor", **{f"#00bb{i:02x}": f"var(--{name})" for i, name in enumerate(_NAMES)}}
+_PLACES = ("currentColor", "var(--grid)", "var(--cutoff)", "var(--panel)", "var(--panel-chosen)")
+_VARIABLES = {f"#00aa{index:02x}": place for index, place in enumerate(_PLACES, start=1)}
+_VARIABLES |= {f"#00bb{index:02x}": f"var(--depth-{index})" for index in range(DEPTH_COLOURS)}
 _TEXT, _GRID, _CUTOFF, _PLAIN, _CHOSEN, *_DEPTH = _VARIABLES
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",

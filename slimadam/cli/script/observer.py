@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -45,31 +46,26 @@ class LearningRateScale:
                 del self._scaled[key]
 
 
+@dataclass(eq=False)
 class Observer:
     """Measures every Adam-like optimizer that steps while :meth:`watching` is active.
 
-    Args:
+    Attributes:
         schedule: Says at which optimizer steps to measure.
         max_steps: End the script when one optimizer has done so many steps; None for never.
         lr_scale: Factor on the learning rate of Adam-like optimizers, during their steps only.
         on_step: Called with the largest number of steps that one optimizer has done, when it grows.
-
-    Attributes:
         problems: Messages of the errors met while measuring; the script goes on after them.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        max_steps: int | None = None,
-        lr_scale: float = 1.0,
-        on_step: Callable[[int], None] = lambda step: None,
-    ) -> None:
-        self.problems: list[str] = []
-        self._schedule = schedule
-        self._max_steps = max_steps
-        self._on_step = on_step
-        self._learning_rate = LearningRateScale(lr_scale)
+    schedule: Schedule
+    max_steps: int | None = None
+    lr_scale: float = 1.0
+    on_step: Callable[[int], None] = lambda step: None
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._learning_rate = LearningRateScale(self.lr_scale)
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._most_steps = 0
         self._recorders: dict[Optimizer, tuple[SNRRecorder, str]] = {}
@@ -129,16 +125,16 @@ class Observer:
             self._measure(optimizer)
         if steps > self._most_steps:
             self._most_steps = steps
-            self._on_step(steps)
+            self.on_step(steps)
         if self._terminated:
             raise SystemExit(SIGTERM_EXIT)
-        if self._max_steps is not None and steps >= self._max_steps:
+        if self.max_steps is not None and steps >= self.max_steps:
             raise StopScript
 
     def _measure(self, optimizer: Optimizer) -> None:
         try:
             if optimizer not in self._recorders and _is_adam_like(optimizer):
-                recorder = SNRRecorder(optimizer, schedule=self._schedule, attach=False)
+                recorder = SNRRecorder(optimizer, schedule=self.schedule, attach=False)
                 self._recorders[optimizer] = recorder, prefix_of(recorder.parameters.values())
             if optimizer in self._recorders:
                 self._recorders[optimizer][0].after_step()
