@@ -61,7 +61,7 @@ class Observer:
     schedule: Schedule
     max_steps: int | None = None
     lr_scale: float = 1.0
-    on_step: Callable[[int], None] = lambda step: None
+    on_step: Callable[[int], None] | None = None
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -125,7 +125,8 @@ class Observer:
             self._measure(optimizer)
         if steps > self._most_steps:
             self._most_steps = steps
-            self.on_step(steps)
+            if self.on_step is not None:
+                self.on_step(steps)
         if self._terminated:
             raise SystemExit(SIGTERM_EXIT)
         if self.max_steps is not None and steps >= self.max_steps:
