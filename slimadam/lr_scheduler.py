@@ -50,8 +50,12 @@ def critical_lr(optimizer: Optimizer, closure: Closure, start: float = 1e-6, max
     Raises:
         RuntimeError: No gradient is pending, or no rate could be found: the loss is not finite, or no rate along the
             pending update lowers it, or, in 16 bits, does so by more than rounding.
-        ValueError: ``start`` or ``max_lr`` is no positive, finite number.
+        TypeError: ``start`` or ``max_lr`` is no number.
+        ValueError: One of them is not positive and finite.
     """
+    _check_rate("start", start)
+    if max_lr is not None:
+        _check_rate("max_lr", max_lr)
     measured = CriticalSharpness(optimizer, start=start, max_lr=max_lr, max_forwards=_MAX_FORWARDS).measure(closure)
     if measured.status in ("found", "noisy"):
         return measured.critical_lr
