@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from slimadam.curvature.critical import CriticalSharpness, is_number
 from slimadam.curvature.probe.directions import unwrapped
-from slimadam.curvature.probe.fsdp import Sharding
 from slimadam.curvature.probe.line import Closure
+from slimadam.curvature.probe.snapshot import Sharding
 from slimadam.layers.names import owning_modules
 from slimadam.utils.errors import shown
 

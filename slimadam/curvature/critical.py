@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from slimadam.curvature.probe.bracketing import Crossing, RoughSearch, Search, Status
-from slimadam.curvature.probe.directions import reference_lr, unwrapped
+from slimadam.curvature.probe.directions import reference_lr
 from slimadam.curvature.probe.displacement import Memory
 from slimadam.curvature.probe.line import Closure, LineProbe
 from slimadam.curvature.probe.snapshot import ROUGHNESS
@@ -117,8 +117,16 @@ class CriticalSharpness:
         rounding: float | None = None,
     ) -> None:
         self._line = LineProbe(optimizer, memory, modules)
-        _check_numbers(tol, start, max_lr, rounding, max_forwards)
-        self.optimizer = unwrapped(optimizer)
+        if not is_number(tol) or not _FINEST <= tol < 1:
+            raise ValueError(f"tol={shown(tol)} must be a number from {_FINEST:g} to 1, which is excluded")
+        for name, value in (("start", start), ("max_lr", max_lr)):
+            if value is not None and not (is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"{name}={shown(value)} must be a positive, finite number, or None")
+        if rounding is not None and not (is_number(rounding) and 0 <= rounding < 1):
+            raise ValueError(f"rounding={shown(rounding)} must be a number from 0 to 1, which is excluded, or None")
+        if not isinstance(max_forwards, int) or max_forwards < _FEWEST_FORWARDS:
+            raise ValueError(f"max_forwards={shown(max_forwards)} must be an integer >= {_FEWEST_FORWARDS}")
+        self.optimizer = self._line.optimizer
         self._tol = tol
         self._start = start
         self._max_lr = math.inf if max_lr is None else max_lr
@@ -142,23 +150,40 @@ class CriticalSharpness:
         Raises:
             RuntimeError: No gradient is pending.
             TypeError: The closure does not return a number; whatever else it raises is passed on.
+            ValueError: A parameter group has no learning rate, or groups differ in ``maximize``.
         """
         if not callable(closure):
             raise TypeError(f"closure={closure!r} must be callable and return the loss")
         lr = reference_lr(self.optimizer)
         with self._line as line:
-            evaluations = _Evaluations(line, closure, self._sign(), self._repeats(task), self._rounding)
-            if evaluations.noise > evaluations.rounding:
-                self._say_noisy(task, evaluations)
-            if not math.isfinite(evaluations.base):
-                crossing = Crossing(0.0, math.inf, "not finite")
+            losses = _Losses(line, closure, self._sign(), self._repeats(task), self._rounding)
+            is_noisy = losses.noise > losses.rounding
+            if is_noisy and task not in self._noisy:
+                self._noisy.add(task)
+                self._warn_noisy(task, losses)
+            if not math.isfinite(losses.base):
+                lower, upper, status = Crossing(0.0, math.inf, "not finite")
             else:
-                crossing = self._search(evaluations).run(self._last.get(task) or self._start or lr or 1e-3)
+                kind = partial(RoughSearch, certain=losses.certain) if losses.is_rough else Search
+                left = self._max_forwards - losses.count
+                search = kind(losses.rise, self._tol, losses.resolution, left, self._max_lr, stops_at_noise=is_noisy)
+                lower, upper, status = search.run(self._last.get(task) or self._start or lr or 1e-3)
         self._measured[task] = self._measured.get(task, 0) + 1
-        measured = self._measurement(crossing, evaluations, lr, task)
-        if measured.status in ("found", "noisy"):
-            self._last[task] = measured.critical_lr
-        return measured
+        critical_lr = math.inf if status == "no increase" else math.nan
+        if status in ("found", "noisy"):
+            critical_lr = self._last[task] = (lower + upper) / 2
+        return SharpnessMeasurement(
+            sharpness=2 / critical_lr,
+            critical_lr=critical_lr,
+            bracket=(lower, upper),
+            forward_passes=losses.count,
+            loss=losses.base,
+            threshold=edge_of_stability(self.optimizer),
+            lr=lr,
+            status=status,
+            noise=losses.noise,
+            task=task,
+        )
 
     @property
     def extra_bytes(self) -> int:
@@ -185,60 +210,19 @@ class CriticalSharpness:
         return -1 if flags == {True} else 1
 
     def _repeats(self, task: str) -> int:
-        """How often the loss at the parameters is evaluated; more than once to see whether it repeats itself."""
+        """Return how often the loss at the parameters is evaluated, now and then twice to see whether it repeats."""
         if task in self._noisy:
             return _NOISE_SAMPLES
         return 2 if self._measured.get(task, 0) % _CHECKS_NOISE_EVERY == 0 else 1
 
-    def _search(self, evaluations: _Evaluations) -> Search:
-        left = max(0, self._max_forwards - evaluations.done)
-        kind = partial(RoughSearch, certain=evaluations.certain) if evaluations.is_rough else Search
-        stops = evaluations.noise > evaluations.rounding
-        return kind(evaluations.rise, self._tol, evaluations.resolution, left, self._max_lr, stops_at_noise=stops)
-
-    def _say_noisy(self, task: str, evaluations: _Evaluations) -> None:
-        if task not in self._noisy:
-            self._noisy.add(task)
-            warnings.warn(
-                f"the closure{f' of task {task!r}' if task else ''} does not repeat itself: at the same parameters and "
-                f"random seeds its losses differ, with standard deviation {evaluations.noise:.2g} around "
-                f"{evaluations.base:.6g}. It should use one batch, and no generator of its own. Until then each "
-                "measurement is as narrow as that allows, and says status='noisy'",
-                stacklevel=3,
-            )
-
-    def _measurement(self, crossing: Crossing, evaluations: _Evaluations, lr: float, task: str) -> SharpnessMeasurement:
-        critical_lr = math.nan
-        if crossing.status in ("found", "noisy"):
-            critical_lr = (crossing.lower + crossing.upper) / 2
-        elif crossing.status == "no increase":
-            critical_lr = math.inf
-        return SharpnessMeasurement(
-            sharpness=2 / critical_lr,
-            critical_lr=critical_lr,
-            bracket=(crossing.lower, crossing.upper),
-            forward_passes=evaluations.done,
-            loss=evaluations.base,
-            threshold=edge_of_stability(self.optimizer),
-            lr=lr,
-            status=crossing.status,
-            noise=evaluations.noise,
-            task=task,
+    def _warn_noisy(self, task: str, losses: _Losses) -> None:
+        warnings.warn(
+            f"the closure{f' of task {task!r}' if task else ''} does not repeat itself: at the same parameters and "
+            f"random seeds its losses differ, with standard deviation {losses.noise:.2g} around {losses.base:.6g}. It "
+            "should use one batch, and no generator of its own. Until then each measurement is as narrow as that "
+            "allows, and says status='noisy'",
+            stacklevel=3,
         )
-
-
-def _check_numbers(
-    tol: float, start: float | None, max_lr: float | None, rounding: float | None, max_forwards: int
-) -> None:
-    if not is_number(tol) or not _FINEST <= tol < 1:
-        raise ValueError(f"tol={shown(tol)} must be a number from {_FINEST:g} to 1, which is excluded")
-    for name, value in (("start", start), ("max_lr", max_lr)):
-        if value is not None and not (is_number(value) and 0 < value < math.inf):
-            raise ValueError(f"{name}={shown(value)} must be a positive, finite number, or None")
-    if rounding is not None and not (is_number(rounding) and 0 <= rounding < 1):
-        raise ValueError(f"rounding={shown(rounding)} must be a number from 0 to 1, which is excluded, or None")
-    if not isinstance(max_forwards, int) or max_forwards < _FEWEST_FORWARDS:
-        raise ValueError(f"max_forwards={shown(max_forwards)} must be an integer >= {_FEWEST_FORWARDS}")
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -246,14 +230,12 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-class _Evaluations:
+class _Losses:
     """The closure's losses on the line, counted, relative to that at the parameters."""
 
     def __init__(self, line: LineProbe, closure: Closure, sign: int, repeats: int, rounding: float | None) -> None:
-        self._line = line
-        self._closure = closure
-        self._sign = sign
-        self.done = 0
+        self._line, self._closure, self._sign = line, closure, sign
+        self.count = 0
         losses = [self._loss(0.0) for _ in range(repeats)]
         self.base = statistics.fmean(losses) if all(map(math.isfinite, losses)) else math.nan
         if rounding is None:
@@ -268,9 +250,9 @@ class _Evaluations:
         self.certain = max(_CERTAIN * abs(self.base), _CERTAIN_TIMES * self.resolution)
 
     def rise(self, eta: float) -> float:
-        """By how much the loss at ``eta`` is worse than at the parameters."""
+        """Return by how much the loss at ``eta`` is worse than at the parameters."""
         return self._sign * (self._loss(eta) - self.base)
 
     def _loss(self, eta: float) -> float:
-        self.done += 1
+        self.count += 1
         return self._line.loss(self._closure, eta)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,11 +98,11 @@ def directional_sharpness(optimizer: Optimizer, loss: Tensor) -> float:
     Raises:
         RuntimeError: No gradient is pending, the graph is freed, an operation has no second derivative, or a parameter
             is sharded.
+        TypeError: The optimizer is none of torch, or the loss is no tensor.
+        ValueError: The loss is not one real number with a graph, or depends on none of the parameters.
     """
-    _check_loss(loss)
-    _check_not_sharded(param for group in unwrapped(optimizer).param_groups for param in group["params"])
-    pending = list(pending_directions(optimizer))
-    params, directions = [param for param, _ in pending], [direction for _, direction in pending]
+    _check(loss, [param for group in unwrapped(optimizer).param_groups for param in group["params"]])
+    params, directions = zip(*pending_directions(optimizer), strict=True)
     grads = _gradients(loss, params)
     slope = _dot(grads, directions)
     if not slope.item() > 0:
@@ -146,38 +145,35 @@ def hessian_sharpness(
     Raises:
         ImportError: SciPy is missing.
         RuntimeError: The graph is freed, an operation has no second derivative, or a parameter is sharded.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or does not fit the parameters.
     """
     params = _checked_params(params)
-    _check_not_sharded(params)
-    _check_loss(loss)
+    _check(loss, params)
     if not 0 <= tol < 1:
         raise ValueError(f"tol={tol} must be in [0, 1); 0 stands for machine precision")
     if max_iterations < 1:
         raise ValueError(f"max_iterations={max_iterations} must be at least 1")
     scales = None if preconditioner is None else _scales_of(preconditioner, params)
-    first = _starting_vector(params, seed, start)
+    first = _starting_vector(sum(_real(param).numel() for param in params), seed, start)
     grads = _gradients(loss, params)
-    try:
-        from scipy.sparse import linalg
-    except ImportError as missing:
-        raise ImportError("hessian_sharpness needs SciPy: pip install 'slimadam[curvature]'") from missing
     count = 0
 
-    def scaled(vectors: list[Tensor]) -> list[Tensor]:
+    def scaled(vectors: Sequence[Tensor]) -> Sequence[Tensor]:
         return vectors if scales is None else [vector * scale for vector, scale in zip(vectors, scales, strict=True)]
 
     def product(flat: _Vector) -> _Vector:
         nonlocal count
         count += 1
-        image = _flattened(scaled(_hessian_product(grads, params, scaled(_unflattened(flat.reshape(-1), params)))))
+        image = _flattened(scaled(_hessian_product(grads, params, scaled(_unflattened(flat, params)))))
         if not np.isfinite(image).all():
-            raise _NotFiniteError
+            raise FloatingPointError
         return image
 
     try:
-        vector, converged = _top_eigenvector(linalg, product, first, tol, max_iterations)
+        vector, converged = _top_eigenvector(product, first, tol, max_iterations)
         image = product(vector)
-    except _NotFiniteError:
+    except FloatingPointError:
         vector, converged, value, residual = first, False, math.nan, math.nan
     else:
         value = float(vector @ image)
@@ -190,14 +186,14 @@ def hessian_sharpness(
     return found
 
 
-class _NotFiniteError(ArithmeticError):
-    pass
-
-
 def _top_eigenvector(
-    linalg: Any, product: Callable[[_Vector], _Vector], start: _Vector, tol: float, max_iterations: int
+    product: Callable[[_Vector], _Vector], start: _Vector, tol: float, max_iterations: int
 ) -> tuple[_Vector, bool]:
     """Return a unit vector, and whether the iteration converged to it."""
+    try:
+        from scipy.sparse import linalg
+    except ImportError as missing:
+        raise ImportError("hessian_sharpness needs SciPy: pip install 'slimadam[curvature]'") from missing
     # ARPACK takes neither a start in the null space, where a random vector lies only if the matrix is zero, nor size 1.
     if not product(start).any():
         return start, True
@@ -220,13 +216,14 @@ def _top_eigenvector(
 def _scales_of(preconditioner: Optimizer | Iterable[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     """Return ``P**(-1/2)`` for each parameter, broadcastable to it."""
     if isinstance(preconditioner, Optimizer):
-        diagonals = _of_optimizer(unwrapped(preconditioner), params)
+        diagonals = _diagonals_of(unwrapped(preconditioner), params)
     elif isinstance(preconditioner, Tensor) or not isinstance(preconditioner, Iterable):
         raise TypeError(f"preconditioner={shown(preconditioner)} must be an optimizer or a list of tensors")
     else:
         diagonals = list(preconditioner)
     if len(diagonals) != len(params):
         raise ValueError(f"preconditioner has {len(diagonals)} tensors for {len(params)} parameters; give one for each")
+    scales = []
     for index, (diagonal, param) in enumerate(zip(diagonals, params, strict=True)):
         if not isinstance(diagonal, Tensor):
             raise TypeError(f"preconditioner[{index}]={shown(diagonal)} must be a tensor")
@@ -242,10 +239,11 @@ def _scales_of(preconditioner: Optimizer | Iterable[Tensor], params: Sequence[Te
                 f"preconditioner[{index}] has elements that are not positive numbers: an optimizer needs eps > 0 for "
                 "elements whose gradient was always zero"
             )
-    return [diagonal.to(param.device).rsqrt() for diagonal, param in zip(diagonals, params, strict=True)]
+        scales.append(diagonal.to(param.device).rsqrt())
+    return scales
 
 
-def _of_optimizer(optimizer: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
+def _diagonals_of(optimizer: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     """Return ``sqrt(v / (1 - beta2**t)) + eps`` of each parameter; with amsgrad ``v`` is the maximum."""
     name = type(optimizer).__name__
     if not all({"betas", "eps"} <= group.keys() for group in optimizer.param_groups):
@@ -273,10 +271,9 @@ def _of_optimizer(optimizer: Optimizer, params: Sequence[Tensor]) -> list[Tensor
     return diagonals
 
 
-def _gradients(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
+def _gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     _check_nothing_hidden([loss])
-    with _explained():
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    grads = _grad(loss, params, create_graph=True, allow_unused=True)
     if all(grad is None for grad in grads):
         raise ValueError("loss depends on none of the parameters; compute it with the model that holds them")
     found = [torch.zeros_like(param) if grad is None else grad for grad, param in zip(grads, params, strict=True)]
@@ -298,14 +295,24 @@ def _check_nothing_hidden(roots: Iterable[Tensor]) -> None:
         waiting += [following for following, _ in node.next_functions]
 
 
-def _hessian_product(grads: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+def _hessian_product(grads: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return ``H v``, in the parameters' precision."""
     with torch.enable_grad():
         slope = _dot(grads, vectors)
     if not slope.requires_grad:  # the loss is linear
         return [torch.zeros_like(param) for param in params]
-    with _explained():
-        return list(torch.autograd.grad(slope, params, retain_graph=True, materialize_grads=True))
+    return _grad(slope, params, retain_graph=True, materialize_grads=True)
+
+
+def _grad(output: Tensor, params: Sequence[Tensor], **options: Any) -> tuple[Tensor, ...]:
+    """Differentiate; autograd's errors about second derivatives are replaced by their remedies."""
+    try:
+        return torch.autograd.grad(output, params, **options)
+    except RuntimeError as error:
+        for sign, remedy in _REMEDIES.items():
+            if sign in str(error):
+                raise RuntimeError(remedy) from error
+        raise
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -317,18 +324,6 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return total
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Replace autograd's errors about second derivatives by their remedies."""
-    try:
-        yield
-    except RuntimeError as error:
-        for sign, remedy in _REMEDIES.items():
-            if sign in str(error):
-                raise RuntimeError(remedy) from error
-        raise
-
-
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
@@ -338,21 +333,17 @@ def _flattened(tensors: Sequence[Tensor]) -> _Vector:
 
 
 def _unflattened(flat: _Vector, params: Sequence[Tensor]) -> list[Tensor]:
-    pieces = torch.split(torch.from_numpy(flat), [_size(param) for param in params])
-    found = []
-    for piece, param in zip(pieces, params, strict=True):
-        real = piece.view(_real(param.detach()).shape)
-        found.append((torch.view_as_complex(real) if param.is_complex() else real).to(param.device, param.dtype))
-    return found
+    shapes = [_real(param).shape for param in params]
+    reals = torch.split(torch.from_numpy(flat.reshape(-1)), [shape.numel() for shape in shapes])
+    vectors = []
+    for param, shape, real in zip(params, shapes, reals, strict=True):
+        vector = torch.view_as_complex(real.view(shape)) if param.is_complex() else real.view(shape)
+        vectors.append(vector.to(param.device, param.dtype))
+    return vectors
 
 
-def _size(param: Tensor) -> int:
-    return _real(param.detach()).numel()
-
-
-def _starting_vector(params: Sequence[Tensor], seed: int, start: Tensor | None) -> _Vector:
-    """Return a unit vector: the one given, or a random one."""
-    size = sum(map(_size, params))
+def _starting_vector(size: int, seed: int, start: Tensor | None) -> _Vector:
+    """Return a unit vector: the given one, or a random one."""
     flat = noise = np.random.default_rng(seed).standard_normal(size)
     if isinstance(start, Tensor) and start.shape == (size,):
         flat = start.detach().to("cpu", torch.float64).numpy()
@@ -367,16 +358,14 @@ def _starting_vector(params: Sequence[Tensor], seed: int, start: Tensor | None) 
     return unit
 
 
-def _check_loss(loss: Tensor) -> None:
+def _check(loss: Tensor, params: Sequence[Tensor]) -> None:
+    """Raise for a loss that is not one real number with a graph, and for parameters that are sharded."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss={shown(loss)} must be a tensor with its graph, as the model's loss before item()")
     if loss.numel() != 1 or loss.is_complex():
         raise ValueError(f"loss has shape {tuple(loss.shape)} and dtype {loss.dtype}; give one real number")
     if not loss.requires_grad:
         raise ValueError("loss has no graph; compute it outside torch.no_grad() and do not detach it")
-
-
-def _check_not_sharded(params: Iterable[Tensor]) -> None:
     if any(map(is_dtensor, params)):
         raise RuntimeError(
             "parameters are sharded (DTensors), and what shards them has no second backward pass; measure the critical "
@@ -395,6 +384,6 @@ def _checked_params(params: Iterable[Tensor]) -> list[Tensor]:
             raise TypeError(f"params[{index}]={shown(param)} must be a tensor")
         if not param.requires_grad:
             raise ValueError(f"params[{index}] does not require a gradient; leave frozen parameters out")
-    if sum(map(_size, found)) == 0:
+    if not any(param.numel() for param in found):
         raise ValueError("params have no elements")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,8 +70,7 @@ def edge_of_stability(optimizer: Optimizer) -> float | None:
     if isinstance(optimizer, torch.optim.SGD):
         beta, decay = float(group["momentum"]), float(group["weight_decay"])
         factor = 1 + 2 * beta if group["nesterov"] else 1 - float(group["dampening"])
-        if beta == 0:
-            factor = 1.0
+        factor = factor if beta else 1.0
     elif isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, SlimAdam)):
         is_coupled = type(optimizer) is torch.optim.Adam and not group.get("decoupled_weight_decay", False)
         beta, decay = float(group["betas"][0]), 0.0 if is_coupled else float(group["weight_decay"])
@@ -125,7 +125,8 @@ def regimes(
         The regimes in order; each measurement that counts is in one.
 
     Raises:
-        ValueError: Fewer than 8 measurements count, or steps do not increase.
+        TypeError: A measurement is none of these.
+        ValueError: Fewer than 8 measurements count, steps do not increase, or an option is out of range.
     """
     if window is not None and (window < 2 or window % 2):
         raise ValueError(f"window={window} must be an even number of measurements, at least 2")
@@ -145,10 +146,9 @@ def regimes(
     if edge < left:
         median = math.exp(float(np.median(ratio[edge:left])))
         found.append(("edge of stability", edge, left, f"stays about the threshold, at the median {median:.2f} of it"))
-    if left < len(raw):
-        fall = math.exp(smooth[left - 1] - smooth[-1])
-        reason = f"leaves the threshold for good, at the end {fall:.3g} times lower"
-        found.append(("late decline", left, len(raw), reason))
+    fall = math.exp(smooth[left - 1] - smooth[-1])
+    reason = f"leaves the threshold for good, at the end {fall:.3g} times lower"
+    found.append(("late decline", left, len(raw), reason))
     return [Regime(label, int(steps[a]), int(steps[b - 1]), reason) for label, a, b, reason in found if a < b]
 
 
@@ -178,21 +178,23 @@ def _before_the_edge(smooth: _Floats, needed: float, reaches_it: bool) -> list[t
     high = int((smooth - np.minimum.accumulate(smooth)).argmax())  # the end of the largest rise, and its start
     low = int(smooth[: high + 1].argmin())
     rise = smooth[high] - smooth[low]
+    start = end = len(smooth)
     if rise < needed:
         low = int(smooth.argmin())
-        start = end = len(smooth)
     else:
         start = low + int(np.flatnonzero(smooth[low : high + 1] <= smooth[low] + _SETTLED * rise)[-1])
-        end = high + 1 if not reaches_it and smooth[high] - smooth[-1] >= needed else len(smooth)
+        if not reaches_it and smooth[high] - smooth[-1] >= needed:
+            end = high + 1
     peak = int(smooth[: low + 1].argmax())
     drop = smooth[peak] - smooth[low]
     settled = 0
     if drop >= needed:
         settled = peak + int(np.flatnonzero(smooth[peak : low + 1] <= smooth[low] + _SETTLED * drop)[0])
+    # A steady rise is that long near its start, and a steady fall near its end.
     if start < len(smooth) and start - settled <= 2 * _SETTLED * (end - start):
-        start = settled  # a steady rise is that long near its start
+        start = settled
     elif start == len(smooth) and start - settled <= 2 * _SETTLED * settled:
-        settled = start  # likewise
+        settled = start
     flat = smooth[settled:start]
     width = math.exp(np.ptp(flat)) if len(flat) else 1.0
     return [
@@ -225,16 +227,14 @@ def _columns(trace: Iterable[Any]) -> tuple[_Floats, _Floats, _Floats]:
 
 
 def _row(index: int, row: Any) -> tuple[float, float, float]:
-    def get(name: str) -> Any:
-        return row.get(name) if isinstance(row, Mapping) else getattr(row, name, None)
-
     try:
         if isinstance(row, (tuple, list)) and not hasattr(row, "sharpness"):
             step, sharpness, threshold = (*row, None)[:3]
         else:
-            step, sharpness, threshold = get("step"), get("sharpness"), get("threshold")
-            if get("critical_lr") is not None and get("lr"):
-                threshold = 2 / float(get("lr"))
+            read = row.get if isinstance(row, Mapping) else partial(getattr, row)
+            step, sharpness, threshold = (read(name, None) for name in ("step", "sharpness", "threshold"))
+            if read("critical_lr", None) is not None and read("lr", None):
+                threshold = 2 / float(read("lr", None))
         return float(step), float(sharpness), math.inf if threshold is None else float(threshold)
     except (ValueError, TypeError) as error:
         raise TypeError(

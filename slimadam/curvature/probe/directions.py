@@ -12,28 +12,22 @@ import math
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from slimadam.kernels.interface import Scalar, second_moment_dtype
 from slimadam.optim.slimadam import SlimAdam
 from slimadam.optim.step.direction import Shared, row_blocks, with_decay
-from slimadam.utils import torch_private
 from slimadam.utils.dtensor import is_dtensor, laid_out_as, local, local_gradient
+from slimadam.utils.torch_private import global_step_hooks
 
-
-def _classes(*names: str) -> tuple[type[Optimizer], ...]:
-    return tuple(getattr(torch.optim, name) for name in names if hasattr(torch.optim, name))
-
-
-LINEAR_IN_LR = _classes("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "SGD")
+_NAMES = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "SGD")
+LINEAR_IN_LR = [getattr(torch.optim, name) for name in _NAMES if hasattr(torch.optim, name)]
 """Their step on a parameter is linear in lr, and depends on the parameter's value through weight decay alone."""
-_BY_MATRIX = _classes("Muon")
-_DECOUPLED = _classes("AdamW", "Muon")
+_MUON = getattr(torch.optim, "Muon", None)  # since torch 2.9; works on whole matrices
 
 
 class PendingUpdate(NamedTuple):
@@ -75,6 +69,8 @@ def pending_directions(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
 
     Raises:
         RuntimeError: No gradient is pending, one is sparse, or the optimizer cannot be copied.
+        TypeError: It is no torch optimizer, or its step needs a closure.
+        ValueError: A parameter group has no finite learning rate.
     """
     for pending in pending_updates(optimizer):
         yield pending.param, pending.direction()
@@ -90,20 +86,15 @@ def pending_updates(optimizer: Optimizer, averages: Shared | None = None) -> Ite
     """
     optimizer = unwrapped(optimizer)
     check_pending(optimizer)
-    rates = {id(group): rate for group, rate in zip(optimizer.param_groups, _relative_rates(optimizer), strict=True)}
+    rates = _relative_rates(optimizer)
     if isinstance(optimizer, SlimAdam):
         for param, group, update in optimizer.updates_without_decay(averages):
             yield PendingUpdate(param, update, group["weight_decay"], rates[id(group)])
     elif type(optimizer) in LINEAR_IN_LR:
         for group in optimizer.param_groups:
+            decay = group["weight_decay"] if _is_decoupled(optimizer, group) else 0.0
             for param in group["params"]:
                 if param.grad is not None:
-                    if is_dtensor(param) and isinstance(optimizer, _BY_MATRIX):
-                        raise RuntimeError(
-                            f"the direction of {type(optimizer).__name__} on sharded parameters (DTensors) is not "
-                            "known: it works on whole matrices; measure on a model that is not sharded"
-                        )
-                    decay = group["weight_decay"] if _is_decoupled(optimizer, group) else 0.0
                     yield PendingUpdate(param, _step_from_zero(optimizer, group, param), decay, rates[id(group)])
     else:
         for param, update, group in _trial_step(optimizer):
@@ -112,22 +103,22 @@ def pending_updates(optimizer: Optimizer, averages: Shared | None = None) -> Ite
 
 def averages_of_ranks(optimizer: Optimizer) -> Shared:
     """Return the averages over ranks that SlimAdam's pending update needs (collective)."""
-    optimizer = unwrapped(optimizer)
     return optimizer.averages_after_step() if isinstance(optimizer, SlimAdam) else Shared({})
 
 
 def depends_on_parameters(optimizer: Optimizer) -> bool:
     """Return whether ``update`` of :func:`pending_updates` depends on the parameters' values."""
-    optimizer = unwrapped(optimizer)
-    if isinstance(optimizer, SlimAdam):
-        return False
-    if type(optimizer) not in LINEAR_IN_LR:
-        return True
-    return any(coupled_decay(optimizer, group) != 0 for group in optimizer.param_groups)
+    if type(optimizer) in LINEAR_IN_LR:
+        return any(coupled_decay(optimizer, group) != 0 for group in optimizer.param_groups)
+    return not isinstance(optimizer, SlimAdam)
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that steps: the one inside Accelerate's wrapper."""
+    """Return the optimizer that steps: the one inside Accelerate's wrapper.
+
+    Raises:
+        TypeError: It is no torch optimizer.
+    """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if type(optimizer).__name__ == "AcceleratedOptimizer":  # others may do something of their own in step()
@@ -151,19 +142,24 @@ def check_pending(optimizer: Optimizer) -> None:
 
 
 def reference_lr(optimizer: Optimizer) -> float:
-    """Return the largest learning rate of the groups: the ``eta`` of ``parameter - eta * D``."""
-    return max(float(rate) for rate in _rates(unwrapped(optimizer)))
+    """Return the largest learning rate of the groups: the ``eta`` of ``parameter - eta * D``.
+
+    Raises:
+        TypeError: It is no torch optimizer.
+        ValueError: A parameter group has no finite learning rate.
+    """
+    return max(map(float, _rates(unwrapped(optimizer))))
 
 
-def _relative_rates(optimizer: Optimizer) -> list[float]:
-    """Return the learning rate of each group over the largest; where all are zero, the initial ones count."""
-    rates = _rates(optimizer)
+def _relative_rates(optimizer: Optimizer) -> dict[int, float]:
+    """Return each group's learning rate over the largest, by ``id``; where all are zero, the initial ones count."""
+    groups, rates = optimizer.param_groups, _rates(optimizer)
     if len(rates) == 1:
-        return [1.0]
+        return {id(groups[0]): 1.0}
     if not any(rates):  # as at the start of a warmup
-        rates = [group.get("initial_lr", 0.0) for group in optimizer.param_groups]
-    largest = max(float(rate) for rate in rates)
-    return [float(rate) / largest if largest else 1.0 for rate in rates]
+        rates = [group.get("initial_lr", 0.0) for group in groups]
+    largest = max(map(float, rates))
+    return {id(group): float(rate) / largest if largest else 1.0 for group, rate in zip(groups, rates, strict=True)}
 
 
 def _rates(optimizer: Optimizer) -> list[Scalar]:
@@ -179,7 +175,7 @@ def _rates(optimizer: Optimizer) -> list[Scalar]:
 
 
 def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    return isinstance(optimizer, _DECOUPLED) or bool(group.get("decoupled_weight_decay", False))
+    return type(optimizer) in (AdamW, _MUON) or bool(group.get("decoupled_weight_decay", False))
 
 
 def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
@@ -197,21 +193,27 @@ def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) 
 
     Goes by blocks of rows where the optimizer treats elements one by one.
     """
+    is_by_matrix = type(optimizer) is _MUON
+    if is_by_matrix and is_dtensor(param):
+        raise RuntimeError(
+            f"the direction of {type(optimizer).__name__} on sharded parameters (DTensors) is not known: it works on "
+            "whole matrices; measure on a model that is not sharded"
+        )
     own, pending_grad = local(param).detach(), local_gradient("a parameter", param)
     direction = torch.empty_like(own, dtype=second_moment_dtype(own.dtype))
     state = {key: _on_this_rank(value, param) for key, value in optimizer.state.get(param, {}).items()}
     coupled = coupled_decay(optimizer, group)
     shadow = _shadow(optimizer)
     shadow.defaults = {**optimizer.defaults, "differentiable": False}
-    options = {**group, "lr": 1.0, "weight_decay": 0.0, "differentiable": False}
-    for rows in [...] if isinstance(optimizer, _BY_MATRIX) else row_blocks(own.shape):
+    for rows in [...] if is_by_matrix else row_blocks(own.shape):
         grad = pending_grad[rows].to(direction.dtype, copy=True)
         if coupled != 0:
             sign = -1 if group.get("maximize", False) else 1
             grad.add_(own[rows].to(grad.dtype) * (sign * coupled))
         from_zero = torch.zeros_like(grad).requires_grad_()
         from_zero.grad = grad
-        shadow.param_groups = [{**options, "params": [from_zero]}]
+        options = {"lr": 1.0, "weight_decay": 0.0, "differentiable": False, "params": [from_zero]}
+        shadow.param_groups = [{**group, **options}]
         shadow.state = defaultdict(dict)
         if state:
             shadow.state[from_zero] = {
@@ -245,12 +247,14 @@ def _state_of_rows(value: Any, rows: Any, shape: torch.Size, dtype: torch.dtype 
 def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
     """Yield ``(parameter, (before - after) / lr, group)`` of one step of a copy of the optimizer."""
     name = type(optimizer).__name__
-    for group in optimizer.param_groups:
-        if group["lr"] == 0 and any(param.grad is not None for param in group["params"]):
-            raise RuntimeError(
-                f"the learning rate of {name} is 0, and only a step tells its direction; measure from the first step "
-                "with a positive rate on"
-            )
+    pending = [
+        (param, group) for group in optimizer.param_groups for param in group["params"] if param.grad is not None
+    ]
+    if any(group["lr"] == 0 for _, group in pending):
+        raise RuntimeError(
+            f"the learning rate of {name} is 0, and only a step tells its direction; measure from the first step "
+            "with a positive rate on"
+        )
     try:
         stepped = _stepped_copies(optimizer, torch.float64)
     except Exception as wide:
@@ -261,19 +265,17 @@ def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str
             "place",
             stacklevel=2,
         )
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is not None:
-                before, after = param.detach(), stepped.pop(id(param)).detach()
-                moved = (before.to(after.dtype) - after).div_(group["lr"])
-                yield param, moved.to(second_moment_dtype(param.dtype)), group
+    for param, group in pending:
+        after = stepped.pop(id(param)).detach()
+        moved = (param.detach().to(after.dtype) - after).div_(group["lr"])
+        yield param, moved.to(second_moment_dtype(param.dtype)), group
 
 
 def _stepped_copies(optimizer: Optimizer, dtype: torch.dtype | None) -> dict[int, Tensor]:
     """Return by ``id`` of each parameter its copy after the step, in a wider precision where one is given."""
     name = type(optimizer).__name__
     copies: dict[int, Tensor] = {}
-    for param in {id(param): param for group in optimizer.param_groups for param in group["params"]}.values():
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
         own = param.dtype if dtype is None else torch.promote_types(param.dtype, dtype)
         copies[id(param)] = param.detach().to(own, copy=True).requires_grad_(param.requires_grad)
         copies[id(param)].grad = None if param.grad is None else param.grad.detach().to(own, copy=True)
@@ -286,25 +288,18 @@ def _stepped_copies(optimizer: Optimizer, dtype: torch.dtype | None) -> dict[int
         for key, value in state.items():
             if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
                 state[key] = value.to(torch.promote_types(value.dtype, one.dtype))
+    # A subclass's step runs the hooks of the process through its parent's.
+    kept = [(hooks, dict(hooks)) for hooks in global_step_hooks()]
     try:
-        with _no_hooks():
-            _step_of(optimizer)(shadow)
+        for hooks, _ in kept:
+            hooks.clear()
+        _step_of(optimizer)(shadow)
     except (TypeError, AssertionError) as error:
         raise TypeError(f"the step of {name} cannot be tried out by itself, without a closure: {error}") from error
-    return copies
-
-
-@contextmanager
-def _no_hooks() -> Iterator[None]:
-    """Disable the process-wide step hooks, which a subclass's step runs through its parent's."""
-    kept = [(hooks, dict(hooks)) for hooks in torch_private.global_step_hooks()]
-    for hooks, _ in kept:
-        hooks.clear()
-    try:
-        yield
     finally:
         for hooks, before in kept:
             hooks.update(before)
+    return copies
 
 
 def _shadow(optimizer: Optimizer) -> Any:

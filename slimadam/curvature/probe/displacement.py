@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from slimadam.curvature.probe.directions import (
-    PendingUpdate,
-    averages_of_ranks,
-    depends_on_parameters,
-    pending_updates,
-    unwrapped,
-)
+from slimadam.curvature.probe import directions
+from slimadam.curvature.probe.directions import PendingUpdate, pending_updates
 from slimadam.kernels.interface import second_moment_dtype
 from slimadam.optim.step.direction import nbytes_of, row_blocks
 from slimadam.utils.dtensor import local
@@ -35,6 +30,7 @@ class _Copies:
         self._params = [param for param, _ in pending]
         self._directions = [direction for _, direction in pending]
         self._originals = [held(param).clone() for param in self._params]
+        self.extra_bytes = sum(tensor.nbytes for tensor in (*self._originals, *self._directions))
 
     def to(self, eta: float) -> None:
         self.back()
@@ -43,20 +39,20 @@ class _Copies:
     def back(self) -> None:
         torch._foreach_copy_([held(param) for param in self._params], self._originals)
 
-    @property
-    def extra_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self._originals, *self._directions))
-
 
 class _Offloaded:
     """Keeps the parameters in host memory, pinned for a GPU; directions are made anew."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        params = [p for group in unwrapped(optimizer).param_groups for p in group["params"] if p.grad is not None]
-        hosts = (torch.empty_like(held(p), device="cpu", pin_memory=p.device.type == "cuda") for p in params)
-        self._kept = [(param, host.copy_(held(param))) for param, host in zip(params, hosts, strict=True)]
-        self._averages = averages_of_ranks(optimizer)
+        self._averages = directions.averages_of_ranks(optimizer)
+        self.extra_bytes = nbytes_of(self._averages)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        for param in (param for group in optimizer.param_groups for param in group["params"]):
+            if param.grad is not None:
+                host = torch.empty_like(held(param), device="cpu", pin_memory=param.device.type == "cuda")
+                self._kept.append((param, host.copy_(held(param))))
+                self.extra_bytes += host.nbytes if param.device.type == "cpu" else 0
 
     def to(self, eta: float) -> None:
         self.back()
@@ -66,11 +62,6 @@ class _Offloaded:
     def back(self) -> None:
         for param, kept in self._kept:
             held(param).copy_(kept, non_blocking=True)
-
-    @property
-    def extra_bytes(self) -> int:
-        on_cpu = sum(kept.nbytes for param, kept in self._kept if param.device.type == "cpu")
-        return on_cpu + nbytes_of(self._averages)
 
 
 class _Lean:
@@ -82,30 +73,31 @@ class _Lean:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        if depends_on_parameters(optimizer):
+        if directions.depends_on_parameters(optimizer):
             raise ValueError(
-                f"memory='lean' makes the update anew from gradients and state, but that of "
-                f"{type(unwrapped(optimizer)).__name__} depends on its parameters' values (weight decay that is part "
-                "of the gradient, or a step known to itself alone); use memory='copy' or 'offload'"
+                f"memory='lean' makes the update anew from gradients and state, but that of {type(optimizer).__name__} "
+                "depends on its parameters' values (weight decay that is part of the gradient, or a step known to "
+                "itself alone); use memory='copy' or 'offload'"
             )
         self._optimizer = optimizer
         # Only once: on the way back, after an error on this rank alone, no other rank would join the collective.
-        self._averages = averages_of_ranks(optimizer)
+        self._averages = directions.averages_of_ranks(optimizer)
         # By parameter and block, so that running out of memory half-way loses nothing.
         self._moved: dict[tuple[int, int], tuple[float, _Correction]] = {}
 
     def to(self, eta: float) -> None:
-        for key, pieces in self._blocks():
-            original = self._original(key, pieces)
-            moved = _along(pieces, original, eta)
-            correction = _Correction.of(original, _backwards(pieces, moved, eta))
-            pieces.param.copy_(moved)
+        for key, block in self._blocks():
+            original, reach = self._original(key, block), eta * block.rate
+            wide = _widened(original).mul_(1 - reach * block.weight_decay)
+            moved = wide.sub_(block.update * reach).to(original.dtype)
+            correction = _Correction.of(original, _estimate(block, moved, eta))
+            block.param.copy_(moved)
             self._moved[key] = (eta, correction)
 
     def back(self) -> None:
         if self._moved:
-            for key, pieces in self._blocks():
-                pieces.param.copy_(self._original(key, pieces))
+            for key, block in self._blocks():
+                block.param.copy_(self._original(key, block))
                 self._moved.pop(key, None)
 
     def _blocks(self) -> Iterator[tuple[tuple[int, int], PendingUpdate]]:
@@ -115,15 +107,16 @@ class _Lean:
             for index, rows in enumerate(row_blocks(param.shape)):
                 yield (id(pending.param), index), pending._replace(param=param[rows], update=update[rows])
 
-    def _original(self, key: tuple[int, int], pieces: PendingUpdate) -> Tensor:
+    def _original(self, key: tuple[int, int], block: PendingUpdate) -> Tensor:
         if key not in self._moved:
-            return pieces.param.clone()
+            return block.param.clone()
         eta, correction = self._moved[key]
-        return correction.apply(_backwards(pieces, pieces.param, eta))
+        return correction.apply(_estimate(block, block.param, eta))
 
     @property
     def extra_bytes(self) -> int:
-        return sum(correction.nbytes for _, correction in self._moved.values()) + nbytes_of(self._averages)
+        corrections = (tensor.nbytes for _, correction in self._moved.values() for tensor in correction)
+        return sum(corrections) + nbytes_of(self._averages)
 
 
 Moves = _Copies | _Lean | _Offloaded
@@ -139,18 +132,14 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _along(pending: PendingUpdate, original: Tensor, eta: float) -> Tensor:
-    """Return ``original (1 - eta rate weight_decay) - eta rate update``, rounded to the parameter's precision."""
-    wide = original.to(second_moment_dtype(original.dtype), copy=True)
-    reach = eta * pending.rate
-    return wide.mul_(1 - reach * pending.weight_decay).sub_(pending.update * reach).to(original.dtype)
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(second_moment_dtype(tensor.dtype), copy=True)
 
 
-def _backwards(pending: PendingUpdate, moved: Tensor, eta: float) -> Tensor:
+def _estimate(block: PendingUpdate, moved: Tensor, eta: float) -> Tensor:
     """Return the original of ``moved``, up to rounding."""
-    wide = moved.to(second_moment_dtype(moved.dtype), copy=True)
-    reach = eta * pending.rate
-    return wide.add_(pending.update * reach).div_(1 - reach * pending.weight_decay).to(moved.dtype)
+    reach = eta * block.rate
+    return _widened(moved).add_(block.update * reach).div_(1 - reach * block.weight_decay).to(moved.dtype)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -186,10 +175,6 @@ class _Correction(NamedTuple):
         original = bits.to(_BITS[estimate.element_size()]).view(estimate.dtype)
         original[self.places] = self.values
         return original.view(estimate.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self)
 
 
 def _ordered(values: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 
 from slimadam.curvature.probe.directions import check_pending, unwrapped
 from slimadam.curvature.probe.displacement import MOVES, Memory, Moves, held
-from slimadam.curvature.probe.fsdp import Sharding
 from slimadam.curvature.probe.signals import HeldSignals
 from slimadam.curvature.probe.snapshot import (
     Buffers,
     Precision,
     RandomState,
+    Sharding,
     check_no_shared_memory,
     hidden_gradients,
 )
@@ -66,9 +66,9 @@ class LineProbe:
             raise ValueError(f"memory={memory!r} must be 'copy', 'lean' or 'offload'")
         self.optimizer = unwrapped(optimizer)
         self.memory: Memory = memory
-        self._are_given = modules is not None
+        self._finds_modules = modules is None
         self._modules = list(modules or ())
-        self._owned: list[Tensor] | None = None
+        self._params: list[Tensor] | None = None
         self._signals = HeldSignals()
         self._moves: Moves | None = None
 
@@ -77,24 +77,23 @@ class LineProbe:
             raise RuntimeError("the line is already being probed; leave the with block first")
         check_pending(self.optimizer)
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
-        if any(type(held(param)) is not Tensor for param in params):
-            kinds = sorted({type(held(param)).__name__ for param in params} - {"Tensor"})
+        kinds = {type(held(param)).__name__ for param in params} - {"Tensor"}
+        if kinds:
             raise RuntimeError(
-                f"parameters of type {', '.join(kinds)} cannot be probed yet; measure on a model whose parameters are "
-                "plain tensors, or DTensors of such"
+                f"parameters of type {', '.join(sorted(kinds))} cannot be probed yet; measure on a model whose "
+                "parameters are plain tensors, or DTensors of such"
             )
-        if self._owned is None or list(map(id, self._owned)) != list(map(id, params)):
-            self._sharding, self._owned = Sharding(params, self._modules), params
+        if self._params is None or list(map(id, self._params)) != list(map(id, params)):
+            self._params, self._sharding = params, Sharding(params, self._modules)
             self._sharding.reshard()  # full parameters are not the optimizer's
-            if not self._are_given:
+            if self._finds_modules:
                 self._modules = owning_modules(params)
         self._sharding.reshard()
         self._buffers = Buffers(self._modules)
-        self._random = RandomState([param.device for param in params])
+        self._random = RandomState(param.device for param in params)
         self._precision = Precision(params, self._sharding.is_narrow)
-        self._params = params
         if self.memory == "lean":
-            check_no_shared_memory([held(param) for param in params], self._buffers.tensors)
+            check_no_shared_memory(map(held, params), self._buffers.tensors)
         with torch.no_grad():
             moves = MOVES[self.memory](self.optimizer)
         try:
@@ -114,7 +113,7 @@ class LineProbe:
             self._sharding.reshard()
             torch.clear_autocast_cache()
             self._random.restore()
-            del self._buffers, self._random, self._params
+            del self._buffers, self._random
         finally:
             self._signals.release()
 
@@ -124,9 +123,14 @@ class LineProbe:
         Args:
             closure: Returns the loss, a number or a tensor of one element; called once.
             eta: The learning rate of the step that the loss is taken after.
+
+        Raises:
+            RuntimeError: The block is not entered, or the closure does more than compute the loss.
+            TypeError: The closure does not return a number.
         """
-        if self._moves is None:
+        if self._moves is None or self._params is None:
             raise RuntimeError("evaluate inside the with block: `with LineProbe(optimizer) as line: line.loss(...)`")
+        shards = [local(param) for param in self._params]
         with torch.no_grad():
             if eta:
                 self._moves.to(eta)
@@ -136,7 +140,7 @@ class LineProbe:
             self._random.restore()
             # Casts of parameters that an enclosing autocast has cached are of other values.
             torch.clear_autocast_cache()
-            before = self._versions()
+            before = [(shard.data_ptr(), version(shard)) for shard in shards]
             try:
                 with self._precision.watching(), hidden_gradients(self._params), self._signals.allowed():
                     loss = closure()
@@ -150,18 +154,16 @@ class LineProbe:
             finally:
                 self._buffers.restore()
             # A parameter that has only moved to other memory, as in recurrent layers on CUDA, has not been written to.
-            pairs = zip(before, self._versions(), strict=True)
-            if self.memory == "lean" and any(old[0] == new[0] and old[1] != new[1] for old, new in pairs):
+            if self.memory == "lean" and any(
+                shard.data_ptr() == address and version(shard) != writes
+                for shard, (address, writes) in zip(shards, before, strict=True)
+            ):
                 raise RuntimeError(
                     "the closure has written to parameters (as an embedding with max_norm does): memory='lean' cannot "
                     "tell what they were; use memory='copy' or 'offload'"
                 )
             self._precision.note_loss(loss)
-            return _read(loss, self._params[0].device)
-
-    def _versions(self) -> list[tuple[int, int]]:
-        """Return the address of each parameter, and how often it has been written to."""
-        return [(shard.data_ptr(), version(shard)) for shard in map(local, self._params)]
+            return _mean_over_ranks(loss, self._params[0].device)
 
     @property
     def rounding(self) -> float:
@@ -174,7 +176,7 @@ class LineProbe:
         return 0 if self._moves is None else self._moves.extra_bytes + self._buffers.nbytes
 
 
-def _read(loss: Any, device: torch.device) -> float:
+def _mean_over_ranks(loss: Any, device: torch.device) -> float:
     """Return the mean over all ranks, by the one read that the host waits for."""
     if isinstance(loss, Tensor):
         loss = full_tensor(loss)
@@ -182,13 +184,12 @@ def _read(loss: Any, device: torch.device) -> float:
             raise TypeError(f"the closure returned a {loss.dtype} tensor of shape {tuple(loss.shape)}, not one number")
     elif not isinstance(loss, (int, float, np.number)) and not (isinstance(loss, np.ndarray) and loss.ndim == 0):
         raise TypeError(f"the closure returned a {type(loss).__name__}, not the loss: a number or a tensor of one")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            if device.type == "cpu" and isinstance(loss, Tensor):  # parameters offloaded by FSDP, and nothing else
-                device = loss.device
-            dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-            total = torch.as_tensor(loss, dtype=dtype, device=device).detach().reshape(1).clone()
-            torch.distributed.all_reduce(total)
-            return total.item() / ranks
-    return float(loss)
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return float(loss)
+    if device.type == "cpu" and isinstance(loss, Tensor):  # parameters offloaded by FSDP, and nothing else
+        device = loss.device
+    dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+    total = torch.as_tensor(loss, dtype=dtype, device=device).detach().reshape(1).clone()
+    distributed.all_reduce(total)
+    return total.item() / distributed.get_world_size()

@@ -8,7 +8,7 @@ and random numbers, the operations give the loss of the same batch there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,26 +29,24 @@ class ReplayError(Exception):
     """The loss cannot be computed again; the message says why."""
 
 
-class _Alias(NamedTuple):
+@dataclass(frozen=True)
+class _Alias:
     """A tensor as a view of memory that the recorded operations make or write."""
 
     memory: StorageWeakRef
     dtype: torch.dtype
     device: torch.device
-    offset: int
-    size: torch.Size
-    stride: tuple[int, ...]
+    layout: tuple[int, torch.Size, tuple[int, ...]]
     is_conj: bool
     is_neg: bool
 
     @classmethod
     def of(cls, tensor: Tensor, memory: StorageWeakRef) -> _Alias:
-        offset, flags = int(tensor.storage_offset()), (tensor.is_conj(), tensor.is_neg())
-        return cls(memory, tensor.dtype, tensor.device, offset, tensor.size(), tensor.stride(), *flags)
+        layout = (int(tensor.storage_offset()), tensor.size(), tensor.stride())
+        return cls(memory, tensor.dtype, tensor.device, layout, tensor.is_conj(), tensor.is_neg())
 
     def within(self, made: dict[StorageWeakRef, torch.UntypedStorage]) -> Tensor:
-        empty = torch.empty(0, dtype=self.dtype, device=self.device)
-        view = empty.set_(made[self.memory], self.offset, self.size, self.stride)
+        view = torch.empty(0, dtype=self.dtype, device=self.device).set_(made[self.memory], *self.layout)
         view = neg_view(view) if self.is_neg else view
         return view.conj() if self.is_conj else view
 
@@ -59,22 +57,19 @@ class _Call(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    makes: tuple[tuple[int, StorageWeakRef, torch.Size], ...]
-    writes: tuple[StorageWeakRef, ...]
-    seeds: tuple[tuple[Callable[[Tensor], Any], Tensor], ...]
+    makes: list[tuple[int, StorageWeakRef, torch.Size]]
+    writes: list[StorageWeakRef]
+    seeds: list[tuple[Callable[[Tensor], Any], Tensor]]
 
-    def leaves(self) -> list[Any]:
-        return _leaves((self.args, self.kwargs))
-
-    def aliases(self) -> Iterator[_Alias]:
-        """Yield the inputs that other operations make."""
-        return (leaf for leaf in self.leaves() if isinstance(leaf, _Alias))
+    def aliases(self) -> list[_Alias]:
+        """Return the inputs that other operations make."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, _Alias)]
 
     def run(self, made: dict[StorageWeakRef, torch.UntypedStorage]) -> None:
         for set_state, state in self.seeds:
             set_state(state)
-        args, kwargs = _map(
-            lambda leaf: leaf.within(made) if isinstance(leaf, _Alias) else leaf, self.args, self.kwargs
+        args, kwargs = tree_map(
+            lambda leaf: leaf.within(made) if isinstance(leaf, _Alias) else leaf, (self.args, self.kwargs)
         )
         outputs = tree_leaves(self.function(*args, **kwargs))
         for position, memory, shape in self.makes:
@@ -94,7 +89,7 @@ class _Loss(NamedTuple):
 
     value: float | None
     alias: _Alias | None
-    owners: frozenset[int]
+    owners: set[int]
     is_first: bool
 
 
@@ -139,16 +134,6 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             torch.autograd.backward = original
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not self.recording:
-            return func(*args, **kwargs)
-        self.recording = False
-        try:
-            return self._run(func, args, kwargs)
-        finally:
-            self.recording = True
-
     def replay(self, params: Sequence[Tensor]) -> Replay:
         """Return the sum of the losses whose gradients some parameters hold.
 
@@ -159,8 +144,8 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         losses: list[_Loss] = []
         for loss in self._losses:
             if loss.owners & wanted:
-                kept = [old for old in losses if not (loss.is_first and old.owners & loss.owners)]
-                losses = [*kept, loss]
+                losses = [old for old in losses if not (loss.is_first and old.owners & loss.owners)]
+                losses.append(loss)
         if not losses:
             raise ReplayError("no backward() of a loss has given these parameters gradients since the step before")
         values = [loss.value for loss in losses if loss.value is not None]
@@ -172,12 +157,13 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "the loss was not computed by operations of torch in this process's main thread that can be repeated"
             )
         needed = {alias.memory for alias in aliases}
-        calls = []
+        calls: list[_Call] = []
         for call in reversed(self._calls):
-            if needed.intersection(call.writes) or needed.intersection(memory for _, memory, _ in call.makes):
+            if not needed.isdisjoint([*call.writes, *(memory for _, memory, _ in call.makes)]):
                 calls.append(call)
                 needed.update(alias.memory for alias in call.aliases())
-        live = _memories(leaf for call in calls for leaf in call.leaves())  # read as they are, made by no operation
+        # Read as they are, made by no operation.
+        live = {memory for memory, _ in _by_memory([(call.args, call.kwargs) for call in calls])}
         if any(param.grad is not None and _memory(param) not in live for param in params):
             raise ReplayError(
                 "a parameter that has a gradient was made from other tensors, and what the loss does with it cannot be "
@@ -185,35 +171,39 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         return Replay(calls[::-1], aliases, self._before_writing, sum(values))
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        for tensor in tensors:
-            if tensor.requires_grad and tensor.is_leaf and (memory := _memory(tensor)) is not None:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.recording:
+            return func(*args, **kwargs)
+        read = set()
+        for memory, tensor in _by_memory((args, kwargs)):
+            read.add(memory)
+            if tensor.requires_grad and tensor.is_leaf:
                 self._parameters[tensor] = None
                 self._of_parameters.add(memory)
                 if isinstance(tensor, nn.Parameter):  # made from others (a copy, another precision), now its own
                     self._depends.discard(memory)
-        read = _memories(tensors)
-        if not read & (self._of_parameters | self._depends):
+        if read.isdisjoint(self._of_parameters) and read.isdisjoint(self._depends):
             return func(*args, **kwargs)
-        written = {memory: tensor for tensor in _written(func, args, kwargs) if (memory := _memory(tensor)) is not None}
-        if self._of_parameters.intersection(written):  # initialisation, or a step of an optimizer
+        written = dict(_by_memory(_written(func, args, kwargs)))
+        if not self._of_parameters.isdisjoint(written):  # initialisation, or a step of an optimizer
             return func(*args, **kwargs)
         for memory, tensor in written.items():
             if memory not in self._depends:
-                self._before_writing[memory] = _copy(tensor.untyped_storage())
+                self._before_writing[memory] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
                 self._depends.add(memory)
-        noted_args, noted_kwargs = _map(self._noted, args, kwargs)
-        seeds = _seeds(func, args, kwargs, tensors)
+        noted_args, noted_kwargs = tree_map(self._noted, (args, kwargs))
+        seeds = _seeds(func, tree_leaves((args, kwargs)))
         result = func(*args, **kwargs)
-        makes = tuple(
+        makes = [
             (position, memory, output.shape)
-            for position, output in enumerate(tree_leaves(result))
-            if isinstance(output, Tensor) and (memory := _memory(output)) is not None and memory not in read
-        )
+            for position, leaf in enumerate(tree_leaves(result))
+            for memory, output in _by_memory(leaf)
+            if memory not in read
+        ]
         self._depends.update(memory for _, memory, _ in makes)
         if makes or written:
-            self._calls.append(_Call(func, noted_args, noted_kwargs, makes, tuple(written), seeds))
+            self._calls.append(_Call(func, noted_args, noted_kwargs, makes, list(written), seeds))
         return result
 
     def _noted(self, leaf: Any) -> Any:
@@ -236,9 +226,9 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         leaves = tree_leaves(tensors)
         weighted = any(isinstance(leaf, Tensor) for leaf in tree_leaves(gradients))
         value = leaves[0].item() if len(leaves) == 1 and leaves[0].numel() == 1 and not weighted else None
-        memory = _memory(leaves[0])
-        alias = _Alias.of(leaves[0], memory) if memory is not None and memory in self._depends else None
-        self._losses.append(_Loss(value, alias, frozenset(map(id, changed)), is_first))
+        noted = self._noted(leaves[0])
+        alias = noted if isinstance(noted, _Alias) else None
+        self._losses.append(_Loss(value, alias, set(map(id, changed)), is_first))
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,13 +253,13 @@ class Replay:
     def rounding(self) -> float | None:
         """The share of the loss that is rounding; None where nothing that depends on the parameters has 16 bits."""
         losses = {loss.dtype for loss in self._losses}
-        made = {leaf.dtype for call in self._calls for leaf in call.aliases()}
+        made = {alias.dtype for call in self._calls for alias in call.aliases()}
         return rough_share(losses) if (made | losses).intersection(NARROW) else None
 
     @torch.no_grad()
     def __call__(self) -> float:
         """Return the loss at the parameters as they are now."""
-        made = {memory: _copy(storage) for memory, storage in self._before_writing.items()}
+        made = {memory: kept.clone() for memory, kept in self._before_writing.items()}  # type: ignore[no-untyped-call]
         for call in self._calls:
             call.run(made)
         return sum(loss.within(made).item() for loss in self._losses)
@@ -287,14 +277,6 @@ class Replay:
             )
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return tree_leaves(tree, is_leaf=lambda node: isinstance(node, _Alias))
-
-
-def _map(function: Callable[[Any], Any], args: Any, kwargs: Any) -> Any:
-    return tree_map(function, (args, kwargs), is_leaf=lambda node: isinstance(node, _Alias))
-
-
 def _memory(tensor: Tensor) -> StorageWeakRef | None:
     """Return a key of a tensor's memory for as long as it is referred to; None for sparse tensors, without any."""
     try:
@@ -303,29 +285,25 @@ def _memory(tensor: Tensor) -> StorageWeakRef | None:
         return None
 
 
-def _memories(leaves: Iterable[Any]) -> set[StorageWeakRef]:
-    return {memory for leaf in leaves if isinstance(leaf, Tensor) and (memory := _memory(leaf)) is not None}
+def _by_memory(tree: Any) -> Iterator[tuple[StorageWeakRef, Tensor]]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and (memory := _memory(leaf)) is not None:
+            yield memory, leaf
 
 
-def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    return storage.clone()  # type: ignore[no-any-return, no-untyped-call]
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    return [
+        args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-
-
-def _seeds(
-    func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]
-) -> tuple[tuple[Callable[[Tensor], Any], Tensor], ...]:
+def _seeds(func: Any, leaves: Sequence[Any]) -> list[tuple[Callable[[Tensor], Any], Tensor]]:
     """Return setters of the random-number generators that an operation uses, with their present states."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
-        return ()
-    found: list[tuple[Callable[[Tensor], Any], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
-    if tensors[0].is_cuda:
-        found.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
-    generators = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]
-    return (*found, *((generator.set_state, generator.get_state()) for generator in generators))
+        return []
+    seeds: list[tuple[Callable[[Tensor], Any], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
+    if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves):
+        seeds.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
+    return seeds + [(leaf.set_state, leaf.get_state()) for leaf in leaves if isinstance(leaf, torch.Generator)]
