@@ -26,6 +26,7 @@ from slimadam.curvature.stability import edge_of_stability
 from slimadam.utils.errors import shown
 
 _CHECKS_NOISE_EVERY = 16
+"""In one measurement out of so many the loss at the parameters is evaluated twice, to see whether it repeats itself."""
 _NOISE_SAMPLES = 4
 _NOISE_WIDTH = 3.0
 # Of a loss, where something is computed in 16 bits: a larger change is none of rounding, nor one of so many times it.
@@ -42,8 +43,8 @@ class SharpnessMeasurement:
     Attributes:
         sharpness: ``2 / critical_lr``; NaN where none was found, 0 where the loss never rose.
         critical_lr: The smallest learning rate of the pending update that raises the loss, the middle of
-            ``bracket``: NaN where none was found, infinite where the loss never rose. With several parameter groups
-            that of the group with the largest rate, the others in proportion.
+            ``bracket``: NaN where none was found, infinite where the loss never rose. It is that of the group with
+            the largest rate, the others in proportion.
         bracket: ``(lower, upper)``: the loss does not rise at ``lower``, and rises at ``upper``.
         forward_passes: Calls of the closure.
         loss: At the parameters.
@@ -54,9 +55,8 @@ class SharpnessMeasurement:
         status: ``"found"``. ``"noisy"``: found as closely as a closure that does not repeat itself allows.
             ``"no increase"``: up to the largest rate that was allowed, or can be expressed. ``"no descent"``: the
             loss rises, or stays, at every rate whose effect can be told from rounding: the update is no descent
-            direction for it. ``"too noisy"``: in 16 bits, it falls at none by more than rounding does.
-            ``"not finite"``: the loss is NaN or infinite where the parameters are. ``"out of
-            evaluations"``: ``max_forwards`` was reached; ``bracket`` holds what is known.
+            direction for it. ``"too noisy"``: in 16 bits, it falls at none by more than rounding does. ``"not
+            finite"``: the loss is, at the parameters. ``"out of evaluations"``: ``bracket`` holds what is known.
         noise: Standard deviation of repeated evaluations at the same parameters; 0 for a closure that repeats itself.
         task: As passed to :meth:`CriticalSharpness.measure`.
     """
@@ -81,15 +81,13 @@ class CriticalSharpness:
     loss is quadratic. With another task's closure it is the relative critical sharpness. Starts at the last result;
     doubles or halves to a bracket and narrows it: 5 forward passes when little has changed.
 
-    Parameters, gradients, optimizer state, buffers and random-number generators are left as they were, see
-    :class:`~slimadam.curvature.probe.line.LineProbe`. Gradients must be what the optimizer steps on: unscale those of a
-    GradScaler, and clip, before measuring.
+    Parameters, gradients, optimizer state, buffers and random-number generators are left as they were. Gradients must
+    be what the optimizer steps on: unscale those of a GradScaler, and clip, before measuring.
 
     Args:
         optimizer: SlimAdam, or any torch optimizer whose step needs no closure.
         tol: The bracket is narrow enough when ``1 - lower / upper <= tol``.
-        memory: How to come back: ``"copy"``, ``"lean"`` or ``"offload"``, see
-            :class:`~slimadam.curvature.probe.line.LineProbe`.
+        memory: ``"copy"``, ``"lean"`` or ``"offload"``, see :class:`~slimadam.curvature.probe.line.LineProbe`.
         start: Where the first search begins; None: at the optimizer's learning rate.
         max_lr: No larger rate is tried.
         max_forwards: The most forward passes of one measurement.
@@ -140,8 +138,7 @@ class CriticalSharpness:
         """Measure once, after ``backward()`` and before ``step()``.
 
         Args:
-            closure: Computes the loss on the batch of the pending gradient, or on that of another task, forward
-                only; called several times.
+            closure: Computes the loss on the batch of the pending gradient or of another task, forward only.
             task: Which loss it is. The next measurement of the same task starts where this one ended.
 
         Returns:
@@ -154,13 +151,25 @@ class CriticalSharpness:
         """
         if not callable(closure):
             raise TypeError(f"closure={closure!r} must be callable and return the loss")
+        flags = {bool(group.get("maximize", False)) for group in self.optimizer.param_groups}
+        if len(flags) > 1:
+            raise ValueError("maximize differs between parameter groups: there is no one direction of improvement")
         lr = reference_lr(self.optimizer)
+        repeats = 2 if self._measured.get(task, 0) % _CHECKS_NOISE_EVERY == 0 else 1
+        if task in self._noisy:
+            repeats = _NOISE_SAMPLES
         with self._line as line:
-            losses = _Losses(line, closure, self._sign(), self._repeats(task), self._rounding)
+            losses = _Losses(line, closure, -1 if flags == {True} else 1, repeats, self._rounding)
             is_noisy = losses.noise > losses.rounding
             if is_noisy and task not in self._noisy:
                 self._noisy.add(task)
-                self._warn_noisy(task, losses)
+                warnings.warn(
+                    f"the closure{f' of task {task!r}' if task else ''} does not repeat itself: at the same parameters "
+                    f"and random seeds its losses differ, with standard deviation {losses.noise:.2g} around "
+                    f"{losses.base:.6g}. It should use one batch, and no generator of its own. Until then each "
+                    "measurement is as narrow as that allows, and says status='noisy'",
+                    stacklevel=2,
+                )
             if not math.isfinite(losses.base):
                 lower, upper, status = Crossing(0.0, math.inf, "not finite")
             else:
@@ -202,27 +211,6 @@ class CriticalSharpness:
         """
         last, measured, noisy = (state_dict[key] for key in ("last", "measured", "noisy"))
         self._last, self._measured, self._noisy = dict(last), dict(measured), set(noisy)
-
-    def _sign(self) -> int:
-        flags = {bool(group.get("maximize", False)) for group in self.optimizer.param_groups}
-        if len(flags) > 1:
-            raise ValueError("maximize differs between parameter groups: there is no one direction of improvement")
-        return -1 if flags == {True} else 1
-
-    def _repeats(self, task: str) -> int:
-        """Return how often the loss at the parameters is evaluated, now and then twice to see whether it repeats."""
-        if task in self._noisy:
-            return _NOISE_SAMPLES
-        return 2 if self._measured.get(task, 0) % _CHECKS_NOISE_EVERY == 0 else 1
-
-    def _warn_noisy(self, task: str, losses: _Losses) -> None:
-        warnings.warn(
-            f"the closure{f' of task {task!r}' if task else ''} does not repeat itself: at the same parameters and "
-            f"random seeds its losses differ, with standard deviation {losses.noise:.2g} around {losses.base:.6g}. It "
-            "should use one batch, and no generator of its own. Until then each measurement is as narrow as that "
-            "allows, and says status='noisy'",
-            stacklevel=3,
-        )
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -42,10 +42,7 @@ _REMEDIES = {
         "a compiled model has no second derivative; compute the loss with the model as it was before torch.compile"
     ),
     "is not implemented": "an operation in the loss has no second derivative; compute the loss without it",
-}
-"""Remedies by a part of autograd's error message; the first that fits counts."""
-
-_HIDING = {
+    # Nodes behind which autograd sees constants, without a word.
     "torch::autograd::Error": (
         "a custom autograd function in the loss is marked once_differentiable: it has no second derivative; "
         "compute the loss without it"
@@ -55,7 +52,7 @@ _HIDING = {
         "use_reentrant=False"
     ),
 }
-"""Remedies by the name of a node behind which autograd sees constants, without a word."""
+"""Remedies by a part of autograd's error message, the first that fits, or by the name of a node."""
 
 
 class HessianSharpness(float):
@@ -64,11 +61,9 @@ class HessianSharpness(float):
     Attributes:
         residual: ``||H x - eigenvalue x||`` for the unit vector ``x`` that was found. The Hessian has an eigenvalue
             no further than this from the number; NaN where nothing was found.
-        converged: Whether the iteration reached its tolerance. If not, the number is a lower bound on the top
-            eigenvalue, up to rounding.
+        converged: Whether the iteration reached its tolerance; if not, the number is a lower bound, up to rounding.
         hessian_products: Hessian-vector products taken.
-        eigenvector: ``x`` over all parameters in their order, flat, float64, on the CPU. Given as ``start`` to the
-            next measurement it makes that one faster.
+        eigenvector: ``x`` over all parameters in their order, flat, float64, on the CPU: a ``start`` for the next.
     """
 
     residual: float
@@ -88,16 +83,14 @@ def directional_sharpness(optimizer: Optimizer, loss: Tensor) -> float:
         optimizer: :class:`~slimadam.SlimAdam` or any torch optimizer, with gradients pending in ``p.grad``. ``D`` is
             the direction of its next step, weight decay included; see
             :func:`~slimadam.curvature.probe.directions.pending_directions`.
-        loss: A scalar with its graph; ``g`` and ``H`` are its derivatives. It may be another loss than that of the
-            pending gradients.
+        loss: A scalar with its graph, whose derivatives ``g`` and ``H`` are; also another than that of the gradients.
 
     Returns:
         The sharpness, in units of one over the learning rate. NaN where ``D^T g <= 0``: the step does not descend
         to first order, so that no learning rate is critical.
 
     Raises:
-        RuntimeError: No gradient is pending, the graph is freed, an operation has no second derivative, or a parameter
-            is sharded.
+        RuntimeError: No gradient is pending, the graph is freed or not twice differentiable, or a parameter is sharded.
         TypeError: The optimizer is none of torch, or the loss is no tensor.
         ValueError: The loss is not one real number with a graph, or depends on none of the parameters.
     """
@@ -129,18 +122,15 @@ def hessian_sharpness(
         params: Tensors to differentiate by, such as ``model.parameters()``.
         loss: A scalar with its graph.
         preconditioner: For the eigenvalue of ``P**(-1/2) H P**(-1/2)``, to which the stability of Adam refers
-            (arXiv 2207.14484): an optimizer that keeps ``exp_avg_sq``, whose ``P = sqrt(v_hat) + eps`` is that of
-            the last step, SlimAdam's averages broadcast; or the positive diagonal of ``P``, a tensor for each
-            parameter.
-        tol: Relative residual at which the iteration stops. The eigenvalue's own error is of second order in it, where
-            the eigenvalue lies apart from others.
+            (arXiv 2207.14484): an optimizer that keeps ``exp_avg_sq``, whose ``P = sqrt(v_hat) + eps`` is that of the
+            last step, SlimAdam's averages broadcast; or the positive diagonal of ``P``, a tensor a parameter.
+        tol: Relative residual at which the iteration stops; the eigenvalue's error is of second order in it.
         max_iterations: Most restarts of the iteration, of about ten Hessian-vector products each.
         seed: Of the random vector to start from.
         start: A vector to start from, as ``eigenvector`` of an earlier result.
 
     Returns:
-        A float, with its residual and whether it converged; see :class:`HessianSharpness`. NaN where Hessian-vector
-        products are not finite.
+        A float, with its residual and whether it converged; NaN where Hessian-vector products are not finite.
 
     Raises:
         ImportError: SciPy is missing.
@@ -165,7 +155,8 @@ def hessian_sharpness(
     def product(flat: _Vector) -> _Vector:
         nonlocal count
         count += 1
-        image = _flattened(scaled(_hessian_product(grads, params, scaled(_unflattened(flat, params)))))
+        images = scaled(_hessian_product(grads, params, scaled(_unflattened(flat, params))))
+        image: _Vector = torch.cat([_real(part.detach()).flatten().to("cpu", torch.float64) for part in images]).numpy()
         if not np.isfinite(image).all():
             raise FloatingPointError
         return image
@@ -287,12 +278,11 @@ def _check_nothing_hidden(roots: Iterable[Tensor]) -> None:
     seen = set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() in _HIDING:
-            raise RuntimeError(_HIDING[node.name()])
-        waiting += [following for following, _ in node.next_functions]
+        if node is not None and node not in seen:
+            seen.add(node)
+            if node.name() in _REMEDIES:
+                raise RuntimeError(_REMEDIES[node.name()])
+            waiting += [following for following, _ in node.next_functions]
 
 
 def _hessian_product(grads: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -328,10 +318,6 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _flattened(tensors: Sequence[Tensor]) -> _Vector:
-    return torch.cat([_real(tensor.detach()).reshape(-1).to("cpu", torch.float64) for tensor in tensors]).numpy()
-
-
 def _unflattened(flat: _Vector, params: Sequence[Tensor]) -> list[Tensor]:
     shapes = [_real(param).shape for param in params]
     reals = torch.split(torch.from_numpy(flat.reshape(-1)), [shape.numel() for shape in shapes])
@@ -343,7 +329,7 @@ def _unflattened(flat: _Vector, params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _starting_vector(size: int, seed: int, start: Tensor | None) -> _Vector:
-    """Return a unit vector: the given one, or a random one."""
+    """Return a unit vector: that of an earlier result, or a random one."""
     flat = noise = np.random.default_rng(seed).standard_normal(size)
     if isinstance(start, Tensor) and start.shape == (size,):
         flat = start.detach().to("cpu", torch.float64).numpy()

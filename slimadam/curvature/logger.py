@@ -25,9 +25,8 @@ class _ScalarWriter(Protocol):
 class SharpnessLogger:
     """Measures critical sharpness every ``every`` steps of a training loop.
 
-    Call :meth:`step` in each step, after ``backward()`` and clipping and before ``optimizer.step()``. Steps are
-    counted from 0, so that a row's step is how many updates its parameters have seen. Where
-    ``torch.distributed`` runs several ranks all must call it; all measure, and rank 0 writes.
+    Call :meth:`step` in each step, after ``backward()`` and clipping and before ``optimizer.step()``. A row's step is
+    how many updates its parameters have seen. Of several ranks all must call it; all measure, and rank 0 writes.
 
     Example:
         >>> logger = SharpnessLogger(optimizer, every=100, csv="sharpness.csv", log=wandb.log)  # doctest: +SKIP
@@ -50,7 +49,8 @@ class SharpnessLogger:
         steps: Training steps seen so far.
 
     Raises:
-        ValueError: The file holds something else.
+        TypeError: ``log`` or ``writer`` cannot be called.
+        ValueError: ``every`` is out of range, or the file holds something else.
     """
 
     def __init__(
@@ -91,18 +91,18 @@ class SharpnessLogger:
                 tasks' losses along the same update, each under its name.
 
         Returns:
-            One row for each task measured in this step; empty where no measurement is due. A measurement that finds
-            nothing is a row too: its ``status`` says why.
+            One row for each task measured in this step; where nothing was found its ``status`` says why.
 
         Raises:
             RuntimeError: No gradient is pending.
+            TypeError: A closure does not return a number.
         """
         measured = self.measure(closure) if self.is_due else []
         self.steps += 1
         return measured
 
     def measure(self, closure: Closure | Mapping[str, Closure]) -> list[SharpnessRow]:
-        """Measure now, in whatever step; counts none. Arguments and results are those of :meth:`step`."""
+        """Measure now, in whatever step; counts none. Arguments, results and errors are those of :meth:`step`."""
         tasks = closure if isinstance(closure, Mapping) else {"": closure}
         measured = [SharpnessRow.of(self.steps, self.probe.measure(loss, task=task)) for task, loss in tasks.items()]
         self.rows += measured
@@ -112,11 +112,10 @@ class SharpnessLogger:
         if self._csv is not None:
             append_csv(self._csv, measured)
         for row in measured:
-            scalars = row.as_dict()
             if self._log is not None:
-                self._log(scalars, row.step)
+                self._log(row.as_dict(), row.step)
             if self._writer is not None:
-                for tag, value in scalars.items():
+                for tag, value in row.as_dict().items():
                     self._writer.add_scalar(tag, value, row.step)
         return measured
 

@@ -39,6 +39,9 @@ def draw_run(rows: Sequence[SharpnessRow], path: str | Path) -> None:
     Args:
         rows: Measurements in the order of their steps.
         path: The picture to write; its ending says the format.
+
+    Raises:
+        ValueError: There are no rows.
     """
     if not rows:
         raise ValueError("there is no measurement to plot yet")

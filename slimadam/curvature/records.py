@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -52,9 +52,9 @@ class SharpnessRow:
             step: Optimizer steps taken before it.
             measured: The measurement.
         """
-        copied = ("sharpness", "critical_lr", "forward_passes", "loss", "lr", "threshold", "status", "task")
         lower, upper = measured.bracket
-        return cls(step=step, lower=lower, upper=upper, **{name: getattr(measured, name) for name in copied})
+        same = {name: value for name, value in vars(measured).items() if name in COLUMNS}
+        return cls(step=step, lower=lower, upper=upper, **same)
 
     @property
     def found(self) -> bool:
@@ -68,22 +68,11 @@ class SharpnessRow:
         them; ``sharpness/found`` says whether a crossing was found.
         """
         prefix = f"sharpness/{self.task}/" if self.task else "sharpness/"
-        scalars = {
-            "critical": self.sharpness,
-            "critical_lr": self.critical_lr,
-            "lower": self.lower,
-            "upper": self.upper,
-            "loss": self.loss,
-            "lr": self.lr,
-            "threshold": math.nan if self.threshold is None else self.threshold,
-            "forward_passes": float(self.forward_passes),
-            "found": float(self.found),
+        names = ("critical_lr", "lower", "upper", "loss", "lr", "threshold", "forward_passes", "found")
+        scalars = {"critical": self.sharpness, **{name: getattr(self, name) for name in names}}
+        return {
+            prefix + name: float(value) for name, value in scalars.items() if value is not None and math.isfinite(value)
         }
-        return {prefix + name: value for name, value in scalars.items() if math.isfinite(value)}
-
-    def cells(self) -> list[str]:
-        """Return the row of a CSV file: numbers in full precision, a missing threshold empty."""
-        return ["" if value is None else str(value) for value in astuple(self)]
 
 
 COLUMNS = tuple(field.name for field in fields(SharpnessRow))
@@ -91,7 +80,12 @@ _FROM_TEXT = {"step": int, "forward_passes": int, "status": str, "task": str}
 
 
 def row_from(values: Mapping[str, Any]) -> SharpnessRow:
-    """Return the row of values by column, numbers or text."""
+    """Return the row of values by column, numbers or text.
+
+    Raises:
+        TypeError: A number is neither.
+        ValueError: Columns are missing or unknown, or a value is none of its column.
+    """
     if set(values) != set(COLUMNS):
         raise ValueError(f"has the columns {shown(list(values))}, not {','.join(COLUMNS)}")
     if values["status"] not in get_args(Status):
@@ -124,7 +118,7 @@ def read_csv(path: str | Path) -> list[SharpnessRow]:
     return sorted(rows.values(), key=lambda row: row.step)
 
 
-def append_csv(path: Path, rows: list[SharpnessRow]) -> None:
+def append_csv(path: Path, rows: Sequence[SharpnessRow]) -> None:
     """Add rows to a file, with the header in front where there is none yet; all is on disk when it returns.
 
     Args:
@@ -140,11 +134,11 @@ def append_csv(path: Path, rows: list[SharpnessRow]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
             writer.writerow(COLUMNS)
-        writer.writerows(row.cells() for row in rows)
+        writer.writerows(map(astuple, rows))  # a missing threshold is an empty cell
 
 
 def check_csv(path: Path) -> bool:
-    """Return whether the file is still to begin; raise ValueError where it holds something else.
+    """Return whether the file is still to begin.
 
     Raises:
         ValueError: The first line is not the header, the last line is not complete, or the folder is missing.
@@ -157,9 +151,9 @@ def check_csv(path: Path) -> bool:
     with path.open("rb") as file:
         header = file.readline().decode("utf-8", errors="replace")
         file.seek(-1, 2)
-        ends_whole = file.read(1) == b"\n"
+        is_complete = file.read(1) == b"\n"
     _check_header(next(csv.reader([header]), []), path)
-    if not ends_whole:
+    if not is_complete:
         raise ValueError(f"csv={str(path)!r}: its last line is cut off; end or remove that line, or name another file")
     return False
 

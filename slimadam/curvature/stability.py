@@ -104,20 +104,17 @@ def regimes(
 
     Early transient: the sharpness falls from where it began (after a catapult it peaks first). Intermediate
     saturation: it stays low. Progressive sharpening: it rises. Edge of stability: it stays about the threshold, to the
-    end or until it leaves for good. Late decline, common with cross-entropy, follows; it is not in the paper. Regimes
-    may be missing; they come in this order. Where the learning rate changes a lot, label each stretch by itself.
-    Without thresholds there is no edge of stability.
+    end or until it leaves for good; without thresholds there is none. Late decline, common with cross-entropy, follows;
+    it is not in the paper. Regimes may be missing. Where the learning rate changes a lot, label each stretch by itself.
 
-    The trace is smoothed by running medians of its logarithm. Measurements that are not finite and positive are left
-    out.
+    The trace is smoothed by running medians of its logarithm. Only finite positive measurements count.
 
     Args:
         trace: Measurements in the order of steps: tuples ``(step, sharpness)`` or ``(step, sharpness, threshold)``, or
             mappings or objects with these names. The threshold is that of the same measure: ``2 / lr`` for the
             critical and the directional sharpness, :func:`~slimadam.edge_of_stability` for the Hessian's. Rows of a
             :class:`~slimadam.SharpnessLogger`, which have ``critical_lr`` and ``lr``, are taken against ``2 / lr``.
-        window: Measurements in a running median, even, so that it removes an oscillation of period two; default: a
-            thirtieth of them, at least 4.
+        window: Measurements in a running median, an even number; default: a thirtieth of them, at least 4.
         change: Factor by which the sharpness must fall or rise to count; more where it is noisy.
         margin: At the edge of stability the smoothed sharpness is at least ``(1 - margin)`` of the threshold.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -39,8 +40,7 @@ class MixAdvice:
 
     Attributes:
         weights: The advised share of each domain, by name; NaN where at every mix some task has no safe step.
-        intervals: Where that share lies in ``level`` of the resamples of the batches, by name; NaN where none was
-            advised.
+        intervals: Where that share lies in ``level`` of the resamples of the batches, by name; NaN without advice.
         undecided: Share of the resamples in which at every mix some task has no safe step.
         critical_lr: The largest learning rate of the advised update that raises no task's loss.
         mixes: The weights that were tried, each in the order of ``weights``.
@@ -82,9 +82,9 @@ class MixAdvice:
         resampled = [_median(sharpness[:, :, generator.integers(count, size=count)]) for _ in range(_RESAMPLES)]
         chosen = [_advised(curve) for curve in resampled]
         decided = np.array([mixes[index] for index in chosen if index is not None]).reshape(-1, len(domains))
+        tails = ((1 - level) / 2, (1 + level) / 2)
         best = _advised(curves)
         weights, critical_lr, intervals = (math.nan,) * len(domains), math.nan, [(math.nan, math.nan)] * len(domains)
-        tails = ((1 - level) / 2, (1 + level) / 2)
         if best is not None:
             largest = curves[:, best].max()
             weights, critical_lr = mixes[best], 2 / largest if largest else math.inf
@@ -115,17 +115,14 @@ class MixAdvice:
 
     def rows(self) -> list[dict[str, float | str]]:
         """Return a row for each mix and task: the weights, the task, its sharpness, and the interval of that."""
-        return [
-            {
-                **dict(zip(self.weights, mix, strict=True)),
-                "task": curve.task,
-                "sharpness": curve.sharpness[index],
-                "lower": curve.interval[index][0],
-                "upper": curve.interval[index][1],
-            }
-            for index, mix in enumerate(self.mixes)
-            for curve in self.curves
-        ]
+        rows: list[dict[str, float | str]] = []
+        for index, mix in enumerate(self.mixes):
+            for curve in self.curves:
+                row: dict[str, float | str] = dict(zip(self.weights, mix, strict=True))
+                lower, upper = curve.interval[index]
+                row.update(task=curve.task, sharpness=curve.sharpness[index], lower=lower, upper=upper)
+                rows.append(row)
+        return rows
 
     def table(self) -> str:
         """Return the curves as lines of text, the advised mix marked."""
@@ -152,7 +149,7 @@ class MixAdvice:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it, ready for JSON, with None for infinity (no step is safe) and NaN (no advice)."""
-        written: dict[str, Any] = _finite_or_none(asdict(self))
+        written: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_constant=lambda name: None)
         return written
 
     def plot(self, path: str | Path) -> None:
@@ -180,11 +177,3 @@ def _advised(curves: _Values) -> int | None:
         return None
     equal = np.flatnonzero(largest == largest.min())
     return int(equal[len(equal) // 2])
-
-
-def _finite_or_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite_or_none(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite_or_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,22 +10,24 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import combinations_with_replacement, pairwise
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from slimadam.curvature.critical import CriticalSharpness, SharpnessMeasurement
 from slimadam.curvature.mixing.advice import MixAdvice
-from slimadam.curvature.mixing.settled_momentum import Momentum, SettledMomentum
-from slimadam.curvature.probe.directions import unwrapped
+from slimadam.curvature.probe.directions import LINEAR_IN_LR, unwrapped, weight_decays
 from slimadam.curvature.probe.displacement import Memory
 from slimadam.curvature.probe.snapshot import Buffers, RandomState
+from slimadam.kernels.reference import scale_grad
 from slimadam.layers.names import owning_modules
+from slimadam.optim.slimadam import SlimAdam
 from slimadam.utils.dtensor import is_dtensor
 
+Momentum = Literal["settled", "kept"]
 BatchLoss = Callable[[int], Tensor]
 """The mean loss of a task on its batch of a number, with a graph; the same number gives the same batch."""
 
@@ -60,8 +62,8 @@ def advise_mix(
     Nothing is updated: parameters, gradients, optimizer state, buffers and random-number generators are left as
     they were. ``D`` comes from the state that the optimizer has, such as second moments. First moments remember the
     data before, which at a converged checkpoint drowns the mix; by default they are taken as they become when the
-    mix stays. One gradient for each domain and one copy of the first moments are held in memory, and about 6 forward
-    passes are made for each task, mix and batch.
+    mix stays. Takes memory for a gradient of each domain and a copy of the first moments, and about 6 forward passes
+    for each task, mix and batch.
 
     Example:
         >>> losses = {"prose": lambda batch: loss_on(prose, batch), "code": ...}  # doctest: +SKIP
@@ -80,8 +82,7 @@ def advise_mix(
         level: Share of the resamples that the intervals hold.
         tol: The tolerance of the search for each crossing, see :class:`~slimadam.CriticalSharpness`.
         momentum: ``"settled"``: first moments as they become under the mix, see
-            :class:`~slimadam.curvature.mixing.settled_momentum.SettledMomentum`. ``"kept"``: as they are; the very
-            next step.
+            :class:`SettledMomentum`. ``"kept"``: as they are; the very next step.
         max_grad_norm: Mixed gradients are clipped to this norm, as in training.
         memory: See :class:`~slimadam.CriticalSharpness`.
         progress: Called after each mix of each batch with how many are done, and of how many.
@@ -90,7 +91,8 @@ def advise_mix(
         The advised mix, the curves behind it, and their intervals.
 
     Raises:
-        ValueError: A loss or gradient is not finite at the checkpoint.
+        TypeError: A loss is no function of the batch's number that returns a tensor with a graph, or there are too few.
+        ValueError: An argument is out of range, or a loss or gradient is not finite at the checkpoint.
         RuntimeError: A parameter is sharded.
     """
     tasks = losses if tasks is None else tasks
@@ -137,23 +139,21 @@ def _gradients(name: str, closure: BatchLoss, params: Sequence[Tensor], batch: i
         if not math.isfinite(loss.item()):
             raise ValueError(f"losses[{name!r}] returned {loss.item()} at the checkpoint")
         trained = [param for param in params if param.requires_grad]
-        grads = iter(torch.autograd.grad(loss, trained, allow_unused=True))
-    found = [next(grads) if param.requires_grad else None for param in params]
-    if not all(grad is None or bool(grad.isfinite().all()) for grad in found):
+        grads = torch.autograd.grad(loss, trained, allow_unused=True)
+    if not all(grad is None or bool(grad.isfinite().all()) for grad in grads):
         raise ValueError(f"the gradient of losses[{name!r}] on batch {batch} is not finite")
-    return found
+    by_param = dict(zip(trained, grads, strict=True))
+    return [by_param.get(param) for param in params]
 
 
 def _safe_sharpness(measured: SharpnessMeasurement) -> float:
     """Return the sharpness to count on: infinite where no step is known to be safe, 0 where every step is."""
     if measured.status == "not finite":
         raise ValueError(f"the loss of task {measured.task!r} is not finite at the checkpoint: nothing can be measured")
-    if measured.status in ("no descent", "too noisy"):
-        return math.inf
     if measured.status == "out of evaluations":
-        lower = measured.bracket[0]
+        lower, _ = measured.bracket
         return 2 / lower if lower else math.inf
-    return measured.sharpness
+    return math.inf if measured.status in ("no descent", "too noisy") else measured.sharpness
 
 
 def _mixed(param: Tensor, grads: Sequence[Tensor | None], weights: _Weights) -> Tensor | None:
@@ -213,3 +213,52 @@ def _check(
         raise ValueError(f"batches={batches!r} must be an integer >= 1")
     if not 0 < level < 1:
         raise ValueError(f"level={level!r} must lie between 0 and 1, both excluded")
+
+
+class SettledMomentum:
+    """Sets first moments to where they settle under the pending gradient, and puts the real ones back.
+
+    That is, of ``exp_avg`` (Adam and its kin, SlimAdam, Lion), at the gradient, of SGD's ``momentum_buffer`` at the
+    gradient over ``1 - momentum``; weight decay that is part of the gradient, and clipping by SlimAdam, included.
+
+    Raises:
+        ValueError: Its first moments are kept in another way.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer = unwrapped(optimizer)
+        self._kept: list[tuple[Tensor, dict[str, Any], Tensor, Tensor]] = []
+        for param, group in [(one, owner) for owner in optimizer.param_groups for one in owner["params"]]:
+            state = optimizer.state.get(param, {})
+            moment = next((state[key] for key in ("exp_avg", "exp_avg_codes", "momentum_buffer") if key in state), None)
+            if moment is None:
+                continue
+            is_known = "exp_avg" in state or isinstance(optimizer, SGD)
+            if not (is_known and isinstance(moment, Tensor) and (moment.is_floating_point() or moment.is_complex())):
+                raise ValueError(
+                    f"momentum='settled' knows exp_avg in floating point and the momentum_buffer of SGD, not what "
+                    f"{type(optimizer).__name__} keeps here; use momentum='kept'"
+                )
+            self._kept.append((param, group, moment, moment.clone()))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Overwrite the first moments of parameters that have a gradient."""
+        optimizer = self._optimizer
+        factor = optimizer.clip_factor() if isinstance(optimizer, SlimAdam) else None
+        for param, group, moment, _ in self._kept:
+            if param.grad is not None:
+                grad = scale_grad(param.grad, factor)
+                settled = -grad if group.get("maximize", False) else grad
+                if type(optimizer) in LINEAR_IN_LR:
+                    coupled, _ = weight_decays(optimizer, group)
+                    settled = settled + coupled * param if coupled else settled
+                if isinstance(optimizer, SGD):
+                    settled = settled * ((1 - group["dampening"]) / (1 - group["momentum"]))
+                moment.copy_(settled)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put all first moments back, bit for bit."""
+        for _, _, moment, original in self._kept:
+            moment.copy_(original)

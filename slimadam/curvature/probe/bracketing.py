@@ -96,8 +96,8 @@ class Search:
         self._largest = min(self.max_eta, _LARGEST)
         self._evaluations = 0
         self._has_descended = False
-        self._lower, self._lower_slope = 0.0, math.nan
-        self._upper, self._upper_slope = math.inf, math.nan
+        self._lower, self._upper = 0.0, math.inf
+        self._rises: dict[float, float] = {}
 
     def run(self, start: float) -> Crossing:
         """Search from a first guess, positive and finite."""
@@ -150,16 +150,19 @@ class Search:
 
     def _guess(self) -> float:
         """Return the expected crossing, moved towards the farther end so that it is likely to become the nearer one."""
-        steepening = self._upper_slope - self._lower_slope
+        lower, upper = self._lower, self._upper
+        if not lower:
+            return self._middle()
+        slope = self._rises[lower] / lower
+        steepening = self._rises[upper] / upper - slope
         if not math.isfinite(steepening) or steepening <= 0:
             return self._middle()
-        expected = self._lower - self._lower_slope * (self._upper - self._lower) / steepening
-        if not self._lower < expected < self._upper:
+        expected = lower - slope * (upper - lower) / steepening
+        if not lower < expected < upper:
             return self._middle()
         margin = 0.45 * self.tol
-        goes_up = self._upper / expected > expected / self._lower if self._lower else True
-        guess = expected * (1 + margin if goes_up else 1 - margin)
-        return guess if self._lower < guess < self._upper else self._middle()
+        guess = expected * (1 + margin if upper / expected > expected / lower else 1 - margin)
+        return guess if lower < guess < upper else self._middle()
 
     def _evaluate(self, eta: float) -> float:
         """Return the rise at ``eta``, which becomes an end of the bracket."""
@@ -167,9 +170,9 @@ class Search:
         self._has_descended = self._has_descended or rise < -self.resolution
         # While it is only being bracketed, a difference too small to tell is no increase.
         if rise > (0.0 if self._has_descended else self.resolution):
-            self._upper, self._upper_slope = eta, rise / eta
+            self._upper = eta
         else:
-            self._lower, self._lower_slope = eta, rise / eta
+            self._lower = eta
         return rise
 
     def _ask(self, eta: float) -> float:
@@ -177,7 +180,8 @@ class Search:
             raise _OutOfEvaluations
         self._evaluations += 1
         rise = self.rise(eta)
-        return math.inf if math.isnan(rise) else rise
+        self._rises[eta] = math.inf if math.isnan(rise) else rise
+        return self._rises[eta]
 
 
 @dataclass(eq=False)
@@ -194,10 +198,6 @@ class RoughSearch(Search):
 
     certain: float = field(kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._rises: dict[float, float] = {}
-
     def _bracket(self, start: float) -> Status:
         rates = chain([start], (eta for eta, _ in _smaller_rates(start)))
         start = next((eta for eta in rates if self._at(eta) <= self.certain), 0.0)
@@ -211,9 +211,7 @@ class RoughSearch(Search):
 
     def _at(self, eta: float) -> float:
         """Return the rise at ``eta``, evaluated once."""
-        if eta not in self._rises:
-            self._rises[eta] = self._ask(eta)
-        return self._rises[eta]
+        return self._rises[eta] if eta in self._rises else self._ask(eta)
 
     def _climb(self, start: float) -> float | None:
         """Return a rate where the loss has certainly risen, or is above its start after it had certainly fallen."""
@@ -262,9 +260,7 @@ class RoughSearch(Search):
 
     def _between(self, lower: float) -> Status:
         """Set the bracket from a fall up to the next rise."""
-        upper = min(eta for eta, rise in self._rises.items() if eta > lower and rise > 0)
-        lower = max(eta for eta, rise in self._rises.items() if lower <= eta < upper)
-        self._lower, self._lower_slope = lower, self._at(lower) / lower
-        self._upper, self._upper_slope = upper, self._at(upper) / upper
+        self._upper = min(eta for eta, rise in self._rises.items() if eta > lower and rise > 0)
+        self._lower = max(eta for eta in self._rises if eta < self._upper)
         self._has_descended = True
         return "found"

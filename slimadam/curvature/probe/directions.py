@@ -63,9 +63,8 @@ def pending_directions(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
         optimizer: :class:`~slimadam.SlimAdam` or any torch optimizer whose ``step()`` needs no closure.
 
     Yields:
-        ``(parameter, D)`` with ``D`` of the parameter's shape, in at least float32: the optimizer's step at
-        learning rate ``eta`` is ``parameter - eta * D``. That of a DTensor is one, laid out alike; all ranks must
-        iterate.
+        ``(parameter, D)`` with ``D`` of the parameter's shape, in at least float32: a step at learning rate ``eta``
+        is ``parameter - eta * D``. That of a DTensor is one, laid out alike; all ranks must iterate.
 
     Raises:
         RuntimeError: No gradient is pending, one is sparse, or the optimizer cannot be copied.
@@ -78,7 +77,7 @@ def pending_directions(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def pending_updates(optimizer: Optimizer, averages: Shared | None = None) -> Iterator[PendingUpdate]:
-    """Yield the updates behind :func:`pending_directions`, with the decoupled weight decay apart.
+    """Yield the updates behind :func:`pending_directions`, with the decoupled weight decay apart; raises as that does.
 
     Args:
         optimizer: As there.
@@ -90,15 +89,21 @@ def pending_updates(optimizer: Optimizer, averages: Shared | None = None) -> Ite
     if isinstance(optimizer, SlimAdam):
         for param, group, update in optimizer.updates_without_decay(averages):
             yield PendingUpdate(param, update, group["weight_decay"], rates[id(group)])
-    elif type(optimizer) in LINEAR_IN_LR:
-        for group in optimizer.param_groups:
-            decay = group["weight_decay"] if _is_decoupled(optimizer, group) else 0.0
-            for param in group["params"]:
-                if param.grad is not None:
-                    yield PendingUpdate(param, _step_from_zero(optimizer, group, param), decay, rates[id(group)])
-    else:
-        for param, update, group in _trial_step(optimizer):
-            yield PendingUpdate(param, update, 0.0, rates[id(group)])
+        return
+    is_linear = type(optimizer) in LINEAR_IN_LR
+    stepped = {} if is_linear else _trial_step(optimizer)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if is_linear:
+                coupled, decoupled = weight_decays(optimizer, group)
+                update = _step_from_zero(optimizer, group, param, coupled)
+                yield PendingUpdate(param, update, decoupled, rates[id(group)])
+            else:
+                after = stepped.pop(id(param)).detach()
+                moved = (param.detach().to(after.dtype) - after).div_(group["lr"])
+                yield PendingUpdate(param, moved.to(second_moment_dtype(param.dtype)), 0.0, rates[id(group)])
 
 
 def averages_of_ranks(optimizer: Optimizer) -> Shared:
@@ -109,7 +114,7 @@ def averages_of_ranks(optimizer: Optimizer) -> Shared:
 def depends_on_parameters(optimizer: Optimizer) -> bool:
     """Return whether ``update`` of :func:`pending_updates` depends on the parameters' values."""
     if type(optimizer) in LINEAR_IN_LR:
-        return any(coupled_decay(optimizer, group) != 0 for group in optimizer.param_groups)
+        return any(weight_decays(optimizer, group)[0] != 0 for group in optimizer.param_groups)
     return not isinstance(optimizer, SlimAdam)
 
 
@@ -174,24 +179,22 @@ def _rates(optimizer: Optimizer) -> list[Scalar]:
     return [group["lr"] for group in optimizer.param_groups]
 
 
-def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    return type(optimizer) in (AdamW, _MUON) or bool(group.get("decoupled_weight_decay", False))
-
-
-def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> Scalar:
-    """Return the weight decay that is added to the gradient; 0 where it is decoupled.
+def weight_decays(optimizer: Optimizer, group: dict[str, Any]) -> tuple[Scalar, Scalar]:
+    """Return the weight decay that is added to the gradient, and the decoupled one; one of them is 0.
 
     Args:
         optimizer: One of :data:`LINEAR_IN_LR`.
         group: One of its parameter groups.
     """
-    return 0.0 if _is_decoupled(optimizer, group) else group.get("weight_decay", 0.0)
+    decay = group.get("weight_decay", 0.0)
+    is_decoupled = type(optimizer) in (AdamW, _MUON) or group.get("decoupled_weight_decay", False)
+    return (0.0, decay) if is_decoupled else (decay, 0.0)
 
 
-def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) -> Tensor:
+def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor, coupled: Scalar) -> Tensor:
     """Return minus where one step with learning rate 1 takes a parameter from zero, with its gradient and state.
 
-    Goes by blocks of rows where the optimizer treats elements one by one.
+    Goes by blocks of rows where the optimizer treats elements one by one; adds the coupled weight decay.
     """
     is_by_matrix = type(optimizer) is _MUON
     if is_by_matrix and is_dtensor(param):
@@ -202,7 +205,6 @@ def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor) 
     own, pending_grad = local(param).detach(), local_gradient("a parameter", param)
     direction = torch.empty_like(own, dtype=second_moment_dtype(own.dtype))
     state = {key: _on_this_rank(value, param) for key, value in optimizer.state.get(param, {}).items()}
-    coupled = coupled_decay(optimizer, group)
     shadow = _shadow(optimizer)
     shadow.defaults = {**optimizer.defaults, "differentiable": False}
     for rows in [...] if is_by_matrix else row_blocks(own.shape):
@@ -244,19 +246,17 @@ def _state_of_rows(value: Any, rows: Any, shape: torch.Size, dtype: torch.dtype 
     return own.to(torch.promote_types(value.dtype, dtype), copy=True)
 
 
-def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
-    """Yield ``(parameter, (before - after) / lr, group)`` of one step of a copy of the optimizer."""
+def _trial_step(optimizer: Optimizer) -> dict[int, Tensor]:
+    """Return by ``id`` of each parameter a copy of it after one step of a copy of the optimizer."""
     name = type(optimizer).__name__
-    pending = [
-        (param, group) for group in optimizer.param_groups for param in group["params"] if param.grad is not None
-    ]
-    if any(group["lr"] == 0 for _, group in pending):
-        raise RuntimeError(
-            f"the learning rate of {name} is 0, and only a step tells its direction; measure from the first step "
-            "with a positive rate on"
-        )
+    for group in optimizer.param_groups:
+        if group["lr"] == 0 and any(param.grad is not None for param in group["params"]):
+            raise RuntimeError(
+                f"the learning rate of {name} is 0, and only a step tells its direction; measure from the first step "
+                "with a positive rate on"
+            )
     try:
-        stepped = _stepped_copies(optimizer, torch.float64)
+        return _stepped_copies(optimizer, torch.float64)
     except Exception as wide:
         stepped = _stepped_copies(optimizer, None)
         warnings.warn(
@@ -265,14 +265,11 @@ def _trial_step(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, dict[str
             "place",
             stacklevel=2,
         )
-    for param, group in pending:
-        after = stepped.pop(id(param)).detach()
-        moved = (param.detach().to(after.dtype) - after).div_(group["lr"])
-        yield param, moved.to(second_moment_dtype(param.dtype)), group
+        return stepped
 
 
 def _stepped_copies(optimizer: Optimizer, dtype: torch.dtype | None) -> dict[int, Tensor]:
-    """Return by ``id`` of each parameter its copy after the step, in a wider precision where one is given."""
+    """Return what :func:`_trial_step` does, in a wider precision where one is given."""
     name = type(optimizer).__name__
     copies: dict[int, Tensor] = {}
     for param in (param for group in optimizer.param_groups for param in group["params"]):

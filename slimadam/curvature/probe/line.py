@@ -18,12 +18,14 @@ from slimadam.curvature.probe.directions import check_pending, unwrapped
 from slimadam.curvature.probe.displacement import MOVES, Memory, Moves, held
 from slimadam.curvature.probe.signals import HeldSignals
 from slimadam.curvature.probe.snapshot import (
+    NARROW,
+    ROUNDING,
     Buffers,
-    Precision,
     RandomState,
     Sharding,
     check_no_shared_memory,
-    hidden_gradients,
+    entered_autocasts,
+    rough_share,
 )
 from slimadam.layers.names import owning_modules
 from slimadam.utils.dtensor import full_tensor, local
@@ -39,11 +41,10 @@ class LineProbe:
     A context manager, to be entered after ``backward()`` and before ``step()``. When it is left, also by an
     exception or Ctrl-C, parameters are back bit for bit, and gradients, optimizer state, the buffers of modules that
     own the parameters, and the global random-number generators of torch, numpy and Python are as they were. Each
-    evaluation starts from the same random numbers, so that dropout masks agree. Evaluations run without gradients.
+    evaluation runs without gradients, and starts from the same random numbers, so that dropout masks agree.
 
-    Where ``torch.distributed`` has been initialised with several ranks, losses are averaged over all, so that every
-    rank sees the same; every rank must evaluate at the same time. Of DTensors each rank moves its own shard. Modules of
-    FSDP2 are left resharded.
+    On several ranks of ``torch.distributed`` losses are averaged over all, and every rank must evaluate at the same
+    time. Of DTensors each rank moves its own shard. Modules of FSDP2 are left resharded.
 
     Args:
         optimizer: SlimAdam, or any torch optimizer whose step needs no closure; see
@@ -52,11 +53,12 @@ class LineProbe:
             for each element, and one parameter's direction, made anew, for optimizers whose weight decay is decoupled
             or zero, parameters that share no memory, and closures that do not write to them. ``"offload"``: the
             parameters in host memory, the direction as in lean.
-        modules: Modules whose buffers the closure may change. None: those alive in the process that own a parameter
-            of the optimizer.
+        modules: Modules whose buffers the closure may change; None: those alive that own a parameter.
 
     Raises:
         RuntimeError: On entering: no gradient is pending.
+        TypeError: It is no torch optimizer.
+        ValueError: There is no such way to come back; on entering: none with this optimizer or these parameters.
     """
 
     def __init__(
@@ -91,7 +93,8 @@ class LineProbe:
         self._sharding.reshard()
         self._buffers = Buffers(self._modules)
         self._random = RandomState(param.device for param in params)
-        self._precision = Precision(params, self._sharding.is_narrow)
+        self._has_autocast = any(torch.is_autocast_enabled(kind) for kind in {param.device.type for param in params})
+        self._loss_dtypes: set[torch.dtype] = set()
         if self.memory == "lean":
             check_no_shared_memory(map(held, params), self._buffers.tensors)
         with torch.no_grad():
@@ -141,8 +144,11 @@ class LineProbe:
             # Casts of parameters that an enclosing autocast has cached are of other values.
             torch.clear_autocast_cache()
             before = [(shard.data_ptr(), version(shard)) for shard in shards]
+            grads = [param.grad for param in self._params]
             try:
-                with self._precision.watching(), hidden_gradients(self._params), self._signals.allowed():
+                for param in self._params:
+                    param.grad = None  # so that the closure can neither clear it nor add to it
+                with entered_autocasts() as autocasts, self._signals.allowed():
                     loss = closure()
             except BaseException as error:
                 self._sharding.abandon_forward()
@@ -153,6 +159,8 @@ class LineProbe:
                 raise
             finally:
                 self._buffers.restore()
+                for param, grad in zip(self._params, grads, strict=True):
+                    param.grad = grad
             # A parameter that has only moved to other memory, as in recurrent layers on CUDA, has not been written to.
             if self.memory == "lean" and any(
                 shard.data_ptr() == address and version(shard) != writes
@@ -162,13 +170,18 @@ class LineProbe:
                     "the closure has written to parameters (as an embedding with max_norm does): memory='lean' cannot "
                     "tell what they were; use memory='copy' or 'offload'"
                 )
-            self._precision.note_loss(loss)
+            self._has_autocast = self._has_autocast or bool(autocasts)
+            if isinstance(loss, Tensor):
+                self._loss_dtypes.add(loss.dtype)
             return _mean_over_ranks(loss, self._params[0].device)
 
     @property
     def rounding(self) -> float:
         """Inside the block: the share of the loss that is rounding, as far as evaluations have shown."""
-        return self._precision.rounding
+        dtypes = self._loss_dtypes.union(param.dtype for param in self._params or ())
+        if self._has_autocast or self._sharding.is_narrow or not dtypes.isdisjoint(NARROW):
+            return rough_share(self._loss_dtypes)
+        return ROUNDING
 
     @property
     def extra_bytes(self) -> int:

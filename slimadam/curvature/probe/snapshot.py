@@ -64,57 +64,20 @@ class Buffers:
 
 
 @contextmanager
-def hidden_gradients(params: Iterable[Tensor]) -> Iterator[None]:
-    """Take gradients away within the block, so that none can be cleared, scaled or added to."""
-    kept = [(param, param.grad) for param in params]
+def entered_autocasts() -> Iterator[list[torch.autocast]]:
+    """Collect the autocast contexts that are switched on within the block."""
+    enter, entered = torch.autocast.__enter__, []
+
+    def noted(own: torch.autocast) -> Any:
+        if torch_private.is_autocast_entered(own):
+            entered.append(own)
+        return enter(own)  # type: ignore[no-untyped-call]
+
+    torch.autocast.__enter__ = noted  # type: ignore[method-assign]
     try:
-        for param, _ in kept:
-            param.grad = None
-        yield
+        yield entered
     finally:
-        for param, grad in kept:
-            param.grad = grad
-
-
-class Precision:
-    """Notices whether a loss is computed in 16 bits somewhere, so that small changes are not told from rounding.
-
-    Args:
-        params: The parameters.
-        is_narrow: Whether that is known already.
-    """
-
-    def __init__(self, params: Sequence[Tensor], is_narrow: bool) -> None:
-        devices = {param.device.type for param in params}
-        around = any(torch.is_autocast_enabled(device) for device in devices)
-        self.is_narrow = is_narrow or around or any(param.dtype in NARROW for param in params)
-        self._losses: set[torch.dtype] = set()
-
-    @property
-    def rounding(self) -> float:
-        """Changes of the loss up to this share of it are not told from rounding."""
-        return rough_share(self._losses) if self.is_narrow else ROUNDING
-
-    def note_loss(self, loss: Any) -> None:
-        """Note a loss that has 16 bits itself."""
-        if isinstance(loss, Tensor) and loss.dtype in NARROW:
-            self.is_narrow = True
-            self._losses.add(loss.dtype)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note within the block when autocast is entered."""
-        enter = torch.autocast.__enter__
-
-        def noticed(own: torch.autocast) -> Any:
-            self.is_narrow = self.is_narrow or torch_private.is_autocast_entered(own)
-            return enter(own)  # type: ignore[no-untyped-call]
-
-        torch.autocast.__enter__ = noticed  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 def check_no_shared_memory(params: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
@@ -162,14 +125,10 @@ class RandomState:
 
 
 class Sharding:
-    """The FSDP2 modules that hold some parameters' shards.
+    """The FSDP2 modules that hold some parameters' shards: those in ``modules``, or else among all objects.
 
     A root module keeps its full parameters after a forward pass that no backward pass follows, as do others with
     ``reshard_after_forward=False``; the next forward pass would use those, however the shards have changed.
-
-    Args:
-        params: Parameters, as an optimizer holds them.
-        modules: Where to look first; looking among all objects of the process takes a tenth of a second.
     """
 
     def __init__(self, params: Sequence[Tensor], modules: Iterable[nn.Module] = ()) -> None:
@@ -179,7 +138,7 @@ class Sharding:
         if wanted and fsdp is not None:
             known = (one for module in modules for one in module.modules())
             self._modules = [one for one in known if isinstance(one, fsdp.FSDPModule)]
-            if not wanted <= {one for module in self._modules for one in _shards(module)}:
+            if not wanted <= {one for module in self._modules for one in _shards(module)}:  # takes a tenth of a second
                 alive = [one for one in gc.get_objects() if issubclass(type(one), fsdp.FSDPModule)]
                 self._modules = [module for module in alive if wanted & _shards(module)]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam
-from slimadam.curvature.mixing.settled_momentum import SettledMomentum
+from slimadam.curvature.mixing.advise import SettledMomentum
 from slimadam.layers.splits import Part
 from slimadam.optim.step import dispatch
 from slimadam.optim.step.clipping import global_norm
