@@ -25,8 +25,7 @@ from slimadam.curvature.probe.snapshot import ROUGHNESS
 from slimadam.curvature.stability import edge_of_stability
 from slimadam.utils.errors import shown
 
-_CHECKS_NOISE_EVERY = 16
-"""In one measurement out of so many the loss at the parameters is evaluated twice, to see whether it repeats itself."""
+_CHECKS_NOISE_EVERY = 16  # measurements, of which one evaluates the loss twice to see whether it repeats itself
 _NOISE_SAMPLES = 4
 _NOISE_WIDTH = 3.0
 # Of a loss, where something is computed in 16 bits: a larger change is none of rounding, nor one of so many times it.

@@ -83,7 +83,7 @@ def directional_sharpness(optimizer: Optimizer, loss: Tensor) -> float:
         optimizer: :class:`~slimadam.SlimAdam` or any torch optimizer, with gradients pending in ``p.grad``. ``D`` is
             the direction of its next step, weight decay included; see
             :func:`~slimadam.curvature.probe.directions.pending_directions`.
-        loss: A scalar with its graph, whose derivatives ``g`` and ``H`` are; also another than that of the gradients.
+        loss: A scalar with its graph; ``g`` and ``H`` are its derivatives. It need not be that of the gradients.
 
     Returns:
         The sharpness, in units of one over the learning rate. NaN where ``D^T g <= 0``: the step does not descend

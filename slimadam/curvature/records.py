@@ -104,10 +104,11 @@ def read_csv(path: str | Path) -> list[SharpnessRow]:
         ValueError: The file holds something else; the message names the line.
         OSError: It cannot be read.
     """
-    check_csv(Path(path))
     with Path(path).open(newline="", encoding="utf-8") as file:
+        if check_csv(Path(path)):
+            raise ValueError(f"csv={str(path)!r}: the file is empty")
         reader = csv.reader(file)
-        _check_header(next(reader, []), path)
+        next(reader)
         rows: dict[tuple[int, str], SharpnessRow] = {}
         for cells in reader:
             try:
@@ -152,15 +153,11 @@ def check_csv(path: Path) -> bool:
         header = file.readline().decode("utf-8", errors="replace")
         file.seek(-1, 2)
         is_complete = file.read(1) == b"\n"
-    _check_header(next(csv.reader([header]), []), path)
+    if tuple(next(csv.reader([header]), ())) != COLUMNS:
+        raise ValueError(
+            f"csv={str(path)!r}: the file begins with {shown(header.strip())}, not with {','.join(COLUMNS)}; name "
+            "another file, or move this one away"
+        )
     if not is_complete:
         raise ValueError(f"csv={str(path)!r}: its last line is cut off; end or remove that line, or name another file")
     return False
-
-
-def _check_header(header: list[str], path: str | Path) -> None:
-    if tuple(header) != COLUMNS:
-        raise ValueError(
-            f"csv={str(path)!r}: the file begins with {shown(','.join(header))}, not with {','.join(COLUMNS)}; "
-            "name another file, or move this one away"
-        )

@@ -17,14 +17,10 @@ from slimadam.optim.slimadam import SlimAdam
 from slimadam.utils.errors import shown
 
 _FEWEST = 8
-_SETTLED = 0.1
-"""A fall is over, and a rise begins, within this share of it from its lowest point (in logarithms)."""
-_NOISE = 10.0
-"""A change has to exceed so many standard errors of the smoothed trace: the range of some hundred of them and more."""
-_NORMAL_MAD = 1.4826
-"""Standard deviation of a normal distribution over its median absolute deviation."""
-_FAR_ABOVE = 2.0
-"""A sharpness that stays this many times above the threshold is not about it."""
+_SETTLED = 0.1  # a fall is over, and a rise begins, within this share of it from its lowest point, in logarithms
+_NOISE = 10.0  # standard errors of the smoothed trace that a change has to exceed: the range of some hundred of them
+_NORMAL_MAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
+_FAR_ABOVE = 2.0  # a sharpness that stays this many times above the threshold is not about it
 
 _Floats = NDArray[np.float64]
 

@@ -61,8 +61,8 @@ def dense_hessian(model: nn.Module) -> Tensor:
     flat = torch.cat([param.detach().flatten() for param in model.parameters()])
 
     def loss(flat: Tensor) -> Tensor:
-        pieces = flat.split([shape.numel() for shape in shapes])
-        given = {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
+        parts = flat.split([shape.numel() for shape in shapes])
+        params = {f"model.{name}": part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
 
         class Loss(nn.Module):
             def __init__(self) -> None:
@@ -72,7 +72,7 @@ def dense_hessian(model: nn.Module) -> Tensor:
             def forward(self) -> Tensor:
                 return self.model.loss()
 
-        return torch.func.functional_call(Loss(), {f"model.{name}": value for name, value in given.items()}, ())
+        return torch.func.functional_call(Loss(), params, ())
 
     return torch.func.hessian(loss)(flat)
 

@@ -218,8 +218,8 @@ def _check(
 class SettledMomentum:
     """Sets first moments to where they settle under the pending gradient, and puts the real ones back.
 
-    That is, of ``exp_avg`` (Adam and its kin, SlimAdam, Lion), at the gradient, of SGD's ``momentum_buffer`` at the
-    gradient over ``1 - momentum``; weight decay that is part of the gradient, and clipping by SlimAdam, included.
+    ``exp_avg`` (of Adam and its kin, SlimAdam, Lion) settles at the gradient, SGD's ``momentum_buffer`` at the gradient
+    over ``1 - momentum``; weight decay that is part of the gradient, and clipping by SlimAdam, included.
 
     Raises:
         ValueError: Its first moments are kept in another way.

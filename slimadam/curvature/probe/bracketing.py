@@ -10,28 +10,18 @@ from typing import Literal, NamedTuple
 
 Status = Literal["found", "no increase", "no descent", "noisy", "too noisy", "not finite", "out of evaluations"]
 _FACTOR = 2.0
-_PATIENCE = 12
-"""Doublings, or halvings, after which the factor itself is squared from one to the next."""
+_PATIENCE = 12  # doublings, or halvings, after which the factor itself is squared from one to the next
 _LARGEST_FACTOR = 1e30
-_LARGEST = 1e30
-"""No larger rate is tried: parameters in float32 would be infinite."""
+_LARGEST = 1e30  # beyond it parameters in float32 would be infinite
 _SMALLEST = 1e-60
-_UNCERTAIN = 8
-"""Halvings below a certain rise after which every descent that can be told has been passed."""
-_VANISHING = (1 / 16, 1 / 32, 1 / 64)
-"""Shares of a rate at which a smooth loss has hardly begun to fall."""
+_UNCERTAIN = 8  # halvings below a certain rise after which every descent that can be told has been passed
+_VANISHING = (1 / 16, 1 / 32, 1 / 64)  # shares of a rate at which a smooth loss has hardly begun to fall
 _NEIGHBOURS = (0.9, 1.1)
 _CLEARLY = 3.0
 
 
 class Crossing(NamedTuple):
-    """Bracket of a rate at which a rise changes its sign.
-
-    Attributes:
-        lower: The largest ``eta`` known not to rise; 0 where there is none.
-        upper: The smallest known to rise; infinite where there is none.
-        status: What was found, see :class:`Search`.
-    """
+    """Bracket of a rate at which a rise changes its sign; 0 and infinity where an end is not known."""
 
     lower: float
     upper: float

@@ -26,7 +26,7 @@ from slimadam.utils.torch_private import global_step_hooks
 
 _NAMES = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "SGD")
 LINEAR_IN_LR = [getattr(torch.optim, name) for name in _NAMES if hasattr(torch.optim, name)]
-"""Their step on a parameter is linear in lr, and depends on the parameter's value through weight decay alone."""
+"""Their step is linear in lr, and depends on the parameter's value through weight decay alone."""
 _MUON = getattr(torch.optim, "Muon", None)  # since torch 2.9; works on whole matrices
 
 
@@ -204,7 +204,12 @@ def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor, 
         )
     own, pending_grad = local(param).detach(), local_gradient("a parameter", param)
     direction = torch.empty_like(own, dtype=second_moment_dtype(own.dtype))
-    state = {key: _on_this_rank(value, param) for key, value in optimizer.state.get(param, {}).items()}
+    state = dict(optimizer.state.get(param, {}))
+    for key, value in state.items():
+        if is_dtensor(value) and is_dtensor(param):
+            if value.placements != param.placements or value.device_mesh != param.device_mesh:
+                value = value.redistribute(param.device_mesh, param.placements)
+            state[key] = local(value)
     shadow = _shadow(optimizer)
     shadow.defaults = {**optimizer.defaults, "differentiable": False}
     for rows in [...] if is_by_matrix else row_blocks(own.shape):
@@ -225,15 +230,6 @@ def _step_from_zero(optimizer: Optimizer, group: dict[str, Any], param: Tensor, 
         _step_of(optimizer)(shadow)
         torch.neg(from_zero.detach(), out=direction[rows])
     return laid_out_as(param, direction) if is_dtensor(param) else direction
-
-
-def _on_this_rank(value: Any, param: Tensor) -> Any:
-    """Return this rank's shard of a state's value, laid out as the parameter."""
-    if isinstance(value, Tensor) and is_dtensor(value) and is_dtensor(param):
-        if value.placements != param.placements or value.device_mesh != param.device_mesh:
-            value = value.redistribute(param.device_mesh, param.placements)
-        return local(value)
-    return value
 
 
 def _state_of_rows(value: Any, rows: Any, shape: torch.Size, dtype: torch.dtype | None) -> Any:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from slimadam.curvature.probe import directions
-from slimadam.curvature.probe.directions import PendingUpdate, pending_updates
+from slimadam.curvature.probe.directions import PendingUpdate, averages_of_ranks, depends_on_parameters, pending_updates
 from slimadam.kernels.interface import second_moment_dtype
 from slimadam.optim.step.direction import nbytes_of, row_blocks
 from slimadam.utils.dtensor import local
@@ -45,7 +44,7 @@ class _Offloaded:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._averages = directions.averages_of_ranks(optimizer)
+        self._averages = averages_of_ranks(optimizer)
         self.extra_bytes = nbytes_of(self._averages)
         self._kept: list[tuple[Tensor, Tensor]] = []
         for param in (param for group in optimizer.param_groups for param in group["params"]):
@@ -73,7 +72,7 @@ class _Lean:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        if directions.depends_on_parameters(optimizer):
+        if depends_on_parameters(optimizer):
             raise ValueError(
                 f"memory='lean' makes the update anew from gradients and state, but that of {type(optimizer).__name__} "
                 "depends on its parameters' values (weight decay that is part of the gradient, or a step known to "
@@ -81,7 +80,7 @@ class _Lean:
             )
         self._optimizer = optimizer
         # Only once: on the way back, after an error on this rank alone, no other rank would join the collective.
-        self._averages = directions.averages_of_ranks(optimizer)
+        self._averages = averages_of_ranks(optimizer)
         # By parameter and block, so that running out of memory half-way loses nothing.
         self._moved: dict[tuple[int, int], tuple[float, _Correction]] = {}
 

@@ -14,19 +14,10 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimadam.curvature.probe import snapshot
 from slimadam.curvature.probe.directions import check_pending, unwrapped
 from slimadam.curvature.probe.displacement import MOVES, Memory, Moves, held
 from slimadam.curvature.probe.signals import HeldSignals
-from slimadam.curvature.probe.snapshot import (
-    NARROW,
-    ROUNDING,
-    Buffers,
-    RandomState,
-    Sharding,
-    check_no_shared_memory,
-    entered_autocasts,
-    rough_share,
-)
 from slimadam.layers.names import owning_modules
 from slimadam.utils.dtensor import full_tensor, local
 from slimadam.utils.torch_private import version
@@ -86,17 +77,17 @@ class LineProbe:
                 "parameters are plain tensors, or DTensors of such"
             )
         if self._params is None or list(map(id, self._params)) != list(map(id, params)):
-            self._params, self._sharding = params, Sharding(params, self._modules)
+            self._params, self._sharding = params, snapshot.Sharding(params, self._modules)
             self._sharding.reshard()  # full parameters are not the optimizer's
             if self._finds_modules:
                 self._modules = owning_modules(params)
         self._sharding.reshard()
-        self._buffers = Buffers(self._modules)
-        self._random = RandomState(param.device for param in params)
+        self._buffers = snapshot.Buffers(self._modules)
+        self._random = snapshot.RandomState(param.device for param in params)
         self._has_autocast = any(torch.is_autocast_enabled(kind) for kind in {param.device.type for param in params})
         self._loss_dtypes: set[torch.dtype] = set()
         if self.memory == "lean":
-            check_no_shared_memory(map(held, params), self._buffers.tensors)
+            snapshot.check_no_shared_memory(map(held, params), self._buffers.tensors)
         with torch.no_grad():
             moves = MOVES[self.memory](self.optimizer)
         try:
@@ -148,7 +139,7 @@ class LineProbe:
             try:
                 for param in self._params:
                     param.grad = None  # so that the closure can neither clear it nor add to it
-                with entered_autocasts() as autocasts, self._signals.allowed():
+                with snapshot.entered_autocasts() as autocasts, self._signals.allowed():
                     loss = closure()
             except BaseException as error:
                 self._sharding.abandon_forward()
@@ -179,9 +170,9 @@ class LineProbe:
     def rounding(self) -> float:
         """Inside the block: the share of the loss that is rounding, as far as evaluations have shown."""
         dtypes = self._loss_dtypes.union(param.dtype for param in self._params or ())
-        if self._has_autocast or self._sharding.is_narrow or not dtypes.isdisjoint(NARROW):
-            return rough_share(self._loss_dtypes)
-        return ROUNDING
+        if self._has_autocast or self._sharding.is_narrow or not dtypes.isdisjoint(snapshot.NARROW):
+            return snapshot.rough_share(self._loss_dtypes)
+        return snapshot.ROUNDING
 
     @property
     def extra_bytes(self) -> int:

@@ -52,25 +52,22 @@ class _Alias:
 
 
 class _Call(NamedTuple):
-    """One operation; ``makes`` lists the outputs that are new memory."""
+    """One operation on ``inputs``, args and kwargs; ``makes`` lists the outputs that are new memory."""
 
     function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    inputs: tuple[Any, Any]
     makes: list[tuple[int, StorageWeakRef, torch.Size]]
     writes: list[StorageWeakRef]
     seeds: list[tuple[Callable[[Tensor], Any], Tensor]]
 
     def aliases(self) -> list[_Alias]:
         """Return the inputs that other operations make."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, _Alias)]
+        return [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, _Alias)]
 
     def run(self, made: dict[StorageWeakRef, torch.UntypedStorage]) -> None:
         for set_state, state in self.seeds:
             set_state(state)
-        args, kwargs = tree_map(
-            lambda leaf: leaf.within(made) if isinstance(leaf, _Alias) else leaf, (self.args, self.kwargs)
-        )
+        args, kwargs = tree_map(lambda leaf: leaf.within(made) if isinstance(leaf, _Alias) else leaf, self.inputs)
         outputs = tree_leaves(self.function(*args, **kwargs))
         for position, memory, shape in self.makes:
             output = outputs[position]
@@ -82,12 +79,9 @@ class _Call(NamedTuple):
 
 
 class _Loss(NamedTuple):
-    """A call of ``backward()``: its loss, the parameters whose gradients it changed, and whether they had none.
+    """A call of ``backward()``: its loss, the parameters whose gradients it changed, and whether they had none."""
 
-    ``value`` is None where the loss was not one number.
-    """
-
-    value: float | None
+    value: float | None  # where it was one number
     alias: _Alias | None
     owners: set[int]
     is_first: bool
@@ -163,7 +157,7 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 calls.append(call)
                 needed.update(alias.memory for alias in call.aliases())
         # Read as they are, made by no operation.
-        live = {memory for memory, _ in _by_memory([(call.args, call.kwargs) for call in calls])}
+        live = {memory for memory, _ in _by_memory([call.inputs for call in calls])}
         if any(param.grad is not None and _memory(param) not in live for param in params):
             raise ReplayError(
                 "a parameter that has a gradient was made from other tensors, and what the loss does with it cannot be "
@@ -192,7 +186,7 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if memory not in self._depends:
                 self._before_writing[memory] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
                 self._depends.add(memory)
-        noted_args, noted_kwargs = tree_map(self._noted, (args, kwargs))
+        inputs = tree_map(self._noted, (args, kwargs))
         seeds = _seeds(func, tree_leaves((args, kwargs)))
         result = func(*args, **kwargs)
         makes = [
@@ -203,7 +197,7 @@ class LossRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         self._depends.update(memory for _, memory, _ in makes)
         if makes or written:
-            self._calls.append(_Call(func, noted_args, noted_kwargs, makes, list(written), seeds))
+            self._calls.append(_Call(func, inputs, makes, list(written), seeds))
         return result
 
     def _noted(self, leaf: Any) -> Any:

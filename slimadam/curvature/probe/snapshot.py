@@ -138,7 +138,8 @@ class Sharding:
         if wanted and fsdp is not None:
             known = (one for module in modules for one in module.modules())
             self._modules = [one for one in known if isinstance(one, fsdp.FSDPModule)]
-            if not wanted <= {one for module in self._modules for one in _shards(module)}:  # takes a tenth of a second
+            if not wanted <= {one for module in self._modules for one in _shards(module)}:
+                # Takes a tenth of a second.
                 alive = [one for one in gc.get_objects() if issubclass(type(one), fsdp.FSDPModule)]
                 self._modules = [module for module in alive if wanted & _shards(module)]
 
