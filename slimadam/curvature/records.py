@@ -74,6 +74,10 @@ class SharpnessRow:
             prefix + name: float(value) for name, value in scalars.items() if value is not None and math.isfinite(value)
         }
 
+    def cells(self) -> list[str]:
+        """Return the row of a CSV file: numbers in full precision, a missing threshold empty."""
+        return ["" if value is None else str(value) for value in astuple(self)]
+
 
 COLUMNS = tuple(field.name for field in fields(SharpnessRow))
 _FROM_TEXT = {"step": int, "forward_passes": int, "status": str, "task": str}
@@ -135,7 +139,7 @@ def append_csv(path: Path, rows: Sequence[SharpnessRow]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
             writer.writerow(COLUMNS)
-        writer.writerows(map(astuple, rows))  # a missing threshold is an empty cell
+        writer.writerows(row.cells() for row in rows)
 
 
 def check_csv(path: Path) -> bool:
