@@ -98,7 +98,7 @@ def _calibrate(
         "steps": observer.steps,
         "optimizers": observer.optimizers,
         "parameters": len(plan),
-        "compressed": sum(rule.form != "full" for rule in plan.values()),
+        "compressed": sum(not rule.is_full for rule in plan.values()),
         "second_moments_saved": plan.second_moments_saved,
         "files": {},
         "script_exit": outcome.exit_code,

@@ -47,7 +47,7 @@ def _show(file: Path, as_json: bool) -> None:
         row = (name, rule.role, shape, snrs, _decision(rule), rule.reason)
         table.add_row(*(Text(cell, overflow="fold") for cell in row))
     Console(width=None if sys.stdout.isatty() else _UNBOUNDED_WIDTH).print(table)
-    compressed = sum(rule.form != "full" for rule in loaded.values())
+    compressed = sum(not rule.is_full for rule in loaded.values())
     click.echo(
         f"{compressed} of {len(loaded)} parameters compressed; {kept:,} of {full:,} second moments kept, "
         f"{loaded.second_moments_saved:.1%} saved"

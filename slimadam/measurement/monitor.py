@@ -107,7 +107,7 @@ class Monitor:
         samples = []
         for rule in rules:
             self.drop(key := key_of(name, rule.part))
-            if rule.form == "full":
+            if rule.is_full:
                 continue
             index = place(rule, tuple(param.shape) if rule.part is None else rule.part.shape)
             found: Sample | str

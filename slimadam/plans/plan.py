@@ -90,7 +90,7 @@ class CompressionPlan(Mapping[str, Rule]):
         return hash(tuple(self._rules))
 
     def __repr__(self) -> str:
-        compressed = sum(rule.form != "full" for rule in self.values())
+        compressed = sum(not rule.is_full for rule in self.values())
         return f"CompressionPlan({len(self)} parameters, {compressed} compressed)"
 
     @property
@@ -300,21 +300,6 @@ class CompressionPlan(Mapping[str, Rule]):
             if parts:
                 check_parts(name, parts, parts[0].of)
         return plan
-
-
-def check_factored_amsgrad(name: str, rule: Rule, group: Mapping[str, Any]) -> None:
-    """Raise :class:`PlanError` where amsgrad is on and a second moment factored.
-
-    Args:
-        name: The parameter's name.
-        rule: Its rule.
-        group: Its parameter group.
-    """
-    if group["amsgrad"] and rule.form == "factored":
-        raise PlanError(
-            f"{name!r}: amsgrad=True has no factored form, since the maximum of a product is not the "
-            "product of maxima; set amsgrad=False or give the parameter form 'mean' or 'full'"
-        )
 
 
 def rule_to_dict(rule: Rule) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from slimadam.layers.roles import ParameterRole
 from slimadam.layers.splits import Piece, check_all_matched, declared_parts, pieces
 from slimadam.plans.auto import AutoPlan
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.plan import check_factored_amsgrad as check_factored_amsgrad
 from slimadam.state.rule import NO_ELEMENTS, Rule, Source, factored_rule, fit_rules, full_rule, paper_rule
 from slimadam.utils.dtensor import check_not_flat
 from slimadam.utils.errors import PlanError, did_you_mean
@@ -170,11 +169,9 @@ class Resolver:
             if resolved is not None:
                 check_not_flat(name, param)
             rules = self._rules_of(resolved, name, param, user_name)
-            if param.numel() == 0 and any(rule.form != "full" for rule in rules):
+            if param.numel() == 0 and not all(rule.is_full for rule in rules):
                 rules = [Rule(shape=tuple(param.shape), role=rules[0].role, reason=NO_ELEMENTS)]
             rules = _readable_rules(name, param, group, rules, resolved)
-            for rule in rules:
-                check_factored_amsgrad(name, rule, group)
             found.append(rules)
         if resolved == "rules" and self._by_role is not None:
             self._by_role.update(zip(names, found, strict=True))

@@ -70,7 +70,7 @@ def expectation(rules: Iterable[Rule]) -> Expectation | None:
     """Return what to expect of the rules of all parameters; None where a compressed one has no SNR or no shape."""
     lost, elements = 0.0, 0
     for rule in rules:
-        snr = math.inf if rule.form == "full" else rule.snr.get(FACTORED if rule.form == FACTORED else rule.dims)
+        snr = math.inf if rule.is_full else rule.snr.get(rule.stored_as.candidate)
         if rule.shape is None or snr is None:
             return None
         elements += _elements(rule)
@@ -206,7 +206,7 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     if not options:
         return replace(rule, reason=_why_without_options(rule), source=Source.MEASURED)
     best = max(options, key=_rank)
-    label = _describe(best.rule)
+    label = best.rule.stored_as.describe()
     if best.snr > cutoff:
         has = "have" if best.rule.form == FACTORED else "has"
         reason = f"{label} {has} the highest SNR, {best.snr:.3g}, above the cutoff {cutoff:g}"
@@ -219,13 +219,9 @@ def _options(rule: Rule, forms: Forms) -> list[_Option]:
     """Return the measured candidates that save anything."""
     found = []
     for candidate, snr in rule.snr.items():
-        if candidate != FACTORED:
-            option = replace(rule, form="mean", dims=candidate)
-        elif forms == "best":
-            option = replace(rule, form="factored", dims=())
-        else:
-            continue
-        found.append(_Option(snr, _elements(rule) - option.stored_elements(rule.shape or ()), option))
+        if candidate != FACTORED or forms == "best":
+            option = rule.stored_by(candidate)
+            found.append(_Option(snr, _elements(rule) - option.stored_elements(rule.shape or ()), option))
     return [option for option in found if option.saved > 0]
 
 
@@ -241,12 +237,6 @@ def _why_without_options(rule: Rule) -> str:
     if not rule.snr and rule.shape is not None and len(rule.shape) <= MAX_NDIM:
         return "nothing finite was measured: its second moment was NaN or infinite each time, or had no gradient"
     return "no candidate was measured that would save anything"
-
-
-def _describe(rule: Rule) -> str:
-    if rule.form == FACTORED:
-        return "row and column averages"
-    return "averaging over dimension" + ("s " if len(rule.dims) > 1 else " ") + ", ".join(map(str, rule.dims))
 
 
 def _choose_by_budget(undecided: Mapping[str, Rule], elements: int, budget: float, forms: Forms) -> dict[str, Rule]:
@@ -270,7 +260,7 @@ def _choose_by_budget(undecided: Mapping[str, Rule], elements: int, budget: floa
     for key, options, index in zip(undecided, found, taken, strict=True):
         snr, _, rule = options[index]
         if index:
-            reason = f"{_describe(rule)}, SNR {snr:.3g}: part of the cheapest way to save {budget:.1%}"
+            reason = f"{rule.stored_as.describe()}, SNR {snr:.3g}: part of the cheapest way to save {budget:.1%}"
         elif len(options) > 1:
             reason = f"stays in full: the budget of {budget:.1%} is met at less loss elsewhere"
         else:

@@ -61,7 +61,7 @@ def rules_for_model(
 
 
 def _asked_for(rule: Rule) -> bool:
-    return rule.form == "full" and rule.source in (Source.USER, Source.EXPANDED)
+    return rule.is_full and rule.source in (Source.USER, Source.EXPANDED)
 
 
 def _kind(key: str, role: str, ndim: int, part: Part | None) -> _Kind:
@@ -94,7 +94,7 @@ def _carried(names: Sequence[str], piece: Piece, kinds: Mapping[_Kind, Sequence[
     if kept_count := sum(map(_asked_for, found)):
         origin += f" ({kept_count} of {len(found)} were kept in full as asked)"
     measured = replace(empty, snr=average_snr(rule.snr for rule in found), source=Source.CARRIED)
-    if all(rule.form == "full" for rule in found):
+    if all(rule.is_full for rule in found):
         return replace(measured, reason=f"{origin}, all in full")
     if cutoff is not None and any(rule.snr for rule in found):
         any_factored = any(rule.form == FACTORED for rules in kinds.values() for rule in rules)

@@ -45,7 +45,7 @@ def dims_label(candidate: Candidate) -> str:
 
 def chosen_candidate(rule: Rule) -> Candidate | None:
     """Return the candidate that a rule applies, None for a full second moment."""
-    return FACTORED if rule.form == FACTORED else rule.dims or None
+    return rule.stored_as.candidate or None
 
 
 def shown_candidates(snr: Mapping[Candidate, float], chosen: Iterable[Candidate | None]) -> list[Candidate]:

@@ -76,7 +76,7 @@ def render(
 
 
 def _basic_facts(plan: CompressionPlan, measured: Mapping[str, ParameterSNR]) -> dict[str, str]:
-    compressed = sum(rule.form != "full" for rule in plan.values())
+    compressed = sum(not rule.is_full for rule in plan.values())
     facts = {"Parameters": f"{len(plan):,} tensors, {compressed:,} of them compressed"}
     if elements := plan.second_moments[1]:
         facts["Elements"] = f"{elements:,}"

@@ -112,6 +112,12 @@ class Rule:
         """True if every element keeps its second moment, as in AdamW."""
         return self.form == "full"
 
+    def stored_by(self, candidate: Candidate) -> Rule:
+        """Return the rule with the form that a candidate means."""
+        if candidate == FACTORED:
+            return replace(self, form="factored", dims=())
+        return replace(self, form="mean", dims=candidate)
+
     @property
     def storage(self) -> tuple[Form, Part | None]:
         """All that decides how a second moment is stored."""

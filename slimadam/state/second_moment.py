@@ -54,6 +54,10 @@ class Form(ABC):
         """The candidate that it is measured as; ``()`` for none."""
 
     @abstractmethod
+    def describe(self) -> str:
+        """Return how it averages, in words."""
+
+    @abstractmethod
     def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
         """Return the dimensions that each stored tensor is averaged over."""
 
@@ -115,6 +119,10 @@ class Full(Form):
         return ()
 
     @override
+    def describe(self) -> str:
+        return "no averaging"
+
+    @override
     def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
         return ((),)
 
@@ -139,6 +147,10 @@ class Mean(Form):
     @override
     def candidate(self) -> Candidate:
         return self.dims
+
+    @override
+    def describe(self) -> str:
+        return "averaging over dimension" + ("s " if len(self.dims) > 1 else " ") + ", ".join(map(str, self.dims))
 
     @override
     def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
@@ -174,6 +186,10 @@ class Factored(Form):
     @override
     def candidate(self) -> Candidate:
         return FACTORED
+
+    @override
+    def describe(self) -> str:
+        return "row and column averages"
 
     @override
     def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
