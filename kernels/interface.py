@@ -71,6 +71,11 @@ class Entry(NamedTuple):
     precomputed: bool = False
 
 
+def number(value: Scalar) -> float:
+    """Return a hyperparameter as a number, without the warning that ``float`` of a tensor with a gradient gives."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
 def second_moment_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the precision of second moments: float32, or wider where the parameter is wider."""
     return torch.promote_types(dtype, torch.float32)

@@ -157,8 +157,8 @@ def _progress(console: Console, total: int | None) -> Iterator[Callable[[int], N
 
 def _summarize(say: Callable[[str], None], result: dict[str, Any], measured: int, lr_scale: float) -> None:
     say(
-        f"{result['steps']} steps, measured at {measured}; {result['compressed']} of {result['parameters']} parameters "
-        f"compressed, {result['second_moments_saved']:.1%} of second moments saved"
+        f"{result['steps']} steps, {measured} of them measured; {result['compressed']} of {result['parameters']} "
+        f"parameters compressed, {result['second_moments_saved']:.1%} of second moments saved"
     )
     for kind, path in result["files"].items():
         say(f"{kind} written to {path}")

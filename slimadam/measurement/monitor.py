@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from slimadam.kernels.interface import number
 from slimadam.kernels.reference import scale_grad
 from slimadam.layers.name_patterns import key_of
 from slimadam.measurement.sampling import PHASES, USUAL_MEASUREMENTS, Index, Sample, counts_of, next_look, thinning
@@ -160,7 +161,7 @@ class Monitor:
         if self.steps < self._next:
             return
         step = self.steps - 1
-        tracked = [(names, group, float(group["betas"][1])) for names, group in groups if not group["capturable"]]
+        tracked = [(names, group, number(group["betas"][1])) for names, group in groups if not group["capturable"]]
         self._longest_memory = max([self._longest_memory, *(1 / (1 - beta2) for _, _, beta2 in tracked)])
         self._next = self.steps - self.steps % self.interval + self.interval
         for names, group, beta2 in tracked:
@@ -224,7 +225,7 @@ class Monitor:
         if not sample.measured:
             return (
                 f"not ready at step {self.steps}: measured every {self.interval}, from 3 / (1 - beta2) steps after "
-                "compression on (compiled and capturable steps are not watched)"
+                "compression on (steps under torch.compile and of capturable groups are not watched)"
             )
         if math.isnan(sample.latest):
             return "gradients in the sample were not finite"

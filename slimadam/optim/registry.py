@@ -23,7 +23,7 @@ from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import DECIDED_BEFORE, PlanArgument, Resolver
 from slimadam.state.rule import Rule, Source, resized_rule, rule_of_whole
 from slimadam.utils.dtensor import FLAT
-from slimadam.utils.errors import PlanError, shown
+from slimadam.utils.errors import PlanError, did_you_mean, shown
 from slimadam.utils.torch_private import by_tensor, reference
 
 _Groups = Sequence[dict[str, Any]]
@@ -225,9 +225,10 @@ class Registry:
             raise KeyError(
                 f"{shown} is a part of a parameter; pass all of it, {owner!r}, and index for some of its rows"
             )
+        hint = did_you_mean(param, self.rules) if isinstance(param, str) else ""
         raise KeyError(
             f"{shown} is not a parameter of this optimizer; pass one of its tensors, or a name that it knows: those of "
-            "SlimAdam(model) and of named_parameters()"
+            f"SlimAdam(model) and of named_parameters(); {hint}".removesuffix("; ")
         )
 
     def slots_of_new(

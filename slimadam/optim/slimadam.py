@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from slimadam.distributed import grad_scaler
 from slimadam.distributed.slots import ParamSlot, slot_of
-from slimadam.kernels.interface import Scalar
+from slimadam.kernels.interface import Scalar, number
 from slimadam.layers.roles import canonical_name
 from slimadam.layers.splits import key_of
 from slimadam.measurement.monitor import Check
@@ -654,7 +654,7 @@ class SlimAdam(Optimizer):
 
     def _only_makes_state(self) -> bool:
         """Return whether this is the step of torch's ``get_optimizer_state_dict``: all rates and gradients are zero."""
-        if any(float(group["lr"]) for group in self.param_groups):
+        if any(number(group["lr"]) for group in self.param_groups):
             return False
         params = [slot.param for slot in self._slots()]
         grads = [local(param.grad) for param in params if param.grad is not None]

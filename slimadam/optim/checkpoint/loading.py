@@ -115,6 +115,7 @@ def taken_over(state_dict: Mapping[str, Any], registry: Registry, present: Seque
     saved_state = {
         key: with_own_keys(value) if isinstance(value, Mapping) else value for key, value in state_dict["state"].items()
     }
+    _check_is_of_adam(state_dict["param_groups"], saved_state)
     groups = _merged_groups(present, state_dict["param_groups"])
     own = state_dict.get(KEY) or {}
     rules, measuring = _phase(own, registry, present)
@@ -324,6 +325,16 @@ def _check_tensor_entry(name: str, key: str, value: Any, param: Tensor) -> None:
             raise ValueError(f"{name!r}: the state dict's {key} is {tensor.dtype}, the parameter {param.dtype}")
     if not isinstance(value, Tensor) and key not in SECOND_MOMENTS:
         raise ValueError(f"{name!r}: the state dict's {key} holds {type(value).__name__}, not a dense tensor")
+
+
+def _check_is_of_adam(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Check that a state dict is not one of another optimizer, of whose state nothing could be used."""
+    entries = {str(key) for saved in state.values() for key in saved}
+    if entries and not any(map(second_moment.is_own, entries)) and not any("betas" in group for group in groups):
+        raise ValueError(
+            f"the state dict holds {sorted(entries)} and its groups no betas: it is not of Adam, AdamW or SlimAdam; "
+            "pass one of theirs, or begin without it"
+        )
 
 
 def _check_version(state_dict: Mapping[str, Any]) -> None:

@@ -573,3 +573,18 @@ def test_a_state_that_was_reset_is_saved_as_it_is(variance_init: str, plan: Any,
     assert torch.equal(optimizer.state[model[0].weight]["mine"], torch.ones(3))
     _train(model, optimizer, range(2, 4))
     assert optimizer.state[model[0].weight]["step"] == 2
+
+
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
+def test_state_of_other_optimizers_is_refused(other: Any) -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, 4))
+    options = {"lr": 0.1, "momentum": 0.9} if other is torch.optim.SGD else {"lr": 0.1}
+    theirs, ours = other([parameter], **options), SlimAdam([parameter], plan="factored")
+    parameter.grad = torch.ones_like(parameter)
+    theirs.step()
+    ours.step()
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(ValueError, match=r"not of Adam, AdamW or SlimAdam"):
+        ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.state_dict()["state"], before["state"], rtol=0, atol=0)
+    assert ours.param_groups[0]["lr"] == before["param_groups"][0]["lr"]
