@@ -58,9 +58,9 @@ class StepInputs:
         self._is_sharded = any(map(is_dtensor, self._tensors))
         present = [grad for grad in grads if grad is not None]
         self._grad_types = set(map(type, present))
-        self.are_plain = set(map(type, self._tensors)) | self._grad_types <= {Tensor, Parameter} and not any(
-            map(is_marked, present)
-        )
+        self._is_marked = any(map(is_marked, present))
+        types = set(map(type, self._tensors)) | self._grad_types
+        self.are_plain = types <= {Tensor, Parameter} and not self._is_marked
         self._layouts = self._layouts_with(present)
 
     def gradients(
@@ -90,8 +90,7 @@ class StepInputs:
         same = (
             set(map(type, present)) == self._grad_types
             and set(map(_LAYOUT, present)) <= {torch.strided}
-            and not any(map(Tensor.is_neg, present))
-            and not any(map(is_zero_tensor, present))
+            and (any(map(Tensor.is_neg, present)) or any(map(is_zero_tensor, present))) == self._is_marked
             and len(values) == len(self._values)
             and all(map(is_, values, self._values))
             and all(map(is_, compress(rules, self._have_gradient), self._rules))

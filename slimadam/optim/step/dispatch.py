@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("slimadam")
 
 BackendName = Literal["reference", "foreach", "compiled", "triton"]
+NumberedTask = tuple[int, "UpdateTask"]
+"""A task, and the index of its parameter's gradient."""
 
 _FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -37,20 +39,30 @@ class Run:
 
     Args:
         backend: The implementation.
-        tasks: The tasks, each with the index of its parameter's gradient.
+        tasks: The tasks.
+        may_count: Whether it may advance step counts itself.
     """
 
     is_lasting = True
     """False if it is valid for one step alone."""
 
-    def __init__(self, backend: Backend, tasks: Sequence[tuple[int, UpdateTask]]) -> None:
-        self.backend, self._tasks = backend, list(tasks)
+    def __init__(self, backend: Backend, tasks: Sequence[NumberedTask], may_count: bool) -> None:
+        self.backend, self._tasks, self._may_count = backend, list(tasks), may_count
         self._waits = any(task.shared is not None for _, task in tasks)
 
-    def holds(self, tasks: Sequence[tuple[int, UpdateTask]]) -> bool:
-        """Return whether the tasks are those that it was made for."""
-        return len(tasks) == len(self._tasks) and all(
-            number == own and task is held for (number, task), (own, held) in zip(tasks, self._tasks, strict=True)
+    def holds(self, tasks: Sequence[NumberedTask], may_count: bool) -> bool:
+        """Return whether it was made for these tasks.
+
+        Args:
+            tasks: The tasks.
+            may_count: As in the constructor.
+        """
+        return (
+            may_count == self._may_count
+            and len(tasks) == len(self._tasks)
+            and all(
+                number == own and task is held for (number, task), (own, held) in zip(tasks, self._tasks, strict=True)
+            )
         )
 
     def counted(self) -> Sequence[Tensor]:
@@ -92,11 +104,11 @@ class Run:
 class _TableRun(Run):
     """A run of the compiled step, whose table stays valid while nothing moves."""
 
-    def __init__(self, backend: Backend, tasks: Sequence[tuple[int, UpdateTask]], counts: bool) -> None:
-        super().__init__(backend, tasks)
+    def __init__(self, backend: Backend, tasks: Sequence[NumberedTask], may_count: bool) -> None:
+        super().__init__(backend, tasks, may_count)
         entries = [task.entry for _, task in tasks]
-        self._table = update.Table(entries, counts)
-        self._counted = [entry.step for entry in entries] if counts else []
+        self._table = update.Table(entries, may_count)
+        self._counted = [entry.step for entry in entries] if may_count else []
         self.is_lasting = self._table.is_lasting
         takes_all = all(task.rule.part is None and task.slice_index is None for _, task in tasks)
         self._numbers = [number for number, _ in tasks] if takes_all else None
@@ -127,8 +139,8 @@ class _TableRun(Run):
 class _TritonRun(Run):
     """A run of Triton's kernels, with tables by device and precision of the step count."""
 
-    def __init__(self, backend: Backend, tasks: Sequence[tuple[int, UpdateTask]]) -> None:
-        super().__init__(backend, tasks)
+    def __init__(self, backend: Backend, tasks: Sequence[NumberedTask], may_count: bool) -> None:
+        super().__init__(backend, tasks, may_count)
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[TritonStep, Tensor | None]] = {}
 
     @override
@@ -173,14 +185,14 @@ class Backend(ABC):
     counts_steps: ClassVar[bool] = False
     update: Callable[[Sequence[Entry], Hyperparameters], None]
 
-    def prepare(self, tasks: Sequence[tuple[int, UpdateTask]], counts: bool) -> Run:
+    def prepare(self, tasks: Sequence[NumberedTask], may_count: bool) -> Run:
         """Return a run of some tasks.
 
         Args:
-            tasks: The tasks, each with the index of its parameter's gradient.
-            counts: Whether it may advance step counts itself.
+            tasks: The tasks.
+            may_count: Whether it may advance step counts itself.
         """
-        return Run(self, tasks)
+        return Run(self, tasks, may_count)
 
     @abstractmethod
     def supports(self, entry: Entry) -> bool:
@@ -211,9 +223,9 @@ class _Compiled(Backend):
     update = staticmethod(update.compiled_update)
 
     @override
-    def prepare(self, tasks: Sequence[tuple[int, UpdateTask]], counts: bool) -> Run:
+    def prepare(self, tasks: Sequence[NumberedTask], may_count: bool) -> Run:
         waits = any(task.shared is not None for _, task in tasks)
-        return Run(self, tasks) if waits else _TableRun(self, tasks, counts)
+        return Run(self, tasks, may_count) if waits else _TableRun(self, tasks, may_count)
 
     @override
     def supports(self, entry: Entry) -> bool:
@@ -228,8 +240,8 @@ class _Triton(Backend):
     counts_steps = True
 
     @override
-    def prepare(self, tasks: Sequence[tuple[int, UpdateTask]], counts: bool) -> Run:
-        return _TritonRun(self, tasks)
+    def prepare(self, tasks: Sequence[NumberedTask], may_count: bool) -> Run:
+        return _TritonRun(self, tasks, may_count)
 
     @override
     def supports(self, entry: Entry) -> bool:

@@ -21,7 +21,7 @@ from slimadam.distributed.slots import ParamSlot, slot_of
 from slimadam.kernels.interface import Hyperparameters, Scalar
 from slimadam.layers.splits import key_of
 from slimadam.optim.step.cache import StepInputs, options_of
-from slimadam.optim.step.dispatch import BACKENDS, BackendName, Run
+from slimadam.optim.step.dispatch import BACKENDS, BackendName, NumberedTask, Run
 from slimadam.optim.step.param_groups import check_state
 from slimadam.optim.step.tasks import UpdateTask, counts_steps, tasks_of_step
 from slimadam.state import second_moment
@@ -119,7 +119,7 @@ class Stepper:
     def forget(self) -> None:
         """Let go of the state's tensors, which are about to be replaced."""
         self._prepared: dict[int, _Prepared] = {}
-        self._runs: dict[tuple[int, str], Run] = {}
+        self._runs: dict[int, dict[BackendName, Run]] = {}
         self._caches: dict[int, _CachedGroup] = {}
         self._known: tuple[list[Tensor], list[Mapping[str, Any]]] | None = None
         self._exchange: BucketedAllReduce | None = None
@@ -227,10 +227,10 @@ class Stepper:
             for step in steps:
                 step.finish()
         self._starting.clear()
-        if len(self._caches) > len(groups):
+        if max(len(self._caches), len(self._runs)) > len(groups):
             present = {id(group) for _, group in groups}
             self._caches = {key: cached for key, cached in self._caches.items() if key in present}
-            self._runs = {key: run for key, run in self._runs.items() if key[0] in present}
+            self._runs = {key: runs for key, runs in self._runs.items() if key in present}
 
     @disable_dynamo
     def _update_untraced(self, *arguments: Any) -> None:
@@ -263,7 +263,7 @@ class Stepper:
             _advance(cached.steps)
             return _GroupStep(hyper, recalled, cached.runs, cached.written)
         traced = torch.compiler.is_compiling()
-        by_backend: dict[BackendName, list[tuple[int, UpdateTask]]] = defaultdict(list)
+        by_backend: dict[BackendName, list[NumberedTask]] = defaultdict(list)
         shared = []
         for number, one in enumerate(moving):
             for task in one.prepared.tasks:
@@ -281,7 +281,7 @@ class Stepper:
             return _GroupStep(hyper, grads, runs, [], shared, to_decode)
         # The seeds of stochastic rounding come from the counts of the step to take; shared ones are not counted once.
         may_count = len(by_backend) == 1 and len(set(map(id, steps))) == len(steps) and not hyper.stochastic_round
-        runs = [self._run(group, name, tasks, may_count) for name, tasks in by_backend.items()]
+        runs = self._runs_of(group, by_backend, may_count)
         counted = {id(step) for run in runs for step in run.counted()}
         steps = [step for step in steps if id(step) not in counted]
         written = _written(moving, group["amsgrad"])
@@ -291,14 +291,17 @@ class Stepper:
         _advance(steps)
         return _GroupStep(hyper, grads, runs, written, shared, to_decode)
 
-    def _run(
-        self, group: Mapping[str, Any], name: BackendName, tasks: Sequence[tuple[int, UpdateTask]], may_count: bool
-    ) -> Run:
-        """Return the run of a group's tasks by one implementation, kept for as long as they stay the same."""
-        kept = self._runs.get((id(group), name))
-        if kept is None or not kept.is_lasting or not kept.holds(tasks):
-            kept = self._runs[id(group), name] = BACKENDS[name].prepare(tasks, may_count)
-        return kept
+    def _runs_of(
+        self, group: Mapping[str, Any], by_backend: Mapping[BackendName, Sequence[NumberedTask]], may_count: bool
+    ) -> list[Run]:
+        """Return the runs of a group's tasks, each kept for as long as its tasks stay the same."""
+        kept, used = self._runs.get(id(group), {}), {}
+        for name, tasks in by_backend.items():
+            run = kept.get(name)
+            same = run is not None and run.is_lasting and run.holds(tasks, may_count)
+            used[name] = run if run is not None and same else BACKENDS[name].prepare(tasks, may_count)
+        self._runs[id(group)] = used
+        return list(used.values())
 
     def _keep(
         self,
@@ -356,13 +359,13 @@ def hyperparameters(group: Mapping[str, Any], clip_factor: Tensor | None = None)
         lr=_scalar(group["lr"]),
         beta1=_scalar(beta1),
         beta2=_scalar(beta2),
-        eps=group["eps"],
+        eps=0.0 + group["eps"],  # refuses text, which may have been assigned since the group was made
         weight_decay=_scalar(group["weight_decay"]),
         amsgrad=bool(group["amsgrad"]),
         maximize=bool(group["maximize"]),  # kernels take no 1, which may have been assigned since the group was made
         capturable=group["capturable"],
         differentiable=group["differentiable"],
-        stochastic_round=group["bf16_stochastic_round"],
+        stochastic_round=bool(group["bf16_stochastic_round"]),
         clip_factor=clip_factor,
     )
 

@@ -441,3 +441,49 @@ def test_parameters_without_a_gradient_leave_the_others_their_short_way(frozen: 
             assert calls <= 200
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_that_is_negated_when_read_is_an_exception() -> None:
+    param = torch.randn(64, 64).requires_grad_()
+    optimizer = SlimAdam([param], plan=None)
+    used = []
+    for step in range(4):
+        grad = torch.randn(64, 64)
+        param.grad = torch._neg_view(grad) if step == 1 else grad
+        optimizer.step()
+        used.append(optimizer._stepper._prepared[id(param)].tasks[0].backend.name)
+    assert used == ["compiled", "reference", "compiled", "compiled"]
+
+
+def test_a_shared_count_is_counted_for_each_parameter_also_after_steps_of_one() -> None:
+    first, second = torch.randn(8, 8).requires_grad_(), torch.randn(4, dtype=torch.complex64).requires_grad_()
+    optimizer = SlimAdam([first, second], plan=None, monitor=False)
+    for moves, stays in ((first, second), (second, first)):
+        moves.grad, stays.grad = torch.ones_like(moves), None
+        optimizer.step()
+    optimizer.state[second]["step"] = optimizer.state[first]["step"]
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    assert float(optimizer.state[first]["step"]) == 3
+
+
+def test_state_that_was_removed_is_freed_when_another_implementation_takes_over() -> None:
+    param = torch.randn(8, 8).requires_grad_()
+    optimizer = SlimAdam([param], plan=None, monitor=False)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    held = weakref.ref(optimizer.state[param]["exp_avg_sq"])
+    optimizer.param_groups[0]["foreach"] = True
+    optimizer.state.pop(param)
+    optimizer.step()
+    gc.collect()
+    assert held() is None
+
+
+def test_options_of_a_wrong_type_put_there_by_hand(fused: bool | None) -> None:
+    param = torch.randn(8, 8).requires_grad_()
+    optimizer = SlimAdam([param], plan=None, fused=fused)
+    param.grad = torch.ones_like(param)
+    optimizer.param_groups[0]["eps"] = "1e-3"
+    with pytest.raises(TypeError):
+        optimizer.step()
