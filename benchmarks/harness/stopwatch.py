@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 COPIED_BYTES = 1 << 28
+CYCLES_PER_MILLISECOND = 2_000_000
+"""Cycles of a GPU in a millisecond, at least: none runs faster."""
+LONGEST_SLEEP = 500
+"""Milliseconds; a call that keeps the host busy for longer waits for the device in it."""
 _WITHOUT_TENSORS = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size, type)
 _CODE = (ModuleType, FunctionType, MethodType, BuiltinFunctionType)
 
@@ -23,8 +27,8 @@ class Lap(NamedTuple):
     """One run of a step, in milliseconds.
 
     Attributes:
-        total: Until the work is done.
-        host: Until the call returned; the same on a CPU.
+        total: Until the work is done; on CUDA the device's own time, without waiting for launches.
+        host: Until the call returned, on an idle device; the same on a CPU.
     """
 
     total: float
@@ -32,7 +36,7 @@ class Lap(NamedTuple):
 
 
 def lap(step: Callable[[], Any], device: str) -> Lap:
-    """Time one call; on CUDA by events, while nothing else runs.
+    """Time a call; on CUDA two of them: the host's time of one, and the device's of the other, by events.
 
     Args:
         step: The call.
@@ -43,15 +47,24 @@ def lap(step: Callable[[], Any], device: str) -> Lap:
         step()
         took = 1e3 * (time.perf_counter() - start)
         return Lap(took, took)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
-    begin.record()
     start = time.perf_counter()
     step()
     host = 1e3 * (time.perf_counter() - start)
-    end.record()
     torch.cuda.synchronize(device)
-    return Lap(begin.elapsed_time(end), host)
+    return Lap(_device_milliseconds(step, host), host)
+
+
+def _device_milliseconds(step: Callable[[], Any], host: float) -> float:
+    """Return the device's time of a call; launches queue behind a device that sleeps for longer than they take."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    sleep = min(1 + 2 * host, LONGEST_SLEEP)
+    torch.cuda._sleep(int(CYCLES_PER_MILLISECOND * sleep))  # type: ignore[no-untyped-call]
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 def copier(device: str) -> tuple[Callable[[], Any], int]:

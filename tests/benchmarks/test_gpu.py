@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -335,6 +336,49 @@ def test_int8_first_moments_round_to_the_nearest_code_or_down_without_gradient()
     followed = follow(torch.zeros(2), decaying, [Rule()], hyper, "int8").param[1]
     updates = [2.0 / 3.0, 0.5 / 0.75, (89 / 127) ** 2 * 0.5 / 0.875]
     assert followed.item() == pytest.approx(-sum(updates), rel=1e-7)
+
+
+class _Simulated:
+    """A host and a GPU with clocks in milliseconds: launches queue up, and an event notes when the queue reaches it."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def spend(self, milliseconds: float) -> None:
+        self.host += milliseconds
+
+    def launch(self, milliseconds: float) -> None:
+        self.device = max(self.device, self.host) + milliseconds
+
+    def wait(self, *_: Any) -> None:
+        self.host = max(self.host, self.device)
+
+    def event(self, **_: Any) -> Any:
+        found = SimpleNamespace(synchronize=self.wait)
+        found.record = lambda: setattr(found, "at", max(self.device, self.host))
+        found.elapsed_time = lambda end: end.at - found.at
+        return found
+
+    def replaces(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: self.host / 1e3)
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(cycles / 1.98e6))
+
+
+def test_a_gpu_is_timed_without_the_host_and_the_host_without_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated = _Simulated()
+    simulated.replaces(monkeypatch)
+
+    def step() -> None:
+        simulated.spend(5.0)  # before the first launch, as an optimizer looks through its parameters
+        simulated.launch(0.5)
+        simulated.spend(0.25)
+        simulated.launch(0.75)
+
+    for _ in range(3):
+        lap = stopwatch.lap(step, "cuda")
+        assert (lap.total, lap.host) == pytest.approx((1.25, 5.25))
 
 
 def test_bytes_of_shared_and_nested_tensors_count_once() -> None:
