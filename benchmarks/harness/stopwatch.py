@@ -68,12 +68,12 @@ def _device_milliseconds(step: Callable[[], Any], host: float) -> float:
 
 
 def copier(device: str) -> tuple[Callable[[], Any], int]:
-    """Return a copy too large for any cache, to measure bandwidth with, and the bytes that it reads and writes.
+    """Return a copy of random numbers, too large for any cache, and the bytes that it reads and writes.
 
     On a CPU it adds to its target: a plain copy there also reads what it overwrites, which an update in place needs
     anyway.
     """
-    source, target = (torch.zeros(COPIED_BYTES // 4, device=device) for _ in range(2))
+    source, target = (torch.randn(COPIED_BYTES // 4, device=device) for _ in range(2))
     if is_cuda(device):
         return lambda: target.copy_(source), 2 * COPIED_BYTES
     return lambda: target.add_(source), 3 * COPIED_BYTES

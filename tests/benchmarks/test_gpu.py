@@ -381,6 +381,13 @@ def test_a_gpu_is_timed_without_the_host_and_the_host_without_the_gpu(monkeypatc
         assert (lap.total, lap.host) == pytest.approx((1.25, 5.25))
 
 
+def test_what_measures_bandwidth_copies_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "COPIED_BYTES", 1 << 12)
+    copy, moved = stopwatch.copier("cpu")
+    assert len(copy().unique()) > 1000
+    assert moved == 3 << 12
+
+
 def test_bytes_of_shared_and_nested_tensors_count_once() -> None:
     weight = torch.zeros(10)
     nested = {"a": [weight, weight[:5]], "b": (torch.zeros(3, dtype=torch.int8), None), "c": {"d": "text", "e": 1}}
