@@ -96,7 +96,7 @@ def _measure(
     """
     dtype, count = RECIPES[recipe], elements(shapes)
     row = Row(recipe, contender.label, in_backward)
-    state = _computed_state(shapes, contender, dtype)
+    state = _computed_state(shapes, contender, dtype, device if allocate else "meta")
     if state is not None:
         gradients = max(map(math.prod, shapes.values())) if in_backward else count
         row.computed = (state + dtype.itemsize * (count + gradients)) / count
@@ -141,13 +141,14 @@ def rows_of(
                 left_out[f"{recipe}, {contender.label}"] = reason
 
 
-def _computed_state(shapes: Shapes, contender: Contender, dtype: torch.dtype) -> int | None:
+def _computed_state(shapes: Shapes, contender: Contender, dtype: torch.dtype, device: str) -> int | None:
+    """Return the bytes beside weights and gradients; on the device ``"meta"`` without what a GPU's kernels keep."""
     if contender.label == "AdamW":
         return 2 * dtype.itemsize * elements(shapes) + 4 * len(shapes)
     if contender.settings is None:
         return None
-    optimizer = SlimAdam(skeleton(shapes, "meta", dtype), **contender.settings)
-    return optimizer.memory().total + optimizer.memory().monitor
+    memory = SlimAdam(skeleton(shapes, device, dtype), **contender.settings).memory()
+    return memory.total + memory.monitor + memory.workspace
 
 
 def _train(model: nn.Module, contender: Contender, device: str) -> tuple[int, int]:

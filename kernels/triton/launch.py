@@ -38,6 +38,13 @@ def supports(param: Tensor, averaged_dims: Sequence[Dims], codes: bool) -> bool:
     return param.dtype in DTYPES and tiling(param, averaged_dims, codes) is not None
 
 
+def workspace(entries: Sequence[Entry]) -> int:
+    """Return the bytes that a step of these tensors, which need no memory, keeps on the device: tables and sums."""
+    step = TritonStep(entries, Hyperparameters())
+    programs = [programs for launch in step._launches for _, programs, _, _ in launch._steps]
+    return sum(held.nbytes for held in (step._steps, step._corrections, step._table, *step._scratch, *programs))
+
+
 def same_layout(entry: Entry) -> bool:
     """Return whether the step count and the second moments lie where the kernels look for them."""
     order = memory_order(entry.param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from slimadam.distributed.slots import ParamSlot
-from slimadam.kernels.interface import second_moment_dtype
+from slimadam.kernels.interface import Entry, second_moment_dtype
 from slimadam.layers.splits import key_of
+from slimadam.optim.step.dispatch import Backend
+from slimadam.optim.step.tasks import planned
 from slimadam.state.first_moment import momentum_of
 from slimadam.state.second_moment import step_dtype
 from slimadam.utils.formatting import format_bytes
@@ -32,6 +35,8 @@ class MemoryReport(Mapping[str, float]):
         step: Step counts.
         total: All of it: what ``state`` holds.
         monitor: Samples of full second moments that :meth:`SlimAdam.snr_check` needs; kept beside the state.
+        workspace: Tables and partial sums that Triton's kernels keep on a GPU from their first step on, beside the
+            state; zero on a CPU.
         adamw_exp_avg_sq: Second moments of ``torch.optim.AdamW`` for the same parameters.
         adamw_total: All of AdamW's state.
         second_moments_saved: Share of AdamW's second-moment elements done without, in 0..1.
@@ -44,6 +49,7 @@ class MemoryReport(Mapping[str, float]):
     step: int
     total: int
     monitor: int
+    workspace: int
     adamw_exp_avg_sq: int
     adamw_total: int
     second_moments_saved: float
@@ -52,7 +58,8 @@ class MemoryReport(Mapping[str, float]):
     def __str__(self) -> str:
         parts = {"first moments": self.exp_avg, "second moments": self.exp_avg_sq, "maxima": self.max_exp_avg_sq}
         counted = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-        beside = f"; samples beside it {format_bytes(self.monitor)}" if self.monitor else ""
+        others = {"samples": self.monitor, "workspace": self.workspace}
+        beside = "".join(f"; {name} beside it {format_bytes(size)}" for name, size in others.items() if size)
         return (
             f"optimizer state {format_bytes(self.total)} (AdamW {format_bytes(self.adamw_total)}), "
             f"{self.bytes_per_parameter:.2f} bytes per parameter: {counted or 'nothing'}; "
@@ -87,6 +94,7 @@ def memory_report(
     """
     moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
     samples: list[str] = []
+    updated: dict[Backend, list[Entry]] = defaultdict(list)
     for slot in slots:
         if not (slot.param.requires_grad or slot.param in states):
             continue
@@ -103,6 +111,8 @@ def memory_report(
         adamw_total += native * (3 if slot.group["amsgrad"] else 2)
         elements += own.numel()
         kept += stored
+        for backend, entry in planned(slot):
+            updated[backend].append(entry)
     total = moments + seconds + maxima + steps
     return MemoryReport(
         exp_avg=moments,
@@ -111,6 +121,7 @@ def memory_report(
         step=steps,
         total=total,
         monitor=0 if monitor is None else monitor.memory_of(samples),
+        workspace=sum(backend.workspace(entries) for backend, entries in updated.items()),
         adamw_exp_avg_sq=adamw_seconds,
         adamw_total=adamw_total + steps,
         second_moments_saved=1 - kept / elements if elements else 0.0,

@@ -268,7 +268,8 @@ class SlimAdam(Optimizer):
 
         Of DTensors this rank's shards are counted, state and elements. Frozen parameters count once they have state.
 
-        ``total`` does not include the samples for :meth:`snr_check`; they come on top, as ``monitor``.
+        ``total`` includes neither the samples for :meth:`snr_check` nor what Triton's kernels keep on a GPU for
+        themselves; these come on top, as ``monitor`` and ``workspace``.
         """
         return memory_report(self._slots(), self.state, self._registry.monitor)
 

@@ -194,6 +194,10 @@ class Backend(ABC):
         """
         return Run(self, tasks, may_count)
 
+    def workspace(self, entries: Sequence[Entry]) -> int:
+        """Return the bytes that it keeps on the device to update these tensors, which need no memory."""
+        return 0
+
     @abstractmethod
     def supports(self, entry: Entry) -> bool:
         """Return whether it supports these tensors, whose memory it reads as the parameter's."""
@@ -242,6 +246,10 @@ class _Triton(Backend):
     @override
     def prepare(self, tasks: Sequence[NumberedTask], may_count: bool) -> Run:
         return _TritonRun(self, tasks, may_count)
+
+    @override
+    def workspace(self, entries: Sequence[Entry]) -> int:
+        return int(_triton().workspace(entries))
 
     @override
     def supports(self, entry: Entry) -> bool:

@@ -139,6 +139,23 @@ def _backend_of(slot: ParamSlot, rule: Rule) -> tuple[Backend, bool]:
     return BACKENDS[chosen], False
 
 
+def planned(slot: ParamSlot) -> Iterator[tuple[Backend, Entry]]:
+    """Yield what will update a parameter or its parts, each with tensors of the same layout that have no memory."""
+    chosen = [_backend_of(slot, rule) for rule in slot.own_rules]
+    step = torch.zeros((), dtype=second_moment.step_dtype())
+    if len({backend.counts_steps for backend, _ in chosen}) > 1:
+        return
+    for rule, (backend, in_slices) in zip(slot.own_rules, chosen, strict=True):
+        part = rule.take(slot.own)
+        alike = torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device="meta")
+        dims = rule.averaged_dims(part.dim())
+        whole = Entry(alike, alike, alike, [alike] * len(dims), (), step, dims, precomputed=slot.is_shared)
+        for entry in slices_of(whole, {}) if in_slices else [whole]:
+            if entry.param.numel():
+                codes = entry.param if slot.group["momentum_dtype"] == "int8" else None
+                yield backend, entry._replace(exp_avg_scale=codes)
+
+
 def entries_of(slot: ParamSlot, grad: Tensor, state: Mapping[str, Any]) -> Iterator[Entry]:
     """Yield the tensors of a parameter's step, or of each of its parts; none is a copy.
 

@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="Triton is only installed on Linux")
 
+from benchmarks.harness import stopwatch
+from benchmarks.workloads.skeleton import skeleton
 from slimadam import CompressionPlan, Rule, SlimAdam, Split
+from slimadam.kernels.triton import kernels
 from slimadam.optim.step import dispatch
+from slimadam.utils.formatting import format_bytes
 from tests.reference import gradients, slim_adamw_float64
 
 
@@ -125,6 +129,58 @@ def test_parts_of_a_fused_weight() -> None:
         singles = [grad.float().double().numpy()[rows] for grad in grads]
         expected = slim_adamw_float64(start[rows], singles, each, lr=1e-2, weight_decay=0.1)
         np.testing.assert_allclose(weight.detach().double().numpy()[rows], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [
+        (None, {}),
+        ("rules", {"amsgrad": True}),
+        ("rules", {"momentum_dtype": "int8"}),
+        ("factored", {}),
+        ("factored", {"momentum_dtype": "int8"}),
+    ],
+    ids=str,
+)
+def test_memory_counts_what_the_kernels_keep(plan: Any, options: dict[str, Any]) -> None:
+    shapes = {"a.weight": (40, 512), "b.weight": (1500, 32), "c.weight": (256,), "d.weight": (0, 4)}
+    _assert_workspace_is_held(skeleton(shapes), 3, plan=plan, **options)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_memory_counts_tables_of_parts() -> None:
+    """Parts share a step count, and each has its row of the table."""
+    shape = (96, 256)
+    parts = Split({"query": 32, "key": 32, "value": 32}).divide("a.weight", shape)
+    forms: list[dict[str, Any]] = [{"dims": (1,), "form": "mean"}, {}, {"form": "factored"}]
+    rules = {
+        f"a.weight[{part.label}]": Rule(shape=part.shape, part=part, **form)
+        for part, form in zip(parts, forms, strict=True)
+    }
+    _assert_workspace_is_held(skeleton({"a.weight": shape}), 3, plan=CompressionPlan(rules))
+
+
+def _assert_workspace_is_held(model: nn.Module, rows: int, **options: Any) -> None:
+    optimizer = SlimAdam(model, **options)
+    memory = optimizer.memory()
+    params = list(model.parameters())
+    for param in params:
+        param.grad = torch.randn_like(param)
+    for _ in range(2):
+        optimizer.step()
+    assert {optimizer.backend(param) for param in params} == {"triton"}
+    assert optimizer.memory() == memory
+    held = stopwatch.tensor_bytes(vars(optimizer)) - stopwatch.tensor_bytes(params)
+    on_host = 8 * kernels.FIELDS.value * rows  # the table's copy, in which gradients are followed
+    assert memory.workspace == held - memory.total - memory.monitor - on_host > 0
+    assert f"; workspace beside it {format_bytes(memory.workspace)}" in str(memory)
+
+
+def test_without_triton_there_is_no_workspace() -> None:
+    memory = SlimAdam([("w", torch.randn(64, 32).requires_grad_())], plan="factored").memory()
+    assert memory.workspace == 0
+    assert "workspace" not in str(memory)
 
 
 @pytest.mark.usefixtures("on_cpu")
