@@ -43,7 +43,7 @@ class Contender:
         try:
             metadata.version(self.package)
         except metadata.PackageNotFoundError:
-            return f"{self.package} is not installed; pip install 'slimadam[bench]'"
+            return f"{self.package} is not installed; pip install {self.package}"
         return None
 
     def step_of(self, optimizer: Optimizer) -> Callable[[], Any]:
@@ -103,10 +103,12 @@ PEERS: dict[str, Contender] = {
     ),
     "adam-mini": Contender("Adam-mini", lambda model: _adam_mini(model), "adam-mini"),
     "flashoptim": Contender("FlashOptim FlashAdamW", lambda model: _flash_adamw(model), "flashoptim"),
-    "gefen": Contender("Gefen", lambda model: _class("gefen", "Gefen")(list(model.named_parameters())), "gefen"),
     "optimi": Contender(
         "optimi AdamW", lambda model: _class("optimi", "AdamW")(_params(model), lr=1e-3), "torch-optimi"
     ),
+    # Last, because on CUDA they begin by compiling; both are imported as gefen, so that only one can be installed.
+    "gefen": Contender("Gefen", lambda model: _gefen(model), "gefen"),
+    "gefen-x": Contender("Gefen-X", lambda model: _gefen(model), "gefen-x"),
 }
 
 
@@ -116,6 +118,11 @@ def _class(module: str, name: str) -> Any:
 
 def _params(model: nn.Module) -> list[Tensor]:
     return list(model.parameters())
+
+
+def _gefen(model: nn.Module) -> Optimizer:
+    made: Optimizer = _class("gefen", "Gefen")(list(model.named_parameters()))
+    return made
 
 
 def _adam_mini(model: nn.Module) -> Optimizer:
