@@ -12,31 +12,35 @@ def page(run: Mapping[str, Any], stages: Mapping[str, Items]) -> str:
     """Return a page with device, versions and date, every missed bar, and a section for each stage.
 
     Args:
-        run: Machine, device and summary of the run.
+        run: Machine, device, what was missed, and the stages that are still to come.
         stages: Items of each stage.
     """
     machine = run["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     where = machine["accelerator"] if run["device"] != "cpu" else machine["processor"]
+    verdict = [f"- FAIL {line}" for line in run["missed"]]
+    verdict += [f"- still to come: {name}" for name in run["to_come"]]
     lines = [
         "# SlimAdam on " + str(where),
         "",
         f"{machine['date']}, Python {machine['python']}, {versions}, CUDA {machine['cuda']}, {run['seconds']} s in all."
         + (" A quick run with tiny sizes: its times mean nothing." if run["quick"] else ""),
         "",
-        *([f"- FAIL {line}" for line in run["missed"]] or ["Everything passed."]),
+        *(verdict or ["Everything passed."]),
     ]
     sections = {
         "checks": _checks,
         "throughput": _throughput,
         "clipping": _clipping,
         "memory": _memory,
+        "short_training": _training,
         "training": _training,
+        "sweep": _sweep,
     }
     for name, items in stages.items():
         done = {label: item for label, item in items.items() if "failed" not in item}
         failed = {label: item["failed"] for label, item in items.items() if "failed" in item}
-        lines += ["", f"## {name.capitalize()}", "", *sections[name](done)]
+        lines += ["", f"## {name.replace('_', ' ').capitalize()}", "", *sections[name](done)]
         lines += [f"\n{label} FAILED:\n\n```text\n{reason.strip()}\n```" for label, reason in failed.items()]
     return "\n".join(lines) + "\n"
 
@@ -106,30 +110,58 @@ def _memory(items: Items) -> list[str]:
 _BYTES = ("held", "peak", "computed_held", "computed", "cuda_peak")
 
 
-def _training(items: Items) -> list[str]:
+def _training(every: Items) -> list[str]:
+    waiting = [f"- {item['unfinished']}: {label}" for label, item in every.items() if "settings" not in item]
+    items = {label: item for label, item in every.items() if "settings" in item}
     if not items:
-        return []
+        return waiting
     settings = next(iter(items.values()))["settings"]
     words = (
         f"{settings['layers']} layers of width {settings['width']}, vocabulary {settings['vocabulary']}, "
         f"{settings['steps']} steps of {settings['batch_size']} x {settings['context']} bytes of Python's standard "
-        f"library, bfloat16 autocast, learning rate {settings['lr']:g}, the same batches for each."
+        "library, bfloat16 autocast, the same batches for each. Peaks are of all steps, and of the last ones."
     )
     rows = [
         [
             label,
-            f"{item['held_out_loss']:.4f}",
-            f"{item['tokens_per_second']:,.0f}",
+            item.get("unfinished", ""),
+            _optional(item["held_out"][-1][1] if item["held_out"] else None, ".4f"),
+            _optional(item.get("tokens_per_second"), ",.0f"),
             f"{item['state_bytes'] / 1e6:,.1f} MB",
             _optional(item.get("peak_bytes", 0) / 1e9 or None, ".2f"),
+            _optional(item.get("last_peak_bytes", 0) / 1e9 or None, ".2f"),
             _optional(item.get("second_moments_saved"), ".1%"),
         ]
         for label, item in items.items()
     ]
-    heads = ["", "held-out loss", "tokens/s", "state", "peak GB", "second moments saved"]
-    marks = [round(settings["steps"] * share / 10) - 1 for share in range(1, 11)]
-    curves = [[label, *(f"{item['losses'][mark]:.3f}" for mark in marks)] for label, item in items.items()]
-    return [words, "", *_table(heads, rows), "", *_table(["loss at step", *(str(mark + 1) for mark in marks)], curves)]
+    heads = ["", "not finished", "held-out loss", "tokens/s", "state", "peak GB", "at the end", "second moments saved"]
+    marks = max((item["held_out"] for item in items.values()), key=len)
+    curves = [[label, *(f"{loss:.4f}" for _, loss in item["held_out"])] for label, item in items.items()]
+    filled = [row + [""] * (1 + len(marks) - len(row)) for row in curves]
+    return [
+        words,
+        "",
+        *_table(heads, rows),
+        "",
+        *_table(["held-out loss at step", *(str(mark) for mark, _ in marks)], filled),
+        "",
+        *waiting,
+    ]
+
+
+def _sweep(items: Items) -> list[str]:
+    rows = []
+    for name, item in items.items():
+        found = item.get("milliseconds", {})
+        times = {label: value for label, value in found.items() if not isinstance(value, str)}
+        best = min(times, key=times.__getitem__, default="")
+        now = next(iter(found), "")
+        ratio = times[best] / times[now] if now in times else None
+        unusable = str(len(found) - len(times)) if found else f"not applicable: {item['not_applicable']}"
+        rows.append([name, best, _optional(times.get(best), ".4f"), now, _optional(times.get(now), ".4f"),
+                     _optional(ratio, ".3f"), unusable])  # fmt: skip
+    heads = ["kernel and width", "fastest", "ms", "at present", "ms", "of present", "cannot be launched"]
+    return ["Launch settings: lines x columns of a tile, and its warps.", "", *_table(heads, rows)]
 
 
 def _bars(item: Mapping[str, Any]) -> list[str]:

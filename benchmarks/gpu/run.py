@@ -1,8 +1,11 @@
 """Everything that needs a GPU, in one command of a few minutes: ``python -m benchmarks.gpu --out DIR``.
 
 Correctness on the device, throughput, memory, and a short training, each in a process of its own (a kernel that
-crashes takes its process with it), each with a time budget. Needs the repository, torch, numpy and Triton, nothing
-else. Writes one JSON file a stage, ``results.json`` and a page, ``results.md``.
+crashes takes its process with it), each with its share of the time. Needs the repository, torch, numpy and Triton,
+nothing else. After each stage it writes one JSON file for it, ``results.json`` and a page, ``results.md``.
+
+Two stages are run only when they are asked for: ``--stage sweep`` compares launch settings, ``--stage training`` trains
+longer. That goes on where it was ended, so that it may take several calls; it exits with 3 while something is left.
 """
 
 from __future__ import annotations
@@ -20,14 +23,16 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.page import page
-from benchmarks.gpu.stages import STAGES, NotApplicable, Settings, Stage
+from benchmarks.gpu.stages import LONGER, STAGES, NotApplicable, Settings, Stage
 from benchmarks.harness import machine
 
-GRACE_SECONDS = 30.0
-"""Time that an item that has begun may take beyond its stage's budget before its process is ended."""
+RUN_SECONDS = 440.0
+"""Time of the whole command, unless it is told another."""
+GRACE_SECONDS = 25.0
+"""Time that a process may take beyond its stage's: to start, and for an item that has begun."""
 
 
-def run_stage(name: str, stage: Stage, settings: Settings, folder: Path) -> dict[str, Any]:
+def run_stage(name: str, stage: Stage, settings: Settings, folder: Path, seconds: float) -> dict[str, Any]:
     """Run a stage in this process; its file is written anew after each item, so that finished items stay.
 
     Args:
@@ -35,15 +40,18 @@ def run_stage(name: str, stage: Stage, settings: Settings, folder: Path) -> dict
         stage: The stage.
         settings: Device and size.
         folder: Folder of the result.
+        seconds: Its time; what has not begun by then is left out, and counts as failed unless a later call goes on.
     """
-    deadline = time.monotonic() + stage.seconds
+    deadline = time.monotonic() + seconds
     items = stage.items(settings, deadline)
     found: dict[str, Any] = {label: {"failed": "not reached"} for label in items}
     figures = {"stage": name, "device": settings.device, "quick": settings.quick, "items": found}
     machine.write(name, figures, folder)
     for label, item in items.items():
         if time.monotonic() > deadline:
-            found[label] = {"failed": f"the stage's {stage.seconds:.0f} s were used up"}
+            late = {"failed": f"the stage's {seconds:.0f} s were used up"}
+            found[label] = {"unfinished": "not begun"} if stage.goes_on else late
+            machine.write(name, figures, folder)
             continue
         started = time.monotonic()
         try:
@@ -58,7 +66,7 @@ def run_stage(name: str, stage: Stage, settings: Settings, folder: Path) -> dict
     return found
 
 
-def run_isolated(name: str, stage: Stage, settings: Settings, folder: Path) -> dict[str, Any]:
+def run_isolated(name: str, stage: Stage, settings: Settings, folder: Path, seconds: float) -> dict[str, Any]:
     """Run a stage in a process of its own, ended when it takes too long, and read its file.
 
     Args:
@@ -66,12 +74,13 @@ def run_isolated(name: str, stage: Stage, settings: Settings, folder: Path) -> d
         stage: The stage.
         settings: Device and size.
         folder: Folder of the result.
+        seconds: Its time; the process may take :data:`GRACE_SECONDS` longer.
     """
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(folder), "--device", settings.device]
-    command += ["--stage", name, *(["--quick"] if settings.quick else [])]
+    command += ["--stage", name, "--seconds", str(seconds), *(["--quick"] if settings.quick else [])]
     (folder / f"{name}.json").unlink(missing_ok=True)
     try:
-        ended = subprocess.run(command, timeout=stage.seconds + GRACE_SECONDS, check=False)
+        ended = subprocess.run(command, timeout=seconds + GRACE_SECONDS, check=False)
         reason = f"its process ended with {ended.returncode}"
     except subprocess.TimeoutExpired as error:
         reason = f"its process was ended after {error.timeout:.0f} s"
@@ -83,6 +92,35 @@ def run_isolated(name: str, stage: Stage, settings: Settings, folder: Path) -> d
         label: {"failed": f"not reached; {reason}"} if item == {"failed": "not reached"} else item
         for label, item in found.items()
     }
+
+
+def run_all(settings: Settings, folder: Path, seconds: float) -> list[str]:
+    """Run every stage, and write all results so far after each; return what failed or missed a bar.
+
+    Args:
+        settings: Device and size.
+        folder: Folder of the results.
+        seconds: Time of all stages. Each gets its share of what is left, so that none has to wait for a slow one.
+    """
+    run = run_isolated if torch.device(settings.device).type == "cuda" else run_stage
+    started = time.monotonic()
+    stages: dict[str, dict[str, Any]] = {}
+    for name, stage in STAGES.items():
+        ahead = sum(one.seconds for other, one in STAGES.items() if other not in stages)
+        left = started + seconds - GRACE_SECONDS - time.monotonic()
+        if left > 0:
+            stages[name] = run(name, stage, settings, folder, left * stage.seconds / ahead)
+        else:
+            stages[name] = {name: {"failed": f"the run's {seconds:.0f} s were used up"}}
+        _write(settings, folder, stages, round(time.monotonic() - started))
+    return failures(stages)
+
+
+def _write(settings: Settings, folder: Path, stages: Mapping[str, Any], seconds: int) -> None:
+    figures: dict[str, Any] = {"device": settings.device, "quick": settings.quick, "seconds": seconds}
+    figures |= {"missed": failures(stages), "to_come": [name for name in STAGES if name not in stages]}
+    machine.write("results", {**figures, "stages": stages}, folder)
+    (folder / "results.md").write_text(page({"machine": machine.describe(), **figures}, stages))
 
 
 def failures(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -103,6 +141,8 @@ def _state(item: Mapping[str, Any]) -> str:
         return f"FAILED: {item['failed'].strip().splitlines()[-1]}"
     if "not_applicable" in item:
         return f"not applicable: {item['not_applicable']}"
+    if "unfinished" in item:
+        return f"not finished: {item['unfinished']}"
     return "done"
 
 
@@ -111,29 +151,43 @@ def _shown(value: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all stages, write the results; 1 if something failed or a bar was missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run all stages, or one; 1 if something failed or a bar was missed, 3 if only a further call can finish it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the program")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--stage", choices=STAGES, help="this one alone, in this process")
+    parser.add_argument("--stage", choices=[*STAGES, *LONGER], help="this one alone, in this process")
+    parser.add_argument(
+        "--seconds", type=float, default=RUN_SECONDS, help="time of the command, %(default)s by default"
+    )
+    parser.add_argument(
+        "--state", type=Path, help="folder of what --stage training goes on from; default: that of --out"
+    )
     options = parser.parse_args(arguments)
-    settings = Settings(options.device, options.quick)
+    settings = Settings(options.device, options.quick, options.state or options.out)
     if torch.device(settings.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {settings.device}: torch {torch.__version__} finds no CUDA device; use --device cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.stage:
-        found = run_stage(options.stage, STAGES[options.stage], settings, options.out)
-        return 1 if failures({options.stage: found}) else 0
-    run = run_isolated if torch.device(settings.device).type == "cuda" else run_stage
-    started = time.monotonic()
-    stages = {name: run(name, stage, settings, options.out) for name, stage in STAGES.items()}
-    missed, seconds = failures(stages), round(time.monotonic() - started)
-    figures = {"device": settings.device, "quick": settings.quick, "seconds": seconds, "missed": missed}
-    print("written:", machine.write("results", {**figures, "stages": stages}, options.out))
-    (options.out / "results.md").write_text(page({"machine": machine.describe(), **figures}, stages))
+        return _run_one(options.stage, settings, options.out, options.seconds)
+    missed = run_all(settings, options.out, options.seconds)
+    print("written:", options.out / "results.json")
     print("\n".join([f"FAIL {line}" for line in missed] or ["everything passed"]))
     return 1 if missed else 0
+
+
+def _run_one(name: str, settings: Settings, folder: Path, seconds: float) -> int:
+    started = time.monotonic()
+    if name in LONGER:
+        seconds = max(0.0, seconds - GRACE_SECONDS)
+    found = run_stage(name, {**STAGES, **LONGER}[name], settings, folder, seconds)
+    if name in LONGER:
+        run = {"machine": machine.describe(), "device": settings.device, "quick": settings.quick, "to_come": []}
+        run |= {"seconds": round(time.monotonic() - started), "missed": failures({name: found})}
+        (folder / f"{name}.md").write_text(page(run, {name: found}))
+    if failures({name: found}):
+        return 1
+    return 3 if any("unfinished" in item for item in found.values()) else 0
 
 
 if __name__ == "__main__":

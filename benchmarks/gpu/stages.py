@@ -5,18 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.gpu import training as gpu_training
 from benchmarks.gpu.checks import CHECKS, NotOnThisDeviceError
+from benchmarks.gpu.training import LONG, SHORT, TrainingSettings, train
 from benchmarks.harness import stopwatch
-from benchmarks.harness.comparison import compare
+from benchmarks.harness.comparison import Comparison, compare
 from benchmarks.harness.contenders import FUSED, PEERS, Contender, ours, torch_own
 from benchmarks.speed import clipping
 from benchmarks.speed.memory import RECIPES, rows_of, ways
 from benchmarks.workloads.shapes import MODELS, elements
+
+if TYPE_CHECKING:
+    from slimadam.kernels.triton.tiling import Kind
 
 RULES = "SlimAdam (rules)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,10 +39,12 @@ class Settings:
     Attributes:
         device: ``"cuda"`` or ``"cpu"``.
         quick: Tiny sizes, to try the program itself.
+        state: Folder of what trainings go on from; None: they begin anew.
     """
 
     device: str
     quick: bool = False
+    state: Path | None = None
 
 
 class NotApplicable(Exception):  # noqa: N818
@@ -48,12 +56,14 @@ class Stage:
     """Some items that run one after the other.
 
     Attributes:
-        seconds: Time budget on a GPU; what has not begun by then is left out, and the stage counts as failed.
-        items: The items, by name; they begin to count when this is called.
+        seconds: Time that it needs on a GPU, by which stages share the time of a run.
+        items: The items, by name, from the settings and the time by which they have to end.
+        goes_on: A later call goes on with what has not been finished.
     """
 
     seconds: float
     items: Callable[[Settings, float], Items]
+    goes_on: bool = False
 
 
 def _checks(settings: Settings, deadline: float) -> Items:
@@ -74,27 +84,38 @@ def _checks(settings: Settings, deadline: float) -> Items:
 
 
 def _throughput(settings: Settings, deadline: float) -> Items:
-    """Return each model in each precision."""
+    """Return each model in each precision: ours and torch's, then others', which may crash, last what compiles."""
     models = ("tiny",) if settings.quick else ("gpt2-small", "llama-1b")
     pairs = [(model, dtype) for model in models for dtype in DTYPES]
-    share = (deadline - time.monotonic()) / len(pairs)
+    usual, others, compiled = contenders(settings)
+    share = (deadline - time.monotonic()) / len(pairs) / (1 + bool(others))
 
-    def measure(model: str, dtype: str) -> Callable[[], Result]:
+    def measure(model: str, dtype: str, chosen: Sequence[Contender]) -> Callable[[], Result]:
         def run() -> Result:
-            is_full_size = stopwatch.is_cuda(settings.device) and not settings.quick
             shapes, until = MODELS[model](), min(deadline, time.monotonic() + share)
-            chosen = _contenders(settings, compiled=(model, dtype) == ("gpt2-small", "float32"))
             rounds = 2 if settings.quick else 15
             found = compare(shapes, chosen, settings.device, DTYPES[dtype], rounds, until)
-            bars = speed_bars(found.rows, model, dtype) if is_full_size else []
-            failed = {f"{label} is right": reason for label, reason in found.refused.items()}
-            wrong = [_bar(name, reason, "no difference to float64", False) for name, reason in failed.items()]
-            absent = missing_rows(chosen, found.rows.keys() | found.refused, found.left_out)
-            return {**vars(found), "elements": elements(shapes), "bars": bars + wrong + absent}
+            bars = _throughput_bars(found, usual, model, dtype, settings) if chosen is usual else []
+            return {**vars(found), "elements": elements(shapes), "bars": bars}
 
         return run
 
-    return {f"{model}, {dtype}": measure(model, dtype) for model, dtype in pairs}
+    items = {f"{model}, {dtype}": measure(model, dtype, usual) for model, dtype in pairs}
+    if others:
+        items |= {f"{model}, {dtype}, others": measure(model, dtype, others) for model, dtype in pairs}
+    if compiled:
+        items["gpt2-small, float32, compiled"] = measure("gpt2-small", "float32", compiled)
+    return items
+
+
+def _throughput_bars(
+    found: Comparison, chosen: Sequence[Contender], model: str, dtype: str, settings: Settings
+) -> list[Result]:
+    is_full_size = stopwatch.is_cuda(settings.device) and not settings.quick
+    bars = speed_bars(found.rows, model, dtype) if is_full_size else []
+    failed = {f"{label} is right": reason for label, reason in found.refused.items()}
+    wrong = [_bar(name, reason, "no difference to float64", False) for name, reason in failed.items()]
+    return bars + wrong + missing_rows(chosen, found.rows.keys() | found.refused, found.left_out)
 
 
 def _clipped(settings: Settings, deadline: float) -> Items:
@@ -130,23 +151,63 @@ def _memory(settings: Settings, deadline: float) -> Items:
     return {f"{model}, {recipe}": measure(recipe) for recipe in recipes}
 
 
-def _training(settings: Settings, deadline: float) -> Items:
-    """Return each optimizer."""
-    size = gpu_training.QUICK if settings.quick else gpu_training.TrainingSettings()
+def _training(size: TrainingSettings, *, goes_on: bool) -> Callable[[Settings, float], Items]:
+    """Return the stage's items: each optimizer at each learning rate, from where an earlier call was ended or anew."""
 
-    def run(label: str) -> Callable[[], Result]:
-        return lambda: {"settings": asdict(size), **gpu_training.train(label, size, settings.device)}
+    def items(settings: Settings, deadline: float) -> Items:
+        own = size.quick() if settings.quick else size
+        folder = settings.state if goes_on else None
+        return {
+            f"{label}, lr {lr:g}": partial(train, label, lr, own, settings.device, folder, deadline)
+            for label in own.labels
+            for lr in own.rates
+        }
 
-    return {label: run(label) for label in gpu_training.optimizers(size)}
+    return items
+
+
+def _sweep(settings: Settings, deadline: float) -> Items:
+    """Return each kernel and width of tile in each precision, with every candidate for its launch settings."""
+    if find_spec("triton") is None:
+        return {"launch settings": partial(_does_not_apply, "Triton is not installed")}
+    from benchmarks.speed import launch_settings
+    from slimadam.kernels.triton.launch import SETTINGS
+
+    reason = launch_settings.unusable(settings.device)
+    if reason is not None:
+        return {"launch settings": partial(_does_not_apply, reason)}
+    copies, rounds = (1, 1) if settings.quick else (8, 15)
+
+    def measure(kind: Kind, columns: int, dtype: str) -> Result:
+        found = launch_settings.measure(kind, columns, DTYPES[dtype], settings.device, copies, rounds)
+        now = next(iter(found))
+        bar = _bar(f"{now}, at present", found[now], "can be launched", not isinstance(found[now], str))
+        return {"milliseconds": found, "bars": [bar]}
+
+    return {
+        f"{kind} {columns}, {dtype}": partial(measure, kind, columns, dtype)
+        for dtype in DTYPES
+        for kind, columns in SETTINGS
+    }
+
+
+def _does_not_apply(reason: str) -> Result:
+    raise NotApplicable(reason)
 
 
 STAGES: Mapping[str, Stage] = {
-    "checks": Stage(150, _checks),
-    "throughput": Stage(150, _throughput),
+    "checks": Stage(110, _checks),
+    "throughput": Stage(170, _throughput),
     "clipping": Stage(20, _clipped),
     "memory": Stage(40, _memory),
-    "training": Stage(90, _training),
+    "short_training": Stage(90, _training(SHORT, goes_on=False)),
 }
+"""The stages of a run."""
+LONGER: Mapping[str, Stage] = {
+    "sweep": Stage(300, _sweep),
+    "training": Stage(440, _training(LONG, goes_on=True), goes_on=True),
+}
+"""Stages that are run only when they are asked for."""
 
 
 def speed_bars(rows: Mapping[str, Any], model: str, dtype: str) -> list[Result]:
@@ -186,12 +247,18 @@ def missing_rows(chosen: Sequence[Contender], found: Collection[str], reasons: M
     return [_bar(label, reasons.get(label, "not measured"), "a row", False) for label in absent]
 
 
-def _contenders(settings: Settings, *, compiled: bool) -> list[Contender]:
-    """Return the contenders: those without a compiler on a quick run, else compiled AdamW, which takes long, last."""
-    torchs = [one for one in torch_own() if not one.compiled]
+def contenders(settings: Settings) -> tuple[list[Contender], list[Contender], list[Contender]]:
+    """Return ours and torch's, others', and what compiles, each beside fused AdamW; on a quick run the least of ours.
+
+    Args:
+        settings: Device and size.
+    """
+    compiled = [one for one in torch_own() if one.compiled]
+    usual = [one for one in torch_own() if not one.compiled]
+    fused = [one for one in usual if one.label == FUSED]
     if settings.quick:
-        return [*(one for one in torchs if one.label == FUSED), *(one for one in ours() if one.label == RULES)]
-    return [*torchs, *ours(), *PEERS.values(), *(one for one in torch_own() if one.compiled and compiled)]
+        return [*fused, *(one for one in ours() if one.label == RULES)], [], []
+    return [*usual, *ours()], [*fused, *PEERS.values()], [*fused, *compiled]
 
 
 def _bar(name: str, value: Any, limit: str, passed: bool) -> Result:

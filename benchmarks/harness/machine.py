@@ -74,8 +74,9 @@ def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"machine": describe(), **figures}, indent=1) + "\n")
-    return path
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"machine": describe(), **figures}, indent=1) + "\n")
+    return unfinished.replace(path)  # who is killed while writing leaves the file as it was
 
 
 def _processor() -> str:

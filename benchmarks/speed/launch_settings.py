@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")
-    if (reason := _unusable(options.device)) is not None:
+    if (reason := unusable(options.device)) is not None:
         parser.error(f"--device {options.device}: {reason}")
     figures: dict[str, Any] = {}
     works = True
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if works else 1
 
 
-def _unusable(device: str) -> str | None:
+def unusable(device: str) -> str | None:
     """Return why kernels cannot be launched on a device, or None."""
     trial = "to try the program without one, set TRITON_INTERPRET=1 and pass --quick --device cpu"
     if not stopwatch.is_cuda(device):

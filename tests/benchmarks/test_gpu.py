@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +20,13 @@ import pytest
 import torch
 
 from benchmarks.gpu import run as gpu
+from benchmarks.gpu import stages as gpu_stages
+from benchmarks.gpu import training
 from benchmarks.gpu.checks import CHECKS, NotOnThisDeviceError
 from benchmarks.gpu.page import page
-from benchmarks.gpu.stages import RULES, STAGES, NotApplicable, Settings, Stage, missing_rows, speed_bars
-from benchmarks.gpu.training import GPT2, TrainingSettings
+from benchmarks.gpu.stages import LONGER, RULES, STAGES, NotApplicable, Settings, Stage, missing_rows, speed_bars
 from benchmarks.harness import comparison, machine, stopwatch
-from benchmarks.harness.contenders import Contender, ours, torch_own
+from benchmarks.harness.contenders import FUSED, PEERS, Contender, ours, torch_own
 from benchmarks.harness.exactness import WrongStepError
 from benchmarks.harness.formula import Hyperparameters, follow
 from benchmarks.speed import memory, throughput
@@ -87,11 +90,31 @@ def test_the_repository_alone_is_enough(bare: Run, tmp_path: Path) -> None:
     ways = ["rules", "rules, bfloat16 momentum", "rules, int8 momentum", "rules, int8 momentum, no monitor"]
     labels = ["AdamW", *(f"SlimAdam ({way})" for way in ways)]
     assert (measured, item["left_out"]) == ([(label, late) for label in labels for late in (False, True)], {})
-    losses = {label: item["losses"] for label, item in stages["training"].items()}
+    losses = {item["label"]: item["losses"] for item in stages["short_training"].values()}
     assert losses["SlimAdam (auto)"][:3] == pytest.approx(losses["AdamW (fused)"][:3], rel=1e-4)
+    assert results["to_come"] == []
     page = (tmp_path / "results.md").read_text()
     assert "Everything passed." in page
-    assert all(f"## {name.capitalize()}" in page for name in STAGES)
+    assert all(f"## {name}" in page for name in ("Checks", "Throughput", "Clipping", "Memory", "Short training"))
+
+
+@pytest.mark.timeout(600)
+def test_the_repository_alone_trains_in_several_calls(bare: Run, tmp_path: Path) -> None:
+    command = ["-m", "benchmarks.gpu", "--stage", "training", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    short = bare(*command, "--seconds", "1", "--state", str(tmp_path / "state"))  # less than the start takes
+    assert short.returncode == 3, short.stdout + short.stderr
+    assert "- not begun: SlimAdam (factored), lr 0.0018" in (tmp_path / "training.md").read_text()
+    ran = bare(*command, "--state", str(tmp_path / "state"))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    items = json.loads((tmp_path / "training.json").read_text())["items"]
+    assert [(item["label"], item["lr"]) for item in items.values()] == [
+        (label, lr) for label in training.LONG.labels for lr in (6e-4, 1.8e-3)
+    ]
+    for item in items.values():
+        assert [step for step, _ in item["held_out"]] == [4, 8, 12]
+        assert len(item["losses"]) == 12
+        assert 3 < item["held_out"][2][1] < item["held_out"][0][1] < 6
+    assert "| held-out loss at step | 4 | 8 | 12 |" in (tmp_path / "training.md").read_text()
 
 
 IDENTITY = """
@@ -164,7 +187,9 @@ def test_figures_from_a_gpu_are_held_against_the_bars_and_shown(figures: dict[st
     lines = gpu.failures({"throughput": items})
     assert lines == [f"throughput: llama-1b, float32: {line}" for line in missed]
     run = {"machine": machine.describe(), "device": "cuda", "quick": False, "seconds": 400, "missed": lines}
-    text = page(run, {"throughput": items, "training": {"SlimAdam (auto)": {"failed": "RuntimeError: broken"}}})
+    stages = {"throughput": items, "training": {"SlimAdam (auto)": {"failed": "RuntimeError: broken"}}}
+    text = page({**run, "to_come": ["memory"]}, stages)
+    assert "- still to come: memory" in text
     assert text.count("- FAIL: ") == len(missed)
     assert "- left out: optimi AdamW: not installed" in text
     assert "SlimAdam (auto) FAILED:" in text
@@ -190,6 +215,22 @@ def test_a_run_without_rows_of_ours_fails(
     assert {f"{stage}: {item}: {RULES}: not to be had here, bar a row" for item in items} <= set(missed)
     assert [f"FAIL {line}" for line in missed] == capsys.readouterr().out.splitlines()[-len(missed) :]
     assert f"- FAIL: {RULES}: not to be had here (bar: a row)" in (tmp_path / "results.md").read_text()
+
+
+def test_a_quick_run_fails_where_ours_are_not_even_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when a list of contenders loses the row: nothing says that it is missing but the bar."""
+    without = [one for one in torch_own() if one.label == FUSED]
+    monkeypatch.setattr(gpu_stages, "ours", list)
+    monkeypatch.setattr(gpu_stages, "ways", lambda recipe, peers: without)
+    monkeypatch.setattr(memory, "ways", lambda recipe, peers: without)
+    monkeypatch.setattr(gpu, "STAGES", {name: STAGES[name] for name in ("throughput", "memory")})
+    assert gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    items = ["throughput: tiny, float32", "throughput: tiny, bfloat16", "memory: tiny, pure bfloat16"]
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"FAIL {item}: {RULES}: not measured, bar a row" for item in items
+    ]
 
 
 def test_ours_that_were_not_even_chosen_are_missed() -> None:
@@ -275,25 +316,198 @@ def _not_applicable() -> dict[str, Any]:
 def test_what_fails_or_is_late_is_recorded_and_the_rest_kept(tmp_path: Path) -> None:
     bar = {"name": "speed", "value": 0.9, "limit": "<= 0.75", "passed": False}
     items = {"wrong": _broken, "absent": _not_applicable, "slow": lambda: {"bars": [bar]}}
-    found = gpu.run_stage("checks", Stage(60, lambda settings, deadline: items), QUICK, tmp_path)
+    stage = Stage(60, lambda settings, deadline: items)
+    found = gpu.run_stage("checks", stage, QUICK, tmp_path, 60)
     assert json.loads((tmp_path / "checks.json").read_text())["items"] == found
     assert found["absent"]["not_applicable"] == "not on this device"
     assert gpu.failures({"checks": found}) == [
         "checks: wrong: ValueError: broken on purpose",
         "checks: slow: speed: 0.900, bar <= 0.75",
     ]
-    late = gpu.run_stage("checks", Stage(-1, lambda settings, deadline: items), QUICK, tmp_path)
+    late = gpu.run_stage("checks", stage, QUICK, tmp_path, -1)
     assert len(gpu.failures({"checks": late})) == 3
 
 
 def test_a_stage_in_its_own_process_is_read_back_and_ended_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = gpu.run_isolated("training", STAGES["training"], QUICK, tmp_path)
+    name = "short_training"
+    found = gpu.run_isolated(name, STAGES[name], QUICK, tmp_path, 300)
     assert [item["settings"]["steps"] for item in found.values()] == [12, 12, 12]
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.0)
-    ended = gpu.run_isolated("training", Stage(0.1, STAGES["training"].items), QUICK, tmp_path)
-    assert ended == {"training": {"failed": "the stage wrote nothing; its process was ended after 0 s"}}
+    ended = gpu.run_isolated(name, STAGES[name], QUICK, tmp_path, 0.1)
+    assert ended == {name: {"failed": "the stage wrote nothing; its process was ended after 0 s"}}
+
+
+def test_stages_share_the_time_of_the_run_and_results_are_written_after_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    took = {"first": 10.0, "second": 200.0, "third": 0.0, "fourth": 0.0}
+    given: dict[str, float] = {}
+    known: dict[str, list[str]] = {}
+
+    def run_stage(name: str, stage: Stage, settings: Settings, folder: Path, seconds: float) -> dict[str, Any]:
+        written = tmp_path / "results.json"
+        known[name] = list(json.loads(written.read_text())["stages"]) if written.exists() else []
+        given[name] = seconds
+        clock[0] += took[name]
+        return {name: {"failed": "ValueError: wrong"} if name == "first" else {}}
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    monkeypatch.setattr(gpu, "page", lambda run, stages: "")
+    weights = {"first": 100, "second": 200, "third": 60, "fourth": 40}
+    monkeypatch.setattr(gpu, "STAGES", {name: Stage(weight, dict) for name, weight in weights.items()})
+    missed = gpu.run_all(QUICK, tmp_path, 225.0)
+    # 25 s are kept for the last process to end; the second takes 70 s more than its share, and leaves nothing.
+    assert given == pytest.approx({"first": 200 * 100 / 400, "second": 190 * 200 / 300})
+    assert known == {"first": [], "second": ["first"]}
+    assert missed == [
+        "first: first: ValueError: wrong",
+        "third: third: the run's 225 s were used up",
+        "fourth: fourth: the run's 225 s were used up",
+    ]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (list(results["stages"]), results["to_come"], results["missed"]) == (list(weights), [], missed)
+
+
+def test_a_run_that_is_killed_leaves_the_stages_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(settings: Settings, deadline: float) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    stages = {"clipping": STAGES["clipping"], "memory": Stage(60, killed)}
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (list(results["stages"]), results["to_come"], results["missed"]) == (["clipping"], ["memory"], [])
+    assert results["stages"]["clipping"]["tiny, float32"]["rows"]
+    text = (tmp_path / "results.md").read_text()
+    assert "- still to come: memory" in text
+    assert "Everything passed." not in text
+
+
+def test_others_come_after_ours_and_what_compiles_comes_last() -> None:
+    usual, others, compiled = gpu_stages.contenders(Settings("cuda"))
+    assert {one.label for one in usual} >= {FUSED, *(one.label for one in ours())}
+    assert not [one for one in usual if one.compiled or one in PEERS.values()]
+    assert [one.label for one in others] == [FUSED, *(peer.label for peer in PEERS.values())]
+    assert [one.label for one in compiled] == [FUSED, "AdamW (compiled)"]
+    items = list(STAGES["throughput"].items(Settings("cuda"), time.monotonic() + 100))
+    pairs = [f"{model}, {dtype}" for model in ("gpt2-small", "llama-1b") for dtype in ("float32", "bfloat16")]
+    assert items == [*pairs, *(f"{pair}, others" for pair in pairs), "gpt2-small, float32, compiled"]
+
+
+def test_others_that_are_missing_or_die_are_lines_and_no_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = {
+        "absent": Contender("Absent", _broken_optimizer, "slimadam-no-such-package"),
+        "broken": Contender("Broken", _broken_optimizer),
+    }
+    fused = [one for one in torch_own() if one.label == FUSED]
+    monkeypatch.setattr(gpu_stages, "contenders", lambda settings: (gpu_stages_usual, [*fused, *peers.values()], []))
+    gpu_stages_usual = [*fused, *(one for one in ours() if one.label == RULES)]
+    found = gpu.run_stage("throughput", STAGES["throughput"], QUICK, tmp_path, 300)
+    assert gpu.failures({"throughput": found}) == []
+    item = found["tiny, float32, others"]
+    assert list(item["rows"]) == [FUSED]
+    assert item["left_out"] == {
+        "Absent": "slimadam-no-such-package is not installed; pip install slimadam-no-such-package",
+        "Broken": "OSError: libcudart.so.13: cannot open shared object file",
+    }
+    run = {"machine": machine.describe(), "device": "cpu", "quick": True, "seconds": 1, "missed": [], "to_come": []}
+    assert "- left out: Broken: OSError: libcudart.so.13" in page(run, {"throughput": found})
+
+
+def test_the_list_of_wheels_has_every_other_optimizer_in_the_version_that_is_compared() -> None:
+    lines = (ROOT / "benchmarks" / "gpu" / "peers.txt").read_text().splitlines()
+    listed = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert listed.keys() >= {peer.package for peer in PEERS.values()} - {"gefen"}
+    declared = re.findall(r'"([\w-]+)==([\d.]+)', (ROOT / "pyproject.toml").read_text())
+    pinned = {name: version for name, version in declared if name in listed}
+    assert len(pinned) >= 5
+    assert {name: listed[name] for name in pinned} == pinned
+
+
+def _broken_optimizer(model: torch.nn.Module) -> Any:
+    raise OSError("libcudart.so.13: cannot open shared object file")
+
+
+@pytest.mark.parametrize("label", training.LONG.labels)
+def test_a_training_in_several_calls_is_that_of_one(
+    label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = training.LONG.quick()
+    whole = training.train(label, 6e-4, size, "cpu")
+    checkpoint, kept = (tmp_path / f"{label}, lr 0.0006{suffix}" for suffix in (".pt", ".json"))
+    advance = training._Training.advance
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+
+    def advance_and_let_time_pass(run: Any) -> None:
+        advance(run)
+        clock[0] += 1
+
+    monkeypatch.setattr(training._Training, "advance", advance_and_let_time_pass)
+    for step in (5, 10):
+        deadline = clock[0] + 4.5
+        found = training.train(label, 6e-4, size, "cpu", tmp_path, deadline)
+        assert found["unfinished"] == f"{step} of 12 steps"
+        assert found["losses"] == whole["losses"][:step]
+        assert checkpoint.exists()
+    found = training.train(label, 6e-4, size, "cpu", tmp_path, clock[0] + 100)
+    again = training.train(label, 6e-4, size, "cpu", tmp_path, 0.0)
+    for result in (found, again):
+        assert result["losses"] == whole["losses"]
+        assert [loss for _, loss in result["held_out"]] == [loss for _, loss in whole["held_out"]]
+        assert "unfinished" not in result
+    assert (checkpoint.exists(), kept.exists()) == (False, True)
+    other = training.train(label, 6e-4, replace(size, seed=1), "cpu", tmp_path, clock[0] + 100)
+    assert other["losses"] != whole["losses"]
+
+
+def test_what_is_not_finished_is_no_failure_and_has_an_exit_code_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = replace(training.LONG, labels=(training.FUSED,), rates=(1e-3,))
+    stage = Stage(1, gpu_stages._training(size, goes_on=True), goes_on=True)
+    monkeypatch.setitem(gpu.LONGER, "training", stage)
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.0)
+    advance = training._Training.advance
+    monkeypatch.setattr(training._Training, "advance", lambda run: (advance(run), time.sleep(0.8)))
+    command = ["--stage", "training", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert gpu.main([*command, "--seconds", "1.2"]) == 3
+    assert "training: AdamW (fused), lr 0.001: not finished: " in capsys.readouterr().out
+    monkeypatch.setattr(training._Training, "advance", advance)
+    assert gpu.main(command) == 0
+    (item,) = json.loads((tmp_path / "training.json").read_text())["items"].values()
+    assert len(item["losses"]) == 12
+
+
+def test_launch_settings_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning = _launch_settings()
+
+    def measure(kind: str, columns: int, dtype: torch.dtype, *_: Any) -> dict[str, Any]:
+        usable = "OutOfResources: too many registers" if (kind, dtype) == ("full", torch.bfloat16) else 2.0
+        return {"now": usable, "other": 1.5, "large": "OutOfResources: too large"}
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tuning, "measure", measure)
+    assert gpu.main(["--stage", "sweep", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    items = json.loads((tmp_path / "sweep.json").read_text())["items"]
+    assert list(items) == [f"{kind} {columns}, {dtype}" for dtype in ("float32", "bfloat16")
+                           for kind, columns in tuning.SETTINGS]  # fmt: skip
+    assert gpu.failures({"sweep": items}) == [
+        "sweep: full 256, bfloat16: now, at present: OutOfResources: too many registers, bar can be launched"
+    ]
+    text = (tmp_path / "sweep.md").read_text()
+    assert "| full 256, float32 | other | 1.5000 | now | 2.0000 | 0.750 | 1 |" in text
+    assert "| full 256, bfloat16 | other | 1.5000 | now |  |  | 2 |" in text
+    monkeypatch.delenv("TRITON_INTERPRET")
+    found = gpu.run_stage("sweep", LONGER["sweep"], QUICK, tmp_path, 300)
+    assert "launch settings are measured on a GPU" in found["launch settings"]["not_applicable"]
 
 
 @pytest.mark.parametrize("name", sorted(CHECKS.keys() - {"whole_models", "grad_scaler", "as_adamw"}))
@@ -396,7 +610,7 @@ def test_bytes_of_shared_and_nested_tensors_count_once() -> None:
 
 def test_the_trained_model_has_the_shapes_of_gpt2() -> None:
     with torch.device("meta"):
-        model = GPT2(TrainingSettings())
+        model = training.GPT2(training.LONG)
     assert {name: tuple(param.shape) for name, param in model.named_parameters()} == gpt2_small()
 
 

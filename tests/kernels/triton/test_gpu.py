@@ -1,4 +1,4 @@
-"""Every step right on CUDA, whatever implementation runs there; benchmarks/gpu_checks.py has the checks."""
+"""Every step right on CUDA, whatever implementation runs there; benchmarks/gpu/checks.py has the checks."""
 
 from __future__ import annotations
 
