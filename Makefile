@@ -55,4 +55,4 @@ docs: $(STAMP)
 	$(BIN)/pdoc --docformat google --output-directory docs/api slimadam
 
 clean:
-	rm -rf .venv .venv-oldest .venv-middle .venv-newest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-middle .venv-newest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .triton
