@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from benchmarks.harness.interpreter import mend_interpreter
-from tests.versions import TORCH
+from slimadam.optim.step import dispatch
+from tests.versions import TORCH, triton_device
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported
+if triton_device() == "cpu":
     mend_interpreter()
+else:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic matrix products raise
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs in the background ignore Ctrl-C
@@ -41,6 +45,21 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # else native libraries tell of leaks when the interpreter ends
+
+
+@pytest.fixture
+def device() -> str:
+    """The device that Triton's kernels run on."""
+    return triton_device()
+
+
+@pytest.fixture
+def on_triton(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device on which the optimizer takes Triton's kernels; on a CPU their interpreter runs them."""
+    pytest.importorskip("triton", reason="Triton is only installed on Linux")
+    if device == "cpu":
+        monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
+    return device
 
 
 @pytest.fixture(autouse=True)

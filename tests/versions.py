@@ -1,7 +1,8 @@
-"""What the torch that runs the tests can do."""
+"""What the torch that runs the tests can do, and where Triton's kernels run."""
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -14,6 +15,11 @@ def release(version: str) -> tuple[int, ...]:
 
 
 TORCH = release(torch.__version__)
+
+
+def triton_device() -> str:
+    """A GPU; without one, or where ``TRITON_INTERPRET=1`` asks for it, the CPU, in Triton's interpreter."""
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 def needs_torch(version: tuple[int, int], reason: str) -> pytest.MarkDecorator:

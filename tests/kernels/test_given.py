@@ -39,19 +39,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _entry(shape: tuple[int, ...], dims: Any, dtype: torch.dtype) -> Entry:
+def _entry(shape: tuple[int, ...], dims: Any, dtype: torch.dtype, device: str = "cpu") -> Entry:
     averaged = (tuple(range(1, len(shape))), (0,)) if dims == "factored" else (dims,)
     kept = [[1 if dim in each else size for dim, size in enumerate(shape)] for each in averaged]
     wide = torch.promote_types(dtype, torch.float32)
-    second = [torch.rand(sizes).add(0.1).to(wide) for sizes in kept]
-    param, grad, exp_avg = (torch.randn(shape).to(dtype) for _ in range(3))
-    return Entry(param, grad, exp_avg, second, (), torch.tensor(float(STEP)), averaged, precomputed=True)
+    second = [torch.rand(sizes).add(0.1).to(device, wide) for sizes in kept]
+    param, grad, exp_avg = (torch.randn(shape).to(device, dtype) for _ in range(3))
+    step = torch.tensor(float(STEP), device=device)
+    return Entry(param, grad, exp_avg, second, (), step, averaged, precomputed=True)
 
 
 def _expected(entry: Entry, hyper: Hyperparameters) -> tuple[Tensor, Tensor]:
     """First moment and parameter after the step, from the formulas alone."""
     param, grad, exp_avg = (tensor.double() for tensor in entry[:3])
-    second = torch.ones((), dtype=torch.float64)
+    second = torch.ones_like(param)
     for part in entry.exp_avg_sq:
         second = second * part.double()
     grad = -grad if hyper.maximize else grad
@@ -89,11 +90,11 @@ def test_a_step_from_given_second_moments(backend: Any, dtype: torch.dtype, amsg
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_step_by_triton_from_given_second_moments(dtype: torch.dtype) -> None:
+def test_a_step_by_triton_from_given_second_moments(dtype: torch.dtype, device: str) -> None:
     pytest.importorskip("triton", reason="Triton is only installed on Linux")
     from slimadam.kernels.triton.launch import TritonStep
 
-    entries = [_entry(shape, dims, dtype) for shape, dims in CASES]
+    entries = [_entry(shape, dims, dtype, device) for shape, dims in CASES]
     for entry in entries:
         entry.step.fill_(STEP - 1)
     prepared = TritonStep(entries, HYPER)
@@ -110,14 +111,15 @@ def test_a_step_by_triton_from_given_second_moments(dtype: torch.dtype) -> None:
         torch.testing.assert_close(entry.param.double(), param, rtol=rtol, atol=rtol)
 
 
-def test_triton_takes_a_part_with_gaps_from_given_second_moments() -> None:
+def test_triton_takes_a_part_with_gaps_from_given_second_moments(device: str) -> None:
     pytest.importorskip("triton", reason="Triton is only installed on Linux")
     from slimadam.kernels.triton.launch import TritonStep
 
-    whole = [torch.randn(6, 2, 20) for _ in range(3)]
+    whole = [torch.randn(6, 2, 20).to(device) for _ in range(3)]
     for dims, kept in (((0,), (1, 20)), ((1,), (6, 1))):
         param, grad, exp_avg = (tensor.clone()[:, 1] for tensor in whole)
-        entry = Entry(param, grad, exp_avg, [torch.rand(kept) + 0.1], (), torch.tensor(2.0), (dims,), precomputed=True)
+        second, step = (torch.rand(kept) + 0.1).to(device), torch.tensor(2.0, device=device)
+        entry = Entry(param, grad, exp_avg, [second], (), step, (dims,), precomputed=True)
         expected = _expected(entry, HYPER)
         prepared = TritonStep([entry], HYPER)
         prepared.run(HYPER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,17 @@ REFUSED = "modified (by an )?in-?place"
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """One way to take a step; Triton's kernels run in the interpreter."""
+def implementation(request: pytest.FixtureRequest) -> str:
+    """One way to take a step."""
     if request.param == "triton":
-        if importlib.util.find_spec("triton") is None:
-            pytest.skip("Triton is only installed on Linux")
-        monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
+        request.getfixturevalue("on_triton")
     return request.param
+
+
+@pytest.fixture
+def where(implementation: str, device: str) -> str:
+    """The device of its tensors."""
+    return device if implementation == "triton" else "cpu"
 
 
 class Layer(nn.Module):
@@ -79,8 +82,10 @@ def state_versions(optimizer: SlimAdam) -> list[tuple[str, Tensor, int]]:
 
 @pytest.mark.parametrize("momentum_dtype", MOMENTA, ids=str)
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_graph_from_before_the_step_is_refused(implementation: str, plan: str, momentum_dtype: Any) -> None:
-    layer = Layer()
+def test_a_graph_from_before_the_step_is_refused(
+    implementation: str, where: str, plan: str, momentum_dtype: Any
+) -> None:
+    layer = Layer().to(where)
     options = IMPLEMENTATIONS[implementation]
     optimizer = SlimAdam(layer, plan=PLANS[plan], momentum_dtype=momentum_dtype, **options)
     assert optimizer.backend("w") in (implementation, "reference")
@@ -88,16 +93,19 @@ def test_a_graph_from_before_the_step_is_refused(implementation: str, plan: str,
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_in_every_precision(implementation: str, dtype: torch.dtype) -> None:
-    layer = Layer(dtype=dtype)
+def test_in_every_precision(implementation: str, where: str, dtype: torch.dtype) -> None:
+    layer = Layer(dtype=dtype).to(where)
     optimizer = SlimAdam(layer, plan="factored", bf16_stochastic_round=True, **IMPLEMENTATIONS[implementation])
     step_and_check(optimizer, [layer.w, layer.b])
 
 
-def test_complex_amsgrad_and_large_parameters(implementation: str) -> None:
+def test_complex_amsgrad_and_large_parameters(implementation: str, where: str) -> None:
     options = IMPLEMENTATIONS[implementation]
     rows = 11 if implementation == "triton" else 1100  # the interpreter is slow
-    large, small = nn.Parameter(torch.randn(rows, 1000)), nn.Parameter(torch.randn(5, 4, dtype=torch.complex64))
+    large, small = (
+        nn.Parameter(torch.randn(rows, 1000).to(where)),
+        nn.Parameter(torch.randn(5, 4, dtype=torch.complex64).to(where)),
+    )
     optimizer = SlimAdam([("large", large)], plan=None, amsgrad=True, **options)
     step_and_check(optimizer, [large], steps=2)
     optimizer = SlimAdam([("small", small)], plan=None, **options)
@@ -109,8 +117,8 @@ def test_complex_amsgrad_and_large_parameters(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("momentum_dtype", MOMENTA, ids=str)
-def test_parts_of_a_fused_weight(implementation: str, momentum_dtype: Any) -> None:
-    weight = nn.Parameter(torch.randn(24, 16))
+def test_parts_of_a_fused_weight(implementation: str, where: str, momentum_dtype: Any) -> None:
+    weight = nn.Parameter(torch.randn(24, 16).to(where))
     parts = Split({"query": 8, "key": 8, "value": 8}).divide("w", (24, 16))
     forms = (Rule((1,), "mean"), Rule((0,), "mean"), Rule(form="factored"))
     rules = [replace(form, part=part, shape=part.shape) for part, form in zip(parts, forms, strict=True)]
@@ -120,8 +128,8 @@ def test_parts_of_a_fused_weight(implementation: str, momentum_dtype: Any) -> No
     step_and_check(optimizer, [weight])
 
 
-def test_measuring_deciding_and_compressed(implementation: str) -> None:
-    layer = Layer((64, 32))
+def test_measuring_deciding_and_compressed(implementation: str, where: str) -> None:
+    layer = Layer((64, 32)).to(where)
     plan = AutoPlan(calibration_steps=4, measurements=2, cutoff=0.0)
     optimizer = SlimAdam(layer, plan=plan, **IMPLEMENTATIONS[implementation])
     step_and_check(optimizer, [layer.w], steps=4)
@@ -131,8 +139,8 @@ def test_measuring_deciding_and_compressed(implementation: str) -> None:
     assert optimizer.plan.second_moments_saved > 0
 
 
-def test_accumulated_gradients(implementation: str) -> None:
-    layer = Layer()
+def test_accumulated_gradients(implementation: str, where: str) -> None:
+    layer = Layer().to(where)
     optimizer = SlimAdam(layer, plan="factored", **IMPLEMENTATIONS[implementation])
     params = [layer.w, layer.b]
     for _ in range(2):
@@ -146,13 +154,13 @@ def test_accumulated_gradients(implementation: str) -> None:
         sum(record(params)).backward()
 
 
-def test_the_classic_mistake_of_a_gan_loop(implementation: str) -> None:
+def test_the_classic_mistake_of_a_gan_loop(implementation: str, where: str) -> None:
     """The discriminator steps between the generator's forward and backward pass."""
-    generator, discriminator = nn.Linear(4, 3), nn.Linear(3, 1)
+    generator, discriminator = nn.Linear(4, 3).to(where), nn.Linear(3, 1).to(where)
     options = IMPLEMENTATIONS[implementation]
     of_generator, of_discriminator = (SlimAdam(one, plan="factored", **options) for one in (generator, discriminator))
     for _ in range(2):
-        made = generator(torch.randn(5, 4))
+        made = generator(torch.randn(5, 4).to(where))
         verdict = discriminator(made)
         discriminator(made.detach()).mean().backward()
         of_discriminator.step()
@@ -164,8 +172,8 @@ def test_the_classic_mistake_of_a_gan_loop(implementation: str) -> None:
         of_discriminator.zero_grad()
 
 
-def test_what_has_no_gradient_keeps_its_graph(implementation: str) -> None:
-    layer = Layer()
+def test_what_has_no_gradient_keeps_its_graph(implementation: str, where: str) -> None:
+    layer = Layer().to(where)
     optimizer = SlimAdam(layer, plan="factored", **IMPLEMENTATIONS[implementation])
     for _ in range(3):
         layer.w.grad = torch.randn_like(layer.w)
@@ -253,8 +261,8 @@ def test_sharded_parameters(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 @needs_torch((2, 7), "the mode fails on lists of tensors, with AdamW(foreach=True) too")
-def test_a_mode_that_keeps_what_is_overwritten_sees_the_step(implementation: str) -> None:
-    layer = Layer()
+def test_a_mode_that_keeps_what_is_overwritten_sees_the_step(implementation: str, where: str) -> None:
+    layer = Layer().to(where)
     optimizer = SlimAdam(layer, plan="factored", **IMPLEMENTATIONS[implementation])
     for _ in range(3):
         with torch.autograd.graph.allow_mutation_on_saved_tensors():
@@ -267,8 +275,8 @@ def test_a_mode_that_keeps_what_is_overwritten_sees_the_step(implementation: str
             assert not torch.equal(2 * layer.w, expected)
 
 
-def test_what_a_user_keeps_in_the_state_is_not_said_to_change(implementation: str) -> None:
-    layer = Layer()
+def test_what_a_user_keeps_in_the_state_is_not_said_to_change(implementation: str, where: str) -> None:
+    layer = Layer().to(where)
     optimizer = SlimAdam(layer, plan="factored", **IMPLEMENTATIONS[implementation])
     for _ in range(3):
         layer.w.grad, layer.b.grad = torch.randn_like(layer.w), torch.randn_like(layer.b)

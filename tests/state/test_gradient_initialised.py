@@ -46,60 +46,66 @@ def by_formula(start: Array, grads: list[Array], rules: tuple[Rule, ...]) -> Arr
 @pytest.fixture(params=sorted(IMPLEMENTATIONS))
 def implementation(request: pytest.FixtureRequest) -> Any:
     if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is only installed on Linux")
+        request.getfixturevalue("on_triton")
     with running(request.param):
         yield request.param
 
 
+@pytest.fixture
+def where(request: pytest.FixtureRequest, device: str) -> str:
+    """The device of its tensors."""
+    return device if request.node.callspec.params["implementation"] == "triton" else "cpu"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("form", list(FORMS))
-def test_the_first_five_steps_are_the_formulas(implementation: str, form: str, dtype: torch.dtype) -> None:
+def test_the_first_five_steps_are_the_formulas(implementation: str, where: str, form: str, dtype: torch.dtype) -> None:
     shape, rules = FORMS[form]
     start = (1e-3 * torch.randn(shape)).to(dtype)
     grads = [grad.to(dtype) for grad in gradients(shape, STEPS)]
-    param = start.clone().requires_grad_()
+    param = start.clone().to(where).requires_grad_()
     optimizer = optimizer_of(implementation, rules, param)
     for step, grad in enumerate(grads, start=1):
-        param.grad = grad.clone()
+        param.grad = grad.clone().to(where)
         optimizer.step()
         doubles = [grad.double().numpy() for grad in grads[:step]]
         expected = by_formula(start.double().numpy(), doubles, rules)
         moved = np.abs(expected - start.double().numpy()).max()
         # 1e-6 of the way in float32, where it is 16 roundings; nine digits fewer than float64 has.
         allowed = (1e-6 if dtype == torch.float32 else 1e-14) * (moved + np.abs(expected).max())
-        assert np.abs(param.detach().double().numpy() - expected).max() <= allowed, step
+        assert np.abs(param.detach().double().cpu().numpy() - expected).max() <= allowed, step
 
 
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16, "int8"])
 @pytest.mark.parametrize("form", ["full", "mean over columns", "factored", "parts"])
-def test_first_moments_in_any_precision(implementation: str, form: str, momentum_dtype: Any) -> None:
+def test_first_moments_in_any_precision(implementation: str, where: str, form: str, momentum_dtype: Any) -> None:
     shape, rules = FORMS[form]
     start = 1e-3 * torch.randn(shape)
     grads = [grad.float() for grad in gradients(shape, STEPS)]
-    param = start.clone().requires_grad_()
+    param = start.clone().to(where).requires_grad_()
     optimizer = optimizer_of(implementation, rules, param, momentum_dtype=momentum_dtype)
     for grad in grads:
-        param.grad = grad.clone()
+        param.grad = grad.clone().to(where)
         optimizer.step()
     expected = by_formula(start.double().numpy(), [grad.double().numpy() for grad in grads], rules)
-    error = np.abs(param.detach().double().numpy() - expected)
+    error = np.abs(param.detach().double().cpu().numpy() - expected)
     path = np.abs(expected - start.double().numpy()).max() + STEPS * HYPER["lr"] * math.sqrt(1 - HYPER["betas"][1])
     # bfloat16 keeps 8 bits, which Triton's interpreter cuts off; int8 codes are 1/127 apart on a square-root scale.
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-7, "int8": 2 / 127}[momentum_dtype]
     assert error.max() <= rounding * STEPS * path
 
 
-def test_the_first_update_is_the_root_of_1_minus_beta2_of_adams(implementation: str) -> None:
+def test_the_first_update_is_the_root_of_1_minus_beta2_of_adams(implementation: str, where: str) -> None:
     shape, rules = FORMS["full"]
     (grad,) = gradients(shape, 1)
     moved = {}
     for variance_init in ("zeros", "gradient"):
-        param = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        param = torch.zeros(shape, dtype=torch.float64, device=where, requires_grad=True)
         optimizer = optimizer_of(implementation, rules, param)
         optimizer.param_groups[0].update(variance_init=variance_init, eps=1e-30, weight_decay=0.0)
-        param.grad = grad.clone()
+        param.grad = grad.clone().to(where)
         optimizer.step()
-        moved[variance_init] = param.detach()
+        moved[variance_init] = param.detach().cpu()
     torch.testing.assert_close(moved["zeros"], -HYPER["lr"] * grad.sign(), rtol=1e-12, atol=0)
     torch.testing.assert_close(moved["gradient"], math.sqrt(1 - 0.999) * moved["zeros"], rtol=1e-12, atol=0)
 

@@ -14,7 +14,6 @@ pytest.importorskip("triton", reason="Triton is only installed on Linux")
 import slimadam.kernels.triton.launch as triton_update
 from slimadam import CompressionPlan, Rule, SlimAdam
 from slimadam.kernels.triton import kernels
-from slimadam.optim.step import dispatch
 
 RULES = {"full": Rule(), "rows": Rule((1,), "mean"), "columns": Rule((0,), "mean"), "factored": Rule(form="factored")}
 
@@ -32,7 +31,7 @@ class Watched:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[torch.device | None]:
+def launches(on_triton: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.device | None]:
     """The device that was made the current one, at each launch, table and copy."""
     current: list[torch.device] = []
     found: list[torch.device | None] = []
@@ -54,12 +53,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[torch.device | None]:
         monkeypatch.setattr(kernels, name, Watched(getattr(kernels, name), current, found))
     for kind, kernel in triton_update._KERNELS.items():
         monkeypatch.setitem(triton_update._KERNELS, kind, Watched(kernel, current, found))
-    monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
     return found
 
 
-def test_everything_happens_on_the_tensors_device(launches: list[torch.device | None]) -> None:
-    params = {name: torch.randn(6, 5).requires_grad_() for name in RULES}
+def test_everything_happens_on_the_tensors_device(launches: list[torch.device | None], device: str) -> None:
+    params = {name: torch.randn(6, 5).to(device).requires_grad_() for name in RULES}
     optimizer = SlimAdam(params.items(), plan=CompressionPlan(RULES))
     for _ in range(3):  # gradients move from step to step, and tables follow
         kept = [param.grad for param in params.values()]
@@ -69,7 +67,7 @@ def test_everything_happens_on_the_tensors_device(launches: list[torch.device | 
         optimizer.step()
         assert len(launches) > before
         del kept
-    assert set(launches) == {torch.device("cpu")}
+    assert set(launches) == {params["full"].device}
     assert optimizer.backend("factored") == "triton"
 
 

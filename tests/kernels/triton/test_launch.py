@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, against the readable update in float64."""
+"""The Triton kernels, on a GPU or in Triton's interpreter, against the readable update in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from slimadam.kernels.interface import Entry, Hyperparameters, second_moment_dty
 from slimadam.kernels.reference import reference_update
 from slimadam.kernels.triton.launch import TritonStep
 from slimadam.kernels.triton.tiling import tiling
+from tests.versions import triton_device
 
+DEVICE = triton_device()
 HYPER = Hyperparameters(lr=1e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1)
 STEPS = 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,14 +79,14 @@ def _entry(
 ) -> Entry:
     averaged = _averaged(dims, len(shape))
     kept = [[1 if dim in each else size for dim, size in enumerate(shape)] for each in averaged]
-    second = [torch.rand(sizes).add(0.1).to(second_moment_dtype(dtype)) for sizes in kept]
+    second = [torch.rand(sizes).add(0.1).to(DEVICE, second_moment_dtype(dtype)) for sizes in kept]
     return Entry(
-        torch.randn(shape).to(dtype),
-        torch.randn(shape).to(grad or dtype),
-        torch.randn(shape).mul(0.1).to(exp_avg or dtype),
+        torch.randn(shape).to(DEVICE, dtype),
+        torch.randn(shape).to(DEVICE, grad or dtype),
+        torch.randn(shape).mul(0.1).to(DEVICE, exp_avg or dtype),
         second,
         [part * 1.02 for part in second] if amsgrad else (),
-        torch.tensor(3.0),
+        torch.tensor(3.0, device=DEVICE),
         averaged,
     )
 
@@ -211,12 +213,13 @@ def test_launches_do_not_grow_with_the_number_of_tensors(monkeypatch: pytest.Mon
 
 
 def _launches(entries: Sequence[Entry], monkeypatch: pytest.MonkeyPatch) -> int:
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter, jit
 
     counted = []
-    run = interpreter.GridExecutor.__call__
+    owner, name = (interpreter.GridExecutor, "__call__") if DEVICE == "cpu" else (jit.JITFunction, "run")
+    run = getattr(owner, name)
     with monkeypatch.context() as patched:
-        patched.setattr(interpreter.GridExecutor, "__call__", lambda *a, **k: (counted.append(1), run(*a, **k))[1])
+        patched.setattr(owner, name, lambda *a, **k: (counted.append(1), run(*a, **k))[1])
         _run(entries, steps=1)
     return len(counted)
 
@@ -245,17 +248,17 @@ def test_infinite_gradients_leave_everything_alone_and_scaled_ones_are_divided()
     cases = [((7, 5), dims) for dims in ((), (1,), (0,), "factored")]
     entries = [_entry(*case) for case in cases]
     before = [_in_float64(entry) for entry in entries]
-    _run(entries, found_inf=torch.ones(()), grad_scale=torch.full((), 4.0))
+    _run(entries, found_inf=torch.ones((), device=DEVICE), grad_scale=torch.full((), 4.0, device=DEVICE))
     _assert_agree(entries, before)
     expected = _expected([entry._replace(grad=entry.grad / 4) for entry in entries])
-    _run(entries, found_inf=torch.zeros(()), grad_scale=torch.full((), 4.0))
+    _run(entries, found_inf=torch.zeros((), device=DEVICE), grad_scale=torch.full((), 4.0, device=DEVICE))
     _assert_agree(entries, expected)
 
 
 def test_hyperparameters_may_be_tensors() -> None:
     entries = [_entry((7, 5), dims) for dims in ((), (1,), (0,), "factored")]
     expected = _expected(entries)
-    numbers = {name: torch.tensor(getattr(HYPER, name), dtype=torch.float64)
+    numbers = {name: torch.tensor(getattr(HYPER, name), dtype=torch.float64, device=DEVICE)
                for name in ("lr", "beta1", "beta2", "weight_decay")}  # fmt: skip
     _run(entries, HYPER._replace(**numbers))
     _assert_agree(entries, expected)
@@ -298,7 +301,7 @@ def test_parts_of_one_parameter_share_its_step() -> None:
 @pytest.mark.parametrize("dims", [(), (0,), (1,), "factored"], ids=str)
 def test_strided_parts(dims: Any) -> None:
     """Columns of a wider matrix, as the query of a fused weight stored transposed."""
-    stored = [torch.randn(24, 60) for _ in range(3)]
+    stored = [torch.randn(24, 60).to(DEVICE) for _ in range(3)]
     outside = [tensor.clone() for tensor in stored]
     one = _entry((24, 20), dims)
     param, grad, exp_avg = (tensor[:, 20:40] for tensor in stored)
@@ -328,7 +331,7 @@ def test_channels_last(dims: Any) -> None:
 @pytest.mark.parametrize("dims", [(), (0,), (1,), "factored"], ids=str)
 def test_unaligned_tensors(dims: Any) -> None:
     one = _entry((16, 32), dims)
-    shifted = [torch.cat([torch.zeros(1), tensor.flatten()])[1:].view(16, 32) for tensor in one[:3]]
+    shifted = [torch.cat([torch.zeros(1, device=DEVICE), tensor.flatten()])[1:].view(16, 32) for tensor in one[:3]]
     assert all(tensor.data_ptr() % 16 for tensor in shifted)
     entries = [one._replace(param=shifted[0], grad=shifted[1], exp_avg=shifted[2])]
     expected = _expected(entries)
@@ -339,7 +342,7 @@ def test_unaligned_tensors(dims: Any) -> None:
 def test_tensors_past_two_to_the_thirty_one_elements() -> None:
     """Two rows that lie 2**31 elements apart; the memory between them is never touched."""
     with _untouched_memory():
-        stored = [torch.empty(2**31 + 16, dtype=torch.bfloat16) for _ in range(3)]
+        stored = [torch.empty(2**31 + 16, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
     one = _entry((2, 16), (1,), torch.bfloat16)
     param, grad, exp_avg = (tensor.as_strided((2, 16), (2**31, 1)) for tensor in stored)
     for view, values in zip((param, grad, exp_avg), one[:3], strict=True):
@@ -364,9 +367,7 @@ def test_stochastic_rounding_is_unbiased_and_repeatable() -> None:
     outcomes = []
     for seed in (1, 1, 2):
         one = _entry((count,), (), torch.bfloat16)
-        entry = one._replace(
-            param=torch.ones(count, dtype=torch.bfloat16), grad=-torch.ones(count, dtype=torch.bfloat16), seed=seed
-        )
+        entry = one._replace(param=torch.ones_like(one.param), grad=-torch.ones_like(one.grad), seed=seed)
         _run([entry], hyper, steps=1)
         outcomes.append(entry.param.float())
     assert torch.equal(outcomes[0], outcomes[1])
@@ -409,10 +410,10 @@ def _codes(value: np.ndarray[Any, Any], grad: np.ndarray[Any, Any]) -> tuple[Any
 
 
 def _decode(codes: Tensor, scales: Tensor) -> np.ndarray[Any, Any]:
-    root = codes.double().numpy().ravel() / 127
-    return (np.sign(root) * root**2 * np.repeat(2.0 ** (scales.double().numpy() - 127), 256)[: root.size]).reshape(
-        codes.shape
-    )
+    root = codes.double().cpu().numpy().ravel() / 127
+    return (
+        np.sign(root) * root**2 * np.repeat(2.0 ** (scales.double().cpu().numpy() - 127), 256)[: root.size]
+    ).reshape(codes.shape)
 
 
 @pytest.mark.parametrize(
@@ -425,21 +426,21 @@ def _decode(codes: Tensor, scales: Tensor) -> np.ndarray[Any, Any]:
 def test_eight_bit_first_moments(shape: tuple[int, ...], dims: Any, dtype: torch.dtype) -> None:
     one = _entry(shape, dims, dtype)
     one.grad.flatten()[::3] = 0
-    codes, scales, _ = _codes(one.exp_avg.double().numpy(), np.ones(shape))
-    entry = one._replace(exp_avg=torch.from_numpy(codes).to(torch.int8), exp_avg_scale=scales)
-    decoded = torch.from_numpy(_decode(entry.exp_avg, scales))
+    codes, scales, _ = _codes(one.exp_avg.double().cpu().numpy(), np.ones(shape))
+    entry = one._replace(exp_avg=torch.from_numpy(codes).to(DEVICE, torch.int8), exp_avg_scale=scales.to(DEVICE))
+    decoded = torch.from_numpy(_decode(entry.exp_avg, scales)).to(DEVICE)
     wide = _in_float64(entry)._replace(exp_avg=decoded, exp_avg_scale=None)
     wide.step.add_(1)
     reference_update([wide], HYPER)
     _run([entry], steps=1)
     _assert_agree([entry], [wide])
-    expected, expected_scales, clear = _codes(wide.exp_avg.numpy(), one.grad.double().numpy())
-    difference = np.abs(entry.exp_avg.double().numpy() - expected)
+    expected, expected_scales, clear = _codes(wide.exp_avg.cpu().numpy(), one.grad.double().cpu().numpy())
+    difference = np.abs(entry.exp_avg.double().cpu().numpy() - expected)
     assert clear.mean() > 0.9
     assert difference[clear].max() == 0
     assert difference.max() <= 1
     assert entry.exp_avg_scale is not None
-    torch.testing.assert_close(entry.exp_avg_scale, expected_scales, rtol=0, atol=0)
+    torch.testing.assert_close(entry.exp_avg_scale.cpu(), expected_scales, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -447,7 +448,8 @@ def test_eight_bit_blocks_with_nan_infinity_and_nothing() -> None:
     one = _entry((4, 256), ())
     one.grad.zero_()
     one.grad[0, 3], one.grad[1, 5] = math.nan, math.inf
-    entry = one._replace(exp_avg=torch.zeros(4, 256, dtype=torch.int8), exp_avg_scale=torch.zeros(4, dtype=torch.uint8))
+    codes, scales = torch.zeros(4, 256, dtype=torch.int8), torch.zeros(4, dtype=torch.uint8)
+    entry = one._replace(exp_avg=codes.to(DEVICE), exp_avg_scale=scales.to(DEVICE))
     _run([entry], steps=1)
     assert entry.exp_avg_scale is not None
     assert entry.exp_avg_scale.tolist() == [255, 255, 0, 0]
@@ -457,7 +459,7 @@ def test_eight_bit_blocks_with_nan_infinity_and_nothing() -> None:
 
 def test_launch_settings_are_measured_and_put_back() -> None:
     before = dict(triton_update.SETTINGS)
-    found = launch_settings.measure("rows", 256, torch.float32, "cpu", copies=1, rounds=1)
+    found = launch_settings.measure("rows", 256, torch.float32, DEVICE, copies=1, rounds=1)
     assert len(found) == len(launch_settings.candidates("rows", 256)) > 5
     assert all(milliseconds > 0 for milliseconds in found.values())
     assert before == triton_update.SETTINGS

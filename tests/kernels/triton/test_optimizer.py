@@ -1,4 +1,4 @@
-"""The optimizer on the Triton kernels, in Triton's interpreter."""
+"""The optimizer on the Triton kernels, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,18 +16,14 @@ from benchmarks.harness import stopwatch
 from benchmarks.workloads.skeleton import skeleton
 from slimadam import CompressionPlan, Rule, SlimAdam, Split
 from slimadam.kernels.triton import kernels
-from slimadam.optim.step import dispatch
 from slimadam.utils.formatting import format_bytes
 from tests.reference import gradients, slim_adamw_float64
+from tests.versions import triton_device
+
+DEVICE = triton_device()
 
 
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The optimizer takes the kernels on a CPU, where the interpreter runs them."""
-    monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
-
-
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"variance_init": "gradient"}, {"maximize": True}], ids=str)
 def test_the_optimizer_on_triton(options: dict[str, Any]) -> None:
     shapes = {"a": (7, 5), "b": (7, 5), "c": (5, 7), "d": (9,), "e": (3, 4, 5)}
@@ -39,40 +35,40 @@ def test_the_optimizer_on_triton(options: dict[str, Any]) -> None:
          for name, dims in rules.items()}
     )  # fmt: skip
     hyper: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, **options}
-    start = {name: torch.randn(shape) for name, shape in shapes.items()}
+    start = {name: torch.randn(shape).to(DEVICE) for name, shape in shapes.items()}
     grads = {name: gradients(shape, 5) for name, shape in shapes.items()}
     params = {name: value.clone().requires_grad_() for name, value in start.items()}
     optimizer = SlimAdam(list(params.items()), plan=plan, **hyper)
     assert {optimizer.backend(param) for param in params.values()} == {"triton"}
     for step in range(5):
         for name, param in params.items():
-            param.grad = grads[name][step].float()
+            param.grad = grads[name][step].float().to(DEVICE)
         optimizer.step()
     for name, param in params.items():
         singles = [grad.float().double().numpy() for grad in grads[name]]
-        expected = slim_adamw_float64(start[name].double().numpy(), singles, rules[name], **hyper)
-        np.testing.assert_allclose(param.detach().double().numpy(), expected, rtol=1e-5, atol=1e-5)
+        expected = slim_adamw_float64(start[name].double().cpu().numpy(), singles, rules[name], **hyper)
+        np.testing.assert_allclose(param.detach().double().cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
         assert optimizer.state[param]["step"] == 5
 
 
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_triton")
 def test_what_the_kernels_do_not_take_is_visible_and_right() -> None:
     """Averages over dimensions that are not adjacent."""
     shape, dims = (3, 4, 5), (0, 2)
-    param = torch.randn(shape).requires_grad_()
-    start = param.detach().double().numpy().copy()
+    param = torch.randn(shape).to(DEVICE).requires_grad_()
+    start = param.detach().double().cpu().numpy().copy()
     optimizer = SlimAdam([("w", param)], plan=CompressionPlan({"w": Rule(dims, "mean")}), lr=1e-2, weight_decay=0.1)
     assert optimizer.backend("w") != "triton"
     grads = gradients(shape, 3)
     for grad in grads:
-        param.grad = grad.float()
+        param.grad = grad.float().to(DEVICE)
         optimizer.step()
     singles = [grad.float().double().numpy() for grad in grads]
     expected = slim_adamw_float64(start, singles, dims, lr=1e-2, weight_decay=0.1)
-    np.testing.assert_allclose(param.detach().double().numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(param.detach().double().cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("momentum_dtype", [None, torch.bfloat16, "int8"], ids=str)
 def test_resumes_to_the_last_bit_and_follows_new_gradients(momentum_dtype: Any) -> None:
     def build(params: dict[str, Tensor]) -> SlimAdam:
@@ -83,11 +79,11 @@ def test_resumes_to_the_last_bit_and_follows_new_gradients(momentum_dtype: Any) 
     def step(params: dict[str, Tensor], optimizer: SlimAdam, index: int) -> None:
         generator = torch.Generator().manual_seed(index)
         for param in params.values():
-            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            param.grad = torch.randn(param.shape, generator=generator).to(param)
         optimizer.step()
 
     shapes = {"a": (16, 48), "b": (300,), "c": (7, 5)}
-    params = {name: torch.randn(shape).to(torch.bfloat16).requires_grad_() for name, shape in shapes.items()}
+    params = {name: torch.randn(shape).to(DEVICE, torch.bfloat16).requires_grad_() for name, shape in shapes.items()}
     optimizer = build(params)
     for index in range(3):
         step(params, optimizer, index)
@@ -105,11 +101,11 @@ def test_resumes_to_the_last_bit_and_follows_new_gradients(momentum_dtype: Any) 
     assert {optimizer.backend(param) for param in params.values()} == {"triton"}
 
 
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_triton")
 def test_parts_of_a_fused_weight() -> None:
     """Query by rows, key by columns, value in full: one parameter, one step count."""
-    weight = torch.randn(12, 8).requires_grad_()
-    start = weight.detach().double().numpy().copy()
+    weight = torch.randn(12, 8).to(DEVICE).requires_grad_()
+    start = weight.detach().double().cpu().numpy().copy()
     sizes = {"query": 4, "key": 4, "value": 4}
     parts = Split(sizes).divide("w", (12, 8))
     dims: list[tuple[int, ...]] = [(1,), (0,), ()]
@@ -121,17 +117,17 @@ def test_parts_of_a_fused_weight() -> None:
     assert optimizer.backend("w") == "triton"
     grads = gradients((12, 8), 4)
     for grad in grads:
-        weight.grad = grad.float()
+        weight.grad = grad.float().to(DEVICE)
         optimizer.step()
     assert optimizer.state[weight]["step"] == 4
     for part, each in zip(parts, dims, strict=True):
         rows = slice(part.start, part.start + part.size)
         singles = [grad.float().double().numpy()[rows] for grad in grads]
         expected = slim_adamw_float64(start[rows], singles, each, lr=1e-2, weight_decay=0.1)
-        np.testing.assert_allclose(weight.detach().double().numpy()[rows], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(weight.detach().double().cpu().numpy()[rows], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize(
     ("plan", "options"),
     [
@@ -145,10 +141,10 @@ def test_parts_of_a_fused_weight() -> None:
 )
 def test_memory_counts_what_the_kernels_keep(plan: Any, options: dict[str, Any]) -> None:
     shapes = {"a.weight": (40, 512), "b.weight": (1500, 32), "c.weight": (256,), "d.weight": (0, 4)}
-    _assert_workspace_is_held(skeleton(shapes), 3, plan=plan, **options)
+    _assert_workspace_is_held(skeleton(shapes, DEVICE), 3, plan=plan, **options)
 
 
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_triton")
 def test_memory_counts_tables_of_parts() -> None:
     """Parts share a step count, and each has its row of the table."""
     shape = (96, 256)
@@ -158,7 +154,7 @@ def test_memory_counts_tables_of_parts() -> None:
         f"a.weight[{part.label}]": Rule(shape=part.shape, part=part, **form)
         for part, form in zip(parts, forms, strict=True)
     }
-    _assert_workspace_is_held(skeleton({"a.weight": shape}), 3, plan=CompressionPlan(rules))
+    _assert_workspace_is_held(skeleton({"a.weight": shape}, DEVICE), 3, plan=CompressionPlan(rules))
 
 
 def _assert_workspace_is_held(model: nn.Module, rows: int, **options: Any) -> None:
@@ -183,23 +179,23 @@ def test_without_triton_there_is_no_workspace() -> None:
     assert "workspace" not in str(memory)
 
 
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_triton")
 def test_grad_scaler_leaves_scaling_to_the_step() -> None:
-    param = torch.ones(4, 8).requires_grad_()
+    param = torch.ones(4, 8, device=DEVICE).requires_grad_()
     optimizer = SlimAdam([("w", param)], plan="factored", monitor=False)
     assert optimizer._step_supports_amp_scaling
     assert not SlimAdam([("w", param)], plan="factored")._step_supports_amp_scaling
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    scaler.scale((param * torch.tensor(math.inf)).sum()).backward()
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
+    scaler.scale((param * torch.tensor(math.inf, device=DEVICE)).sum()).backward()
     scaler.step(optimizer)
     scaler.update()
-    assert torch.equal(param, torch.ones(4, 8))
+    assert torch.equal(param, torch.ones(4, 8, device=DEVICE))
     assert optimizer.state[param]["step"] == 0
     optimizer.zero_grad()
-    weight = torch.arange(32.0).view(4, 8)
+    weight = torch.arange(32.0, device=DEVICE).view(4, 8)
     scaler.scale((param * weight).sum()).backward()
     scaler.step(optimizer)
-    expected = torch.ones(4, 8).requires_grad_()
+    expected = torch.ones(4, 8, device=DEVICE).requires_grad_()
     unscaled = SlimAdam([("w", expected)], plan="factored", monitor=False)
     expected.grad = weight.clone()
     unscaled.step()

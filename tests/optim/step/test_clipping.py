@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam
 from slimadam.curvature.mixing.advise import SettledMomentum
 from slimadam.layers.splits import Part
-from slimadam.optim.step import dispatch
 from slimadam.optim.step.clipping import global_norm
 from tests.reference import gradients, second_moments, slim_adamw_float64
 from tests.versions import gradient_dtype
@@ -46,27 +45,34 @@ PLAN = CompressionPlan(
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An implementation; Triton's runs in its interpreter."""
+def backend(request: pytest.FixtureRequest) -> str:
+    """An implementation; Triton's kernels run on a GPU or in their interpreter."""
     if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is only installed on Linux")
-        monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
+        request.getfixturevalue("on_triton")
     return str(request.param)
+
+
+@pytest.fixture
+def where(backend: str, device: str) -> str:
+    """The device of its tensors."""
+    return device if backend == "triton" else "cpu"
 
 
 def _optimizer(params: Any, backend: str, **options: Any) -> SlimAdam:
     return SlimAdam(params, **{"lr": 1e-2, "monitor": False, **_OPTIONS[backend], **options})
 
 
-def _named(dtype: torch.dtype = torch.float32, without: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+def _named(
+    dtype: torch.dtype = torch.float32, without: Sequence[str] = (), where: str = "cpu"
+) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
     made = {name: torch.randn(shape, generator=generator) for name, (shape, _) in SHAPES.items()}
-    return {name: nn.Parameter(one.to(dtype)) for name, one in made.items() if name not in without}
+    return {name: nn.Parameter(one.to(where, dtype)) for name, one in made.items() if name not in without}
 
 
 def _set(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     for param, grad in zip(params, grads, strict=True):
-        param.grad = grad.to(param.dtype).clone()
+        param.grad = grad.to(param).clone()
 
 
 def _unit_in_last_place(expected: Tensor) -> float:
@@ -74,9 +80,9 @@ def _unit_in_last_place(expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("max_norm", [20.0, math.inf])
-def test_equals_clip_grad_norm_and_adamw(backend: str, max_norm: float) -> None:
+def test_equals_clip_grad_norm_and_adamw(backend: str, where: str, max_norm: float) -> None:
     steps = 4
-    both = [list(_named().values()) for _ in range(2)]
+    both = [list(_named(where=where).values()) for _ in range(2)]
     groups = [[{"params": each[:3]}, {"params": each[3:], "lr": 3e-2, "betas": (0.5, 0.9)}] for each in both]
     adamw = torch.optim.AdamW(groups[0], lr=1e-2)
     slim = _optimizer(groups[1], backend, plan=None, max_grad_norm=max_norm)
@@ -98,18 +104,18 @@ def test_equals_clip_grad_norm_and_adamw(backend: str, max_norm: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True, "variance_init": "gradient"}], ids=str)
-def test_every_form_agrees_with_the_formula_in_float64(backend: str, options: dict[str, Any]) -> None:
+def test_every_form_agrees_with_the_formula_in_float64(backend: str, where: str, options: dict[str, Any]) -> None:
     steps, max_norm = 3, 0.7
     without = ("factored",) if "amsgrad" in options else ()
-    params = _named(without=without)
-    before = {name: param.detach().double().numpy() for name, param in params.items()}
+    params = _named(without=without, where=where)
+    before = {name: param.detach().double().cpu().numpy() for name, param in params.items()}
     plan = CompressionPlan({name: PLAN[name] for name in params})
     optimizer = _optimizer(params.items(), backend, plan=plan, max_grad_norm=max_norm, **options)
     grads = {name: gradients(tuple(param.shape), steps) for name, param in params.items()}
     exact: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in params}
     for step in range(steps):
         _set(list(params.values()), [grads[name][step] for name in params])
-        rounded = {name: param.grad.double().numpy() for name, param in params.items() if param.grad is not None}
+        rounded = {name: param.grad.double().cpu().numpy() for name, param in params.items() if param.grad is not None}
         norm = math.sqrt(math.fsum(float((grad**2).sum()) for grad in rounded.values()))
         assert norm > max_norm
         for name, grad in rounded.items():
@@ -120,7 +126,7 @@ def test_every_form_agrees_with_the_formula_in_float64(backend: str, options: di
         expected = slim_adamw_float64(before[name], exact[name], SHAPES[name][1], lr=1e-2, **options)
         # Adam's update is at most about lr / (1 - beta2)**0.5; its relative error some units in the last place.
         atol = steps * (_unit_in_last_place(param) + 0.3 * 1e-5)
-        np.testing.assert_allclose(param.detach().double().numpy(), expected, rtol=0, atol=atol)
+        np.testing.assert_allclose(param.detach().double().cpu().numpy(), expected, rtol=0, atol=atol)
 
 
 SCALE = 2.0**-20
@@ -149,7 +155,7 @@ def _twice(
     made = []
     for max_norm in (None, 2.0**20):
         params = {name: nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
-        params["last"] = nn.Parameter(torch.zeros(1, dtype=next(iter(tensors.values())).dtype))
+        params["last"] = nn.Parameter(next(iter(tensors.values())).new_zeros(1))
         optimizer = make(params, max_norm)
         generator = torch.Generator().manual_seed(3)
         for _ in range(steps):
@@ -157,7 +163,7 @@ def _twice(
             for param, grad in zip(params.values(), _with_exact_factor(drawn), strict=True):
                 if grad_dtype is not None:
                     param.grad_dtype = grad_dtype
-                grad = grad.to(grad_dtype or param.dtype)
+                grad = grad.to(param.device, grad_dtype or param.dtype)
                 param.grad = grad if max_norm else grad * SCALE
             optimizer.step()
         assert (optimizer.grad_norm is None) == (max_norm is None)
@@ -185,11 +191,13 @@ def _assert_same(optimizers: Sequence[SlimAdam], rtol: float = 0) -> None:
     ],
     ids=str,
 )
-def test_is_the_step_with_multiplied_gradients(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_is_the_step_with_multiplied_gradients(
+    backend: str, where: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
     if backend == "foreach" and not options.get("capturable") and isinstance(options.get("lr"), Tensor):
         pytest.skip("foreach=True takes no tensor lr")
     without = ("factored",) if "amsgrad" in options else ()
-    tensors = {name: param.data for name, param in _named(dtype, without).items()}
+    tensors = {name: param.data for name, param in _named(dtype, without, where).items()}
     rounds = {"bf16_stochastic_round": dtype == torch.bfloat16 and "amsgrad" not in options}
     plan = CompressionPlan({**{name: PLAN[name] for name in tensors}, "last": Rule()})
 
@@ -199,19 +207,19 @@ def test_is_the_step_with_multiplied_gradients(backend: str, dtype: torch.dtype,
     _assert_same(_twice(make, tensors))
 
 
-def test_parts_of_fused_weights_and_int8_that_is_decoded_first(backend: str) -> None:
+def test_parts_of_fused_weights_and_int8_that_is_decoded_first(backend: str, where: str) -> None:
     weight, plan = _parts()
     for options in ({}, {"momentum_dtype": "int8"}):
 
         def make(params: dict[str, nn.Parameter], max_norm: float | None, own: Any = options) -> SlimAdam:
             return _optimizer(params.items(), backend, plan=plan, max_grad_norm=max_norm, **own)
 
-        _assert_same(_twice(make, {"w": weight}))
+        _assert_same(_twice(make, {"w": weight.to(where)}))
 
 
 @gradient_dtype
-def test_gradients_of_another_precision(backend: str) -> None:
-    tensors = {name: param.data for name, param in _named(torch.bfloat16, without=("rows", "inner")).items()}
+def test_gradients_of_another_precision(backend: str, where: str) -> None:
+    tensors = {name: param.data for name, param in _named(torch.bfloat16, ("rows", "inner"), where).items()}
     plan = CompressionPlan({**{name: PLAN[name] for name in tensors}, "last": Rule()})
 
     def make(params: dict[str, nn.Parameter], max_norm: float | None) -> SlimAdam:
@@ -223,9 +231,9 @@ def test_gradients_of_another_precision(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_clipped_gradients_of_16_bits_are_not_rounded_to_them(backend: str, dtype: torch.dtype) -> None:
-    param = nn.Parameter(torch.zeros(40, 60, dtype=dtype))
-    grad = torch.randn(40, 60, dtype=dtype) * 0.01
+def test_clipped_gradients_of_16_bits_are_not_rounded_to_them(backend: str, where: str, dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.zeros(40, 60, dtype=dtype, device=where))
+    grad = torch.randn(40, 60, dtype=dtype).to(where) * 0.01
     param.grad = grad.clone()
     optimizer = _optimizer([("w", param)], backend, plan=None, max_grad_norm=1e-3, betas=(0.5, 0.5))
     optimizer.step()
@@ -249,8 +257,8 @@ def test_a_tensor_lr_assigned_later_is_refused_before_anything_changes() -> None
     assert optimizer.state[param]["step"] == before[1]
 
 
-def test_channels_last_and_a_tail_of_vectors(backend: str) -> None:
-    weight = torch.randn(6, 5, 3, 3).contiguous(memory_format=torch.channels_last)
+def test_channels_last_and_a_tail_of_vectors(backend: str, where: str) -> None:
+    weight = torch.randn(6, 5, 3, 3).to(where).contiguous(memory_format=torch.channels_last)
     for rule in (Rule(), Rule((1,), "mean"), Rule((0,), "mean")):
 
         def make(params: dict[str, nn.Parameter], max_norm: float | None, rule: Rule = rule) -> SlimAdam:
@@ -258,7 +266,7 @@ def test_channels_last_and_a_tail_of_vectors(backend: str) -> None:
             return _optimizer(params.items(), backend, plan=plan, max_grad_norm=max_norm)
 
         # At the end of a row elements go through other instructions than in its middle.
-        _assert_same(_twice(make, {"w": weight, "bias": torch.randn(130)}), rtol=1e-6)
+        _assert_same(_twice(make, {"w": weight, "bias": torch.randn(130).to(where)}), rtol=1e-6)
 
 
 def test_what_plan_auto_and_the_samples_see_is_clipped() -> None:
@@ -302,8 +310,8 @@ def test_settled_momentum_is_the_clipped_gradient() -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 1e30], ids=["infinite", "NaN", "the norm overflows"])
-def test_norms_that_are_not_finite(backend: str, value: float) -> None:
-    both = [list(_named().values()) for _ in range(2)]
+def test_norms_that_are_not_finite(backend: str, where: str, value: float) -> None:
+    both = [list(_named(where=where).values()) for _ in range(2)]
     adamw = torch.optim.AdamW(both[0], lr=1e-2)
     slim = _optimizer(zip(SHAPES, both[1], strict=True), backend, plan=None, max_grad_norm=1.0)
     for large in (1.0, value, 1.0):
@@ -320,8 +328,8 @@ def test_norms_that_are_not_finite(backend: str, value: float) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=6 * _unit_in_last_place(both[0][0]), equal_nan=True)
 
 
-def test_a_norm_that_overflows_leaves_averages_finite(backend: str) -> None:
-    params = _named()
+def test_a_norm_that_overflows_leaves_averages_finite(backend: str, where: str) -> None:
+    params = _named(where=where)
     optimizer = _optimizer(params.items(), backend, plan=PLAN, max_grad_norm=1.0)
     _set(list(params.values()), [torch.full_like(param, 1e30) for param in params.values()])
     optimizer.step()
@@ -333,19 +341,17 @@ def test_a_norm_that_overflows_leaves_averages_finite(backend: str) -> None:
         assert param.isfinite().all()
 
 
-@pytest.mark.parametrize("on_triton", [False, True])
-def test_grad_scaler(on_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if on_triton:
-        pytest.importorskip("triton", reason="Triton is only installed on Linux")
-        monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
-    params, plain = _named(), _named()
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_grad_scaler(by_kernels: bool, request: pytest.FixtureRequest) -> None:
+    where = request.getfixturevalue("on_triton") if by_kernels else "cpu"
+    params, plain = _named(where=where), _named(where=where)
     scaled = SlimAdam(params.items(), plan=PLAN, max_grad_norm=1.0, monitor=False)
-    assert scaled._step_supports_amp_scaling == on_triton
+    assert scaled._step_supports_amp_scaling == by_kernels
     expected = SlimAdam(plain.items(), plan=PLAN, max_grad_norm=1.0, monitor=False)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(where, init_scale=1024.0)
     for _ in range(2):
         grads = [torch.randn_like(param) for param in plain.values()]
-        _set(list(params.values()), [scaler.scale(torch.ones(())) * grad for grad in grads])
+        _set(list(params.values()), [scaler.scale(torch.ones((), device=where)) * grad for grad in grads])
         _set(list(plain.values()), grads)
         scaler.step(scaled)
         scaler.update()
