@@ -140,10 +140,10 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
     size = {dtype: dtype.primitive_bitwidth // 8 for dtype in (param, grad, exp_avg)}
     moved = 2 * size[param] + size[grad] + 2 * size[exp_avg] + (4 / 256 if codes else 0)
     wide = (0, 0) if flags == "unaligned" else ((2, 1) if codes else (3, 2))
-    for (kind, columns), (lines, _, num_warps) in SETTINGS.items():
+    for (kind, columns), settings in SETTINGS.items():
         if codes and (kind == "columns" or columns < 256):
             continue
-        constants: dict[str, Any] = {**common, "LINES": lines}
+        constants: dict[str, Any] = {**common, "LINES": settings.lines_of(size[param])}
         second = 8 * (2 if flags == "AMSGRAD" else 1) if kind == "full" else 0
         again = size[grad] if kind == "spread" else 0
         if kind in ("full", "spread"):
@@ -157,7 +157,7 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
                 constants = {**constants, "WHOLE": whole}
             name = f"{kind} {columns}{'' if whole else ' and longer'} {flags}".strip()
             update = getattr(kernels, f"update_{kind}")
-            yield Variant(update, precision, name, constants, num_warps, *wide, moved + second + again)
+            yield Variant(update, precision, name, constants, settings.num_warps, *wide, moved + second + again)
 
 
 def _compile_variant(variant: Variant, architecture: int) -> Compiled:
@@ -217,10 +217,10 @@ def has_barrier_before_store(ptx: str) -> bool:
     """
     store = re.search(r"\bst\.[\w.]*global", ptx)
     before = ptx[: store.start()] if store else ""
-    loads = list(re.finditer(r"\bld\.[\w.]*global", before))
-    between = before[loads[-1].end() :] if loads else ""
-    # All warps at the same barrier, on every way to the store.
-    return re.search(r"\b(bar|barrier\.cta)\.sync\s+0;", between) is not None and "bra" not in between
+    # On every way to the store: after the last load, and after the last place where ways part or meet.
+    last = list(re.finditer(r"\bld\.[\w.]*global|\bbra\b|^\$\w+:", before, re.MULTILINE))
+    between = before[last[-1].end() :] if last else ""
+    return re.search(r"\b(bar|barrier\.cta)\.sync\s+0;", between) is not None
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

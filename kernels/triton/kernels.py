@@ -116,24 +116,44 @@ def _gradient(loaded, grad_scale, MAXIMIZE: tl.constexpr, COMPUTE: tl.constexpr)
 
 
 @triton.jit
-def _next_second_moment(
-    row, MOMENTS: tl.constexpr, MAXIMA: tl.constexpr, index, mask, mean_square, beta2,
-    AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr, SHARED: tl.constexpr,
+def _pointers(
+    row, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """Update second moments, and with ``AMSGRAD`` their maxima, and return those that the update divides by.
+    """Return where a tensor's gradient, first moment, its scales and the parameter begin."""
+    grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
+    moments = _pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED)
+    scales = _pointer(row, EXP_AVG_SCALE, tl.uint8, False)
+    return grads, moments, scales, _pointer(row, PARAM, PARAM_DTYPE, ALIGNED)
 
-    ``SHARED``: several warps load the same second moment and go on to divide by it, while one of them stores it.
+
+@triton.jit
+def _second_moments(
+    row, MOMENTS: tl.constexpr, MAXIMA: tl.constexpr, index, mask,
+    COMPUTE: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Load second moments and, with ``AMSGRAD``, their maxima; return the addresses of both and both."""
+    moments = _pointer(row, MOMENTS, COMPUTE, ALIGNED) + index
+    maxima = _pointer(row, MAXIMA, COMPUTE, ALIGNED) + index if AMSGRAD else moments
+    second = _load(moments, mask)
+    return moments, maxima, second, _load(maxima, mask) if AMSGRAD else second
+
+
+@triton.jit
+def _next_second_moment(
+    moments, maxima, second, largest, mask, mean_square, beta2, AMSGRAD: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
+    """Update what ``_second_moments`` has loaded, and return what the update divides by.
+
+    ``SHARED``: several warps have loaded the same second moment and go on to divide by it, while one of them stores it.
     """
     COMPUTE: tl.constexpr = mean_square.dtype
-    moments = _pointer(row, MOMENTS, COMPUTE, ALIGNED)
-    second = _load(moments + index, mask) * beta2.to(COMPUTE) + mean_square * (1 - beta2).to(COMPUTE)
+    second = second * beta2.to(COMPUTE) + mean_square * (1 - beta2).to(COMPUTE)
     if SHARED:
         tl.debug_barrier()  # else a late warp loads what is stored here already, and lets it decay twice
-    tl.store(moments + index, second, mask=mask)
+    tl.store(moments, second, mask=mask)
     if AMSGRAD:
-        maxima = _pointer(row, MAXIMA, COMPUTE, ALIGNED)
-        second = tl.maximum(_load(maxima + index, mask), second, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(maxima + index, second, mask=mask)
+        second = tl.maximum(largest, second, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(maxima, second, mask=mask)
     return second
 
 
@@ -166,21 +186,29 @@ def _stepped(param, exp_avg, denominator, decay, step_size):
 
 
 @triton.jit
-def _random_bits(index, seed, step):
-    """Return 32 well-mixed bits of an element's index, a seed and a step."""
-    mixed = index.to(tl.uint32) ^ (seed.to(tl.uint32) + step.to(tl.uint32) * 0x9E3779B9)
+def _noise(row, STEP_DTYPE: tl.constexpr, ROUNDS: tl.constexpr):
+    """Return a number that sets a tensor's random bits in this step apart from others."""
+    if ROUNDS:
+        step = tl.load(_pointer(row, STEP, STEP_DTYPE, False)).to(tl.int64)
+        return _field(row, SEED).to(tl.uint32) + step.to(tl.uint32) * 0x9E3779B9
+    else:
+        return 0
+
+
+@triton.jit
+def _random_bits(index, noise):
+    """Return 32 well-mixed bits for an element's index."""
+    mixed = index.to(tl.uint32) ^ noise
     mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
     mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
     return mixed ^ (mixed >> 16)
 
 
 @triton.jit
-def _as_stored(value, index, row, STEP_DTYPE: tl.constexpr, PARAM_DTYPE: tl.constexpr, ROUNDS: tl.constexpr):
+def _as_stored(value, index, noise, PARAM_DTYPE: tl.constexpr, ROUNDS: tl.constexpr):
     """Return a parameter in the precision it is kept in; with ``ROUNDS`` rounded up or down at random."""
     if ROUNDS:
-        step = tl.load(_pointer(row, STEP, STEP_DTYPE, False)).to(tl.int64)
-        noise = _random_bits(index, _field(row, SEED), step) & 0xFFFF
-        bits = (value.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+        bits = (value.to(tl.uint32, bitcast=True) + (_random_bits(index, noise) & 0xFFFF)) & 0xFFFF0000
         finite = tl.abs(value) < float("inf")
         return tl.where(finite, bits.to(tl.float32, bitcast=True), value).to(PARAM_DTYPE)
     elif PARAM_DTYPE == tl.float64:
@@ -222,35 +250,37 @@ def _encoded(value, grad):
 
 
 @triton.jit
-def _update_tile(
-    row, grad, denominator, offsets, mask, blocks, block_mask, decay, step_size, beta1,
-    PARAM_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, STEP_DTYPE: tl.constexpr, ROUNDS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Update first moment and parameter of one tile, whose gradient and denominator are known.
+def _state(moments, scales, params, offsets, mask, blocks, block_mask):
+    """Load first moments, their scales and parameters of one tile.
 
     ``offsets`` are the positions of its elements, and ``blocks`` those of its blocks of codes; a mask of None: all.
     """
-    moments = _pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED)
-    loaded = _load(moments + offsets, mask)
+    exp_avg = _load(moments + offsets, mask)
+    scale = _load(scales + blocks, block_mask) if exp_avg.dtype == tl.int8 else exp_avg
+    return exp_avg, scale, _load(params + offsets, mask)
+
+
+@triton.jit
+def _update_tile(
+    grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
+    decay, step_size, beta1, noise, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """Update first moment and parameter of one tile, as ``_state`` has loaded them."""
+    MOMENT_DTYPE: tl.constexpr = exp_avg.dtype
     if MOMENT_DTYPE == tl.int8:
-        scales = _pointer(row, EXP_AVG_SCALE, tl.uint8, False)
-        old = _decoded(loaded, _load(scales + blocks, block_mask))
-        exp_avg = _next_first_moment(old, grad, beta1)
+        exp_avg = _next_first_moment(_decoded(exp_avg, scale), grad, beta1)
         codes, new_scales = _encoded(exp_avg, grad)
         tl.store(moments + offsets, codes, mask=mask)
         tl.store(scales + blocks, new_scales, mask=block_mask)
     elif MOMENT_DTYPE == tl.float64:
-        exp_avg = _next_first_moment(loaded, grad, beta1)
+        exp_avg = _next_first_moment(exp_avg, grad, beta1)
         tl.store(moments + offsets, exp_avg, mask=mask)
     else:
-        kept = _next_first_moment(loaded, grad, beta1).to(tl.float32).to(MOMENT_DTYPE)
+        kept = _next_first_moment(exp_avg, grad, beta1).to(tl.float32).to(MOMENT_DTYPE)
         tl.store(moments + offsets, kept, mask=mask)
         exp_avg = kept.to(grad.dtype)
-    params = _pointer(row, PARAM, PARAM_DTYPE, ALIGNED)
-    param = _load(params + offsets, mask)
     moved = _stepped(param, exp_avg, denominator, decay, step_size)
-    tl.store(params + offsets, _as_stored(moved, offsets, row, STEP_DTYPE, PARAM_DTYPE, ROUNDS), mask=mask)
+    tl.store(params + offsets, _as_stored(moved, offsets, noise, param.dtype, ROUNDS), mask=mask)
 
 
 @triton.jit(do_not_specialize=["beta1", "beta2"])
@@ -305,12 +335,17 @@ def _full_tile(
     if PITCHED:
         width = _field(row, POST)
         offsets = flat // width * _field(row, PITCH) + flat % width
-    grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
-    grad = _gradient(_load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
-    second = _next_second_moment(row, ROWS_SQ, ROWS_MAX, flat, mask, grad * grad, beta2, AMSGRAD, ALIGNED, False)
+    grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
+    noise = _noise(row, STEP_DTYPE, ROUNDS)
+    loaded = _load(grads + offsets, mask)
+    seconds, maxima, second, largest = _second_moments(row, ROWS_SQ, ROWS_MAX, flat, mask, COMPUTE, AMSGRAD, ALIGNED)
+    exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask)
+
+    grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
+    second = _next_second_moment(seconds, maxima, second, largest, mask, grad * grad, beta2, AMSGRAD, False)
     denominator = _denominator_of(second, root, eps)
-    _update_tile(row, grad, denominator, offsets, mask, blocks, block_mask, decay, step_size, beta1,
-           PARAM_DTYPE, MOMENT_DTYPE, STEP_DTYPE, ROUNDS, ALIGNED)  # fmt: skip
+    _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
+                 decay, step_size, beta1, noise, ROUNDS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
@@ -374,32 +409,40 @@ def update_rows(
     first = line[:, None] * pitch
     column = tl.arange(0, COLUMNS)[None, :]
     block = tl.arange(0, COLUMNS // 256 if MOMENT_DTYPE == tl.int8 else 1)[None, :]
-    grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
+    grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
+    noise = _noise(row, STEP_DTYPE, ROUNDS)
 
+    offsets = first + column
     mask = inside[:, None] & (column < red)
-    grad = _gradient(tl.load(grads + first + column, mask=mask, other=0), grad_scale, MAXIMIZE, COMPUTE)
+    blocks = line[:, None] * (red // 256) + block
+    block_mask = inside[:, None] & (block * 256 < red)
+    loaded = _load(grads + offsets, mask)
+    seconds, maxima, second, largest = _second_moments(row, ROWS_SQ, ROWS_MAX, line, inside, COMPUTE, AMSGRAD, False)
+    exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask)
+
+    grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
     squares = grad * grad
     if not WHOLE:
         for start in range(COLUMNS, red, COLUMNS):
-            loaded = tl.load(grads + first + start + column, mask=inside[:, None] & (start + column < red), other=0)
-            more = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
+            more = _load(grads + offsets + start, inside[:, None] & (start + column < red))
+            more = _gradient(more, grad_scale, MAXIMIZE, COMPUTE)
             squares += more * more
     mean_square = tl.sum(squares, axis=1) / red.to(COMPUTE)
-    second = _next_second_moment(row, ROWS_SQ, ROWS_MAX, line, inside, mean_square, beta2, AMSGRAD, False, True)
+    second = _next_second_moment(seconds, maxima, second, largest, inside, mean_square, beta2, AMSGRAD, True)
     denominator = _denominator_of(second, root, eps)[:, None] + tl.zeros((LINES, COLUMNS), COMPUTE)
-
-    _update_tile(row, grad, denominator, first + column, mask, line[:, None] * (red // 256) + block,
-           inside[:, None] & (block * 256 < red), decay, step_size, beta1,
-           PARAM_DTYPE, MOMENT_DTYPE, STEP_DTYPE, ROUNDS, ALIGNED)  # fmt: skip
+    _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
+                 decay, step_size, beta1, noise, ROUNDS)  # fmt: skip
     if not WHOLE:
         for start in range(COLUMNS, red, COLUMNS):
-            mask = inside[:, None] & (start + column < red)
             offsets = first + start + column
-            grad = _gradient(_load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
-            here = start // 256 + block
-            _update_tile(row, grad, denominator, offsets, mask, line[:, None] * (red // 256) + here,
-                   inside[:, None] & (here * 256 < red), decay, step_size, beta1,
-                   PARAM_DTYPE, MOMENT_DTYPE, STEP_DTYPE, ROUNDS, ALIGNED)  # fmt: skip
+            mask = inside[:, None] & (start + column < red)
+            blocks = line[:, None] * (red // 256) + start // 256 + block
+            block_mask = inside[:, None] & (start + block * 256 < red)
+            loaded = _load(grads + offsets, mask)
+            exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask)
+            grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
+            _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks,
+                         block_mask, decay, step_size, beta1, noise, ROUNDS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
@@ -429,7 +472,12 @@ def update_columns(
     inside = column < post
     line = tl.arange(0, LINES)[:, None]
     first = slice_index * red * pitch + line * pitch + column[None, :]
-    grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
+    grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
+    noise = _noise(row, STEP_DTYPE, ROUNDS)
+    index = slice_index * post + column
+    seconds, maxima, second, largest = _second_moments(
+        row, COLUMNS_SQ, COLUMNS_MAX, index, inside, COMPUTE, AMSGRAD, False
+    )  # fmt: skip
 
     squares = tl.zeros((LINES, COLUMNS), COMPUTE)
     for start in range(0, red, LINES):
@@ -437,17 +485,18 @@ def update_columns(
         loaded = tl.load(grads + first + start * pitch, mask=mask, other=0, eviction_policy="evict_last")
         grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
         squares += grad * grad
-    index = slice_index * post + column
     mean_square = tl.sum(squares, axis=0) / red.to(COMPUTE)
-    second = _next_second_moment(row, COLUMNS_SQ, COLUMNS_MAX, index, inside, mean_square, beta2, AMSGRAD, False, True)
+    second = _next_second_moment(seconds, maxima, second, largest, inside, mean_square, beta2, AMSGRAD, True)
     denominator = _denominator_of(second, root, eps)[None, :] + tl.zeros((LINES, COLUMNS), COMPUTE)
 
     for start in range(0, red, LINES):
         mask = (start + line < red) & inside[None, :]
         offsets = first + start * pitch
-        grad = _gradient(_load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
-        _update_tile(row, grad, denominator, offsets, mask, None, None, decay, step_size, beta1,
-               PARAM_DTYPE, MOMENT_DTYPE, STEP_DTYPE, ROUNDS, ALIGNED)  # fmt: skip
+        loaded = _load(grads + offsets, mask)
+        exp_avg, scale, param = _state(moments, scales, params, offsets, mask, 0, None)
+        grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
+        _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, 0, None,
+                     decay, step_size, beta1, noise, ROUNDS)  # fmt: skip
 
 
 @triton.jit
@@ -490,6 +539,16 @@ def sum_squares(
         tl.store(column_sums + where, tl.sum(squares, axis=0), mask=column < post)
 
 
+@triton.jit
+def _finish(
+    row, MOMENTS: tl.constexpr, MAXIMA: tl.constexpr, index, mask, mean_square, beta2, AMSGRAD: tl.constexpr
+):  # fmt: skip
+    """Update second moments, once the means of squares are known."""
+    COMPUTE: tl.constexpr = mean_square.dtype
+    moments, maxima, second, largest = _second_moments(row, MOMENTS, MAXIMA, index, mask, COMPUTE, AMSGRAD, False)
+    _next_second_moment(moments, maxima, second, largest, mask, mean_square, beta2, AMSGRAD, False)
+
+
 @triton.jit(do_not_specialize=["beta2"])
 def finish_sums(
     table, programs, beta2, found_inf,
@@ -517,7 +576,7 @@ def finish_sums(
         for tile in range(0, column_tiles):
             total += tl.load(row_sums + index * column_tiles + tile, mask=inside, other=0)
         mean_square = total / post.to(COMPUTE)
-        _next_second_moment(row, ROWS_SQ, ROWS_MAX, index, inside, mean_square, beta2, AMSGRAD, False, False)
+        _finish(row, ROWS_SQ, ROWS_MAX, index, inside, mean_square, beta2, AMSGRAD)
     else:
         column_sums = _pointer(row, COLUMN_SUMS, COMPUTE, False)
         index = (part - row_parts) * BLOCK + tl.arange(0, BLOCK)
@@ -526,7 +585,7 @@ def finish_sums(
         for tile in range(0, row_tiles):
             total += tl.load(column_sums + first + tile * post, mask=inside, other=0)
         mean_square = total / red.to(COMPUTE)
-        _next_second_moment(row, COLUMNS_SQ, COLUMNS_MAX, index, inside, mean_square, beta2, AMSGRAD, False, False)
+        _finish(row, COLUMNS_SQ, COLUMNS_MAX, index, inside, mean_square, beta2, AMSGRAD)
 
 
 @triton.jit(do_not_specialize=["beta2"])
@@ -559,7 +618,7 @@ def finish_slices(
         index = part + tl.arange(0, 1)
         inside = index >= 0
         mean_square = mean + tl.zeros((1,), COMPUTE)
-        _next_second_moment(row, ROWS_SQ, ROWS_MAX, index, inside, mean_square, beta2, AMSGRAD, False, False)
+        _finish(row, ROWS_SQ, ROWS_MAX, index, inside, mean_square, beta2, AMSGRAD)
 
 
 @triton.jit
@@ -583,6 +642,11 @@ def _spread_tile(
     column -= line * width.to(INDEX)
     slice_index = first_slice + ((first_line - first_slice * red).to(INDEX) + line) // red.to(INDEX)
     line += first_line
+    offsets = line.to(tl.int64) * _field(row, PITCH) + column if PITCHED else flat
+    grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
+    noise = _noise(row, STEP_DTYPE, ROUNDS)
+    loaded = _load(grads + offsets, mask)
+    exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask)
     rows = _pointer(row, ROWS_MAX if AMSGRAD else ROWS_SQ, COMPUTE, False)
     columns = _pointer(row, COLUMNS_MAX if AMSGRAD else COLUMNS_SQ, COMPUTE, False)
     means = _pointer(row, ROW_MEANS, COMPUTE, False)
@@ -595,12 +659,10 @@ def _spread_tile(
     mean = tl.maximum(mean, smallest, propagate_nan=tl.PropagateNan.ALL)
     second = second / mean if COMPUTE == tl.float64 else tl.div_rn(second, mean)
     second *= tl.load(columns + slice_index * width + column, mask=has_columns, other=1)
-    offsets = line.to(tl.int64) * _field(row, PITCH) + column if PITCHED else flat
-    grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
-    grad = _gradient(_load(grads + offsets, mask), grad_scale, MAXIMIZE, COMPUTE)
     denominator = _denominator_of(second, root, eps)
-    _update_tile(row, grad, denominator, offsets, mask, blocks, block_mask, decay, step_size, beta1,
-           PARAM_DTYPE, MOMENT_DTYPE, STEP_DTYPE, ROUNDS, ALIGNED)  # fmt: skip
+    grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
+    _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
+                 decay, step_size, beta1, noise, ROUNDS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])

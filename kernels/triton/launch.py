@@ -64,20 +64,27 @@ class Settings(NamedTuple):
         lines: Number of rows of a tile.
         columns: Number of columns of a tile.
         num_warps: Number of warps of 32 threads that share a tile.
+        narrow_lines: Number of rows of a tile of 2-byte parameters, which leave registers for more; None: ``lines``.
     """
 
     lines: int
     columns: int
     num_warps: int
+    narrow_lines: int | None = None
+
+    def lines_of(self, itemsize: int) -> int:
+        """Return the number of rows of a tile of parameters of so many bytes."""
+        return self.narrow_lines or self.lines if itemsize == 2 else self.lines
 
 
 SETTINGS: dict[tuple[Kind, int], Settings] = {
     ("full", 256): Settings(8, 256, 8),
     ("spread", 256): Settings(8, 256, 8),
     ("columns", STRIP): Settings(128, STRIP, 8),
-    ("rows", 32): Settings(64, 32, 4),
-    ("rows", 256): Settings(16, 256, 8),
-    ("rows", 1024): Settings(4, 1024, 8),
+    ("rows", 32): Settings(32, 32, 4, 64),
+    ("rows", 256): Settings(8, 256, 8, 16),
+    ("rows", 1024): Settings(2, 1024, 8, 4),
+    ("rows", 2048): Settings(1, 2048, 8, 2),
     ("rows", 4096): Settings(1, 4096, 8),
 }
 """By kernel and width of a tile."""
@@ -214,10 +221,9 @@ class _Launch:
 
     def __init__(self, key: _Key, members: Sequence[tuple[int, Tiling]], device: torch.device) -> None:
         self.key = key
-        self.settings = settings = SETTINGS[key.kind, key.columns]
         numbers, tilings = zip(*members, strict=True)
         options = dict(key.options)
-        steps = [(_KERNELS[key.kind], [_tiles(one, settings) for one in tilings], options)]
+        steps = [(_KERNELS[key.kind], [_tiles(one, options["LINES"]) for one in tilings], options)]
         if key.kind == "spread" and not key.precomputed:
             sums = {**options, "ALIGNED": key.sums_aligned, "BLOCK": FINISHED_AT_ONCE}
             sums |= {"LINES": SUMS.lines, "COLUMNS": SUMS.columns, "num_warps": SUMS.num_warps}
@@ -296,7 +302,7 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
         "ALIGNED": rows_aligned and all(tensor.data_ptr() % 16 == 0 for tensor in dense),
         "WHOLE": kind == "rows" and found.red <= columns,
         "WIDE": kind == "spread" and max(found.width, found.red) >= 1 << 30,
-        "LINES": settings.lines,
+        "LINES": settings.lines_of(entry.param.itemsize),
         "COLUMNS": settings.columns,
         "num_warps": settings.num_warps,
         "maxnreg": MOST_REGISTERS,
@@ -363,12 +369,12 @@ def _programs(numbers: Sequence[int], tiles: Sequence[int], device: torch.device
     return _on_device(programs.to(torch.int32), device)
 
 
-def _tiles(found: Tiling, settings: Settings) -> int:
+def _tiles(found: Tiling, lines: int) -> int:
     if found.kind == "rows":
-        return _ceil(found.pre, settings.lines)
+        return _ceil(found.pre, lines)
     if found.kind == "columns":
-        return found.pre * _ceil(found.post, settings.columns)
-    return _ceil(found.pre * found.slice_count, settings.lines * 256)
+        return found.pre * _ceil(found.post, STRIP)
+    return _ceil(found.pre * found.slice_count, lines * 256)
 
 
 def _tiles_summed(found: Tiling) -> int:
