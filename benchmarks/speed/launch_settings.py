@@ -44,16 +44,18 @@ SHAPES: dict[tuple[str, int], tuple[tuple[int, int], tuple[Dims, ...]]] = {
 HYPER = Hyperparameters()
 
 
-def candidates(kind: Kind, columns: int) -> list[Settings]:
+def candidates(kind: Kind, columns: int, dtype: torch.dtype) -> list[Settings]:
     """Return the settings to try, the present ones first.
 
     Args:
         kind: Kind of kernel.
         columns: Width of its tile.
+        dtype: Precision of parameters.
     """
     lines = [count if kind == "columns" else max(1, count // columns) for count in ELEMENTS[kind]]
     tried = [Settings(each, columns, warps) for each in dict.fromkeys(lines) for warps in WARPS]
-    present = SETTINGS[kind, columns]
+    table = SETTINGS[kind, columns]
+    present = Settings(table.lines_of(dtype.itemsize), columns, table.num_warps)
     return [present, *(settings for settings in tried if settings != present)]
 
 
@@ -78,7 +80,7 @@ def measure(
     present = SETTINGS[kind, columns]
     tried: dict[str, TritonStep | str] = {}
     try:
-        for settings in candidates(kind, columns):
+        for settings in candidates(kind, columns, dtype):
             launch.SETTINGS[kind, columns] = settings
             label = f"{settings.lines} x {settings.columns}, {settings.num_warps} warps"
             tried[label] = _launched(entries, device)

@@ -267,7 +267,7 @@ def test_launch_settings_that_a_gpu_cannot_take_are_reported_and_what_is_measure
     assert list(figures) == [f"{kind} {columns}, torch.float32" for kind, columns in tuning.SETTINGS]
     why = "OutOfResources: out of resource: threads, Required: 1024, Hardware limit: 512."
     printed = capsys.readouterr().out
-    for settings in tuning.candidates("full", 256):
+    for settings in tuning.candidates("full", 256, torch.float32):
         label = f"{settings.lines} x 256, {settings.num_warps} warps"
         value = figures["full 256, torch.float32"][label]
         assert str(value).startswith(why) if settings.lines > most else value > 0
@@ -296,13 +296,15 @@ def test_each_launch_setting_is_used_by_the_kernel_and_tile_that_it_is_for(monke
 
     class Step(tuning.TritonStep):  # type: ignore[misc,name-defined]
         def run(self, hyper: Any) -> None:
-            seen.append([(launch.key.kind, launch.key.columns, launch.settings) for launch in self._launches])
+            used = [(launch.key, dict(launch.key.options)) for launch in self._launches]
+            seen.append([(key.kind, key.columns, known["LINES"], known["num_warps"]) for key, known in used])
 
     monkeypatch.setattr(tuning, "TritonStep", Step)
     for kind, columns in tuning.SETTINGS:
         seen.clear()
         tuning.measure(kind, columns, torch.float32, "cpu", copies=1, rounds=1)
-        assert seen == 2 * [[(kind, columns, settings)] for settings in tuning.candidates(kind, columns)]
+        tried = tuning.candidates(kind, columns, torch.float32)
+        assert seen == 2 * [[(kind, columns, settings.lines, settings.num_warps)] for settings in tried]
 
 
 def _broken() -> dict[str, Any]:

@@ -457,9 +457,11 @@ def test_eight_bit_blocks_with_nan_infinity_and_nothing() -> None:
     assert entry.param[2:].isfinite().all()
 
 
-def test_launch_settings_are_measured_and_put_back() -> None:
+@pytest.mark.parametrize(("dtype", "lines"), [(torch.float32, 8), (torch.bfloat16, 16)], ids=str)
+def test_launch_settings_are_measured_and_put_back(dtype: torch.dtype, lines: int) -> None:
     before = dict(triton_update.SETTINGS)
-    found = launch_settings.measure("rows", 256, torch.float32, DEVICE, copies=1, rounds=1)
-    assert len(found) == len(launch_settings.candidates("rows", 256)) > 5
+    found = launch_settings.measure("rows", 256, dtype, DEVICE, copies=1, rounds=1)
+    assert next(iter(found)) == f"{lines} x 256, 8 warps"
+    assert len(found) == len(launch_settings.candidates("rows", 256, dtype)) > 5
     assert all(milliseconds > 0 for milliseconds in found.values())
     assert before == triton_update.SETTINGS
