@@ -1,9 +1,10 @@
 """Compile the Triton kernels ahead, without a GPU: ``python -m benchmarks.kernels [--out FILE]``.
 
 Every variant is compiled ahead for sm_80 and sm_90. Printed: registers a thread, bytes spilled to local memory, shared
-memory of a program, 128-bit loads and stores in its code, and the bytes it must move for each parameter. Exits with 1
-if one spills, reads or writes aligned tensors in narrower pieces, or stores a second moment that several warps share
-with no barrier after their loads.
+memory of a program, programs that a multiprocessor holds at a time, 128-bit loads and stores in its code, the bytes it
+must move for each parameter, and the share of the bandwidth that a model predicts. Exits with 1 if one spills, divides
+inexactly, reads or writes aligned tensors in narrower pieces, or stores a second moment that several warps share with
+no barrier after their loads.
 """
 
 from __future__ import annotations
@@ -42,6 +43,29 @@ TYPES = {
     "grad_scale": "*fp32",
     "found_inf": "*fp32",
 }
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A device in the model: multiprocessors, bytes a second of a copy, and seconds until a load has its value."""
+
+    multiprocessors: int
+    bandwidth: float
+    latency: float
+
+
+MEMORIES = {80: Memory(108, 1.8e12, 0.8e-6), 90: Memory(132, 4.3e12, 0.8e-6)}
+"""An A100 and an H200, in round figures."""
+MODEL = (
+    "Predicted, not measured: the programs that a multiprocessor holds share its part of the memory's bandwidth and "
+    "queue for it; each also waits, and moves nothing, for every load that another one needs first. Arithmetic, "
+    "launches and the last programs cost nothing, and what is read twice is in the cache the second time. A load takes "
+    "0.8 us; a copy reaches 1.8 TB/s on sm_80 (A100) and 4.3 TB/s on sm_90 (H200)."
+)
+MODELLED_ROWS = 768
+"""Rows of a strip of columns in the model."""
+REGISTERS, THREADS, PROGRAMS = 1 << 16, 2048, 32
+"""Limits of a multiprocessor."""
 PRECISIONS = {
     "fp32": (tl.float32, tl.float32, tl.float32),
     "bf16": (tl.bfloat16, tl.bfloat16, tl.bfloat16),
@@ -68,6 +92,8 @@ class Variant:
         wide_loads: 128-bit loads that its code must have at least,
         wide_stores: and stores.
         bytes_per_parameter: Bytes that it must move; None for the kernels that only touch averages.
+        elements: Parameters of a program, where the model predicts its bandwidth.
+        waits: Loads of a program that have to end before others can begin, and the last ones.
     """
 
     kernel: Any
@@ -78,6 +104,8 @@ class Variant:
     wide_loads: int = 0
     wide_stores: int = 0
     bytes_per_parameter: float | None = None
+    elements: int = 0
+    waits: int = 0
 
     @property
     def is_shared(self) -> bool:
@@ -99,7 +127,12 @@ class Compiled:
     wide_loads: int
     wide_stores: int
     bytes_per_parameter: float | None
+    elements: int
+    waits: int
+    programs_at_once: int
+    predicted_share: float | None
     is_ordered: bool
+    is_exact: bool
     is_good: bool
 
 
@@ -107,7 +140,7 @@ def variants() -> Iterator[Variant]:
     """Yield every kernel in every precision, and each flag once."""
     for precision in PRECISIONS:
         yield from _updates(precision, "")
-    for flags in ("AMSGRAD", "MAXIMIZE", "unaligned", "grad_scale and found_inf"):
+    for flags in ("AMSGRAD", "MAXIMIZE", "unaligned", "pitched", "grad_scale and found_inf"):
         yield from _updates("fp32", flags)
     yield from _updates("bf16", "ROUNDS")
     yield from _updates("bf16, int8 momentum", "ROUNDS")
@@ -139,17 +172,17 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
     }
     size = {dtype: dtype.primitive_bitwidth // 8 for dtype in (param, grad, exp_avg)}
     moved = 2 * size[param] + size[grad] + 2 * size[exp_avg] + (4 / 256 if codes else 0)
-    wide = (0, 0) if flags == "unaligned" else ((2, 1) if codes else (3, 2))
+    wide = (0, 0) if flags in ("unaligned", "pitched") else ((2, 1) if codes else (3, 2))
     for (kind, columns), settings in SETTINGS.items():
-        if codes and (kind == "columns" or columns < 256):
+        if (codes and (kind == "columns" or columns < 256)) or (flags == "pitched" and kind not in ("full", "spread")):
             continue
         constants: dict[str, Any] = {**common, "LINES": settings.lines_of(size[param])}
         second = 8 * (2 if flags == "AMSGRAD" else 1) if kind == "full" else 0
         again = size[grad] if kind == "spread" else 0
         if kind in ("full", "spread"):
-            constants["PITCHED"] = False
+            constants |= {"PITCHED": flags == "pitched", "WIDE": False}
         if kind == "spread":
-            constants["WIDE"] = False
+            constants["WITHIN"] = flags != "unaligned"
         if kind in ("rows", "columns"):
             constants["COLUMNS"] = columns
         for whole in (True, False) if (kind, columns) == ("rows", 4096) else (True,):
@@ -157,7 +190,21 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
                 constants = {**constants, "WHOLE": whole}
             name = f"{kind} {columns}{'' if whole else ' and longer'} {flags}".strip()
             update = getattr(kernels, f"update_{kind}")
-            yield Variant(update, precision, name, constants, settings.num_warps, *wide, moved + second + again)
+            tile = constants["LINES"] * columns
+            tiles = MODELLED_ROWS // constants["LINES"] if kind == "columns" else 1 if whole else 2
+            # Its number, its row of the table, and a round of loads for each tile, in two passes if there are many.
+            waits = 2 + (2 * tiles if tiles > 1 else 1)
+            yield Variant(
+                update,
+                precision,
+                name,
+                constants,
+                settings.num_warps,
+                *wide,
+                moved + again + second,
+                tiles * tile,
+                waits,
+            )
 
 
 def _compile_variant(variant: Variant, architecture: int) -> Compiled:
@@ -172,6 +219,10 @@ def _compile_variant(variant: Variant, architecture: int) -> Compiled:
     wide_loads, wide_stores = (_wide_accesses(what, made.asm["ptx"]) for what in ("ld", "st"))
     spilled = resources["STACK"] + resources["LOCAL"]
     wide = wide_loads >= variant.wide_loads and wide_stores >= variant.wide_stores
+    # What codes stand for takes a quotient that may be off by two units in the last place.
+    exact = "div.full" not in made.asm["ptx"] or constants.get("MOMENT_DTYPE") == tl.int8
+    threads = 32 * variant.num_warps
+    at_once = min(PROGRAMS, THREADS // threads, REGISTERS // (threads * -(-resources["REG"] // 8) * 8))
     ordered = not variant.is_shared or has_barrier_before_store(made.asm["ptx"])
     return Compiled(
         kernel=variant.kernel.__name__,
@@ -184,9 +235,32 @@ def _compile_variant(variant: Variant, architecture: int) -> Compiled:
         wide_loads=wide_loads,
         wide_stores=wide_stores,
         bytes_per_parameter=variant.bytes_per_parameter,
+        elements=variant.elements,
+        waits=variant.waits,
+        programs_at_once=at_once,
+        predicted_share=predicted_share(variant, at_once, MEMORIES[architecture]) if variant.elements else None,
         is_ordered=ordered,
-        is_good=spilled == 0 and wide and ordered,
+        is_exact=exact,
+        is_good=spilled == 0 and wide and ordered and exact,
     )
+
+
+def predicted_share(variant: Variant, at_once: int, memory: Memory) -> float:
+    """Return the share of the bandwidth that :data:`MODEL` predicts, by mean value analysis of a closed queue.
+
+    Args:
+        variant: What the programs run.
+        at_once: Programs on a multiprocessor.
+        memory: The device.
+    """
+    assert variant.bytes_per_parameter is not None
+    service = variant.elements * variant.bytes_per_parameter / (memory.bandwidth / memory.multiprocessors)
+    queued = rate = 0.0
+    for programs in range(1, at_once + 1):
+        response = service * (1 + queued)
+        rate = programs / (variant.waits * memory.latency + response)
+        queued = rate * response
+    return rate * service
 
 
 def _source(kernel: Any, constants: dict[str, Any]) -> Any:
@@ -237,20 +311,27 @@ def main() -> None:
     parser = machine.parser(__doc__)
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, nargs="+", default=ARCHITECTURES)
     arguments = parser.parse_args()
-    print(f"{'kernel':15s} {'precision':20s} {'variant':36s} sm  registers  spilled  shared  wide ld/st  B/parameter")
+    print(
+        f"{'kernel':15s} {'precision':20s} {'variant':36s} sm  registers  spilled  shared  "
+        "programs  wide ld/st  B/parameter  predicted"
+    )
     made = []
     for variant in variants():
         for architecture in arguments.architecture:
             found = _compile_variant(variant, architecture)
             made.append(found)
             moved = "" if found.bytes_per_parameter is None else f"{found.bytes_per_parameter:.2f}"
+            share = "" if found.predicted_share is None else f"{found.predicted_share:.0%}"
             print(
                 f"{found.kernel:15s} {found.precision:20s} {found.flags:36s} {architecture} {found.registers:9d} "
-                f"{found.spilled_bytes:8d} {found.shared_bytes:7d} {found.wide_loads:7d}/{found.wide_stores:<4d}"
-                f"{moved:>9s}{'' if found.is_ordered else '   no barrier'}{'' if found.is_good else '   FAIL'}",
+                f"{found.spilled_bytes:8d} {found.shared_bytes:7d} {found.programs_at_once:9d} "
+                f"{found.wide_loads:7d}/{found.wide_stores:<4d}{moved:>9s} {share:>10s}"
+                f"{'' if found.is_ordered else '   no barrier'}{'' if found.is_exact else '   inexact'}"
+                f"{'' if found.is_good else '   FAIL'}",
                 flush=True,
             )
-    figures = {"triton": triton.__version__, "variants": [asdict(found) for found in made]}
+    print(MODEL)
+    figures = {"triton": triton.__version__, "model": MODEL, "variants": [asdict(found) for found in made]}
     print("written:", machine.write("kernels", figures, arguments.out))
     if not all(found.is_good for found in made):
         raise SystemExit(1)

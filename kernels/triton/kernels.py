@@ -40,6 +40,8 @@ WIDTH = tl.constexpr(19)  # elements that share a second moment by row
 CORRECTIONS = tl.constexpr(20)  # where the corrections of its step lie
 FIELDS = tl.constexpr(21)
 
+COLUMNS_FINISHED = tl.constexpr(32)  # second moments by column of a program of ``finish_sums``
+
 _MOMENTUM_BLOCK = tl.constexpr(256)
 _MOMENTUM_CODES = tl.constexpr(127.0)
 
@@ -87,12 +89,21 @@ def _step_numbers(row, lr, weight_decay):
 
 
 @triton.jit
-def _load(pointers, mask):
+def _load(pointers, mask, EVICTION: tl.constexpr = ""):
     """Load, with 0 where ``mask`` is false; None: everything is inside."""
     if mask is None:
-        return tl.load(pointers)
+        return tl.load(pointers, eviction_policy=EVICTION)
     else:
-        return tl.load(pointers, mask=mask, other=0)
+        return tl.load(pointers, mask=mask, other=0, eviction_policy=EVICTION)
+
+
+@triton.jit
+def _quotient(numerator, denominator):
+    """Return a quotient to the last bit; on a GPU ``/`` is that in float64 alone."""
+    if numerator.dtype == tl.float64:
+        return numerator / denominator
+    else:
+        return tl.div_rn(numerator, denominator)
 
 
 @triton.jit
@@ -109,7 +120,7 @@ def _gradient(loaded, grad_scale, MAXIMIZE: tl.constexpr, COMPUTE: tl.constexpr)
     """Return a gradient in the precision of the arithmetic, unscaled, of the function to minimize."""
     grad = loaded.to(COMPUTE)
     if grad_scale is not None:
-        grad = grad / tl.load(grad_scale).to(COMPUTE)
+        grad = _quotient(grad, tl.load(grad_scale).to(COMPUTE))
     if MAXIMIZE:
         grad = -grad
     return grad
@@ -179,10 +190,7 @@ def _stepped(param, exp_avg, denominator, decay, step_size):
     """Return a parameter after weight decay and step."""
     COMPUTE: tl.constexpr = denominator.dtype
     decayed = param.to(COMPUTE) * decay.to(COMPUTE)
-    if COMPUTE == tl.float64:
-        return decayed - step_size * (exp_avg / denominator)
-    else:
-        return decayed - step_size.to(COMPUTE) * tl.div_rn(exp_avg, denominator)
+    return decayed - step_size.to(COMPUTE) * _quotient(exp_avg, denominator)
 
 
 @triton.jit
@@ -250,37 +258,39 @@ def _encoded(value, grad):
 
 
 @triton.jit
-def _state(moments, scales, params, offsets, mask, blocks, block_mask):
+def _state(moments, scales, params, offsets, mask, blocks, block_mask, EVICTION: tl.constexpr = ""):
     """Load first moments, their scales and parameters of one tile.
 
     ``offsets`` are the positions of its elements, and ``blocks`` those of its blocks of codes; a mask of None: all.
+    ``EVICTION``: the cache's policy for what is read once, where the gradient is read twice.
     """
-    exp_avg = _load(moments + offsets, mask)
+    exp_avg = _load(moments + offsets, mask, EVICTION)
     scale = _load(scales + blocks, block_mask) if exp_avg.dtype == tl.int8 else exp_avg
-    return exp_avg, scale, _load(params + offsets, mask)
+    return exp_avg, scale, _load(params + offsets, mask, EVICTION)
 
 
 @triton.jit
 def _update_tile(
     grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
-    decay, step_size, beta1, noise, ROUNDS: tl.constexpr,
+    decay, step_size, beta1, noise, ROUNDS: tl.constexpr, EVICTION: tl.constexpr = "",
 ):  # fmt: skip
     """Update first moment and parameter of one tile, as ``_state`` has loaded them."""
     MOMENT_DTYPE: tl.constexpr = exp_avg.dtype
     if MOMENT_DTYPE == tl.int8:
         exp_avg = _next_first_moment(_decoded(exp_avg, scale), grad, beta1)
         codes, new_scales = _encoded(exp_avg, grad)
-        tl.store(moments + offsets, codes, mask=mask)
+        tl.store(moments + offsets, codes, mask=mask, eviction_policy=EVICTION)
         tl.store(scales + blocks, new_scales, mask=block_mask)
     elif MOMENT_DTYPE == tl.float64:
         exp_avg = _next_first_moment(exp_avg, grad, beta1)
-        tl.store(moments + offsets, exp_avg, mask=mask)
+        tl.store(moments + offsets, exp_avg, mask=mask, eviction_policy=EVICTION)
     else:
         kept = _next_first_moment(exp_avg, grad, beta1).to(tl.float32).to(MOMENT_DTYPE)
-        tl.store(moments + offsets, kept, mask=mask)
+        tl.store(moments + offsets, kept, mask=mask, eviction_policy=EVICTION)
         exp_avg = kept.to(grad.dtype)
     moved = _stepped(param, exp_avg, denominator, decay, step_size)
-    tl.store(params + offsets, _as_stored(moved, offsets, noise, param.dtype, ROUNDS), mask=mask)
+    stored = _as_stored(moved, offsets, noise, param.dtype, ROUNDS)
+    tl.store(params + offsets, stored, mask=mask, eviction_policy=EVICTION)
 
 
 @triton.jit(do_not_specialize=["beta1", "beta2"])
@@ -321,11 +331,28 @@ def advance_steps(
 
 
 @triton.jit
+def _positions(start, width, LINES: tl.constexpr, WITHIN: tl.constexpr, WIDE: tl.constexpr):
+    """Return the row of a tile's first element, and rows after it and columns of all, of lines of 256 elements.
+
+    ``WITHIN``: no line spans two rows; those of its first element stand for it, ``[LINES, 1]``. ``WIDE``: a row's
+    length needs 64 bits; else there is one division of 64 bits for a tile.
+    """
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    first = start // width
+    column = (start - first * width).to(INDEX) + tl.arange(0, LINES)[:, None] * 256
+    if not WITHIN:
+        column += tl.arange(0, 256)[None, :]
+    line = column // width.to(INDEX)
+    return first, line, column - line * width.to(INDEX)
+
+
+@triton.jit
 def _full_tile(
     row, start, count, decay, step_size, root, beta1, beta2, eps, grad_scale,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr, STEP_DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr,
-    ROUNDS: tl.constexpr, PITCHED: tl.constexpr, ALIGNED: tl.constexpr, LINES: tl.constexpr, MASKED: tl.constexpr,
+    ROUNDS: tl.constexpr, PITCHED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     flat = start + tl.arange(0, LINES)[:, None] * 256 + tl.arange(0, 256)[None, :]
     blocks = start // 256 + tl.arange(0, LINES)[:, None]
@@ -333,8 +360,8 @@ def _full_tile(
     block_mask = blocks * 256 < count if MASKED else None
     offsets = flat
     if PITCHED:
-        width = _field(row, POST)
-        offsets = flat // width * _field(row, PITCH) + flat % width
+        first, line, column = _positions(start, _field(row, POST), LINES, False, WIDE)
+        offsets = (first + line) * _field(row, PITCH) + column
     grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
     noise = _noise(row, STEP_DTYPE, ROUNDS)
     loaded = _load(grads + offsets, mask)
@@ -353,7 +380,7 @@ def update_full(
     table, programs, lr, beta1, beta2, eps, weight_decay, grad_scale, found_inf,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr, STEP_DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr,
-    ROUNDS: tl.constexpr, PITCHED: tl.constexpr, ALIGNED: tl.constexpr, LINES: tl.constexpr,
+    ROUNDS: tl.constexpr, PITCHED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Update tensors with a second moment for every element, in tiles of ``[LINES, 256]`` consecutive elements.
 
@@ -365,6 +392,7 @@ def update_full(
         COMPUTE: Precision of the arithmetic and of second moments.
         AMSGRAD, MAXIMIZE, ROUNDS: Flags of the step; ``ROUNDS`` for stochastic rounding.
         PITCHED, ALIGNED: There are gaps between rows; addresses and rows are multiples of 16 bytes.
+        WIDE: Positions within rows and slices may need 64 bits.
         LINES: Lines of 256 elements of a tile.
     """
     if _is_skipped(found_inf):
@@ -377,11 +405,11 @@ def update_full(
     if start + LINES * 256 <= count:
         _full_tile(row, start, count, decay, step_size, root, beta1, beta2, eps, grad_scale,
                    PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
-                   ROUNDS, PITCHED, ALIGNED, LINES, False)  # fmt: skip
+                   ROUNDS, PITCHED, ALIGNED, WIDE, LINES, False)  # fmt: skip
     else:
         _full_tile(row, start, count, decay, step_size, root, beta1, beta2, eps, grad_scale,
                    PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
-                   ROUNDS, PITCHED, ALIGNED, LINES, True)  # fmt: skip
+                   ROUNDS, PITCHED, ALIGNED, WIDE, LINES, True)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
@@ -427,7 +455,7 @@ def update_rows(
             more = _load(grads + offsets + start, inside[:, None] & (start + column < red))
             more = _gradient(more, grad_scale, MAXIMIZE, COMPUTE)
             squares += more * more
-    mean_square = tl.sum(squares, axis=1) / red.to(COMPUTE)
+    mean_square = _quotient(tl.sum(squares, axis=1), red.to(COMPUTE))
     second = _next_second_moment(seconds, maxima, second, largest, inside, mean_square, beta2, AMSGRAD, True)
     denominator = _denominator_of(second, root, eps)[:, None] + tl.zeros((LINES, COLUMNS), COMPUTE)
     _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
@@ -455,7 +483,7 @@ def update_columns(
     """Update tensors with one second moment for each column of ``[red, post]``; a program does a strip of columns.
 
     The strip's gradient is read twice, the second time from cache: launch settings keep the strips that are under
-    work at the same time small enough for it.
+    work at the same time small enough for it, and what is read once is the first to leave it.
 
     Args:
         LINES, COLUMNS: Rows read at a time, and columns of the strip. All others are those of ``update_full``.
@@ -482,21 +510,21 @@ def update_columns(
     squares = tl.zeros((LINES, COLUMNS), COMPUTE)
     for start in range(0, red, LINES):
         mask = (start + line < red) & inside[None, :]
-        loaded = tl.load(grads + first + start * pitch, mask=mask, other=0, eviction_policy="evict_last")
+        loaded = _load(grads + first + start * pitch, mask, "evict_last")
         grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
         squares += grad * grad
-    mean_square = tl.sum(squares, axis=0) / red.to(COMPUTE)
+    mean_square = _quotient(tl.sum(squares, axis=0), red.to(COMPUTE))
     second = _next_second_moment(seconds, maxima, second, largest, inside, mean_square, beta2, AMSGRAD, True)
     denominator = _denominator_of(second, root, eps)[None, :] + tl.zeros((LINES, COLUMNS), COMPUTE)
 
     for start in range(0, red, LINES):
         mask = (start + line < red) & inside[None, :]
         offsets = first + start * pitch
-        loaded = _load(grads + offsets, mask)
-        exp_avg, scale, param = _state(moments, scales, params, offsets, mask, 0, None)
+        loaded = _load(grads + offsets, mask, "evict_first")
+        exp_avg, scale, param = _state(moments, scales, params, offsets, mask, 0, None, "evict_first")
         grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
         _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, 0, None,
-                     decay, step_size, beta1, noise, ROUNDS)  # fmt: skip
+                     decay, step_size, beta1, noise, ROUNDS, "evict_first")  # fmt: skip
 
 
 @triton.jit
@@ -554,11 +582,13 @@ def finish_sums(
     table, programs, beta2, found_inf,
     COMPUTE: tl.constexpr, AMSGRAD: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute second moments from the sums of ``sum_squares``; a program does ``BLOCK``, by row or by column.
+    """Compute second moments from the sums of ``sum_squares``; a program does ``BLOCK`` by row, or few by column.
+
+    A column has more sums than a row: those of many row tiles are read together.
 
     Args:
         LINES, COLUMNS: Those of ``sum_squares``.
-        BLOCK: Second moments of a program. All others are those of ``update_full``.
+        BLOCK: Second moments by row of a program. All others are those of ``update_full``.
     """
     if _is_skipped(found_inf):
         return
@@ -568,24 +598,27 @@ def finish_sums(
     row_tiles, column_tiles = (red + LINES - 1) // LINES, (post + COLUMNS - 1) // COLUMNS
     rows = pre * red if _field(row, ROW_SUMS) != 0 else pre * 0
     row_parts = (rows + BLOCK - 1) // BLOCK
-    total = tl.zeros((BLOCK,), COMPUTE)
     if part < row_parts:
         row_sums = _pointer(row, ROW_SUMS, COMPUTE, False)
-        index = part * BLOCK + tl.arange(0, BLOCK)
-        inside = index < rows
+        line = part * BLOCK + tl.arange(0, BLOCK)
+        known = line < rows
+        total = tl.zeros((BLOCK,), COMPUTE)
         for tile in range(0, column_tiles):
-            total += tl.load(row_sums + index * column_tiles + tile, mask=inside, other=0)
-        mean_square = total / post.to(COMPUTE)
-        _finish(row, ROWS_SQ, ROWS_MAX, index, inside, mean_square, beta2, AMSGRAD)
+            total += tl.load(row_sums + line * column_tiles + tile, mask=known, other=0)
+        _finish(row, ROWS_SQ, ROWS_MAX, line, known, _quotient(total, post.to(COMPUTE)), beta2, AMSGRAD)
     else:
         column_sums = _pointer(row, COLUMN_SUMS, COMPUTE, False)
-        index = (part - row_parts) * BLOCK + tl.arange(0, BLOCK)
-        inside = index < pre * post
-        first = index // post * row_tiles * post + index % post
-        for tile in range(0, row_tiles):
-            total += tl.load(column_sums + first + tile * post, mask=inside, other=0)
-        mean_square = total / red.to(COMPUTE)
-        _finish(row, COLUMNS_SQ, COLUMNS_MAX, index, inside, mean_square, beta2, AMSGRAD)
+        column = (part - row_parts) * COLUMNS_FINISHED + tl.arange(0, COLUMNS_FINISHED)
+        inside = column < pre * post
+        first = (column // post * row_tiles * post + column % post)[None, :]
+        TILES: tl.constexpr = BLOCK * 4 // COLUMNS_FINISHED
+        row_tile = tl.arange(0, TILES)[:, None]
+        sums = tl.zeros((TILES, COLUMNS_FINISHED), COMPUTE)
+        for start in range(0, row_tiles, TILES):
+            within = inside[None, :] & (start + row_tile < row_tiles)
+            sums += tl.load(column_sums + first + (start + row_tile) * post, mask=within, other=0)
+        mean_square = _quotient(tl.sum(sums, axis=0), red.to(COMPUTE))
+        _finish(row, COLUMNS_SQ, COLUMNS_MAX, column, inside, mean_square, beta2, AMSGRAD)
 
 
 @triton.jit(do_not_specialize=["beta2"])
@@ -611,7 +644,7 @@ def finish_slices(
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
         total += tl.load(values + part * count + index, mask=index < count, other=0)
-    mean = tl.sum(total, axis=0) / (red if factored else _field(row, SLICE_COUNT)).to(COMPUTE)
+    mean = _quotient(tl.sum(total, axis=0), (red if factored else _field(row, SLICE_COUNT)).to(COMPUTE))
     if factored:
         tl.store(_pointer(row, ROW_MEANS, COMPUTE, False) + part, mean)
     else:
@@ -626,43 +659,47 @@ def _spread_tile(
     row, start, count, decay, step_size, root, beta1, eps, grad_scale,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
     STEP_DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, ROUNDS: tl.constexpr,
-    PITCHED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr, MASKED: tl.constexpr,
+    PITCHED: tl.constexpr, ALIGNED: tl.constexpr, WITHIN: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
-    lane = tl.arange(0, LINES)[:, None] * 256 + tl.arange(0, 256)[None, :]
-    flat = start + lane
+    inner = tl.arange(0, 256)[None, :]
+    flat = start + tl.arange(0, LINES)[:, None] * 256 + inner
     blocks = start // 256 + tl.arange(0, LINES)[:, None]
     mask = flat < count if MASKED else None
     block_mask = blocks * 256 < count if MASKED else None
-    red, width = _field(row, RED), _field(row, WIDTH)
-    first_line = start // width
+    width, red = _field(row, WIDTH, WITHIN), _field(row, RED)
+    first_line, line, column = _positions(start, width, LINES, WITHIN, WIDE)
     first_slice = first_line // red
-    column = (start - first_line * width).to(INDEX) + lane.to(INDEX)
-    line = column // width.to(INDEX)
-    column -= line * width.to(INDEX)
-    slice_index = first_slice + ((first_line - first_slice * red).to(INDEX) + line) // red.to(INDEX)
-    line += first_line
-    offsets = line.to(tl.int64) * _field(row, PITCH) + column if PITCHED else flat
+    slice_index = first_slice + ((first_line - first_slice * red).to(line.dtype) + line) // red.to(line.dtype)
+    line = first_line + line
+    offsets = flat
+    if PITCHED:
+        offsets = line * _field(row, PITCH, ALIGNED and WITHIN) + column + (inner if WITHIN else 0)
     grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
     noise = _noise(row, STEP_DTYPE, ROUNDS)
-    loaded = _load(grads + offsets, mask)
-    exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask)
     rows = _pointer(row, ROWS_MAX if AMSGRAD else ROWS_SQ, COMPUTE, False)
-    columns = _pointer(row, COLUMNS_MAX if AMSGRAD else COLUMNS_SQ, COMPUTE, False)
+    columns = _pointer(row, COLUMNS_MAX if AMSGRAD else COLUMNS_SQ, COMPUTE, WITHIN)
     means = _pointer(row, ROW_MEANS, COMPUTE, False)
-    has_rows = flat < tl.where(_field(row, ROWS_SQ) != 0, count, 0)
-    has_columns = flat < tl.where(_field(row, COLUMNS_SQ) != 0, count, 0)
-    factored = flat < tl.where(_field(row, ROW_MEANS) != 0, count, 0)
+    element = blocks * 256 if WITHIN else flat
+    has_rows = element < tl.where(_field(row, ROWS_SQ) != 0, count, 0)
+    has_columns = element < tl.where(_field(row, COLUMNS_SQ) != 0, count, 0)
+    factored = element < tl.where(_field(row, ROW_MEANS) != 0, count, 0)
+
+    loaded = _load(grads + offsets, mask, "evict_first")
+    exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask, "evict_first")
     second = tl.load(rows + line, mask=has_rows, other=1)
     mean = tl.load(means + slice_index, mask=factored, other=1)
+    by_column = columns + (slice_index * width + column)
+    if WITHIN:
+        by_column, has_columns = by_column + inner, has_columns & (inner >= 0)
+    by_column = tl.load(by_column, mask=has_columns, other=1)
+
     smallest: tl.constexpr = 2.2250738585072014e-308 if COMPUTE == tl.float64 else 1.1754943508222875e-38
     mean = tl.maximum(mean, smallest, propagate_nan=tl.PropagateNan.ALL)
-    second = second / mean if COMPUTE == tl.float64 else tl.div_rn(second, mean)
-    second *= tl.load(columns + slice_index * width + column, mask=has_columns, other=1)
-    denominator = _denominator_of(second, root, eps)
+    denominator = _denominator_of(_quotient(second, mean) * by_column, root, eps)
     grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
     _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
-                 decay, step_size, beta1, noise, ROUNDS)  # fmt: skip
+                 decay, step_size, beta1, noise, ROUNDS, "evict_first")  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
@@ -670,12 +707,13 @@ def update_spread(
     table, programs, lr, beta1, beta2, eps, weight_decay, grad_scale, found_inf,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
     STEP_DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, ROUNDS: tl.constexpr,
-    PITCHED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
+    PITCHED: tl.constexpr, ALIGNED: tl.constexpr, WITHIN: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Update tensors from finished second moments by row, by column or both, in tiles of ``[LINES, 256]`` elements.
 
     Args:
-        WIDE: A tile's indices within rows and slices may need 64 bits. All others are those of ``update_full``.
+        WITHIN: No line of 256 elements spans two rows: what is kept by row is read once for a line. All others are
+            those of ``update_full``.
     """
     if _is_skipped(found_inf):
         return
@@ -687,8 +725,8 @@ def update_spread(
     if start + LINES * 256 <= count:
         _spread_tile(row, start, count, decay, step_size, root, beta1, eps, grad_scale,
                      PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
-                     ROUNDS, PITCHED, ALIGNED, WIDE, LINES, False)  # fmt: skip
+                     ROUNDS, PITCHED, ALIGNED, WITHIN, WIDE, LINES, False)  # fmt: skip
     else:
         _spread_tile(row, start, count, decay, step_size, root, beta1, eps, grad_scale,
                      PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
-                     ROUNDS, PITCHED, ALIGNED, WIDE, LINES, True)  # fmt: skip
+                     ROUNDS, PITCHED, ALIGNED, WITHIN, WIDE, LINES, True)  # fmt: skip

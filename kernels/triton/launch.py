@@ -95,6 +95,8 @@ MOST_REGISTERS = 255
 FINISHED_AT_ONCE = 1024
 """Second moments, or numbers of a slice, that a program of the finishing kernels works on at a time."""
 STEPS_AT_ONCE = 1024
+WIDE_FROM = 1 << 30
+"""Rows, or numbers of rows, from which indices within a tile take 64 bits."""
 
 _KERNELS: dict[Kind, Any] = {
     "full": kernels.update_full,
@@ -281,9 +283,9 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
 
 def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
     kind, is_flat = found.kind, found.kind in ("full", "spread")
-    dense = [entry.param, entry.grad, entry.exp_avg]
+    dense, averages = [entry.param, entry.grad, entry.exp_avg], [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
     if kind == "full":
-        dense += [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
+        dense += averages
     columns = 256 if is_flat else STRIP if kind == "columns" else _row_tile(found.red)
     columns = columns if entry.exp_avg_scale is None else max(columns, 256)
     settings = SETTINGS[kind, columns]
@@ -301,7 +303,8 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
         "PITCHED": is_flat and found.is_pitched,
         "ALIGNED": rows_aligned and all(tensor.data_ptr() % 16 == 0 for tensor in dense),
         "WHOLE": kind == "rows" and found.red <= columns,
-        "WIDE": kind == "spread" and max(found.width, found.red) >= 1 << 30,
+        "WITHIN": kind == "spread" and found.width % 256 == 0 and all(one.data_ptr() % 16 == 0 for one in averages),
+        "WIDE": is_flat and max(found.width, found.red) >= WIDE_FROM,
         "LINES": settings.lines_of(entry.param.itemsize),
         "COLUMNS": settings.columns,
         "num_warps": settings.num_warps,
@@ -383,7 +386,7 @@ def _tiles_summed(found: Tiling) -> int:
 
 def _finishing(found: Tiling) -> int:
     by_row = _ceil(found.pre * found.red, FINISHED_AT_ONCE) if found.by_row and found.by_column else 0
-    return by_row + (_ceil(found.pre * found.post, FINISHED_AT_ONCE) if found.by_column else 0)
+    return by_row + (_ceil(found.pre * found.post, kernels.COLUMNS_FINISHED.value) if found.by_column else 0)
 
 
 def _ceil(count: int, size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="Triton is only installed on Linux")
-
 
 ROOT = Path(__file__).resolve().parents[3]
 OTHER_TRITON = "3.6.0"
@@ -73,4 +73,44 @@ def _assert_every_variant_compiles(architecture: str, out: Path, paths: str) -> 
         "advance_steps",
     }  # fmt: skip
     assert not [variant for variant in variants if variant["spilled_bytes"]]
+    per_multiprocessor = {"80": 1.8e12 / 108, "90": 4.3e12 / 132}[architecture]
+    modelled = [variant for variant in variants if variant["elements"]]
+    assert len(modelled) > 80
+    for variant in modelled:
+        transfer = variant["elements"] * variant["bytes_per_parameter"] / per_multiprocessor
+        expected = _utilization(variant["programs_at_once"], transfer / (variant["waits"] * 0.8e-6))
+        assert variant["predicted_share"] == pytest.approx(expected)
     return figures
+
+
+def _utilization(customers: int, ratio: float) -> float:
+    """Return how busy the server of a closed queue is, by the formula of the machine repairman."""
+    ways = [math.perm(customers, queued) * ratio**queued for queued in range(customers + 1)]
+    return 1 - 1 / sum(ways)
+
+
+LOAD, STORE, BARRIER = "ld.global.b32 a;\n", "st.global.b32 b;\n", "bar.sync 0;\n"
+
+
+ORDERED = [
+    LOAD + BARRIER + STORE,
+    LOAD + BARRIER + STORE + LOAD + STORE,
+    f"$L__1:\n{LOAD}@p bra $L__1;\n{BARRIER}{STORE}",
+]
+RACING = [
+    "",
+    LOAD + STORE + BARRIER,
+    BARRIER + LOAD + STORE,
+    f"{LOAD}@p bra $L__1;\n{BARRIER}$L__1:\n{STORE}",
+    f"{LOAD}{BARRIER}@p bra $L__1;\n{STORE}",
+]
+
+
+def test_barriers_count_on_every_way_to_the_store() -> None:
+    """In a process of its own: the command switches Triton's interpreter off when it is imported."""
+    program = (
+        "import json; from benchmarks.speed.kernels import has_barrier_before_store as has_barrier; "
+        f"print(json.dumps([has_barrier(ptx) for ptx in {ORDERED + RACING}]))"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert json.loads(finished.stdout) == [True] * len(ORDERED) + [False] * len(RACING)

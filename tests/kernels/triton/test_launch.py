@@ -44,6 +44,9 @@ CASES: list[tuple[tuple[int, ...], Any]] = [
     ((1, 9), "factored"),
     ((9, 1), "factored"),
     ((130, 300), "factored"),
+    ((70, 512), "factored"),
+    ((3, 3, 256), "factored"),
+    ((20, 512), (0,)),
     ((64, 48), (1,)),
     ((64, 48), (0,)),
     ((5, 4100), (1,)),
@@ -206,6 +209,14 @@ def test_small_limits_take_the_summing_kernels(monkeypatch: pytest.MonkeyPatch) 
     _assert_agree(entries, expected)
 
 
+def test_sums_of_many_tiles_are_finished_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_update, "FINISHED_AT_ONCE", 32)
+    entries = [_entry((1000, 40), "factored"), _entry((2, 500, 7), "factored")]
+    expected = _expected(entries)
+    _run(entries)
+    _assert_agree(entries, expected)
+
+
 def test_launches_do_not_grow_with_the_number_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [_entry((32, 64), dims) for dims in ((), (1,), (0,), "factored")]
     many = [_entry((32 + 16 * size, 64), dims) for size in range(9) for dims in ((), (1,), (0,), "factored")]
@@ -312,6 +323,22 @@ def test_strided_parts(dims: Any) -> None:
     for tensor, before in zip(stored, outside, strict=True):
         torch.testing.assert_close(tensor[:, :20], before[:, :20], rtol=0, atol=0)
         torch.testing.assert_close(tensor[:, 40:], before[:, 40:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [256, 300])
+@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+def test_strided_parts_of_long_rows(width: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that hold whole lines of 256 elements, and of others; indices within rows may need 64 bits."""
+    monkeypatch.setattr(triton_update, "WIDE_FROM", 1 if wide else 1 << 30)
+    entries = []
+    for dims in ((), "factored"):
+        one = _entry((24, width), dims)
+        stored = [torch.randn(24, width + 32) for _ in range(3)]
+        param, grad, exp_avg = (tensor[:, 16 : 16 + width] for tensor in stored)
+        entries.append(one._replace(param=param, grad=grad, exp_avg=exp_avg))
+    expected = _expected(entries)
+    _run(entries)
+    _assert_agree(entries, expected)
 
 
 @pytest.mark.parametrize("dims", [(), (0,), (1,), (2, 3), (1, 2, 3), "factored"], ids=str)
