@@ -161,16 +161,38 @@ def kernels(result: dict[str, Any]) -> str:
     for name, found in by_kernel.items():
         registers = [one["registers"] for one in found]
         spilled, shared = sum(one["spilled_bytes"] for one in found), max(one["shared_bytes"] for one in found)
-        rows.append([f"`{name}`", str(len(found)), f"{min(registers)} to {max(registers)}", str(spilled), str(shared)])
-    header = ["kernel", "variants", "registers a thread", "bytes spilled", "shared memory, bytes"]
+        rows.append([f"`{name}`", str(len(found)), f"{min(registers)} to {max(registers)}", str(spilled), str(shared),
+                     *_plain_on_hopper(found)])  # fmt: skip
+    header = ["kernel", "variants", "registers a thread", "bytes spilled", "shared memory, bytes",
+              "bytes a parameter, fp32, bf16", "predicted share of bandwidth, fp32, bf16"]  # fmt: skip
     return "\n".join(
         [
             f"Compiled for sm_80 and sm_90 by Triton {result['triton']} without a GPU, `python -m benchmarks.kernels` "
             f"{origin(result['machine'])}:",
             "",
             table(header, rows),
+            "",
+            f"The last two columns are of sm_90 and plain steps. {result['model']}",
         ]
     )
+
+
+def _plain_on_hopper(found: list[dict[str, Any]]) -> list[str]:
+    """Return bytes a parameter and predicted shares of a kernel's variants on sm_90, in float32 and bfloat16."""
+    moved, shares = [], []
+    for precision in ("fp32", "bf16"):
+        plain = [
+            one
+            for one in found
+            if (one["architecture"], one["precision"]) == (90, precision)
+            and one["predicted_share"] is not None
+            and len(one["flags"].split()) == 2
+        ]
+        if plain:
+            lowest, highest = (f"{choice(one['predicted_share'] for one in plain):.0%}" for choice in (min, max))
+            moved.append(f"{plain[0]['bytes_per_parameter']:.0f}")
+            shares.append(lowest if lowest == highest else f"{lowest} to {highest}")
+    return [", ".join(moved) or "–", ", ".join(shares) or "–"]
 
 
 def parity(result: dict[str, Any]) -> str:
