@@ -21,8 +21,6 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -30,7 +28,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.harness import machine
 from slimadam.kernels.triton import kernels
-from slimadam.kernels.triton.launch import FINISHED_AT_ONCE, MOST_REGISTERS, SETTINGS, STEPS_AT_ONCE, SUMS
+from slimadam.kernels.triton.launch import COMPILER_OPTIONS, FINISHED_AT_ONCE, SETTINGS, STEPS_AT_ONCE, SUMS
 
 ARCHITECTURES = (80, 90)
 NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
@@ -213,7 +211,7 @@ def _compile_variant(variant: Variant, architecture: int) -> Compiled:
     if "grad_scale and found_inf" not in variant.flags:
         constants |= {name: None for name in ("grad_scale", "found_inf") if name in variant.kernel.arg_names}
     source = _source(variant.kernel, constants)
-    options = {"num_warps": variant.num_warps, "maxnreg": MOST_REGISTERS}
+    options = {"num_warps": variant.num_warps, **COMPILER_OPTIONS}
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     resources = _resources(made.asm["cubin"])
     wide_loads, wide_stores = (_wide_accesses(what, made.asm["ptx"]) for what in ("ld", "st"))

@@ -90,8 +90,8 @@ SETTINGS: dict[tuple[Kind, int], Settings] = {
 """By kernel and width of a tile."""
 SUMS = Settings(64, 128, 8)
 """Settings of the launches that sum for ``"spread"``; ``columns`` must be a multiple of ``RUN``."""
-MOST_REGISTERS = 255
-"""Registers that a thread may use: left to itself, ptxas spills a few to fit more threads in."""
+COMPILER_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True, "maxnreg": 255}
+"""Of every launch: Triton 3.10 fuses nothing by default, and ptxas spills registers to fit more threads in."""
 FINISHED_AT_ONCE = 1024
 """Second moments, or numbers of a slice, that a program of the finishing kernels works on at a time."""
 STEPS_AT_ONCE = 1024
@@ -188,7 +188,7 @@ class TritonStep:
         with _on(self._device):
             kernels.advance_steps[(_ceil(count, STEPS_AT_ONCE),)](
                 self._steps, count, self._corrections, arguments["beta1"], arguments["beta2"], found_inf,
-                STEP_DTYPE=self._step_dtype, BLOCK=STEPS_AT_ONCE,
+                STEP_DTYPE=self._step_dtype, BLOCK=STEPS_AT_ONCE, **COMPILER_OPTIONS,
             )  # fmt: skip
             for launch in self._launches:
                 if not launch.key.precomputed:
@@ -238,7 +238,8 @@ class _Launch:
         self._steps: list[tuple[Any, Tensor, list[str], dict[str, Any]]] = []
         for kernel, tiles, known in steps:
             if any(tiles):
-                taken = {name: known[name] for name in (*kernel.arg_names, "num_warps", "maxnreg") if name in known}
+                taken = {name: known[name] for name in kernel.arg_names if name in known}
+                taken |= {"num_warps": known["num_warps"], **COMPILER_OPTIONS}
                 asked_for = [name for name in kernel.arg_names[2:] if name not in taken]
                 self._steps.append((kernel, _programs(numbers, tiles, device), asked_for, taken))
 
@@ -308,7 +309,6 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
         "LINES": settings.lines_of(entry.param.itemsize),
         "COLUMNS": settings.columns,
         "num_warps": settings.num_warps,
-        "maxnreg": MOST_REGISTERS,
     }
     summed = (entry.grad.data_ptr(), found.post, found.pitch, found.slice_pitch)
     sums_aligned = kind == "spread" and all(size % 16 == 0 for size in summed)

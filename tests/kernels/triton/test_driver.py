@@ -1,0 +1,65 @@
+"""Launches as Triton's own launch path makes them, with a driver that ends where the GPU would begin."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is only installed on Linux")
+
+pytestmark = pytest.mark.timeout(300)
+
+SETUP = """
+import json, sys, warnings
+import torch, triton
+from benchmarks.harness.interpreter import MockDriver
+TARGETS = {"cuda": ("cuda", 90), "hip": ("hip", "gfx942")}
+torch.version.hip = "6.2" if sys.argv[1] == "hip" else None
+from slimadam.kernels.interface import Entry, Hyperparameters
+from slimadam.kernels.triton.launch import TritonStep
+driver = MockDriver(*TARGETS[sys.argv[1]])
+triton.runtime.driver.set_active(driver)
+warnings.simplefilter("error")
+
+def entry(*dims):
+    kept = [[1 if dim in each else 64 for dim in range(2)] for each in dims]
+    param, grad, exp_avg = torch.randn(3, 64, 64)
+    return Entry(param, grad, exp_avg, [torch.rand(sizes) for sizes in kept], (), torch.tensor(3.0), dims)
+
+"""
+
+
+def _on_driver(script: str, backend: str = "cuda") -> Any:
+    """Return what a script prints, in a process whose kernels are not interpreted."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_DEFAULT_FP_FUSION"}
+    finished = subprocess.run(
+        [sys.executable, "-c", SETUP + script, backend],
+        capture_output=True,
+        text=True,
+        env={**kept, "TRITON_INTERPRET": "0"},
+        cwd=Path(__file__).resolve().parents[3],
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout)
+
+
+def test_every_launch_decides_on_fusion_itself_and_none_warns() -> None:
+    """Triton 3.9 warns where nothing is said, and 3.10 fuses nothing there."""
+    launched = _on_driver(
+        "entries = [entry(()), entry((1,)), entry((0,)), entry((1,), (0,))]\n"
+        "TritonStep(entries, Hyperparameters()).run(Hyperparameters())\n"
+        "print(json.dumps([(one.name, one.enable_fp_fusion, one.maxnreg) for one in driver.launched]))"
+    )
+    names = {name for name, _, _ in launched}
+    assert names == {
+        "advance_steps", "update_full", "update_rows", "update_columns", "sum_squares", "finish_sums", "finish_slices",
+        "update_spread",
+    }  # fmt: skip
+    assert all(fuses is True and registers == 255 for _, fuses, registers in launched)
