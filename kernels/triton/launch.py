@@ -90,8 +90,10 @@ SETTINGS: dict[tuple[Kind, int], Settings] = {
 """By kernel and width of a tile."""
 SUMS = Settings(64, 128, 8)
 """Settings of the launches that sum for ``"spread"``; ``columns`` must be a multiple of ``RUN``."""
-COMPILER_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True, "maxnreg": 255}
-"""Of every launch: Triton 3.10 fuses nothing by default, and ptxas spills registers to fit more threads in."""
+COMPILER_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+"""Of every launch: products and sums are fused, which Triton 3.10 no longer does by default."""
+if torch.version.hip is None:
+    COMPILER_OPTIONS["maxnreg"] = 255  # left to itself, ptxas spills a few registers to fit more threads in
 FINISHED_AT_ONCE = 1024
 """Second moments, or numbers of a slice, that a program of the finishing kernels works on at a time."""
 STEPS_AT_ONCE = 1024

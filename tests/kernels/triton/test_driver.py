@@ -63,3 +63,12 @@ def test_every_launch_decides_on_fusion_itself_and_none_warns() -> None:
         "update_spread",
     }  # fmt: skip
     assert all(fuses is True and registers == 255 for _, fuses, registers in launched)
+
+
+def test_rocm_is_not_asked_for_what_only_cuda_has() -> None:
+    launched = _on_driver(
+        "TritonStep([entry(())], Hyperparameters()).run(Hyperparameters())\n"
+        "print(json.dumps([(one.name, one.enable_fp_fusion) for one in driver.launched]))",
+        "hip",
+    )
+    assert launched == [["advance_steps", True], ["update_full", True]]
