@@ -102,7 +102,7 @@ class Implementation:
         """Let the optimizer choose it: where there is no GPU, Triton's kernels take CPU tensors."""
         kept = dispatch.runs_triton
         if self.uses_triton:
-            dispatch.runs_triton = lambda device: True  # type: ignore[assignment]
+            dispatch.runs_triton = lambda device: True
         try:
             yield
         finally:

@@ -106,7 +106,8 @@ _KERNELS: dict[Kind, Any] = {
     "columns": kernels.update_columns,
     "spread": kernels.update_spread,
 }
-_Arguments = dict[str, int | Tensor | None]
+_Argument = int | Tensor | None
+_Arguments = dict[str, _Argument]
 """What kernels take besides tables, by name."""
 
 
@@ -186,12 +187,9 @@ class TritonStep:
             found_inf: Unless zero, nothing is done.
         """
         arguments = self._arguments(hyper, grad_scale, found_inf)
-        count = len(self._steps)
+        betas = arguments["beta1"], arguments["beta2"]
         with _on(self._device):
-            kernels.advance_steps[(_ceil(count, STEPS_AT_ONCE),)](
-                self._steps, count, self._corrections, arguments["beta1"], arguments["beta2"], found_inf,
-                STEP_DTYPE=self._step_dtype, BLOCK=STEPS_AT_ONCE, **COMPILER_OPTIONS,
-            )  # fmt: skip
+            _advance_steps(self._steps, self._corrections, *betas, found_inf, self._step_dtype)
             for launch in self._launches:
                 if not launch.key.precomputed:
                     launch.run(self._table, arguments)
@@ -214,10 +212,36 @@ class TritonStep:
         arguments: _Arguments = {"grad_scale": grad_scale, "found_inf": found_inf}
         for name in ("lr", "beta1", "beta2", "eps", "weight_decay"):
             value = getattr(hyper, name)
-            if not isinstance(value, Tensor) or value.device != self._device:
-                (value,) = struct.unpack("<q", struct.pack("<d", float(value)))
-            arguments[name] = value
+            on_device = isinstance(value, Tensor) and value.device == self._device
+            arguments[name] = value if on_device else _bits(float(value))
         return arguments
+
+
+def try_launch(device: torch.device) -> None:
+    """Count one step on a device; raise what keeps Triton from compiling for it or from launching there."""
+    step = torch.zeros((), dtype=torch.float32, device=device)
+    corrections = torch.empty((1, 2), dtype=torch.float64, device=device)
+    with _on(device):
+        addresses = torch.tensor([step.data_ptr()], device=device)
+        _advance_steps(addresses, corrections, _bits(0.9), _bits(0.999), None, _DTYPES[step.dtype])
+    if step != 1:
+        raise RuntimeError(f"a kernel that counts a step left it at {float(step)}")
+
+
+def _advance_steps(
+    addresses: Tensor, corrections: Tensor, beta1: _Argument, beta2: _Argument, found_inf: Tensor | None, dtype: Any
+) -> None:
+    count = len(addresses)
+    kernels.advance_steps[(_ceil(count, STEPS_AT_ONCE),)](
+        addresses, count, corrections, beta1, beta2, found_inf,
+        STEP_DTYPE=dtype, BLOCK=STEPS_AT_ONCE, **COMPILER_OPTIONS,
+    )  # fmt: skip
+
+
+def _bits(value: float) -> int:
+    """Return the bits of a float64."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
 
 
 class _Launch:

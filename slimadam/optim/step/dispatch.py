@@ -300,13 +300,29 @@ def choose_backend(
     return "foreach" if listable and not has_tensors else "reference"
 
 
-@cache
 def runs_triton(device: torch.device) -> bool:
-    """Return whether Triton's kernels run on a device, and warn once where Triton is missing."""
+    """Return whether Triton's kernels run on a device, which one small launch finds out before the first step.
+
+    Under a capture or a mode such as ``FakeTensorMode`` nothing can be tried, and it is taken for granted.
+    """
     if device.type != "cuda":
         return False
+    if torch.cuda.is_current_stream_capturing() or type(torch.empty(0)) is not Tensor:
+        return importlib.util.find_spec("triton") is not None
+    return _launches_triton(device)
+
+
+@cache
+def _launches_triton(device: torch.device) -> bool:
+    """Return whether a kernel can be launched on a device; warn of the reason once where it cannot."""
     if importlib.util.find_spec("triton") is None:
         logger.warning("Triton is not installed, so steps take lists of tensors at once; pip install triton")
+        return False
+    try:
+        _triton().try_launch(device)
+    except Exception as error:  # compilers, drivers and Triton itself have various ways to say no
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("Triton cannot run on %s, so steps take lists of tensors at once: %s", device, reason)
         return False
     return True
 

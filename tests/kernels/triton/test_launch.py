@@ -492,3 +492,12 @@ def test_launch_settings_are_measured_and_put_back(dtype: torch.dtype, lines: in
     assert len(found) == len(launch_settings.candidates("rows", 256, dtype)) > 5
     assert all(milliseconds > 0 for milliseconds in found.values())
     assert before == triton_update.SETTINGS
+    assert all(milliseconds > 0 for milliseconds in found.values())
+    assert before == triton_update.SETTINGS
+
+
+def test_a_trial_counts_one_step_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_update.try_launch(torch.device("cpu"))
+    monkeypatch.setattr(triton_update, "_advance_steps", lambda *arguments: None)
+    with pytest.raises(RuntimeError, match=r"left it at 0\.0"):
+        triton_update.try_launch(torch.device("cpu"))
