@@ -293,7 +293,7 @@ def _update_tile(
     tl.store(params + offsets, stored, mask=mask, eviction_policy=EVICTION)
 
 
-@triton.jit(do_not_specialize=["beta1", "beta2"])
+@triton.jit(do_not_specialize=["count", "beta1", "beta2"])
 def advance_steps(
     addresses, count, corrections, beta1, beta2, found_inf, STEP_DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -239,8 +239,8 @@ def _advance_steps(
 
 
 def _bits(value: float) -> int:
-    """Return the bits of a float64."""
-    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    """Return the bits of a float64; those of -0.0 for zero, as Triton compiles anew for an int of less than 32 bits."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value or -0.0))[0]
     return bits
 
 

@@ -72,3 +72,15 @@ def test_rocm_is_not_asked_for_what_only_cuda_has() -> None:
         "hip",
     )
     assert launched == [["advance_steps", True], ["update_full", True]]
+
+
+def test_zeros_and_numbers_of_tensors_compile_nothing_anew() -> None:
+    """A rate that warms up from zero; Triton would specialize on 1, multiples of 16 and what fits in 32 bits."""
+    variants = _on_driver(
+        "for hyper in (Hyperparameters(lr=1e-3, weight_decay=0.1), Hyperparameters(lr=0.0, weight_decay=0.1),\n"
+        "              Hyperparameters(lr=1e-3, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)):\n"
+        "    for count in (1, 16, 17):\n"
+        "        TritonStep([entry(()) for _ in range(count)], hyper).run(hyper)\n"
+        "print(json.dumps(sorted({(one.name, one.hash) for one in driver.launched})))"
+    )
+    assert [name for name, _ in variants] == ["advance_steps", "update_full"]

@@ -275,9 +275,12 @@ def test_hyperparameters_may_be_tensors() -> None:
     _assert_agree(entries, expected)
 
 
-def test_zero_hyperparameters() -> None:
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of lanes past the end, where eps is zero
+@pytest.mark.parametrize("zeros", [*Hyperparameters._fields[:5], ("beta1", "weight_decay")], ids=str)
+def test_zero_hyperparameters(zeros: str | tuple[str, ...]) -> None:
     entries = [_entry((7, 5), dims) for dims in ((), (1,), (0,), "factored")]
-    hyper = HYPER._replace(beta1=0.0, weight_decay=0.0)
+    names = (zeros,) if isinstance(zeros, str) else zeros
+    hyper = HYPER._replace(**dict.fromkeys(names, 0.0))
     expected = _expected(entries, hyper)
     _run(entries, hyper)
     _assert_agree(entries, expected)
@@ -490,8 +493,6 @@ def test_launch_settings_are_measured_and_put_back(dtype: torch.dtype, lines: in
     found = launch_settings.measure("rows", 256, dtype, DEVICE, copies=1, rounds=1)
     assert next(iter(found)) == f"{lines} x 256, 8 warps"
     assert len(found) == len(launch_settings.candidates("rows", 256, dtype)) > 5
-    assert all(milliseconds > 0 for milliseconds in found.values())
-    assert before == triton_update.SETTINGS
     assert all(milliseconds > 0 for milliseconds in found.values())
     assert before == triton_update.SETTINGS
 
