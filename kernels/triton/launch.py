@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -130,10 +131,13 @@ class TritonStep:
     Args:
         entries: The tensors; :func:`same_layout` must be true of each.
         hyper: Hyperparameters, of which the flags are taken.
+
+    Attributes:
+        is_captured: True if it is part of a CUDA graph, whose replays alone fill its tables.
     """
 
     def __init__(self, entries: Sequence[Entry], hyper: Hyperparameters) -> None:
-        self._identity, self._grads = _identity(entries, hyper)
+        self._flags, self._grads = _flags(hyper), _addresses([entry.grad for entry in entries])
         self._device = device = entries[0].param.device
         self._step_dtype = _DTYPES[entries[0].step.dtype]
         self._scratch: list[Tensor] = []
@@ -142,6 +146,7 @@ class TritonStep:
         rows: list[list[int]] = []
         groups: dict[_Key, list[tuple[int, Tiling]]] = {}
         with _on(device):
+            self.is_captured = _captures(device)
             self._steps = _on_device(torch.tensor(list(places)), device)
             self._corrections = torch.empty((len(places), 2), dtype=torch.float64, device=device)
             for number, entry in enumerate(entries):
@@ -157,26 +162,49 @@ class TritonStep:
             self._rows = torch.tensor(rows)
             self._table = _on_device(self._rows, device)
             self._launches = [_Launch(key, members, device) for key, members in groups.items()]
+        if self.is_captured:
+            _kept_for_graphs.extend(self._tensors())
 
-    def fits(self, entries: Sequence[Entry], hyper: Hyperparameters) -> bool:
-        """Return whether the tables are valid for these tensors and flags, after following gradients that have moved.
+    def with_gradients(self, grads: Sequence[Tensor], hyper: Hyperparameters) -> TritonStep | None:
+        """Return the step with tables that are valid for these gradients and flags, or None if they have to be built.
+
+        While a CUDA graph is captured, that is one with a table of its own, which no other step writes.
 
         Args:
-            entries: The tensors.
+            grads: The gradients of the entries, which are where they were otherwise.
             hyper: Hyperparameters.
         """
-        identity, grads = _identity(entries, hyper)
-        if identity != self._identity:
-            return False
-        if grads == self._grads:
-            return True
-        if any((new - old) % 16 for new, old in zip(grads, self._grads, strict=True)):
-            return False
+        addresses = _addresses(grads)
+        moved = addresses != self._grads
+        aligned = not moved or not any((new - old) % 16 for new, old in zip(addresses, self._grads, strict=True))
+        if not aligned or _flags(hyper) != self._flags:
+            return None
+        with _on(self._device):
+            if _captures(self._device):
+                return self._captured(addresses)
+            if moved:
+                self._write(addresses)
+                self._table.copy_(_pinned(self._rows, self._device), non_blocking=True)
+        return self
+
+    def _captured(self, grads: list[int]) -> TritonStep:
+        """Return a copy for a graph. What no step changes, or each writes before it reads it, is shared."""
+        captured = copy(self)
+        captured.is_captured = True
+        captured._rows = self._rows.clone()
+        captured._write(grads)
+        captured._table = _on_device(captured._rows, self._device)
+        _kept_for_graphs.extend(captured._tensors())
+        return captured
+
+    def _write(self, grads: list[int]) -> None:
         self._grads = grads
         self._rows[:, kernels.GRAD.value] = torch.tensor(grads)
-        with _on(self._device):
-            self._table.copy_(_pinned(self._rows, self._device), non_blocking=True)
-        return True
+
+    def _tensors(self) -> list[Tensor]:
+        """Return everything on the device that its kernels work with and that is its own."""
+        programs = [programs for launch in self._launches for programs in launch.programs()]
+        return [self._steps, self._corrections, self._table, *self._scratch, *programs]
 
     def run(self, hyper: Hyperparameters, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """Count the step and take it.
@@ -269,24 +297,30 @@ class _Launch:
                 asked_for = [name for name in kernel.arg_names[2:] if name not in taken]
                 self._steps.append((kernel, _programs(numbers, tiles, device), asked_for, taken))
 
+    def programs(self) -> list[Tensor]:
+        return [programs for _, programs, _, _ in self._steps]
+
     def run(self, table: Tensor, arguments: _Arguments) -> None:
         for kernel, programs, names, options in self._steps:
             kernel[(len(programs),)](table, programs, *[arguments[name] for name in names], **options)
 
 
-def _identity(entries: Sequence[Entry], hyper: Hyperparameters) -> tuple[tuple[Any, ...], list[int]]:
-    """Return what tables rest on, flags and addresses, and the addresses of gradients, which tables follow."""
-    state = [
-        tensor.data_ptr()
-        for entry in entries
-        for tensor in (entry.param, entry.exp_avg, *entry.exp_avg_sq, *entry.max_exp_avg_sq, entry.step)
-    ]
-    scales = [entry.exp_avg_scale.data_ptr() for entry in entries if entry.exp_avg_scale is not None]
-    flags = hyper.amsgrad, hyper.maximize, hyper.stochastic_round
-    return (flags, state, scales), [entry.grad.data_ptr() for entry in entries]
+def _flags(hyper: Hyperparameters) -> tuple[bool, bool, bool]:
+    """Return the hyperparameters that tables rest on."""
+    return hyper.amsgrad, hyper.maximize, hyper.stochastic_round
 
 
-_captured: list[Tensor] = []
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+_kept_for_graphs: list[Tensor] = []
+"""What captured CUDA graphs point to: nothing tells when the last replay is over."""
+
+
+def _captures(device: torch.device) -> bool:
+    """Return whether the current stream of a device, which is the current one, captures a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -298,10 +332,15 @@ def _pinned(values: Tensor, device: torch.device) -> Tensor:
     """Return a copy that a device reads by itself; while a CUDA graph is captured, it outlives every replay."""
     if device.type != "cuda":
         return values
-    pinned = values.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(pinned)
-    return pinned
+    if not _captures(device):
+        return values.pin_memory()
+    if torch.__version__ < "2.11":
+        raise RuntimeError(
+            f"torch {torch.__version__} cannot pin memory while a CUDA graph is captured, as the Triton kernels need: "
+            "upgrade to torch 2.11, or capture a step with foreach=True"
+        )
+    _kept_for_graphs.append(values.pin_memory())
+    return _kept_for_graphs[-1]
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:

@@ -101,6 +101,20 @@ class Run:
             self.backend.update([task.entry_with(grad, hyper) for grad, task in tasks], hyper)
 
 
+class _Gradients:
+    """The gradients of tasks among those of the parameters: a part of each, or the whole."""
+
+    def __init__(self, tasks: Sequence[NumberedTask]) -> None:
+        self._tasks = tasks
+        takes_all = all(task.rule.part is None and task.slice_index is None for _, task in tasks)
+        self._numbers = [number for number, _ in tasks] if takes_all else None
+
+    def of(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self._numbers is None:
+            return [task.gradient_in(grads[number]) for number, task in self._tasks]
+        return grads if len(self._numbers) == len(grads) else [grads[number] for number in self._numbers]
+
+
 class _TableRun(Run):
     """A run of the compiled step, whose table stays valid while nothing moves."""
 
@@ -110,8 +124,7 @@ class _TableRun(Run):
         self._table = update.Table(entries, may_count)
         self._counted = [entry.step for entry in entries] if may_count else []
         self.is_lasting = self._table.is_lasting
-        takes_all = all(task.rule.part is None and task.slice_index is None for _, task in tasks)
-        self._numbers = [number for number, _ in tasks] if takes_all else None
+        self._own = _Gradients(tasks)
 
     @override
     def counted(self) -> Sequence[Tensor]:
@@ -125,15 +138,8 @@ class _TableRun(Run):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        own: Sequence[Tensor]
-        if self._numbers is None:
-            own = [task.gradient_in(grads[number]) for number, task in self._tasks]
-        elif len(self._numbers) == len(grads):
-            own = grads
-        else:
-            own = [grads[number] for number in self._numbers]
         seeds = [task.seed() for _, task in self._tasks] if hyper.stochastic_round else []
-        self._table.run(own, seeds, hyper)
+        self._table.run(self._own.of(grads), seeds, hyper)
 
 
 class _TritonRun(Run):
@@ -141,7 +147,12 @@ class _TritonRun(Run):
 
     def __init__(self, backend: Backend, tasks: Sequence[NumberedTask], may_count: bool) -> None:
         super().__init__(backend, tasks, may_count)
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[TritonStep, Tensor | None]] = {}
+        alike: dict[tuple[torch.device, torch.dtype], list[NumberedTask]] = defaultdict(list)
+        for number, task in tasks:
+            alike[task.entry.param.device, task.entry.step.dtype].append((number, task))
+        self._alike = {key: (some, _Gradients(some)) for key, some in alike.items()}
+        self._steps: dict[tuple[torch.device, torch.dtype], TritonStep] = {}
+        self._started: list[tuple[TritonStep, Tensor | None]] = []
 
     @override
     def start(
@@ -151,23 +162,23 @@ class _TritonRun(Run):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        alike: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
-        for number, task in self._tasks:
-            entry = task.entry_with(grads[number], hyper)
-            alike[entry.param.device, entry.step.dtype].append(entry)
         divisor = _divisor(grad_scale, hyper.clip_factor)
-        for key, entries in alike.items():
-            table, _ = self._tables.get(key, (None, None))
-            if table is None or not table.fits(entries, hyper):
-                table = _triton().TritonStep(entries, hyper)
+        self._started = []
+        for key, (tasks, own) in self._alike.items():
+            known = self._steps.get(key)
+            step = None if known is None else known.with_gradients(own.of(grads), hyper)
+            if step is None:
+                step = _triton().TritonStep([task.entry_with(grads[number], hyper) for number, task in tasks], hyper)
+            if not step.is_captured:
+                self._steps[key] = step
             scale, found = (None if value is None else value.to(key[0]) for value in (divisor, found_inf))
-            table.run(hyper, scale, found)
-            self._tables[key] = table, scale
+            step.run(hyper, scale, found)
+            self._started.append((step, scale))
 
     @override
     def finish(self, grads: Sequence[Tensor], hyper: Hyperparameters) -> None:
-        for table, scale in self._tables.values():
-            table.run_given(hyper, scale)
+        for step, scale in self._started:
+            step.run_given(hyper, scale)
 
 
 class Backend(ABC):

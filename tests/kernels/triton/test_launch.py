@@ -105,7 +105,7 @@ def _in_float64(entry: Entry) -> Entry:
 def _run(entries: Sequence[Entry], hyper: Hyperparameters = HYPER, steps: int = STEPS, **options: Any) -> TritonStep:
     prepared = TritonStep(entries, hyper)
     for _ in range(steps):
-        assert prepared.fits(entries, hyper)
+        assert prepared.with_gradients([entry.grad for entry in entries], hyper) is prepared
         prepared.run(hyper, **options)
     return prepared
 
@@ -241,18 +241,19 @@ def test_empty_tensors_only_count_their_steps() -> None:
     assert all(entry.step == 3 + STEPS for entry in entries)
 
 
-def test_moved_gradients_are_followed_and_a_moved_state_is_noticed() -> None:
+def test_moved_gradients_are_followed_and_other_flags_are_noticed() -> None:
     entries = [_entry((40, 48), dims) for dims in ((), (1,), (0,), "factored")]
     hyper = HYPER
     prepared = TritonStep(entries, hyper)
     moved = [entry._replace(grad=torch.randn_like(entry.grad)) for entry in entries]
     expected = _expected(moved, hyper, 1)
-    assert prepared.fits(moved, hyper)
+    grads = [entry.grad for entry in moved]
+    assert prepared.with_gradients(grads, hyper) is prepared
     prepared.run(hyper)
     _assert_agree(moved, expected)
-    assert not prepared.fits(moved, hyper._replace(maximize=True))
-    elsewhere = [*moved[1:], moved[0]._replace(exp_avg=moved[0].exp_avg.clone())]
-    assert not prepared.fits(elsewhere, hyper)
+    assert prepared.with_gradients(grads, hyper._replace(maximize=True)) is None
+    shifted = torch.cat([torch.zeros(1), grads[0].flatten()])[1:].view_as(grads[0])
+    assert prepared.with_gradients([shifted, *grads[1:]], hyper) is None
 
 
 def test_infinite_gradients_leave_everything_alone_and_scaled_ones_are_divided() -> None:

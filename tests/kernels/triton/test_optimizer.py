@@ -102,6 +102,33 @@ def test_resumes_to_the_last_bit_and_follows_new_gradients(momentum_dtype: Any) 
 
 
 @pytest.mark.usefixtures("on_triton")
+@pytest.mark.parametrize("moved", ["exp_avg", "exp_avg_sq_row", "step", "param", "grad"])
+def test_tensors_that_have_moved_between_steps_are_followed(moved: str) -> None:
+    """What they leave behind is overwritten, as other tensors would."""
+    param = torch.randn(7, 5).to(DEVICE).requires_grad_()
+    start = param.detach().double().cpu().numpy().copy()
+    optimizer = SlimAdam([("w", param)], plan="factored", lr=1e-2, weight_decay=0.1)
+    grads = gradients((7, 5), 4)
+    left = []
+    for grad in grads:
+        param.grad = grad.float().to(DEVICE) if param.grad is None or moved == "grad" else param.grad.copy_(grad)
+        optimizer.step()
+        state = optimizer.state[param]
+        if moved == "param":
+            left.append(param.data)
+            param.data = param.data.clone()
+        elif moved != "grad":
+            left.append(state[moved])
+            state[moved] = state[moved].clone()
+        for tensor in left:
+            tensor.fill_(math.nan)
+    singles = [grad.float().double().numpy() for grad in grads]
+    expected = slim_adamw_float64(start, singles, "factored", lr=1e-2, weight_decay=0.1)
+    np.testing.assert_allclose(param.detach().double().cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert optimizer.state[param]["step"] == 4
+
+
+@pytest.mark.usefixtures("on_triton")
 def test_parts_of_a_fused_weight() -> None:
     """Query by rows, key by columns, value in full: one parameter, one step count."""
     weight = torch.randn(12, 8).to(DEVICE).requires_grad_()
