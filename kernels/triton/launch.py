@@ -162,6 +162,7 @@ class TritonStep:
             self._rows = torch.tensor(rows)
             self._table = _on_device(self._rows, device)
             self._launches = [_Launch(key, members, device) for key, members in groups.items()]
+            self._streams = {_current_stream(device)}
         if self.is_captured:
             _kept_for_graphs.extend(self._tensors())
 
@@ -197,6 +198,15 @@ class TritonStep:
         _kept_for_graphs.extend(captured._tensors())
         return captured
 
+    def _use_on_current_stream(self) -> None:
+        """Let the memory be reused, once it is let go, only after what has been launched on this stream by then."""
+        stream = _current_stream(self._device)
+        if stream in self._streams or self.is_captured:
+            return
+        self._streams.add(stream)
+        for tensor in self._tensors():
+            tensor.record_stream(stream)
+
     def _write(self, grads: list[int]) -> None:
         self._grads = grads
         self._rows[:, kernels.GRAD.value] = torch.tensor(grads)
@@ -217,6 +227,7 @@ class TritonStep:
         arguments = self._arguments(hyper, grad_scale, found_inf)
         betas = arguments["beta1"], arguments["beta2"]
         with _on(self._device):
+            self._use_on_current_stream()
             _advance_steps(self._steps, self._corrections, *betas, found_inf, self._step_dtype)
             for launch in self._launches:
                 if not launch.key.precomputed:
@@ -326,6 +337,10 @@ def _captures(device: torch.device) -> bool:
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Make a CUDA device the current one: that is where Triton launches, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _current_stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _pinned(values: Tensor, device: torch.device) -> Tensor:

@@ -77,3 +77,27 @@ def test_the_device_is_made_the_current_one() -> None:
     assert guard.idx == 1
     with triton_update._on(torch.device("cpu")):
         pass
+
+
+def test_memory_is_not_reused_before_another_stream_has_read_it(
+    launches: list[torch.device | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are taken on another stream than the one on which tables were made, which may let go of them first."""
+    stream = "first"
+    recorded: list[tuple[int, str]] = []
+    monkeypatch.setattr(triton_update, "_current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, user: recorded.append((id(tensor), user)))
+    params = {name: torch.randn(6, 5).requires_grad_() for name in RULES}
+    optimizer = SlimAdam(params.items(), plan=CompressionPlan(RULES))
+    for param in params.values():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    optimizer.step()
+    assert recorded == []
+    stream = "second"
+    optimizer.step()
+    optimizer.step()
+    (run,) = optimizer._stepper._runs.values()
+    (step,) = run._steps.values()  # type: ignore[attr-defined]
+    assert len(recorded) > 8
+    assert sorted(recorded) == sorted((id(tensor), "second") for tensor in step._tensors())
