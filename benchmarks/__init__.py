@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "training/demo.py",
     "distributed.__main__": "distributed/run.py",
     "gpu.__main__": "gpu/run.py",
+    "host_time": "speed/host_time.py",
     "interop": "correctness/interop.py",
     "kernels": "speed/kernels.py",
     "launch_settings": "speed/launch_settings.py",

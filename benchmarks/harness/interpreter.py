@@ -44,7 +44,7 @@ class MockDriver:
 
     def load_binary(self, *arguments: Any) -> tuple[Any, ...]:
         """Return module, function, registers, spills, and from Triton 3.4 on the most threads of a program."""
-        return (None, None, 0, 0, 1 << 10)[: 4 if _release() < (3, 4) else 5]
+        return (object(), object(), 0, 0, 1 << 10)[: 4 if _release() < (3, 4) else 5]
 
     def unload_module(self, module: Any) -> None:
         """Let go of what :meth:`load_binary` returned."""
