@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 pytest.importorskip("triton", reason="Triton is only installed on Linux")
 
@@ -214,3 +215,22 @@ def test_a_replay_copies_the_table_alone(graphs: Graphs) -> None:
     assert graphs.copied == len(RULES) * kernels.FIELDS.value
     replay()
     training.check()
+
+
+def test_torch_that_cannot_pin_memory_in_a_capture_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, values = torch.device("cuda"), torch.arange(3)
+    captures = True
+    monkeypatch.setattr(triton_update, "_captures", lambda device: captures)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(triton_update, "_kept_for_graphs", [])
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.10.0"))
+    with pytest.raises(RuntimeError, match=r"torch 2\.10\.0 cannot pin memory .*torch 2\.11, or .*foreach=True"):
+        triton_update._pinned(values, device)
+    captures = False
+    triton_update._pinned(values, device)
+    assert triton_update._kept_for_graphs == []
+    captures = True
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    pinned = triton_update._pinned(values, device)
+    assert triton_update._kept_for_graphs[0] is pinned
+    assert pinned.tolist() == [0, 1, 2]
