@@ -308,7 +308,7 @@ class SlimAdam(Optimizer):
                 self._state_is_blank = True
                 return loss
         scaled = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scaled != (None, None) and not self._takes_scaled_gradients():
+        if scaled != (None, None) and not self._takes_scaled_gradients(recalled is not None):
             if grad_scaler.unscale(list(self._gradients()), *scaled):
                 return loss
             scaled = None, None
@@ -661,10 +661,12 @@ class SlimAdam(Optimizer):
         grads = [local(param.grad) for param in params if param.grad is not None]
         return not on_any_rank(any(bool(grad.any()) for grad in grads), params)
 
-    def _takes_scaled_gradients(self) -> bool:
+    def _takes_scaled_gradients(self, repeats: bool) -> bool:
         """Return whether the kernels divide by GradScaler's scale, and leave a step out, for every parameter."""
         if any(group["variance_init"] == "gradient" for group in self.param_groups):
             return False
+        if repeats:
+            return self._stepper.counts_recalled_steps(self.param_groups)
         for group in self.param_groups:
             self._init_group(group)
         return self._stepper.counts_steps(self._slots(), self.state)

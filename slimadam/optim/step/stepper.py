@@ -149,6 +149,11 @@ class Stepper:
             for slot in moving
         )
 
+    def counts_recalled_steps(self, groups: Iterable[Mapping[str, Any]]) -> bool:
+        """Return what :meth:`counts_steps` does, for groups that :meth:`recall` has just found unchanged."""
+        cached = [self._caches[id(group)] for group in groups]
+        return all(not one.steps and all(run.backend.counts_steps for run in one.runs) for one in cached)
+
     def recall(
         self, groups: _Groups, all_rules: Mapping[str, list[Rule]], states: _States
     ) -> list[list[Tensor] | None]:
