@@ -180,6 +180,7 @@ def train(
         run = _Training(identity, settings, device)
         run.go_on(deadline)
         return run.figures()
+    folder.mkdir(parents=True, exist_ok=True)
     kept = folder / f"{label}, lr {lr:g}.json"
     if kept.exists() and (found := json.loads(kept.read_text())).items() >= identity.items():
         return dict(found)
@@ -292,7 +293,6 @@ class _Training:
         """Write all that :meth:`load` needs; whoever is killed meanwhile leaves what was there."""
         kept = {name: getattr(self, name) for name in _FIGURES}
         states = {name: part.state_dict() for name, part in self._parts().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"identity": self._identity, **kept, **states}, path.with_suffix(".unfinished"))
         path.with_suffix(".unfinished").replace(path)
 
