@@ -147,7 +147,7 @@ class TritonStep:
         groups: dict[_Key, list[tuple[int, Tiling]]] = {}
         with _on(device):
             self.is_captured = _captures(device)
-            self._steps = _on_device(torch.tensor(list(places)), device)
+            self._steps = _on_device(torch.tensor(list(places), device="cpu"), device)
             self._corrections = torch.empty((len(places), 2), dtype=torch.float64, device=device)
             for number, entry in enumerate(entries):
                 found = _tiling(entry)
@@ -159,7 +159,7 @@ class TritonStep:
                     row[column] = self._scratch[-1].data_ptr()
                 rows.append(row)
                 groups.setdefault(_key(entry, found, hyper), []).append((number, found))
-            self._rows = torch.tensor(rows)
+            self._rows = torch.tensor(rows, device="cpu")
             self._table = _on_device(self._rows, device)
             self._launches = [_Launch(key, members, device) for key, members in groups.items()]
             self._streams = {_current_stream(device)}
@@ -209,7 +209,7 @@ class TritonStep:
 
     def _write(self, grads: list[int]) -> None:
         self._grads = grads
-        self._rows[:, kernels.GRAD.value] = torch.tensor(grads)
+        self._rows[:, kernels.GRAD.value] = torch.tensor(grads, device="cpu")
 
     def _tensors(self) -> list[Tensor]:
         """Return everything on the device that its kernels work with and that is its own."""
@@ -445,10 +445,10 @@ def _scratch_sizes(entry: Entry, found: Tiling) -> dict[int, int]:
 
 def _programs(numbers: Sequence[int], tiles: Sequence[int], device: torch.device) -> Tensor:
     """Return int32 ``[programs, 2]``: for each program the number of the tensor and of its tile."""
-    counts = torch.tensor(tiles)
-    tensors = torch.tensor(numbers).repeat_interleave(counts)
+    counts = torch.tensor(tiles, device="cpu")
+    tensors = torch.tensor(numbers, device="cpu").repeat_interleave(counts)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    programs = torch.stack([tensors, torch.arange(len(tensors)) - starts], dim=1)
+    programs = torch.stack([tensors, torch.arange(len(tensors), device="cpu") - starts], dim=1)
     return _on_device(programs.to(torch.int32), device)
 
 

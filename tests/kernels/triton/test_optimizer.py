@@ -230,23 +230,23 @@ def test_grad_scaler_leaves_scaling_to_the_step() -> None:
     assert optimizer.state[param]["step"] == 1
 
 
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("shapes", [[(4, 8)], [(4, 8), (0, 8)], [(4, 8), (2, 3, 4)]], ids=str)
 def test_grad_scaler_prepares_nothing_that_has_not_changed(
     shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone, beside a parameter without elements, and beside one that Triton does not update."""
     dims = {2: (1,), 3: (0, 2)}
-    params = [torch.randn(shape).requires_grad_() for shape in shapes]
-    start = [param.detach().double().numpy().copy() for param in params]
+    params = [torch.randn(shape).to(DEVICE).requires_grad_() for shape in shapes]
+    start = [param.detach().double().cpu().numpy().copy() for param in params]
     names = [f"w{number}" for number in range(len(params))]
     plan = CompressionPlan({name: Rule(dims[param.dim()], "mean") for name, param in zip(names, params, strict=True)})
     optimizer = SlimAdam(list(zip(names, params, strict=True)), plan=plan, monitor=False, lr=1e-2, weight_decay=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
     grads = [gradients(shape, 4) for shape in shapes]
     for step in range(4):
         for param, each in zip(params, grads, strict=True):
-            param.grad = scaler.scale(each[step].float())
+            param.grad = scaler.scale(each[step].float().to(DEVICE))
         if step == 2:
             monkeypatch.setattr(type(optimizer._stepper), "_prepare", None)
         scaler.step(optimizer)
@@ -255,5 +255,5 @@ def test_grad_scaler_prepares_nothing_that_has_not_changed(
         if param.numel():
             singles = [grad.float().double().numpy() for grad in each]
             expected = slim_adamw_float64(before, singles, dims[param.dim()], lr=1e-2, weight_decay=0.1)
-            np.testing.assert_allclose(param.detach().double().numpy(), expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(param.detach().double().cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
         assert optimizer.state[param]["step"] == 4
