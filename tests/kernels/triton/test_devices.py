@@ -97,7 +97,7 @@ def test_memory_is_not_reused_before_another_stream_has_read_it(
     stream = "second"
     optimizer.step()
     optimizer.step()
-    (run,) = optimizer._stepper._runs.values()
+    (run,) = (run for runs in optimizer._stepper._runs.values() for run in runs.values())
     (step,) = run._steps.values()  # type: ignore[attr-defined]
     assert len(recorded) > 8
     assert sorted(recorded) == sorted((id(tensor), "second") for tensor in step._tensors())

@@ -183,7 +183,7 @@ def test_tables_of_a_graph_outlive_a_rebuild(graphs: Graphs) -> None:
     training = Training()
     captured, eager = _buffers(), _buffers()
     training.eager(eager)
-    (run,) = training.optimizer._stepper._runs.values()
+    (run,) = (run for runs in training.optimizer._stepper._runs.values() for run in runs.values())
     (step,) = run._steps.values()
     lasting = [weakref.ref(tensor) for tensor in step._tensors() if tensor is not step._table]
     del run, step
