@@ -89,7 +89,7 @@ def _step_numbers(row, lr, weight_decay):
 
 
 @triton.jit
-def _load(pointers, mask, EVICTION: tl.constexpr = ""):
+def _load(pointers, mask, EVICTION: tl.constexpr):
     """Load, with 0 where ``mask`` is false; None: everything is inside."""
     if mask is None:
         return tl.load(pointers, eviction_policy=EVICTION)
@@ -145,8 +145,8 @@ def _second_moments(
     """Load second moments and, with ``AMSGRAD``, their maxima; return the addresses of both and both."""
     moments = _pointer(row, MOMENTS, COMPUTE, ALIGNED) + index
     maxima = _pointer(row, MAXIMA, COMPUTE, ALIGNED) + index if AMSGRAD else moments
-    second = _load(moments, mask)
-    return moments, maxima, second, _load(maxima, mask) if AMSGRAD else second
+    second = _load(moments, mask, "")
+    return moments, maxima, second, _load(maxima, mask, "") if AMSGRAD else second
 
 
 @triton.jit
@@ -258,21 +258,21 @@ def _encoded(value, grad):
 
 
 @triton.jit
-def _state(moments, scales, params, offsets, mask, blocks, block_mask, EVICTION: tl.constexpr = ""):
+def _state(moments, scales, params, offsets, mask, blocks, block_mask, EVICTION: tl.constexpr):
     """Load first moments, their scales and parameters of one tile.
 
     ``offsets`` are the positions of its elements, and ``blocks`` those of its blocks of codes; a mask of None: all.
     ``EVICTION``: the cache's policy for what is read once, where the gradient is read twice.
     """
     exp_avg = _load(moments + offsets, mask, EVICTION)
-    scale = _load(scales + blocks, block_mask) if exp_avg.dtype == tl.int8 else exp_avg
+    scale = _load(scales + blocks, block_mask, "") if exp_avg.dtype == tl.int8 else exp_avg
     return exp_avg, scale, _load(params + offsets, mask, EVICTION)
 
 
 @triton.jit
 def _update_tile(
     grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
-    decay, step_size, beta1, noise, ROUNDS: tl.constexpr, EVICTION: tl.constexpr = "",
+    decay, step_size, beta1, noise, ROUNDS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Update first moment and parameter of one tile, as ``_state`` has loaded them."""
     MOMENT_DTYPE: tl.constexpr = exp_avg.dtype
@@ -364,15 +364,15 @@ def _full_tile(
         offsets = (first + line) * _field(row, PITCH) + column
     grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
     noise = _noise(row, STEP_DTYPE, ROUNDS)
-    loaded = _load(grads + offsets, mask)
+    loaded = _load(grads + offsets, mask, "")
     seconds, maxima, second, largest = _second_moments(row, ROWS_SQ, ROWS_MAX, flat, mask, COMPUTE, AMSGRAD, ALIGNED)
-    exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask)
+    exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask, "")
 
     grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
     second = _next_second_moment(seconds, maxima, second, largest, mask, grad * grad, beta2, AMSGRAD, False)
     denominator = _denominator_of(second, root, eps)
     _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
-                 decay, step_size, beta1, noise, ROUNDS)  # fmt: skip
+                 decay, step_size, beta1, noise, ROUNDS, "")  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
@@ -444,33 +444,33 @@ def update_rows(
     mask = inside[:, None] & (column < red)
     blocks = line[:, None] * (red // 256) + block
     block_mask = inside[:, None] & (block * 256 < red)
-    loaded = _load(grads + offsets, mask)
+    loaded = _load(grads + offsets, mask, "")
     seconds, maxima, second, largest = _second_moments(row, ROWS_SQ, ROWS_MAX, line, inside, COMPUTE, AMSGRAD, False)
-    exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask)
+    exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask, "")
 
     grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
     squares = grad * grad
     if not WHOLE:
         for start in range(COLUMNS, red, COLUMNS):
-            more = _load(grads + offsets + start, inside[:, None] & (start + column < red))
+            more = _load(grads + offsets + start, inside[:, None] & (start + column < red), "")
             more = _gradient(more, grad_scale, MAXIMIZE, COMPUTE)
             squares += more * more
     mean_square = _quotient(tl.sum(squares, axis=1), red.to(COMPUTE))
     second = _next_second_moment(seconds, maxima, second, largest, inside, mean_square, beta2, AMSGRAD, True)
     denominator = _denominator_of(second, root, eps)[:, None] + tl.zeros((LINES, COLUMNS), COMPUTE)
     _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
-                 decay, step_size, beta1, noise, ROUNDS)  # fmt: skip
+                 decay, step_size, beta1, noise, ROUNDS, "")  # fmt: skip
     if not WHOLE:
         for start in range(COLUMNS, red, COLUMNS):
             offsets = first + start + column
             mask = inside[:, None] & (start + column < red)
             blocks = line[:, None] * (red // 256) + start // 256 + block
             block_mask = inside[:, None] & (start + block * 256 < red)
-            loaded = _load(grads + offsets, mask)
-            exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask)
+            loaded = _load(grads + offsets, mask, "")
+            exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask, "")
             grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
             _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks,
-                         block_mask, decay, step_size, beta1, noise, ROUNDS)  # fmt: skip
+                         block_mask, decay, step_size, beta1, noise, ROUNDS, "")  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
@@ -555,7 +555,7 @@ def sum_squares(
     offsets = slice_index * slice_pitch + inner
     mask = (line[:, None] < red) & (column[None, :] < post) & (inner < slice_pitch)
     grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
-    grad = _gradient(_load(grads + offsets, mask), grad_scale, False, COMPUTE)
+    grad = _gradient(_load(grads + offsets, mask, ""), grad_scale, False, COMPUTE)
     squares = grad * grad
     if _field(row, ROW_SUMS) != 0:
         row_sums = _pointer(row, ROW_SUMS, COMPUTE, False)
