@@ -81,7 +81,7 @@ class Settings(NamedTuple):
 SETTINGS: dict[tuple[Kind, int], Settings] = {
     ("full", 256): Settings(8, 256, 8),
     ("spread", 256): Settings(8, 256, 8),
-    ("columns", STRIP): Settings(128, STRIP, 8),
+    ("columns", STRIP): Settings(128, STRIP, 16),
     ("rows", 32): Settings(32, 32, 4, 64),
     ("rows", 256): Settings(8, 256, 8, 16),
     ("rows", 1024): Settings(2, 1024, 8, 4),
