@@ -201,6 +201,7 @@ class Factored(Form):
 
 
 FORMS: Final[Mapping[str, type[Form]]] = {form.name: form for form in (Full, Mean, Factored)}
+_SUFFIXES: Final = "|".join(suffix for form in FORMS.values() for suffix in form.suffixes if suffix)
 
 
 def step_dtype() -> torch.dtype:
@@ -320,7 +321,7 @@ def is_key_of(key: object, kind: str) -> bool:
         key: The key of the entry.
         kind: One of :data:`SECOND_MOMENTS`.
     """
-    return isinstance(key, str) and re.fullmatch(rf"{kind}(_row|_col)?(\[.*\])?", key) is not None
+    return isinstance(key, str) and re.fullmatch(rf"{kind}({_SUFFIXES})?(\[.*\])?", key) is not None
 
 
 def by_rule(rules: Sequence[Rule], moments: Sequence[Tensor]) -> list[Sequence[Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -181,7 +180,7 @@ class _TritonRun(Run):
             step.run_given(hyper, scale)
 
 
-class Backend(ABC):
+class Backend:
     """An implementation of the update.
 
     Attributes:
@@ -209,27 +208,19 @@ class Backend(ABC):
         """Return the bytes that it keeps on the device to update these tensors, which need no memory."""
         return 0
 
-    @abstractmethod
     def supports(self, entry: Entry) -> bool:
-        """Return whether it supports these tensors, whose memory it reads as the parameter's."""
+        """Return whether it supports these tensors; those that read memory as the parameter's do not support all."""
+        return True
 
 
 class _Reference(Backend):
     name = "reference"
     update = staticmethod(reference_update)
 
-    @override
-    def supports(self, entry: Entry) -> bool:
-        return True
-
 
 class _Foreach(Backend):
     name = "foreach"
     update = staticmethod(foreach_update)
-
-    @override
-    def supports(self, entry: Entry) -> bool:
-        return True
 
 
 class _Compiled(Backend):
