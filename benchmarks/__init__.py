@@ -20,6 +20,7 @@ COMMANDS = {
     "host_time": "speed/host_time.py",
     "interop": "correctness/interop.py",
     "kernels": "speed/kernels.py",
+    "launches": "gpu/launches.py",
     "launch_settings": "speed/launch_settings.py",
     "memory": "speed/memory.py",
     "mix.__main__": "mix/run.py",

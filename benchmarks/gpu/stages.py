@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RULES = "SlimAdam (rules)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LARGEST_RATIO, LEAST_BANDWIDTH, MOST_LAUNCHES = 0.75, 0.90, 6
+LARGEST_RATIO, LEAST_BANDWIDTH, MOST_LAUNCHES = 0.75, 0.90, 4
 LARGE = 1_000_000_000
 Result = dict[str, Any]
 Items = dict[str, Callable[[], Result]]

@@ -177,6 +177,21 @@ def kernels(result: dict[str, Any]) -> str:
     )
 
 
+def launches(result: dict[str, Any]) -> str:
+    """Return launches and bytes of a step in Triton."""
+    rows = [
+        [row["model"], row["plan"], str(row["launches"]), f"{row['bytes_per_parameter']:.2f}"] for row in result["rows"]
+    ]
+    return "\n".join(
+        [
+            "Launches and bytes of a float32 step, counted from its list of work by `python -m benchmarks.launches` "
+            f"{origin(result['machine'])}; a gradient counts twice where a slab is too large for the cache:",
+            "",
+            table(["model", "plan", "launches", "bytes a parameter"], rows),
+        ]
+    )
+
+
 def _plain_on_hopper(found: list[dict[str, Any]]) -> list[str]:
     """Return bytes a parameter and predicted shares of a kernel's variants on sm_90, in float32 and bfloat16."""
     moved, shares = [], []
@@ -353,6 +368,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "throughput_gpt2-small_cpu_float32_busy1": throughput_busy,
     **{f"throughput_{model}_cpu_float32": throughput_of_model for model in ("mixtral-small", "resnet50", "vit-base")},
     "kernels": kernels,
+    "launches": launches,
     "memory": memory,
     "parity": parity,
     "supported": supported,

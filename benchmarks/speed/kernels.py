@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,17 @@ from triton.compiler import ASTSource
 
 from benchmarks.harness import machine
 from slimadam.kernels.triton import kernels
-from slimadam.kernels.triton.launch import COMPILER_OPTIONS, FINISHED_AT_ONCE, SETTINGS, STEPS_AT_ONCE, SUMS
+from slimadam.kernels.triton.launch import COMPILER_OPTIONS, SETTINGS, STEPS_AT_ONCE
+from slimadam.kernels.triton.slabs import FINISHED_AT_ONCE, SUM_COLUMNS, SUM_LINES, TILES
 
 ARCHITECTURES = (80, 90)
 NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 TYPES = {
     **dict.fromkeys(("table", "addresses"), "*i64"),
     **dict.fromkeys(NUMBERS, "i64"),
-    "programs": "*i32",
+    **dict.fromkeys(("programs", "counters"), "*i32"),
     "corrections": "*fp64",
-    "count": "i32",
+    **dict.fromkeys(("count", "counter_count"), "i32"),
     "grad_scale": "*fp32",
     "found_inf": "*fp32",
 }
@@ -60,8 +61,6 @@ MODEL = (
     "launches and the last programs cost nothing, and what is read twice is in the cache the second time. A load takes "
     "0.8 us; a copy reaches 1.8 TB/s on sm_80 (A100) and 4.3 TB/s on sm_90 (H200)."
 )
-MODELLED_ROWS = 768
-"""Rows of a strip of columns in the model."""
 REGISTERS, THREADS, PROGRAMS = 1 << 16, 2048, 32
 """Limits of a multiprocessor."""
 PRECISIONS = {
@@ -103,12 +102,18 @@ class Variant:
     wide_stores: int = 0
     bytes_per_parameter: float | None = None
     elements: int = 0
-    waits: int = 0
+    waits: float = 0
 
-    @property
-    def is_shared(self) -> bool:
-        """Return whether several warps of a program divide by the same second moment, which one of them stores."""
-        return self.kernel in (kernels.update_rows, kernels.update_columns)
+    def is_ordered(self, ptx: str) -> bool:
+        """Return whether warps wait for each other where one of them reads or announces what others store.
+
+        Args:
+            ptx: The variant's code.
+        """
+        if self.kernel is kernels.update_rows:
+            return has_barrier_before_store(ptx)
+        announces = self.kernel is kernels.update_spread and "counters" not in self.constants
+        return not announces or (has_barrier_before_release(ptx) and "acquire" in ptx)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Compiled:
     wide_stores: int
     bytes_per_parameter: float | None
     elements: int
-    waits: int
+    waits: float
     programs_at_once: int
     predicted_share: float | None
     is_ordered: bool
@@ -142,15 +147,6 @@ def variants() -> Iterator[Variant]:
         yield from _updates("fp32", flags)
     yield from _updates("bf16", "ROUNDS")
     yield from _updates("bf16, int8 momentum", "ROUNDS")
-    for compute in (tl.float32, tl.float64):
-        shared: dict[str, Any] = {"COMPUTE": compute, "LINES": SUMS.lines}
-        name = "fp32" if compute == tl.float32 else "fp64"
-        sums = {**shared, "COLUMNS": SUMS.columns, "GRAD_DTYPE": compute, "ALIGNED": True}
-        size = compute.primitive_bitwidth // 8
-        yield Variant(kernels.sum_squares, name, "", sums, SUMS.num_warps, 1, 0, float(size))
-        finish = {**shared, "AMSGRAD": True, "BLOCK": FINISHED_AT_ONCE}
-        yield Variant(kernels.finish_sums, name, "AMSGRAD", {**finish, "COLUMNS": SUMS.columns}, SUMS.num_warps)
-        yield Variant(kernels.finish_slices, name, "AMSGRAD", finish, SUMS.num_warps)
     yield Variant(kernels.advance_steps, "fp32", "", {"STEP_DTYPE": tl.float32, "BLOCK": STEPS_AT_ONCE}, 4)
 
 
@@ -172,37 +168,58 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
     moved = 2 * size[param] + size[grad] + 2 * size[exp_avg] + (4 / 256 if codes else 0)
     wide = (0, 0) if flags in ("unaligned", "pitched") else ((2, 1) if codes else (3, 2))
     for (kind, columns), settings in SETTINGS.items():
-        if (codes and (kind == "columns" or columns < 256)) or (flags == "pitched" and kind not in ("full", "spread")):
+        if (codes and columns < 256) or (flags == "pitched" and kind not in ("full", "spread")):
             continue
         constants: dict[str, Any] = {**common, "LINES": settings.lines_of(size[param])}
-        second = 8 * (2 if flags == "AMSGRAD" else 1) if kind == "full" else 0
-        again = size[grad] if kind == "spread" else 0
+        tile = constants["LINES"] * columns
+        # Its number, its row of the table, and its data.
+        variant = Variant(getattr(kernels, f"update_{kind}"), precision, flags, constants, settings.num_warps, *wide,
+                          moved, tile, 3)  # fmt: skip
         if kind in ("full", "spread"):
             constants |= {"PITCHED": flags == "pitched", "WIDE": False}
-        if kind == "spread":
-            constants["WITHIN"] = flags != "unaligned"
-        if kind in ("rows", "columns"):
-            constants["COLUMNS"] = columns
-        for whole in (True, False) if (kind, columns) == ("rows", 4096) else (True,):
-            if kind == "rows":
-                constants = {**constants, "WHOLE": whole}
-            name = f"{kind} {columns}{'' if whole else ' and longer'} {flags}".strip()
-            update = getattr(kernels, f"update_{kind}")
-            tile = constants["LINES"] * columns
-            tiles = MODELLED_ROWS // constants["LINES"] if kind == "columns" else 1 if whole else 2
-            # Its number, its row of the table, and a round of loads for each tile, in two passes if there are many.
-            waits = 2 + (2 * tiles if tiles > 1 else 1)
-            yield Variant(
-                update,
-                precision,
-                name,
-                constants,
-                settings.num_warps,
-                *wide,
-                moved + again + second,
-                tiles * tile,
-                waits,
-            )
+        if kind == "full":
+            second = 8 * (2 if flags == "AMSGRAD" else 1)
+            yield replace(variant, flags=f"full {flags}".strip(), bytes_per_parameter=moved + second)
+        elif kind == "rows":
+            yield from _rows(variant, columns)
+        else:
+            yield from _spread(variant)
+
+
+def _rows(variant: Variant, columns: int) -> Iterator[Variant]:
+    for whole in (True, False) if columns == 4096 else (True,):
+        yield replace(
+            variant,
+            flags=f"rows {columns}{'' if whole else ' and longer'} {variant.flags}".strip(),
+            constants={**variant.constants, "COLUMNS": columns, "WHOLE": whole},
+            elements=variant.elements if whole else 2 * variant.elements,
+            waits=variant.waits if whole else variant.waits + 3,  # two passes over two tiles
+        )
+
+
+def _spread(variant: Variant) -> Iterator[Variant]:
+    """Yield the kernel that sums and updates, for lines within rows and for any, and that which updates alone."""
+    sums = {"TILES": TILES, "SUM_LINES": SUM_LINES, "SUM_COLUMNS": SUM_COLUMNS, "BLOCK": FINISHED_AT_ONCE}
+    constants = {**variant.constants, **sums, "SUMS_ALIGNED": variant.constants["ALIGNED"]}
+    for name, in_rows in (("spread in rows", True), ("spread", False)):
+        lines = constants["LINES"] if in_rows else SETTINGS["spread", 256].lines
+        updated = TILES * lines * 256
+        sums_of_one = updated / (SUM_LINES * SUM_COLUMNS)
+        yield replace(
+            variant,
+            flags=f"{name} {variant.flags}".strip(),
+            constants={**constants, "IN_ROWS": in_rows, "LINES": lines},
+            elements=updated,
+            # Each takes its turn first, and those that update wait for sums, then for one tile after the other.
+            waits=4 * sums_of_one + 4 + TILES,
+        )
+    yield replace(
+        variant,
+        flags=f"finished {variant.flags}".strip(),
+        constants={**constants, "IN_ROWS": True, "counters": None},
+        elements=TILES * variant.elements,
+        waits=2 + TILES,
+    )
 
 
 def _compile_variant(variant: Variant, architecture: int) -> Compiled:
@@ -221,7 +238,7 @@ def _compile_variant(variant: Variant, architecture: int) -> Compiled:
     exact = "div.full" not in made.asm["ptx"] or constants.get("MOMENT_DTYPE") == tl.int8
     threads = 32 * variant.num_warps
     at_once = min(PROGRAMS, THREADS // threads, REGISTERS // (threads * -(-resources["REG"] // 8) * 8))
-    ordered = not variant.is_shared or has_barrier_before_store(made.asm["ptx"])
+    ordered = variant.is_ordered(made.asm["ptx"])
     return Compiled(
         kernel=variant.kernel.__name__,
         precision=variant.precision,
@@ -285,7 +302,7 @@ def has_barrier_before_store(ptx: str) -> bool:
     """Return whether all warps wait for each other between the last load before the first store, and that store.
 
     Args:
-        ptx: Code of ``update_rows`` or ``update_columns``, whose first store is that of the second moment.
+        ptx: Code of ``update_rows``, whose first store is that of the second moment.
     """
     store = re.search(r"\bst\.[\w.]*global", ptx)
     before = ptx[: store.start()] if store else ""
@@ -293,6 +310,18 @@ def has_barrier_before_store(ptx: str) -> bool:
     last = list(re.finditer(r"\bld\.[\w.]*global|\bbra\b|^\$\w+:", before, re.MULTILINE))
     between = before[last[-1].end() :] if last else ""
     return re.search(r"\b(bar|barrier\.cta)\.sync\s+0;", between) is not None
+
+
+def has_barrier_before_release(ptx: str) -> bool:
+    """Return whether all warps wait for each other between the last store and the count that announces it.
+
+    Args:
+        ptx: Code of ``update_spread``.
+    """
+    release = re.search(r"\b(red|atom)\.[\w.]*release", ptx)
+    before = ptx[: release.start()] if release else ""
+    last = list(re.finditer(r"\bst\.[\w.]*global|\bbra\b|^\$\w+:", before, re.MULTILINE))
+    return bool(last) and re.search(r"\b(bar|barrier\.cta)\.sync\s+0;", before[last[-1].end() :]) is not None
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

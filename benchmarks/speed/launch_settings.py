@@ -24,16 +24,14 @@ from slimadam.kernels.triton.tiling import Kind
 DTYPES = (torch.float32, torch.bfloat16)
 ELEMENTS = {
     "full": (2048, 4096, 8192),
-    "columns": (64, 128, 256),
     "rows": (1024, 2048, 4096, 8192),
-    "spread": (2048, 4096),
+    "spread": (1024, 2048, 4096),
 }
-"""Elements of a tile; for ``"columns"`` its rows."""
+"""Elements of a tile."""
 WARPS = (4, 8, 16)
 SHAPES: dict[tuple[str, int], tuple[tuple[int, int], tuple[Dims, ...]]] = {
     ("full", 256): ((4096, 4096), ((),)),
     ("spread", 256): ((4096, 4096), ((1,), (0,))),
-    ("columns", 32): ((4096, 4096), ((0,),)),
     ("rows", 32): ((1 << 18, 32), ((1,),)),
     ("rows", 256): ((1 << 16, 256), ((1,),)),
     ("rows", 1024): ((1 << 14, 768), ((1,),)),
@@ -52,7 +50,7 @@ def candidates(kind: Kind, columns: int, dtype: torch.dtype) -> list[Settings]:
         columns: Width of its tile.
         dtype: Precision of parameters.
     """
-    lines = [count if kind == "columns" else max(1, count // columns) for count in ELEMENTS[kind]]
+    lines = [max(1, count // columns) for count in ELEMENTS[kind]]
     tried = [Settings(each, columns, warps) for each in dict.fromkeys(lines) for warps in WARPS]
     table = SETTINGS[kind, columns]
     present = Settings(table.lines_of(dtype.itemsize), columns, table.num_warps)

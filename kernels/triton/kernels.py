@@ -1,8 +1,8 @@
 """Triton kernels of the update. Each works on a table of tensors, one launch for all of them.
 
-A second moment averaged over adjacent dimensions is a reduction over the middle of a view ``[pre, red, post]``.
-``update_rows`` (``post == 1``) and ``update_columns`` do everything in one launch. What is factored, or too long for
-one program, goes through ``sum_squares``, ``finish_sums`` and ``update_spread``. The plain reference of all of them is
+A second moment averaged over adjacent dimensions is a reduction over the middle of a view ``[pre, red, post]``. A
+program of ``update_rows`` (``post == 1``) sums and updates whole rows. Columns, what is factored and rows that are too
+long for one program are shared among the programs of ``update_spread``. The plain reference of all of them is
 ``reference_update``, whose order of operations they keep.
 
 Columns of the table, and what kernels share, come first; ``COMPUTE`` is the precision of their arithmetic.
@@ -40,7 +40,14 @@ WIDTH = tl.constexpr(19)  # elements that share a second moment by row
 CORRECTIONS = tl.constexpr(20)  # where the corrections of its step lie
 FIELDS = tl.constexpr(21)
 
-COLUMNS_FINISHED = tl.constexpr(32)  # second moments by column of a program of ``finish_sums``
+COLUMNS_FINISHED = tl.constexpr(32)  # second moments by column that a program finishes
+
+# Stages of ``update_spread``, and the numbers that stand for the work of one of its programs.
+SUM = tl.constexpr(0)
+FINISH = tl.constexpr(1)
+FINISH_SLICE = tl.constexpr(2)
+UPDATE = tl.constexpr(3)
+PROGRAM = tl.constexpr(9)
 
 _MOMENTUM_BLOCK = tl.constexpr(256)
 _MOMENTUM_CODES = tl.constexpr(127.0)
@@ -293,19 +300,22 @@ def _update_tile(
     tl.store(params + offsets, stored, mask=mask, eviction_policy=EVICTION)
 
 
-@triton.jit(do_not_specialize=["count", "beta1", "beta2"])
+@triton.jit(do_not_specialize=["count", "counter_count", "beta1", "beta2"])
 def advance_steps(
-    addresses, count, corrections, beta1, beta2, found_inf, STEP_DTYPE: tl.constexpr, BLOCK: tl.constexpr
+    addresses, count, corrections, counters, counter_count, beta1, beta2, found_inf,
+    STEP_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count a step of each parameter, and write its bias corrections.
+    """Count a step of each parameter, write its bias corrections, and set the counters of ``update_spread`` to zero.
 
     Args:
         addresses: Addresses of the step counts, int64 ``[count]``.
         corrections: float64 ``[count, 2]``; receives ``1 - beta1**t`` and ``sqrt(1 - beta2**t)``.
+        counters, counter_count: int32, and how many.
         found_inf: None, or a number that leaves the counts as they are unless it is zero.
         count, beta1, beta2, STEP_DTYPE, BLOCK: Their number, the decays, their precision, and counts in a program.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(counters + index, tl.zeros((BLOCK,), tl.int32), mask=index < counter_count)
     known = index < count
     address = tl.load(addresses + index, mask=known, other=0).to(tl.pointer_type(STEP_DTYPE))
     step = tl.load(address, mask=known, other=0)
@@ -331,17 +341,14 @@ def advance_steps(
 
 
 @triton.jit
-def _positions(start, width, LINES: tl.constexpr, WITHIN: tl.constexpr, WIDE: tl.constexpr):
+def _positions(start, width, LINES: tl.constexpr, WIDE: tl.constexpr):
     """Return the row of a tile's first element, and rows after it and columns of all, of lines of 256 elements.
 
-    ``WITHIN``: no line spans two rows; those of its first element stand for it, ``[LINES, 1]``. ``WIDE``: a row's
-    length needs 64 bits; else there is one division of 64 bits for a tile.
+    ``WIDE``: a row's length needs 64 bits; else there is one division of 64 bits for a tile.
     """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     first = start // width
-    column = (start - first * width).to(INDEX) + tl.arange(0, LINES)[:, None] * 256
-    if not WITHIN:
-        column += tl.arange(0, 256)[None, :]
+    column = (start - first * width).to(INDEX) + tl.arange(0, LINES)[:, None] * 256 + tl.arange(0, 256)[None, :]
     line = column // width.to(INDEX)
     return first, line, column - line * width.to(INDEX)
 
@@ -360,7 +367,7 @@ def _full_tile(
     block_mask = blocks * 256 < count if MASKED else None
     offsets = flat
     if PITCHED:
-        first, line, column = _positions(start, _field(row, POST), LINES, False, WIDE)
+        first, line, column = _positions(start, _field(row, POST), LINES, WIDE)
         offsets = (first + line) * _field(row, PITCH) + column
     grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
     noise = _noise(row, STEP_DTYPE, ROUNDS)
@@ -473,93 +480,34 @@ def update_rows(
                          block_mask, decay, step_size, beta1, noise, ROUNDS, "")  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
-def update_columns(
-    table, programs, lr, beta1, beta2, eps, weight_decay, grad_scale, found_inf,
-    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
-    STEP_DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, ROUNDS: tl.constexpr,
-    ALIGNED: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Update tensors with one second moment for each column of ``[red, post]``; a program does a strip of columns.
-
-    The strip's gradient is read twice, the second time from cache: launch settings keep the strips that are under
-    work at the same time small enough for it, and what is read once is the first to leave it.
-
-    Args:
-        LINES, COLUMNS: Rows read at a time, and columns of the strip. All others are those of ``update_full``.
-    """
-    if _is_skipped(found_inf):
-        return
-    row, part = _work(table, programs)
-    decay, step_size, root = _step_numbers(row, lr, weight_decay)
-    beta1, beta2, eps = _number(beta1), _number(beta2), _number(eps)
-    red, post, pitch = _field(row, RED), _field(row, POST, ALIGNED), _field(row, PITCH, ALIGNED)
-    strips = (post + COLUMNS - 1) // COLUMNS
-    slice_index = part // strips
-    column = (part % strips) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < post
-    line = tl.arange(0, LINES)[:, None]
-    first = slice_index * red * pitch + line * pitch + column[None, :]
-    grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
-    noise = _noise(row, STEP_DTYPE, ROUNDS)
-    index = slice_index * post + column
-    seconds, maxima, second, largest = _second_moments(
-        row, COLUMNS_SQ, COLUMNS_MAX, index, inside, COMPUTE, AMSGRAD, False
-    )  # fmt: skip
-
-    squares = tl.zeros((LINES, COLUMNS), COMPUTE)
-    for start in range(0, red, LINES):
-        mask = (start + line < red) & inside[None, :]
-        loaded = _load(grads + first + start * pitch, mask, "evict_last")
-        grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
-        squares += grad * grad
-    mean_square = _quotient(tl.sum(squares, axis=0), red.to(COMPUTE))
-    second = _next_second_moment(seconds, maxima, second, largest, inside, mean_square, beta2, AMSGRAD, True)
-    denominator = _denominator_of(second, root, eps)[None, :] + tl.zeros((LINES, COLUMNS), COMPUTE)
-
-    for start in range(0, red, LINES):
-        mask = (start + line < red) & inside[None, :]
-        offsets = first + start * pitch
-        loaded = _load(grads + offsets, mask, "evict_first")
-        exp_avg, scale, param = _state(moments, scales, params, offsets, mask, 0, None, "evict_first")
-        grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
-        _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, 0, None,
-                     decay, step_size, beta1, noise, ROUNDS, "evict_first")  # fmt: skip
-
-
 @triton.jit
-def sum_squares(
-    table, programs, grad_scale, found_inf,
+def _sum_squares(
+    row, part, first_slice, first_column, columns, grad_scale,
     GRAD_DTYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr,
-    LINES: tl.constexpr, COLUMNS: tl.constexpr,
+    SUM_LINES: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum the squared gradients of one tile of ``[red, post]``, by row and by column, into scratch memory.
+    """Sum the squared gradients of one tile of a slab, by row and by column, into scratch memory.
 
     Scratch of a tensor: ``[pre * red, column tiles]`` sums by row, ``[pre, row tiles, post]`` sums by column.
-
-    Args:
-        LINES, COLUMNS: Size of a tile. All others are those of ``update_full``.
     """
-    if _is_skipped(found_inf):
-        return
-    row, part = _work(table, programs)
     red, post, pitch = _field(row, RED), _field(row, POST, ALIGNED), _field(row, PITCH, ALIGNED)
     slice_pitch = _field(row, SLICE_PITCH, ALIGNED)
-    row_tiles, column_tiles = (red + LINES - 1) // LINES, (post + COLUMNS - 1) // COLUMNS
-    column_tile = part % column_tiles
+    row_tiles, all_column_tiles = (red + SUM_LINES - 1) // SUM_LINES, (post + SUM_COLUMNS - 1) // SUM_COLUMNS
+    column_tiles = (tl.where(columns == _field(row, WIDTH), post, columns) + SUM_COLUMNS - 1) // SUM_COLUMNS
+    column_tile = first_column // SUM_COLUMNS + part % column_tiles
     row_tile = part // column_tiles % row_tiles
-    slice_index = part // column_tiles // row_tiles
-    line = row_tile * LINES + tl.arange(0, LINES)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    slice_index = first_slice + part // column_tiles // row_tiles
+    line = row_tile * SUM_LINES + tl.arange(0, SUM_LINES)
+    column = column_tile * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS)
     inner = line[:, None] * pitch + column[None, :]
     offsets = slice_index * slice_pitch + inner
     mask = (line[:, None] < red) & (column[None, :] < post) & (inner < slice_pitch)
     grads = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
-    grad = _gradient(_load(grads + offsets, mask, ""), grad_scale, False, COMPUTE)
+    grad = _gradient(_load(grads + offsets, mask, "evict_last"), grad_scale, False, COMPUTE)
     squares = grad * grad
     if _field(row, ROW_SUMS) != 0:
         row_sums = _pointer(row, ROW_SUMS, COMPUTE, False)
-        where = (slice_index * red + line) * column_tiles + column_tile
+        where = (slice_index * red + line) * all_column_tiles + column_tile
         tl.store(row_sums + where, tl.sum(squares, axis=1), mask=line < red)
     if _field(row, COLUMN_SUMS) != 0:
         column_sums = _pointer(row, COLUMN_SUMS, COMPUTE, False)
@@ -577,126 +525,134 @@ def _finish(
     _next_second_moment(moments, maxima, second, largest, mask, mean_square, beta2, AMSGRAD, False)
 
 
-@triton.jit(do_not_specialize=["beta2"])
-def finish_sums(
-    table, programs, beta2, found_inf,
-    COMPUTE: tl.constexpr, AMSGRAD: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _finish_sums(
+    row, part, first_slice, slices, first_column, columns, beta2,
+    COMPUTE: tl.constexpr, AMSGRAD: tl.constexpr,
+    SUM_LINES: tl.constexpr, SUM_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute second moments from the sums of ``sum_squares``; a program does ``BLOCK`` by row, or few by column.
+    """Compute second moments of a slab from its sums; a program does ``BLOCK`` by row, or few by column.
 
     A column has more sums than a row: those of many row tiles are read together.
-
-    Args:
-        LINES, COLUMNS: Those of ``sum_squares``.
-        BLOCK: Second moments by row of a program. All others are those of ``update_full``.
     """
-    if _is_skipped(found_inf):
-        return
-    row, part = _work(table, programs)
-    beta2 = _number(beta2)
-    pre, red, post = _field(row, PRE), _field(row, RED), _field(row, POST)
-    row_tiles, column_tiles = (red + LINES - 1) // LINES, (post + COLUMNS - 1) // COLUMNS
-    rows = pre * red if _field(row, ROW_SUMS) != 0 else pre * 0
+    red, post = _field(row, RED), _field(row, POST)
+    row_tiles, column_tiles = (red + SUM_LINES - 1) // SUM_LINES, (post + SUM_COLUMNS - 1) // SUM_COLUMNS
+    rows = slices * red if _field(row, ROW_SUMS) != 0 else red * 0
     row_parts = (rows + BLOCK - 1) // BLOCK
     if part < row_parts:
         row_sums = _pointer(row, ROW_SUMS, COMPUTE, False)
         line = part * BLOCK + tl.arange(0, BLOCK)
         known = line < rows
+        line += first_slice * red
         total = tl.zeros((BLOCK,), COMPUTE)
         for tile in range(0, column_tiles):
             total += tl.load(row_sums + line * column_tiles + tile, mask=known, other=0)
         _finish(row, ROWS_SQ, ROWS_MAX, line, known, _quotient(total, post.to(COMPUTE)), beta2, AMSGRAD)
     else:
         column_sums = _pointer(row, COLUMN_SUMS, COMPUTE, False)
-        column = (part - row_parts) * COLUMNS_FINISHED + tl.arange(0, COLUMNS_FINISHED)
-        inside = column < pre * post
-        first = (column // post * row_tiles * post + column % post)[None, :]
-        TILES: tl.constexpr = BLOCK * 4 // COLUMNS_FINISHED
-        row_tile = tl.arange(0, TILES)[:, None]
-        sums = tl.zeros((TILES, COLUMNS_FINISHED), COMPUTE)
-        for start in range(0, row_tiles, TILES):
+        number = (part - row_parts) * COLUMNS_FINISHED + tl.arange(0, COLUMNS_FINISHED)
+        inside = number < slices * columns
+        slice_index, column = first_slice + number // columns, first_column + number % columns
+        first = (slice_index * row_tiles * post + column)[None, :]
+        ROW_TILES: tl.constexpr = BLOCK // COLUMNS_FINISHED
+        row_tile = tl.arange(0, ROW_TILES)[:, None]
+        sums = tl.zeros((ROW_TILES, COLUMNS_FINISHED), COMPUTE)
+        for start in range(0, row_tiles, ROW_TILES):
             within = inside[None, :] & (start + row_tile < row_tiles)
             sums += tl.load(column_sums + first + (start + row_tile) * post, mask=within, other=0)
         mean_square = _quotient(tl.sum(sums, axis=0), red.to(COMPUTE))
-        _finish(row, COLUMNS_SQ, COLUMNS_MAX, column, inside, mean_square, beta2, AMSGRAD)
+        _finish(row, COLUMNS_SQ, COLUMNS_MAX, slice_index * post + column, inside, mean_square, beta2, AMSGRAD)
 
 
-@triton.jit(do_not_specialize=["beta2"])
-def finish_slices(
-    table, programs, beta2, found_inf,
-    COMPUTE: tl.constexpr, AMSGRAD: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _finish_slice(
+    row, slice_index, beta2, COMPUTE: tl.constexpr, AMSGRAD: tl.constexpr, SUM_LINES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Compute what needs a whole slice of ``[red, post]``: the mean of the rows if factored, or one mean of all.
-
-    Args:
-        LINES: That of ``sum_squares``.
-        BLOCK: Numbers that are read at a time. All others are those of ``update_full``.
-    """
-    if _is_skipped(found_inf):
-        return
-    row, part = _work(table, programs)
-    beta2 = _number(beta2)
+    """Compute what needs a whole slice of ``[red, post]``: the mean of the rows if factored, or one mean of all."""
     red, post = _field(row, RED), _field(row, POST)
     factored = _field(row, ROW_SUMS) != 0
-    count = red if factored else (red + LINES - 1) // LINES * post
+    count = red if factored else (red + SUM_LINES - 1) // SUM_LINES * post
     values = _pointer(row, ROWS_SQ, COMPUTE, False) if factored else _pointer(row, COLUMN_SUMS, COMPUTE, False)
     total = tl.zeros((BLOCK,), COMPUTE)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        total += tl.load(values + part * count + index, mask=index < count, other=0)
+        total += tl.load(values + slice_index * count + index, mask=index < count, other=0)
     mean = _quotient(tl.sum(total, axis=0), (red if factored else _field(row, SLICE_COUNT)).to(COMPUTE))
     if factored:
-        tl.store(_pointer(row, ROW_MEANS, COMPUTE, False) + part, mean)
+        tl.store(_pointer(row, ROW_MEANS, COMPUTE, False) + slice_index, mean)
     else:
-        index = part + tl.arange(0, 1)
-        inside = index >= 0
+        index = slice_index + tl.arange(0, 1)
         mean_square = mean + tl.zeros((1,), COMPUTE)
-        _finish(row, ROWS_SQ, ROWS_MAX, index, inside, mean_square, beta2, AMSGRAD)
+        _finish(row, ROWS_SQ, ROWS_MAX, index, index >= 0, mean_square, beta2, AMSGRAD)
+
+
+@triton.jit
+def _wait(done, awaited):
+    """Wait until so many programs of a slab have announced what they stored."""
+    while tl.atomic_add(done, 0, sem="acquire", scope="gpu") < awaited:
+        pass
 
 
 @triton.jit
 def _spread_tile(
-    row, start, count, decay, step_size, root, beta1, eps, grad_scale,
+    row, tile, first_slice, slices, first_column, columns, decay, step_size, root, beta1, eps, grad_scale,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
     STEP_DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, ROUNDS: tl.constexpr,
-    PITCHED: tl.constexpr, ALIGNED: tl.constexpr, WITHIN: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
+    PITCHED: tl.constexpr, ALIGNED: tl.constexpr, IN_ROWS: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     inner = tl.arange(0, 256)[None, :]
-    flat = start + tl.arange(0, LINES)[:, None] * 256 + inner
-    blocks = start // 256 + tl.arange(0, LINES)[:, None]
-    mask = flat < count if MASKED else None
-    block_mask = blocks * 256 < count if MASKED else None
-    width, red = _field(row, WIDTH, WITHIN), _field(row, RED)
-    first_line, line, column = _positions(start, width, LINES, WITHIN, WIDE)
-    first_slice = first_line // red
-    slice_index = first_slice + ((first_line - first_slice * red).to(line.dtype) + line) // red.to(line.dtype)
-    line = first_line + line
-    offsets = flat
-    if PITCHED:
-        offsets = line * _field(row, PITCH, ALIGNED and WITHIN) + column + (inner if WITHIN else 0)
+    width, count = _field(row, WIDTH, IN_ROWS and ALIGNED), _field(row, SLICE_COUNT)
+    height = count // width
+    pitch = _field(row, PITCH, ALIGNED) if PITCHED else width
+    if IN_ROWS:
+        across = (columns + 255) // 256
+        start = tile * LINES
+        first = start // across
+        position = (start - first * across).to(INDEX) + tl.arange(0, LINES)[:, None]
+        line = position // across.to(INDEX)
+        column = (first_column // 256 + position - line * across).to(INDEX) * 256
+        place, limit = first + line, slices * height
+        mask = (place < limit) & (column + inner < first_column + columns) if MASKED else None
+        block_mask = place < limit if MASKED else None
+        first += first_slice * height
+        offsets = (first + line) * pitch + column + inner
+        blocks = (first + line) * (width // 256) + column // 256
+    else:
+        start = tile * (LINES * 256)
+        flat = start + tl.arange(0, LINES)[:, None] * 256 + inner
+        blocks = start // 256 + tl.arange(0, LINES)[:, None]
+        place, limit = flat, slices * count
+        mask = place < limit if MASKED else None
+        block_mask = blocks * 256 < limit if MASKED else None
+        first, line, column = _positions(start, width, LINES, WIDE)
+        offsets = (first + line) * pitch + column if PITCHED else flat
     grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
-    noise = _noise(row, STEP_DTYPE, ROUNDS)
-    rows = _pointer(row, ROWS_MAX if AMSGRAD else ROWS_SQ, COMPUTE, False)
-    columns = _pointer(row, COLUMNS_MAX if AMSGRAD else COLUMNS_SQ, COMPUTE, WITHIN)
-    means = _pointer(row, ROW_MEANS, COMPUTE, False)
-    element = blocks * 256 if WITHIN else flat
-    has_rows = element < tl.where(_field(row, ROWS_SQ) != 0, count, 0)
-    has_columns = element < tl.where(_field(row, COLUMNS_SQ) != 0, count, 0)
-    factored = element < tl.where(_field(row, ROW_MEANS) != 0, count, 0)
-
     loaded = _load(grads + offsets, mask, "evict_first")
     exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask, "evict_first")
-    second = tl.load(rows + line, mask=has_rows, other=1)
-    mean = tl.load(means + slice_index, mask=factored, other=1)
-    by_column = columns + (slice_index * width + column)
-    if WITHIN:
-        by_column, has_columns = by_column + inner, has_columns & (inner >= 0)
-    by_column = tl.load(by_column, mask=has_columns, other=1)
+    noise = _noise(row, STEP_DTYPE, ROUNDS)
+
+    first_of_tile = first // height
+    slice_index = first_of_tile + ((first - first_of_tile * height).to(INDEX) + line) // height.to(INDEX)
+    rows = _pointer(row, ROWS_MAX if AMSGRAD else ROWS_SQ, COMPUTE, False) + (first + line)
+    means = _pointer(row, ROW_MEANS, COMPUTE, False) + slice_index
+    averages = _pointer(row, COLUMNS_MAX if AMSGRAD else COLUMNS_SQ, COMPUTE, IN_ROWS and ALIGNED)
+    averages += slice_index * width + column
+    if IN_ROWS:
+        averages += inner
+    has_rows = place < tl.where(_field(row, ROWS_SQ) != 0, limit, 0)
+    has_means = place < tl.where(_field(row, ROW_MEANS) != 0, limit, 0)
+    has_columns = place < tl.where(_field(row, COLUMNS_SQ) != 0, limit, 0)
+    if IN_ROWS and MASKED:
+        has_columns = has_columns & mask
+    second = tl.load(rows, mask=has_rows, other=1)
+    mean = tl.load(means, mask=has_means, other=1)
+    by_column = tl.load(averages, mask=has_columns, other=1)
 
     smallest: tl.constexpr = 2.2250738585072014e-308 if COMPUTE == tl.float64 else 1.1754943508222875e-38
     mean = tl.maximum(mean, smallest, propagate_nan=tl.PropagateNan.ALL)
-    denominator = _denominator_of(_quotient(second, mean) * by_column, root, eps)
+    denominator = _denominator_of(_quotient(second, mean) * by_column, root, eps) + tl.zeros((LINES, 256), COMPUTE)
     grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
     _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
                  decay, step_size, beta1, noise, ROUNDS, "evict_first")  # fmt: skip
@@ -704,29 +660,75 @@ def _spread_tile(
 
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
 def update_spread(
-    table, programs, lr, beta1, beta2, eps, weight_decay, grad_scale, found_inf,
+    table, programs, counters, lr, beta1, beta2, eps, weight_decay, grad_scale, found_inf,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
     STEP_DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, ROUNDS: tl.constexpr,
-    PITCHED: tl.constexpr, ALIGNED: tl.constexpr, WITHIN: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
+    PITCHED: tl.constexpr, ALIGNED: tl.constexpr, SUMS_ALIGNED: tl.constexpr, IN_ROWS: tl.constexpr,
+    WIDE: tl.constexpr, LINES: tl.constexpr, TILES: tl.constexpr,
+    SUM_LINES: tl.constexpr, SUM_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update tensors from finished second moments by row, by column or both, in tiles of ``[LINES, 256]`` elements.
+    """Update tensors whose second moments, by row, by column or both, are averages that several programs share.
+
+    The work on a slab, which is a few slices or a strip of the columns of one, has four stages. Programs sum squared
+    gradients, finish second moments, finish what needs a whole slice, and update. They take their work in the order in
+    which they start, so that all that a program waits for has been taken by one that runs. The list of the work lets
+    slabs overlap: hardly any program has to wait, and a gradient is still in the cache when it is read again.
 
     Args:
-        WITHIN: No line of 256 elements spans two rows: what is kept by row is read once for a line. All others are
-            those of ``update_full``.
+        programs: int32 ``[programs, PROGRAM]``, in order: tensor, stage, part of the stage, programs to wait for, first
+            slice, slices, first column, columns, slab.
+        counters: int32, zeros: programs that have started, and for each slab those that have announced their stores.
+            None if second moments are finished already, and there is nothing but updates.
+        SUMS_ALIGNED: The gradient's address and rows, as sums read them, are multiples of 16.
+        IN_ROWS: Tiles are lines of up to 256 elements of one row each: what is kept by row is read once for a line.
+        TILES: Tiles of ``LINES`` lines that a program updates one after the other.
+        SUM_LINES, SUM_COLUMNS: Size of a tile of sums.
+        BLOCK: Second moments by row, or numbers of a slice, that are finished at a time. All others are those of
+            ``update_full``.
     """
     if _is_skipped(found_inf):
         return
-    row, part = _work(table, programs)
-    start = part * (LINES * 256)
-    count = _field(row, PRE) * _field(row, SLICE_COUNT)
-    decay, step_size, root = _step_numbers(row, lr, weight_decay)
-    beta1, eps = _number(beta1), _number(eps)
-    if start + LINES * 256 <= count:
-        _spread_tile(row, start, count, decay, step_size, root, beta1, eps, grad_scale,
-                     PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
-                     ROUNDS, PITCHED, ALIGNED, WITHIN, WIDE, LINES, False)  # fmt: skip
-    else:
-        _spread_tile(row, start, count, decay, step_size, root, beta1, eps, grad_scale,
-                     PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
-                     ROUNDS, PITCHED, ALIGNED, WITHIN, WIDE, LINES, True)  # fmt: skip
+    number = tl.program_id(0) if counters is None else tl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
+    program = programs + PROGRAM * number.to(tl.int64)
+    row = table + tl.load(program).to(tl.int64) * FIELDS
+    stage, part, awaited = tl.load(program + 1), tl.load(program + 2).to(tl.int64), tl.load(program + 3)
+    first_slice, slices = tl.load(program + 4).to(tl.int64), tl.load(program + 5).to(tl.int64)
+    first_column, columns = tl.multiple_of(tl.load(program + 6), 256), tl.load(program + 7)
+    if IN_ROWS and ALIGNED:
+        columns = tl.multiple_of(columns, 16)
+    first_column, columns = first_column.to(tl.int64), columns.to(tl.int64)
+    done = None if counters is None else counters + 1 + tl.load(program + 8)
+    beta1, beta2, eps = _number(beta1), _number(beta2), _number(eps)
+    if stage == UPDATE:
+        decay, step_size, root = _step_numbers(row, lr, weight_decay)
+        count = slices * _field(row, SLICE_COUNT)
+        whole = count  # elements of tiles without an end of a row or of the slab
+        if IN_ROWS:
+            lines = count // _field(row, WIDTH)
+            count = lines * ((columns + 255) // 256 * 256)
+            whole = tl.where(columns % 256 == 0, count, 0)
+        if done is not None:
+            _wait(done, awaited)
+        last = tl.minimum(part * TILES + TILES, (count + LINES * 256 - 1) // (LINES * 256))
+        for tile in range(part * TILES, last):
+            if (tile + 1) * (LINES * 256) <= whole:
+                _spread_tile(row, tile, first_slice, slices, first_column, columns, decay, step_size, root, beta1, eps,
+                             grad_scale, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
+                             ROUNDS, PITCHED, ALIGNED, IN_ROWS, WIDE, LINES, False)  # fmt: skip
+            else:
+                _spread_tile(row, tile, first_slice, slices, first_column, columns, decay, step_size, root, beta1, eps,
+                             grad_scale, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
+                             ROUNDS, PITCHED, ALIGNED, IN_ROWS, WIDE, LINES, True)  # fmt: skip
+    elif counters is not None:
+        if stage == SUM:
+            _sum_squares(row, part, first_slice, first_column, columns, grad_scale,
+                         GRAD_DTYPE, COMPUTE, SUMS_ALIGNED, SUM_LINES, SUM_COLUMNS)  # fmt: skip
+        else:
+            _wait(done, awaited)
+            if stage == FINISH:
+                _finish_sums(row, part, first_slice, slices, first_column, columns, beta2,
+                             COMPUTE, AMSGRAD, SUM_LINES, SUM_COLUMNS, BLOCK)  # fmt: skip
+            else:
+                _finish_slice(row, first_slice + part, beta2, COMPUTE, AMSGRAD, SUM_LINES, BLOCK)
+        tl.debug_barrier()  # all warps have stored what the next line announces
+        tl.atomic_add(done, 1, sem="release", scope="gpu")

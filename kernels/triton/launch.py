@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..interface import Dims, Entry, Hyperparameters, second_moment_dtype
 from ..layout import memory_order
-from . import kernels
-from .tiling import STRIP, Kind, Tiling, tiling
+from . import kernels, slabs
+from .slabs import ceil, is_in_rows, updates, work
+from .tiling import Kind, Tiling, tiling
 
 _DTYPES = {
     torch.float64: tl.float64,
@@ -42,8 +43,7 @@ def supports(param: Tensor, averaged_dims: Sequence[Dims], codes: bool) -> bool:
 def workspace(entries: Sequence[Entry]) -> int:
     """Return the bytes that a step of these tensors, which need no memory, keeps on the device: tables and sums."""
     step = TritonStep(entries, Hyperparameters())
-    programs = [programs for launch in step._launches for _, programs, _, _ in launch._steps]
-    return sum(held.nbytes for held in (step._steps, step._corrections, step._table, *step._scratch, *programs))
+    return sum(tensor.nbytes for tensor in step._tensors())
 
 
 def same_layout(entry: Entry) -> bool:
@@ -80,8 +80,7 @@ class Settings(NamedTuple):
 
 SETTINGS: dict[tuple[Kind, int], Settings] = {
     ("full", 256): Settings(8, 256, 8),
-    ("spread", 256): Settings(8, 256, 8),
-    ("columns", STRIP): Settings(128, STRIP, 16),
+    ("spread", 256): Settings(4, 256, 4, 8),
     ("rows", 32): Settings(32, 32, 4, 64),
     ("rows", 256): Settings(8, 256, 8, 16),
     ("rows", 1024): Settings(2, 1024, 8, 4),
@@ -89,22 +88,19 @@ SETTINGS: dict[tuple[Kind, int], Settings] = {
     ("rows", 4096): Settings(1, 4096, 8),
 }
 """By kernel and width of a tile."""
-SUMS = Settings(64, 128, 8)
-"""Settings of the launches that sum for ``"spread"``; ``columns`` must be a multiple of ``RUN``."""
 COMPILER_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Of every launch: products and sums are fused, which Triton 3.10 no longer does by default."""
 if torch.version.hip is None:
     COMPILER_OPTIONS["maxnreg"] = 255  # left to itself, ptxas spills a few registers to fit more threads in
-FINISHED_AT_ONCE = 1024
-"""Second moments, or numbers of a slice, that a program of the finishing kernels works on at a time."""
 STEPS_AT_ONCE = 1024
+COUNTERS_IN_A_LINE = 32
+"""Counters in 128 bytes, to which those of a launch are aligned."""
 WIDE_FROM = 1 << 30
 """Rows, or numbers of rows, from which indices within a tile take 64 bits."""
 
 _KERNELS: dict[Kind, Any] = {
     "full": kernels.update_full,
     "rows": kernels.update_rows,
-    "columns": kernels.update_columns,
     "spread": kernels.update_spread,
 }
 _Argument = int | Tensor | None
@@ -118,7 +114,6 @@ class _Key(NamedTuple):
     kind: Kind
     columns: int
     precomputed: bool
-    sums_aligned: bool
     options: tuple[tuple[str, Any], ...]
 
 
@@ -158,13 +153,18 @@ class TritonStep:
                     self._scratch.append(torch.empty(size, dtype=second_moment_dtype(entry.param.dtype), device=device))
                     row[column] = self._scratch[-1].data_ptr()
                 rows.append(row)
-                groups.setdefault(_key(entry, found, hyper), []).append((number, found))
+                if entry.param.numel():
+                    groups.setdefault(_key(entry, found, hyper), []).append((number, found))
             self._rows = torch.tensor(rows, device="cpu")
             self._table = _on_device(self._rows, device)
             self._launches = [_Launch(key, members, device) for key, members in groups.items()]
+            sizes = [launch.counter_count for launch in self._launches]
+            self._counters = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+            for launch, counters in zip(self._launches, torch.split(self._counters, sizes), strict=True):
+                launch.counters = counters
             self._streams = {_current_stream(device)}
         if self.is_captured:
-            _kept_for_graphs.extend(self._tensors())
+            _kept_for_graphs.append(self)
 
     def with_gradients(self, grads: Sequence[Tensor], hyper: Hyperparameters) -> TritonStep | None:
         """Return the step with tables that are valid for these gradients and flags, or None if they have to be built.
@@ -195,7 +195,7 @@ class TritonStep:
         captured._rows = self._rows.clone()
         captured._write(grads)
         captured._table = _on_device(captured._rows, self._device)
-        _kept_for_graphs.extend(captured._tensors())
+        _kept_for_graphs.append(captured)
         return captured
 
     def _use_on_current_stream(self) -> None:
@@ -213,8 +213,8 @@ class TritonStep:
 
     def _tensors(self) -> list[Tensor]:
         """Return everything on the device that its kernels work with and that is its own."""
-        programs = [programs for launch in self._launches for programs in launch.programs()]
-        return [self._steps, self._corrections, self._table, *self._scratch, *programs]
+        programs = [launch.programs for launch in self._launches]
+        return [self._steps, self._corrections, self._counters, self._table, *self._scratch, *programs]
 
     def run(self, hyper: Hyperparameters, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """Count the step and take it.
@@ -228,7 +228,7 @@ class TritonStep:
         betas = arguments["beta1"], arguments["beta2"]
         with _on(self._device):
             self._use_on_current_stream()
-            _advance_steps(self._steps, self._corrections, *betas, found_inf, self._step_dtype)
+            _advance_steps(self._steps, self._corrections, self._counters, *betas, found_inf, self._step_dtype)
             for launch in self._launches:
                 if not launch.key.precomputed:
                     launch.run(self._table, arguments)
@@ -262,17 +262,24 @@ def try_launch(device: torch.device) -> None:
     corrections = torch.empty((1, 2), dtype=torch.float64, device=device)
     with _on(device):
         addresses = torch.tensor([step.data_ptr()], device=device)
-        _advance_steps(addresses, corrections, _bits(0.9), _bits(0.999), None, _DTYPES[step.dtype])
+        counters = torch.empty(1, dtype=torch.int32, device=device)
+        _advance_steps(addresses, corrections, counters, _bits(0.9), _bits(0.999), None, _DTYPES[step.dtype])
     if step != 1:
         raise RuntimeError(f"a kernel that counts a step left it at {float(step)}")
 
 
 def _advance_steps(
-    addresses: Tensor, corrections: Tensor, beta1: _Argument, beta2: _Argument, found_inf: Tensor | None, dtype: Any
+    addresses: Tensor,
+    corrections: Tensor,
+    counters: Tensor,
+    beta1: _Argument,
+    beta2: _Argument,
+    found_inf: Tensor | None,
+    dtype: Any,
 ) -> None:
-    count = len(addresses)
-    kernels.advance_steps[(_ceil(count, STEPS_AT_ONCE),)](
-        addresses, count, corrections, beta1, beta2, found_inf,
+    counts = len(addresses), len(counters)
+    kernels.advance_steps[(ceil(max(counts), STEPS_AT_ONCE),)](
+        addresses, counts[0], corrections, counters, counts[1], beta1, beta2, found_inf,
         STEP_DTYPE=dtype, BLOCK=STEPS_AT_ONCE, **COMPILER_OPTIONS,
     )  # fmt: skip
 
@@ -284,36 +291,33 @@ def _bits(value: float) -> int:
 
 
 class _Launch:
-    """The launches for tensors with the same key; ``members`` are their numbers in the table and their tilings."""
+    """The launch for tensors with the same key; ``members`` are their numbers in the table and their tilings."""
 
     def __init__(self, key: _Key, members: Sequence[tuple[int, Tiling]], device: torch.device) -> None:
         self.key = key
-        numbers, tilings = zip(*members, strict=True)
+        self.counters: Tensor | None = None
+        self.counter_count = 0
         options = dict(key.options)
-        steps = [(_KERNELS[key.kind], [_tiles(one, options["LINES"]) for one in tilings], options)]
-        if key.kind == "spread" and not key.precomputed:
-            sums = {**options, "ALIGNED": key.sums_aligned, "BLOCK": FINISHED_AT_ONCE}
-            sums |= {"LINES": SUMS.lines, "COLUMNS": SUMS.columns, "num_warps": SUMS.num_warps}
-            steps = [
-                (kernels.sum_squares, [_tiles_summed(one) for one in tilings], sums),
-                (kernels.finish_sums, [_finishing(one) for one in tilings], sums),
-                (kernels.finish_slices, [one.pre if one.by_row else 0 for one in tilings], sums),
-                *steps,
-            ]
-        self._steps: list[tuple[Any, Tensor, list[str], dict[str, Any]]] = []
-        for kernel, tiles, known in steps:
-            if any(tiles):
-                taken = {name: known[name] for name in kernel.arg_names if name in known}
-                taken |= {"num_warps": known["num_warps"], **COMPILER_OPTIONS}
-                asked_for = [name for name in kernel.arg_names[2:] if name not in taken]
-                self._steps.append((kernel, _programs(numbers, tiles, device), asked_for, taken))
-
-    def programs(self) -> list[Tensor]:
-        return [programs for _, programs, _, _ in self._steps]
+        lines = options["LINES"]
+        if key.kind != "spread":
+            self.programs = _on_device(_programs(members, lines), device)
+        elif key.precomputed:
+            self.programs = _on_device(updates(members, lines, options["IN_ROWS"]), device)
+        else:
+            itemsize = options["GRAD_DTYPE"].primitive_bitwidth // 8
+            programs, slab_count = work(members, lines, options["IN_ROWS"], itemsize)
+            self.programs = _on_device(programs, device)
+            self.counter_count = ceil(1 + slab_count, COUNTERS_IN_A_LINE) * COUNTERS_IN_A_LINE
+        self._kernel = _KERNELS[key.kind]
+        self._options = {name: options[name] for name in self._kernel.arg_names if name in options}
+        self._options |= {"num_warps": options["num_warps"], **COMPILER_OPTIONS}
+        own = ("table", "programs", "counters")
+        self._names = [name for name in self._kernel.arg_names if name not in options and name not in own]
 
     def run(self, table: Tensor, arguments: _Arguments) -> None:
-        for kernel, programs, names, options in self._steps:
-            kernel[(len(programs),)](table, programs, *[arguments[name] for name in names], **options)
+        counters = [self.counters if self.counter_count else None] if self.key.kind == "spread" else []
+        given = [arguments[name] for name in self._names]
+        self._kernel[(len(self.programs),)](table, self.programs, *counters, *given, **self._options)
 
 
 def _flags(hyper: Hyperparameters) -> tuple[bool, bool, bool]:
@@ -325,7 +329,7 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-_kept_for_graphs: list[Tensor] = []
+_kept_for_graphs: list[object] = []
 """What captured CUDA graphs point to: nothing tells when the last replay is over."""
 
 
@@ -354,8 +358,9 @@ def _pinned(values: Tensor, device: torch.device) -> Tensor:
             f"torch {torch.__version__} cannot pin memory while a CUDA graph is captured, as the Triton kernels need: "
             "upgrade to torch 2.11, or capture a step with foreach=True"
         )
-    _kept_for_graphs.append(values.pin_memory())
-    return _kept_for_graphs[-1]
+    pinned = values.pin_memory()
+    _kept_for_graphs.append(pinned)
+    return pinned
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
@@ -364,14 +369,15 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
 
 def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
     kind, is_flat = found.kind, found.kind in ("full", "spread")
-    dense, averages = [entry.param, entry.grad, entry.exp_avg], [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
-    if kind == "full":
-        dense += averages
-    columns = 256 if is_flat else STRIP if kind == "columns" else _row_tile(found.red)
+    dense = [entry.param, entry.grad, entry.exp_avg]
+    if kind == "full" or found.by_column:
+        dense += [*entry.exp_avg_sq, *entry.max_exp_avg_sq]
+    columns = 256 if is_flat else _row_tile(found.red)
     columns = columns if entry.exp_avg_scale is None else max(columns, 256)
     settings = SETTINGS[kind, columns]
-    row = found.red if kind == "rows" else found.post
-    rows_aligned = (is_flat and not found.is_pitched) or (row % 16 == 0 and found.pitch % 16 == 0)
+    in_rows = kind == "spread" and is_in_rows(found, entry.exp_avg_scale is not None)
+    row = found.red if kind == "rows" else found.width
+    rows_aligned = (is_flat and not (found.is_pitched or in_rows)) or (row % 16 == 0 and found.pitch % 16 == 0)
     options = {
         "PARAM_DTYPE": _DTYPES[entry.param.dtype],
         "GRAD_DTYPE": _DTYPES[entry.grad.dtype],
@@ -381,18 +387,26 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
         "AMSGRAD": hyper.amsgrad and not entry.precomputed,
         "MAXIMIZE": hyper.maximize,
         "ROUNDS": hyper.stochastic_round and entry.param.dtype == torch.bfloat16,
-        "PITCHED": is_flat and found.is_pitched,
         "ALIGNED": rows_aligned and all(tensor.data_ptr() % 16 == 0 for tensor in dense),
-        "WHOLE": kind == "rows" and found.red <= columns,
-        "WITHIN": kind == "spread" and found.width % 256 == 0 and all(one.data_ptr() % 16 == 0 for one in averages),
-        "WIDE": is_flat and max(found.width, found.red) >= WIDE_FROM,
         "LINES": settings.lines_of(entry.param.itemsize),
-        "COLUMNS": settings.columns,
         "num_warps": settings.num_warps,
     }
-    summed = (entry.grad.data_ptr(), found.post, found.pitch, found.slice_pitch)
-    sums_aligned = kind == "spread" and all(size % 16 == 0 for size in summed)
-    return _Key(kind, columns, entry.precomputed, sums_aligned, tuple(options.items()))
+    if is_flat:
+        options |= {"PITCHED": found.is_pitched, "WIDE": max(found.width, found.red) >= WIDE_FROM}
+    if kind == "rows":
+        options |= {"WHOLE": found.red <= columns, "COLUMNS": settings.columns}
+    if kind == "spread":
+        summed = (entry.grad.data_ptr(), found.post, found.pitch, found.slice_pitch)
+        options |= {
+            "SUMS_ALIGNED": all(size % 16 == 0 for size in summed),
+            "IN_ROWS": in_rows,
+            "LINES": options["LINES"] if in_rows else settings.lines,  # tiles that divide each position need registers
+            "TILES": slabs.TILES,
+            "SUM_LINES": slabs.SUM_LINES,
+            "SUM_COLUMNS": slabs.SUM_COLUMNS,
+            "BLOCK": slabs.FINISHED_AT_ONCE,
+        }
+    return _Key(kind, columns, entry.precomputed, tuple(options.items()))
 
 
 def _row_tile(red: int) -> int:
@@ -436,38 +450,21 @@ def _scratch_sizes(entry: Entry, found: Tiling) -> dict[int, int]:
     """Return the numbers of sums to keep, by column of the table."""
     if found.kind != "spread" or entry.precomputed:
         return {}
-    sizes = {kernels.COLUMN_SUMS.value: found.pre * _ceil(found.red, SUMS.lines) * found.post}
+    sizes = {kernels.COLUMN_SUMS.value: found.pre * ceil(found.red, slabs.SUM_LINES) * found.post}
     if found.by_row and found.by_column:
-        sizes[kernels.ROW_SUMS.value] = found.pre * found.red * _ceil(found.post, SUMS.columns)
+        sizes[kernels.ROW_SUMS.value] = found.pre * found.red * ceil(found.post, slabs.SUM_COLUMNS)
         sizes[kernels.ROW_MEANS.value] = found.pre
     return sizes
 
 
-def _programs(numbers: Sequence[int], tiles: Sequence[int], device: torch.device) -> Tensor:
+def _programs(members: Sequence[tuple[int, Tiling]], lines: int) -> Tensor:
     """Return int32 ``[programs, 2]``: for each program the number of the tensor and of its tile."""
-    counts = torch.tensor(tiles, device="cpu")
-    tensors = torch.tensor(numbers, device="cpu").repeat_interleave(counts)
+    counts = torch.tensor([_tiles(found, lines) for _, found in members], device="cpu")
+    tensors = torch.tensor([number for number, _ in members], device="cpu").repeat_interleave(counts)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
     programs = torch.stack([tensors, torch.arange(len(tensors), device="cpu") - starts], dim=1)
-    return _on_device(programs.to(torch.int32), device)
+    return programs.to(torch.int32)
 
 
 def _tiles(found: Tiling, lines: int) -> int:
-    if found.kind == "rows":
-        return _ceil(found.pre, lines)
-    if found.kind == "columns":
-        return found.pre * _ceil(found.post, STRIP)
-    return _ceil(found.pre * found.slice_count, lines * 256)
-
-
-def _tiles_summed(found: Tiling) -> int:
-    return found.pre * _ceil(found.red, SUMS.lines) * _ceil(found.post, SUMS.columns)
-
-
-def _finishing(found: Tiling) -> int:
-    by_row = _ceil(found.pre * found.red, FINISHED_AT_ONCE) if found.by_row and found.by_column else 0
-    return by_row + (_ceil(found.pre * found.post, kernels.COLUMNS_FINISHED.value) if found.by_column else 0)
-
-
-def _ceil(count: int, size: int) -> int:
-    return -(-count // size)
+    return ceil(found.pre, lines) if found.kind == "rows" else ceil(found.pre * found.slice_count, lines * 256)

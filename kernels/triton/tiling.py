@@ -10,15 +10,12 @@ from torch import Tensor
 from ..interface import Dims
 from ..layout import layout
 
-Kind = Literal["full", "rows", "columns", "spread"]
+Kind = Literal["full", "rows", "spread"]
 
 ROWS_IN_ONE_PROGRAM = 1 << 14
 """Rows longer than this, where there are few, are shared out among programs."""
 FEW = 128
 """Programs below which a tensor would leave most of a device idle."""
-LONGEST_STRIP = 1 << 12
-STRIP = 32
-"""Columns that a program of ``update_columns`` does."""
 RUN = 128
 """Elements of a row into which a long run is folded for its sum."""
 MOMENTUM_BLOCK = 256
@@ -28,7 +25,7 @@ class Tiling(NamedTuple):
     """The kernel for a tensor, and the sizes that it works with.
 
     Attributes:
-        kind: The kernel; ``"spread"`` sums first and updates in a second launch.
+        kind: The kernel; with ``"spread"`` programs share their sums.
         pre: Number of slices.
         red: Number of rows in a slice (elements of a row for ``"rows"``).
         post: Number of elements in a row.
@@ -97,6 +94,4 @@ def tiling(
         if shared_out or (codes and red % MOMENTUM_BLOCK):
             return Tiling("spread", pre, -(-red // RUN), RUN, RUN, red, red, True, False)
         return Tiling("rows", pre, red, 1, pitch, red, red, True, False)
-    long_strips = pre * -(-post // STRIP) < FEW and red > LONGEST_STRIP
-    kind: Kind = "spread" if precomputed or codes or long_strips else "columns"
-    return Tiling(kind, pre, red, post, pitch, red * post, post, False, True)
+    return Tiling("spread", pre, red, post, pitch, red * post, post, False, True)

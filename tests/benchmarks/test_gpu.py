@@ -175,7 +175,7 @@ def _cuda_row(**figures: float) -> dict[str, Any]:
     [
         ({}, []),
         ({"ratio": 0.76}, ["time of AdamW fused: 0.760, bar <= 0.75"]),
-        ({"launches": 7}, ["launches a step: 7, bar <= 6"]),
+        ({"launches": 5}, ["launches a step: 5, bar <= 4"]),
         ({"host_milliseconds": 1.5}, ["host milliseconds: 1.500, bar < 1.000, AdamW fused"]),
         ({"share_of_copy_bandwidth": 0.89}, ["copy bandwidth: 0.890, bar >= 0.9"]),
     ],

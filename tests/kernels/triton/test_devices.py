@@ -49,8 +49,7 @@ def launches(on_triton: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.devi
     pinned = triton_update._pinned
     monkeypatch.setattr(triton_update, "_on", on)
     monkeypatch.setattr(triton_update, "_pinned", copied)
-    for name in ("advance_steps", "sum_squares", "finish_sums", "finish_slices"):
-        monkeypatch.setattr(kernels, name, Watched(getattr(kernels, name), current, found))
+    monkeypatch.setattr(kernels, "advance_steps", Watched(kernels.advance_steps, current, found))
     for kind, kernel in triton_update._KERNELS.items():
         monkeypatch.setitem(triton_update._KERNELS, kind, Watched(kernel, current, found))
     return found

@@ -43,8 +43,7 @@ class Graphs:
         self._on_device = triton_update._on_device
         monkeypatch.setattr(triton_update, "_captures", lambda device: self.graph is not None)
         monkeypatch.setattr(triton_update, "_on_device", self._copy)
-        for name in ("advance_steps", "sum_squares", "finish_sums", "finish_slices"):
-            monkeypatch.setattr(kernels, name, _Captured(getattr(kernels, name), self))
+        monkeypatch.setattr(kernels, "advance_steps", _Captured(kernels.advance_steps, self))
         for kind, kernel in triton_update._KERNELS.items():
             monkeypatch.setitem(triton_update._KERNELS, kind, _Captured(kernel, self))
         monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
