@@ -162,7 +162,9 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
         "AMSGRAD": flags == "AMSGRAD",
         "MAXIMIZE": flags == "MAXIMIZE",
         "ROUNDS": flags == "ROUNDS",
-        "ALIGNED": flags != "unaligned",
+        "ALIGNED": 0
+        if flags == "unaligned"
+        else 16 * 8 // min(one.primitive_bitwidth for one in (param, grad, exp_avg)),
     }
     size = {dtype: dtype.primitive_bitwidth // 8 for dtype in (param, grad, exp_avg)}
     moved = 2 * size[param] + size[grad] + 2 * size[exp_avg] + (4 / 256 if codes else 0)
@@ -200,7 +202,11 @@ def _rows(variant: Variant, columns: int) -> Iterator[Variant]:
 def _spread(variant: Variant) -> Iterator[Variant]:
     """Yield the kernel that sums and updates, for lines within rows and for any, and that which updates alone."""
     sums = {"TILES": TILES, "SUM_LINES": SUM_LINES, "SUM_COLUMNS": SUM_COLUMNS, "BLOCK": FINISHED_AT_ONCE}
-    constants = {**variant.constants, **sums, "SUMS_ALIGNED": variant.constants["ALIGNED"]}
+    constants = {
+        **variant.constants,
+        **sums,
+        "SUMS_ALIGNED": variant.constants["ALIGNED"] and 16 * 8 // variant.constants["GRAD_DTYPE"].primitive_bitwidth,
+    }
     for name, in_rows in (("spread in rows", True), ("spread", False)):
         lines = constants["LINES"] if in_rows else SETTINGS["spread", 256].lines
         updated = TILES * lines * 256

@@ -54,12 +54,12 @@ _MOMENTUM_CODES = tl.constexpr(127.0)
 
 
 @triton.jit
-def _field(row, FIELD: tl.constexpr, ALIGNED: tl.constexpr = False):
-    """Return one number of a tensor's row of the table; ``ALIGNED``: a multiple of 16."""
+def _field(row, FIELD: tl.constexpr, ALIGNED: tl.constexpr = 0):
+    """Return one number of a tensor's row of the table; ``ALIGNED``: what it is a multiple of, 0 for nothing."""
     value = tl.load(row + FIELD)
-    if ALIGNED:
+    if ALIGNED != 0:
         # Here and not in a caller: up to Triton 3.7 a caller's tl.multiple_of is lost when this call is inlined.
-        value = tl.multiple_of(value, 16)
+        value = tl.multiple_of(value, ALIGNED)
     return value
 
 
@@ -67,7 +67,7 @@ def _field(row, FIELD: tl.constexpr, ALIGNED: tl.constexpr = False):
 def _pointer(row, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Return an address in a tensor's row of the table; ``ALIGNED``: a multiple of 16 bytes."""
     address = tl.load(row + FIELD).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
+    if ALIGNED != 0:
         address = tl.multiple_of(address, 16)
     return address
 
@@ -398,7 +398,8 @@ def update_full(
         PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, STEP_DTYPE: Precisions of what the table points to.
         COMPUTE: Precision of the arithmetic and of second moments.
         AMSGRAD, MAXIMIZE, ROUNDS: Flags of the step; ``ROUNDS`` for stochastic rounding.
-        PITCHED, ALIGNED: There are gaps between rows; addresses and rows are multiples of 16 bytes.
+        PITCHED: There are gaps between rows.
+        ALIGNED: Elements that lengths of rows are multiples of, as all addresses are of 16 bytes; or 0.
         WIDE: Positions within rows and slices may need 64 bits.
         LINES: Lines of 256 elements of a tile.
     """
@@ -603,7 +604,7 @@ def _spread_tile(
 ):  # fmt: skip
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     inner = tl.arange(0, 256)[None, :]
-    width, count = _field(row, WIDTH, IN_ROWS and ALIGNED), _field(row, SLICE_COUNT)
+    width, count = _field(row, WIDTH, ALIGNED if IN_ROWS else 0), _field(row, SLICE_COUNT)
     height = count // width
     pitch = _field(row, PITCH, ALIGNED) if PITCHED else width
     if IN_ROWS:
@@ -637,7 +638,7 @@ def _spread_tile(
     slice_index = first_of_tile + ((first - first_of_tile * height).to(INDEX) + line) // height.to(INDEX)
     rows = _pointer(row, ROWS_MAX if AMSGRAD else ROWS_SQ, COMPUTE, False) + (first + line)
     means = _pointer(row, ROW_MEANS, COMPUTE, False) + slice_index
-    averages = _pointer(row, COLUMNS_MAX if AMSGRAD else COLUMNS_SQ, COMPUTE, IN_ROWS and ALIGNED)
+    averages = _pointer(row, COLUMNS_MAX if AMSGRAD else COLUMNS_SQ, COMPUTE, ALIGNED if IN_ROWS else 0)
     averages += slice_index * width + column
     if IN_ROWS:
         averages += inner
@@ -679,7 +680,7 @@ def update_spread(
             slice, slices, first column, columns, slab.
         counters: int32, zeros: programs that have started, and for each slab those that have announced their stores.
             None if second moments are finished already, and there is nothing but updates.
-        SUMS_ALIGNED: The gradient's address and rows, as sums read them, are multiples of 16.
+        SUMS_ALIGNED: As ``ALIGNED``, of the gradient alone and its rows as sums read them.
         IN_ROWS: Tiles are lines of up to 256 elements of one row each: what is kept by row is read once for a line.
         TILES: Tiles of ``LINES`` lines that a program updates one after the other.
         SUM_LINES, SUM_COLUMNS: Size of a tile of sums.
@@ -694,8 +695,8 @@ def update_spread(
     stage, part, awaited = tl.load(program + 1), tl.load(program + 2).to(tl.int64), tl.load(program + 3)
     first_slice, slices = tl.load(program + 4).to(tl.int64), tl.load(program + 5).to(tl.int64)
     first_column, columns = tl.multiple_of(tl.load(program + 6), 256), tl.load(program + 7)
-    if IN_ROWS and ALIGNED:
-        columns = tl.multiple_of(columns, 16)
+    if IN_ROWS and ALIGNED != 0:
+        columns = tl.multiple_of(columns, ALIGNED)
     first_column, columns = first_column.to(tl.int64), columns.to(tl.int64)
     done = None if counters is None else counters + 1 + tl.load(program + 8)
     beta1, beta2, eps = _number(beta1), _number(beta2), _number(eps)

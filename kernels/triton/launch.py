@@ -377,7 +377,8 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
     settings = SETTINGS[kind, columns]
     in_rows = kind == "spread" and is_in_rows(found, entry.exp_avg_scale is not None)
     row = found.red if kind == "rows" else found.width
-    rows_aligned = (is_flat and not (found.is_pitched or in_rows)) or (row % 16 == 0 and found.pitch % 16 == 0)
+    unit = 16 // min(entry.param.itemsize, entry.grad.itemsize, entry.exp_avg.itemsize)
+    rows_aligned = (is_flat and not (found.is_pitched or in_rows)) or (row % unit == 0 and found.pitch % unit == 0)
     options = {
         "PARAM_DTYPE": _DTYPES[entry.param.dtype],
         "GRAD_DTYPE": _DTYPES[entry.grad.dtype],
@@ -387,7 +388,7 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
         "AMSGRAD": hyper.amsgrad and not entry.precomputed,
         "MAXIMIZE": hyper.maximize,
         "ROUNDS": hyper.stochastic_round and entry.param.dtype == torch.bfloat16,
-        "ALIGNED": rows_aligned and all(tensor.data_ptr() % 16 == 0 for tensor in dense),
+        "ALIGNED": unit if rows_aligned and all(tensor.data_ptr() % 16 == 0 for tensor in dense) else 0,
         "LINES": settings.lines_of(entry.param.itemsize),
         "num_warps": settings.num_warps,
     }
@@ -396,9 +397,11 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
     if kind == "rows":
         options |= {"WHOLE": found.red <= columns, "COLUMNS": settings.columns}
     if kind == "spread":
-        summed = (entry.grad.data_ptr(), found.post, found.pitch, found.slice_pitch)
+        summed = (found.post, found.pitch, found.slice_pitch)
+        unit = 16 // entry.grad.itemsize
+        sums_aligned = entry.grad.data_ptr() % 16 == 0 and all(size % unit == 0 for size in summed)
         options |= {
-            "SUMS_ALIGNED": all(size % 16 == 0 for size in summed),
+            "SUMS_ALIGNED": unit if sums_aligned else 0,
             "IN_ROWS": in_rows,
             "LINES": options["LINES"] if in_rows else settings.lines,  # tiles that divide each position need registers
             "TILES": slabs.TILES,

@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is only installed on Linux")
 
+import slimadam.kernels.triton.launch as launch
 import slimadam.kernels.triton.slabs as slabs
-from slimadam.kernels.interface import Dims
+from slimadam.kernels.interface import Dims, Hyperparameters
 from slimadam.kernels.triton import kernels
 from slimadam.kernels.triton.tiling import Tiling, tiling
 from tests.kernels.triton.test_launch import _assert_agree, _entry, _expected, _run
@@ -82,3 +83,17 @@ def test_many_slabs_agree_with_float64(dtype: torch.dtype, monkeypatch: pytest.M
     expected = _expected(entries)
     _run(entries)
     _assert_agree(entries, expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "aligned"),
+    [(1000, torch.float32, 4), (1000, torch.bfloat16, 8), (1028, torch.float32, 4), (1028, torch.bfloat16, 0)],
+)
+@pytest.mark.parametrize("dims", [(0,), (1,)])
+def test_rows_of_any_16_bytes_are_read_wide(width: int, dtype: torch.dtype, aligned: int, dims: Dims) -> None:
+    entry = _entry((8, width), dims, dtype)
+    found = tiling(entry.param, entry.averaged_dims)
+    assert found is not None
+    options = dict(launch._key(entry, found, Hyperparameters()).options)
+    assert options["ALIGNED"] == aligned
+    assert options.get("SUMS_ALIGNED", aligned) == aligned
