@@ -16,6 +16,7 @@ COMMANDS = {
     "clipping": "speed/clipping.py",
     "demo": "training/demo.py",
     "distributed.__main__": "distributed/run.py",
+    "equivalence.__main__": "equivalence/run.py",
     "gpu.__main__": "gpu/run.py",
     "host_time": "speed/host_time.py",
     "interop": "correctness/interop.py",

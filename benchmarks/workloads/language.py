@@ -59,16 +59,25 @@ class Bytes:
     Args:
         build: Makes the model; called with the random generator seeded.
         betas: Decay rates of both moments; None: the demo's.
+        settings: Sizes of the model and of the batches; None: the demo's.
+        text: Reads another text than the demo's.
     """
 
-    def __init__(self, build: Callable[[DemoSettings], nn.Module], betas: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        build: Callable[[DemoSettings], nn.Module],
+        betas: tuple[float, float] | None = None,
+        settings: DemoSettings | None = None,
+        text: Callable[[], ByteData] | None = None,
+    ) -> None:
         self._build = build
-        self._settings = DemoSettings()
+        self._settings = settings or DemoSettings()
+        self._text = text
         self.betas = self._settings.betas if betas is None else betas
 
     @cached_property
     def _data(self) -> ByteData:
-        return load(None, self._settings.context)
+        return load(None, self._settings.context) if self._text is None else self._text()
 
     def new_model(self, seed: int) -> nn.Module:
         """Return a new model; as in the demo, the seed decides the initialisation."""
@@ -97,3 +106,34 @@ class Bytes:
         """Yield the demo's held-out windows."""
         windows = self._data.held_out_windows(self._settings.held_out_windows, self._settings.context)
         return in_batches(*windows)
+
+
+def byte_llama(settings: DemoSettings) -> nn.Module:
+    """Return a Llama of transformers on bytes, in which two heads share a key and a value.
+
+    Args:
+        settings: Sizes of the model; an even number of heads.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model: nn.Module = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=settings.width, intermediate_size=3 * settings.width,
+            num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads // 2, max_position_embeddings=settings.context, use_cache=False,
+        )
+    )  # fmt: skip
+    return model
+
+
+class LlamaBytes(Bytes):
+    """The demo's batches with a model of transformers."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of the next byte in nats.
+
+        Args:
+            model: Language model.
+            batch: Inputs and targets.
+        """
+        return F.cross_entropy(model(batch[0]).logits.flatten(0, 1), batch[1].flatten())

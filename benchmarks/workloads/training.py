@@ -61,6 +61,7 @@ def train(
     *,
     batch_seed: int | None = None,
     perturbation: float = 0.0,
+    max_norm: float | None = None,
 ) -> tuple[nn.Module, Optimizer]:
     """Train for ``steps``.
 
@@ -72,6 +73,7 @@ def train(
         seed: Seed of the initialisation and of the batches.
         batch_seed: Another seed for the batches.
         perturbation: Relative size of random changes to the initialisation.
+        max_norm: Norm to which the gradient of each step is clipped; None: it is not.
     """
     model = workload.new_model(seed)
     _perturb(model, perturbation)
@@ -81,6 +83,8 @@ def train(
             group["lr"] = rate(step)
         optimizer.zero_grad()
         torch.autograd.backward(workload.loss(model, batch))
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
     return model, optimizer
 

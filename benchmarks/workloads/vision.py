@@ -19,22 +19,34 @@ _HELD_OUT_SHARE = 0.25
 _SPLIT_SEED = 0
 
 
-def vit() -> nn.Module:
-    """Return four blocks of width 64 on patches of 2 x 2 pixels."""
+def vit(width: int = 64, layers: int = 4, pixels: int = _PIXELS) -> nn.Module:
+    """Return blocks on patches of 2 x 2 pixels.
+
+    Args:
+        width: Size of the residual stream, a multiple of the four heads.
+        layers: Number of blocks.
+        pixels: Height and width of the images.
+    """
     model: nn.Module = ViTForImageClassification(
         ViTConfig(
-            image_size=_PIXELS, patch_size=2, num_channels=1, num_labels=CLASSES, hidden_size=64, num_hidden_layers=4,
-            num_attention_heads=4, intermediate_size=256, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            image_size=pixels, patch_size=2, num_channels=1, num_labels=CLASSES, hidden_size=width,
+            num_hidden_layers=layers, num_attention_heads=4, intermediate_size=4 * width, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
     )  # fmt: skip
     return model
 
 
-def resnet() -> nn.Module:
-    """Return two stages of two basic blocks, 16 and 32 channels."""
+def resnet(channels: int = 16, blocks: int = 2) -> nn.Module:
+    """Return two stages of basic blocks, the second with twice the channels.
+
+    Args:
+        channels: Channels of the first stage.
+        blocks: Blocks in each stage.
+    """
     model: nn.Module = ResNetForImageClassification(
-        ResNetConfig(num_channels=1, embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic",
-                     num_labels=CLASSES)
+        ResNetConfig(num_channels=1, embedding_size=channels, hidden_sizes=[channels, 2 * channels],
+                     depths=[blocks, blocks], layer_type="basic", num_labels=CLASSES)
     )  # fmt: skip
     return model
 
@@ -92,3 +104,41 @@ class Digits:
     def held_out(self) -> Iterator[Batch]:
         """Yield the images held out."""
         yield self._data[1]
+
+
+class NoisyDigits(Digits):
+    """The digits at random places of a larger image under noise: no image comes twice, and no classifier is perfect.
+
+    Args:
+        build: Makes the model; called with the random generator seeded.
+    """
+
+    pixels = 10
+    _noise, _held_out_images = 0.3, 4096
+
+    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        """Yield random images, moved and under noise, with their labels.
+
+        Args:
+            steps: Number of batches.
+            seed: Seed of the choice, the places and the noise.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for images, labels in super().batches(steps, seed):
+            yield self._moved(images, generator), labels
+
+    def held_out(self) -> Iterator[Batch]:
+        """Yield the images held out at several places each, always the same ones under the same noise."""
+        images, labels = self._data[1]
+        generator = torch.Generator().manual_seed(_SPLIT_SEED)
+        for _ in range(self._held_out_images // len(labels)):
+            yield self._moved(images, generator), labels
+
+    def _moved(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        room = self.pixels - _PIXELS + 1
+        places = torch.randint(room, (2, len(images), 1), generator=generator)
+        rows, columns = (places + torch.arange(_PIXELS)).unbind()
+        canvas = torch.randn(len(images), self.pixels, self.pixels, generator=generator).mul_(self._noise)
+        index = torch.arange(len(images))[:, None, None]
+        canvas[index, rows[:, :, None], columns[:, None, :]] += images.squeeze(1)
+        return canvas.unsqueeze(1)

@@ -20,16 +20,32 @@ _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 _WIDTH, _LAYERS = 64, 2
 
 
+def gpt(settings: DemoSettings, vocabulary: int) -> ByteGPT:
+    """Return the demo's GPT with another vocabulary, initialised as it is.
+
+    Args:
+        settings: Sizes of the model.
+        vocabulary: Number of tokens.
+    """
+    model = ByteGPT(settings.layers, settings.width, settings.heads, settings.context)
+    model.token_embedding = nn.Embedding(vocabulary, settings.width)
+    model.lm_head = nn.Linear(settings.width, vocabulary, bias=False)
+    for layer in (model.token_embedding, model.lm_head):
+        nn.init.normal_(layer.weight, std=0.02)
+    return model
+
+
 class Words:
     """The demo's text in words, runs of white space and single signs, predicted by a small GPT.
 
     Args:
         size: Tokens: the most frequent ones, and one for all others.
+        settings: Sizes of the model and of the batches; None: two layers of width 64.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, settings: DemoSettings | None = None) -> None:
         self._size = size
-        self._settings = DemoSettings(width=_WIDTH, layers=_LAYERS)
+        self._settings = settings or DemoSettings(width=_WIDTH, layers=_LAYERS)
         self.betas = self._settings.betas
 
     @cached_property
@@ -49,14 +65,8 @@ class Words:
 
     def new_model(self, seed: int) -> nn.Module:
         """Return the demo's GPT with another vocabulary, initialised as it is."""
-        settings = self._settings
         torch.manual_seed(seed)
-        model = ByteGPT(settings.layers, settings.width, settings.heads, settings.context)
-        model.token_embedding = nn.Embedding(self._size, settings.width)
-        model.lm_head = nn.Linear(settings.width, self._size, bias=False)
-        for layer in (model.token_embedding, model.lm_head):
-            nn.init.normal_(layer.weight, std=0.02)
-        return model
+        return gpt(self._settings, self._size)
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
         """Yield random windows of the training text, as the demo does.
