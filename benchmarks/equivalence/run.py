@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small"])
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=["short"])
     parser.add_argument("--selection", type=int, default=Protocol.selection, help="seeds on which rates are chosen")
-    parser.add_argument("--seeds", type=int, default=Protocol.judged, help="seeds on which they are judged")
+    parser.add_argument("--seeds", type=int, help="seeds on which they are judged; by default 10 or more")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--report", action="store_true", help="run nothing: write the tables and the picture")

@@ -156,12 +156,12 @@ class Protocol:
 
     Attributes:
         selection: Number of seeds on which each one's best rate is chosen.
-        judged: Number of seeds on which it is judged, paired with the reference's.
+        judged: Number of seeds on which it is judged, paired with the reference's; None: as many as the workload says.
         deadline: Value of :func:`time.monotonic` after which no run begins.
     """
 
     selection: int = 2
-    judged: int = 10
+    judged: int | None = None
     deadline: float = math.inf
 
     @property
@@ -318,8 +318,9 @@ def run_all(tasks: Sequence[Task], contenders: Sequence[str], record: Record, pr
     runners = {task: Runner(task, record, protocol) for task in tasks}
     refused: set[tuple[Task, str]] = set()
     for names in ROUNDS:
-        for seeds in (0, (protocol.judged + 1) // 2, protocol.judged):
+        for share in (0.0, 0.5, 1.0):
             for task, runner in runners.items():
+                seeds = math.ceil(share * (protocol.judged or task.kind.seeds))
                 for name in (name for name in names if name in contenders and (task, name) not in refused):
                     try:
                         runner.select(name)

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.mix.domains import prose
 from benchmarks.workloads.congruential import Congruential
+from benchmarks.workloads.fine_tuning import FineTuning
 from benchmarks.workloads.flights import PACKAGE as FLIGHTS_PACKAGE
 from benchmarks.workloads.flights import Flights
 from benchmarks.workloads.language import Bytes, LlamaBytes, byte_gpt, byte_llama, byte_lstm
@@ -21,6 +22,7 @@ from slimadam.demo.training import DemoSettings
 SIZES = ("small", "medium", "large")
 LENGTHS = {"short": 1, "long": 3}
 """Factor of the steps."""
+_PRETRAINING_LR, _PRETRAINING_STEPS = 3e-3, 1000
 _VISION = ("scikit-learn", "transformers")
 _LAYERS_OF_SIZE = (2, 4, 6)
 _WIDTH_OF_SIZE = (96, 128, 192)
@@ -37,6 +39,7 @@ class Kind:
         weight_decay: Weight decay of all contenders.
         max_norm: Norm to which gradients are clipped; None: they are not.
         heads: Attention heads, 0 without attention.
+        seeds: Number of seeds on which optimizers are judged: more where the losses of one seed's runs scatter.
         packages: Distributions that it needs besides the package's own.
     """
 
@@ -46,6 +49,7 @@ class Kind:
     weight_decay: float = 0.01
     max_norm: float | None = None
     heads: int = 0
+    seeds: int = 10
     packages: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
@@ -131,6 +135,11 @@ def _llama(size: int) -> Workload:
     return LlamaBytes(byte_llama, settings=_settings(size), text=prose)
 
 
+def _fine_tuning(size: int) -> Workload:
+    continued = Bytes(byte_gpt, settings=_settings(size), text=prose)
+    return FineTuning(_byte_gpt(size), continued, _PRETRAINING_LR, _PRETRAINING_STEPS)
+
+
 def _lstm(size: int) -> Workload:
     return Bytes(byte_lstm, settings=_settings(size, context=32, batch_size=16))
 
@@ -138,7 +147,7 @@ def _lstm(size: int) -> Workload:
 def _vit(size: int) -> Workload:
     from benchmarks.workloads.vision import NoisyDigits, vit
 
-    return NoisyDigits(partial(vit, (32, 64, 96)[size], _LAYERS_OF_SIZE[size], NoisyDigits.pixels))
+    return NoisyDigits(partial(vit, (64, 96, 128)[size], _LAYERS_OF_SIZE[size]), pixels=8, noise=0.5)
 
 
 def _convnet(size: int) -> Workload:
@@ -160,9 +169,10 @@ WORKLOADS: dict[str, Kind] = {
     "word GPT": Kind(_word_gpt, 600, 4, heads=4),
     "Llama": Kind(_llama, 600, 4, max_norm=1.0, heads=4, packages=("transformers",)),
     "LSTM": Kind(_lstm, 600, 4),
-    "ViT": Kind(_vit, 1000, 2, heads=4, packages=_VISION),
-    "convnet": Kind(_convnet, 1000, 5, packages=_VISION),
-    "congruential": Kind(_congruential, 800, 4, weight_decay=0.1, heads=4),
+    "ViT": Kind(_vit, 800, 2, heads=4, seeds=20, packages=_VISION),
+    "convnet": Kind(_convnet, 1000, 5, seeds=40, packages=_VISION),
+    "congruential": Kind(_congruential, 1600, 5, weight_decay=0.1, heads=4),
+    "fine-tuning": Kind(_fine_tuning, 600, 2, heads=4),
     "flights": Kind(_flights, 3000, 4, packages=(FLIGHTS_PACKAGE,)),
 }
 

@@ -80,7 +80,10 @@ def train(
     optimizer = make_optimizer(model)
     for step, batch in enumerate(workload.batches(steps, seed if batch_seed is None else batch_seed), start=1):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            if isinstance(group["lr"], Tensor):  # as torchao wants it
+                group["lr"].fill_(rate(step))
+            else:
+                group["lr"] = rate(step)
         optimizer.zero_grad()
         torch.autograd.backward(workload.loss(model, batch))
         if max_norm is not None:

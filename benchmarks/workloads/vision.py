@@ -111,10 +111,15 @@ class NoisyDigits(Digits):
 
     Args:
         build: Makes the model; called with the random generator seeded.
+        pixels: Height and width of the image, 8 or more; at 8 there is one place.
+        noise: Standard deviation of the noise; white is 1.
     """
 
-    pixels = 10
-    _noise, _held_out_images = 0.3, 4096
+    _held_out_images = 4096
+
+    def __init__(self, build: Callable[[], nn.Module], pixels: int = 10, noise: float = 0.3) -> None:
+        super().__init__(build)
+        self._pixels, self._noise = pixels, noise
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
         """Yield random images, moved and under noise, with their labels.
@@ -135,10 +140,10 @@ class NoisyDigits(Digits):
             yield self._moved(images, generator), labels
 
     def _moved(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        room = self.pixels - _PIXELS + 1
+        room = self._pixels - _PIXELS + 1
         places = torch.randint(room, (2, len(images), 1), generator=generator)
         rows, columns = (places + torch.arange(_PIXELS)).unbind()
-        canvas = torch.randn(len(images), self.pixels, self.pixels, generator=generator).mul_(self._noise)
+        canvas = torch.randn(len(images), self._pixels, self._pixels, generator=generator).mul_(self._noise)
         index = torch.arange(len(images))[:, None, None]
         canvas[index, rows[:, :, None], columns[:, None, :]] += images.squeeze(1)
         return canvas.unsqueeze(1)
