@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -127,19 +127,27 @@ def _slimadam(**settings: Any) -> Contender:
 
 
 def _adam_mini(model: nn.Module, task: Task) -> Optimizer:
-    """Return Adam-mini with a weight per head of queries and keys where the workload has heads."""
+    """Return Adam-mini, told which weights are embeddings and attention outputs: it goes by names."""
     heads: dict[str, int] = {}
     if task.heads:
-        width = next(parameter.shape[1] for name, parameter in model.named_parameters() if "embed" in name)
-        heads = {"dim": width, "n_heads": task.heads}
-    made: Optimizer = _class("adam_mini", "Adam_mini")(
-        list(model.named_parameters()),
+        query = next(p for name, p in model.named_parameters() if name.endswith(("query.weight", "q_proj.weight")))
+        heads = {"dim": query.shape[1], "n_heads": task.heads}
+    named = [  # "mlp" in the name of a norm would make it a matrix
+        (name if parameter.dim() > 1 or "bias" in name else "norm", parameter)
+        for name, parameter in model.named_parameters()
+    ]
+    made: Any = _class("adam_mini", "Adam_mini")(
+        named,
         betas=task.workload.betas,
         weight_decay=task.weight_decay,
         verbose=False,
         **heads,
     )
-    return made
+    made.embd_names = {
+        f"{name}.weight".lower() for name, module in model.named_modules() if isinstance(module, nn.Embedding)
+    }
+    made.attn_proj_names.add("attention.out")
+    return cast(Optimizer, made)
 
 
 def _adafactor(model: nn.Module, task: Task) -> Optimizer:
