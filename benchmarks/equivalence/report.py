@@ -14,9 +14,13 @@ from matplotlib.axes import Axes
 from benchmarks.equivalence.contenders import CONTENDERS, REFERENCE
 from benchmarks.equivalence.runs import SELECTION_SEEDS, Losses, Run, of_task
 from benchmarks.equivalence.statistics import LEVEL, MARGIN, EdgeError, best_rate, compare
-from benchmarks.equivalence.workloads import Task
+from benchmarks.equivalence.workloads import LENGTHS, SIZES, Task
 from benchmarks.harness.picture import picture
 
+DEFAULT = "auto"
+"""The contender that the bars are for."""
+EQUIVALENT_ON, LARGEST_STATE = 6, 4.4
+"""Bars: workloads on which it is the same within the margin, and bytes of state per parameter."""
 _COLUMNS = 3
 
 
@@ -27,7 +31,34 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
         runs: Runs of a record.
     """
     tasks = dict.fromkeys(Task(run.workload, run.size, run.length) for run in runs)
-    return {"margin": MARGIN, "level": LEVEL, "tasks": [_of_task(task, of_task(runs, task)) for task in tasks]}
+    found = [_of_task(task, of_task(runs, task)) for task in tasks]
+    return {"margin": MARGIN, "level": LEVEL, "bars": bars(found), "tasks": found}
+
+
+def bars(tasks: Sequence[dict[str, Any]]) -> dict[str, bool]:
+    """Return whether each bar of the default is met on the small workloads, in their short runs.
+
+    Args:
+        tasks: Figures of each task.
+    """
+    small = [task for task in tasks if (task["size"], task["length"]) == (SIZES[0], next(iter(LENGTHS)))]
+    rows = {task["workload"]: task["contenders"].get(DEFAULT, {}) for task in small}
+    same = sum(row.get("at_own_best", {}).get("equivalent", False) for row in rows.values())
+    found = {
+        f"{DEFAULT}: the same within {MARGIN:.1%} on {same} of {len(rows)} workloads (bar: {EQUIVALENT_ON})": same
+        >= EQUIVALENT_ON
+    }
+    for workload, row in rows.items():
+        if "at_reference_best" in row:
+            mean = row["at_reference_best"]["mean"]
+            found[f"{DEFAULT} on {workload}, at {REFERENCE}'s best rate: {mean:+.2%} (bar: {MARGIN:+.1%})"] = (
+                mean <= MARGIN
+            )
+            size = row["bytes_per_parameter"]
+            found[f"{DEFAULT} on {workload}: {size:.2f} bytes of state per parameter (bar: {LARGEST_STATE})"] = (
+                size <= LARGEST_STATE
+            )
+    return found
 
 
 def _of_task(task: Task, runs: Sequence[Run]) -> dict[str, Any]:
@@ -93,12 +124,31 @@ def _comparison(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the tables as Markdown, one for each task.
+    """Return the tables as Markdown: mean differences of all tasks, then one table for each task.
 
     Args:
         result: Figures of :func:`figures`.
     """
-    return "\n".join(line for task in result["tasks"] for line in _table(task, result["margin"]))
+    tasks = [line for task in result["tasks"] for line in _table(task, result["margin"])]
+    return "\n".join([*_summary(result["tasks"], result["margin"]), *tasks])
+
+
+def _summary(tasks: Sequence[dict[str, Any]], margin: float) -> Iterable[str]:
+    names = [name for name in CONTENDERS if any(name in task["contenders"] for task in tasks) and name != REFERENCE]
+    yield f"Held-out loss against {REFERENCE}'s, each at its own best rate; in bold: the same within {margin:.1%}:"
+    yield ""
+    yield "| workload | " + " | ".join(names) + " |"
+    yield "|---" * (len(names) + 1) + "|"
+    for task in tasks:
+        rows = [task["contenders"].get(name, {}).get("at_own_best") for name in names]
+        label = f"{task['workload']}, {task['size']}, {task['length']}"
+        yield f"| {label} | " + " | ".join(_difference(row) if row else "" for row in rows) + " |"
+    yield ""
+
+
+def _difference(found: dict[str, Any]) -> str:
+    text = f"{found['mean']:+.2%}"
+    return f"**{text}**" if found["equivalent"] else text
 
 
 def _table(task: dict[str, Any], margin: float) -> Iterable[str]:

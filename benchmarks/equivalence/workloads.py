@@ -9,6 +9,8 @@ from functools import cached_property, partial
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from benchmarks.mix.domains import prose
 from benchmarks.workloads.congruential import Congruential
 from benchmarks.workloads.fine_tuning import FineTuning
@@ -22,7 +24,7 @@ from slimadam.demo.training import DemoSettings
 SIZES = ("small", "medium", "large")
 LENGTHS = {"short": 1, "long": 3}
 """Factor of the steps."""
-_PRETRAINING_LR, _PRETRAINING_STEPS = 3e-3, 1000
+_PRETRAINING_LR, _PRETRAINING_STEPS = 3e-3, 2000
 _VISION = ("scikit-learn", "transformers")
 _LAYERS_OF_SIZE = (2, 4, 6)
 _WIDTH_OF_SIZE = (96, 128, 192)
@@ -103,11 +105,12 @@ class Task:
 
     @cached_property
     def version(self) -> str:
-        """Return a hash of what a run depends on besides the optimizer: data, model, schedule, clipping and decay."""
+        """Return a hash of what a run depends on besides the optimizer, such as data, model and schedule."""
         model = self.workload.new_model(0)
         inputs, targets = next(iter(self.workload.batches(1, 0)))
         schedule = training_rate(1.0, self.steps)
         facts = (
+            torch.__version__,
             [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()],
             f"{held_out_loss(self.workload, model):.3f}",
             self.workload.betas,
@@ -169,10 +172,10 @@ WORKLOADS: dict[str, Kind] = {
     "word GPT": Kind(_word_gpt, 600, 4, heads=4),
     "Llama": Kind(_llama, 600, 4, max_norm=1.0, heads=4, packages=("transformers",)),
     "LSTM": Kind(_lstm, 2000, 8),
-    "ViT": Kind(_vit, 800, 2, heads=4, seeds=20, packages=_VISION),
+    "ViT": Kind(_vit, 800, 3, heads=4, seeds=20, packages=_VISION),
     "convnet": Kind(_convnet, 1000, 9, seeds=40, packages=_VISION),
     "congruential": Kind(_congruential, 1600, 5, seeds=20, weight_decay=0.1, heads=4),
-    "fine-tuning": Kind(_fine_tuning, 600, 2, heads=4),
+    "fine-tuning": Kind(_fine_tuning, 600, 4, heads=4),
     "flights": Kind(_flights, 3000, 4, packages=(FLIGHTS_PACKAGE,)),
 }
 

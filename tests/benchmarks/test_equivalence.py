@@ -16,7 +16,7 @@ from scipy import stats
 from torch import nn
 
 from benchmarks.equivalence import contenders, run, runs, workloads
-from benchmarks.equivalence.report import figures, markdown
+from benchmarks.equivalence.report import bars, figures, markdown
 from benchmarks.equivalence.runs import Protocol, Record, Run, Runner, grid_rate, run_all
 from benchmarks.equivalence.statistics import MARGIN, Comparison, EdgeError, best_rate, compare
 from benchmarks.equivalence.workloads import Kind, Task
@@ -188,8 +188,10 @@ def test_the_command_stops_in_time_and_reports(tiny: Task, tmp_path: Path, capsy
     assert run.main([*common, *some, "--minutes", "0"]) == 1
     assert not (tmp_path / "equivalence.jsonl").exists()
     assert run.main([*common, *some]) == 0
-    assert run.main([*common, "--report"]) == 0
-    assert "| factored |" in capsys.readouterr().out
+    assert run.main([*common, "--report"]) == 1  # too few workloads
+    printed = capsys.readouterr().out
+    assert "| factored |" in printed
+    assert "FAIL  auto: the same within 0.5% on 0 of 1 workloads (bar: 6)" in printed
     assert (tmp_path / "equivalence.png").stat().st_size > 10_000
     result = json.loads((tmp_path / "equivalence.json").read_text())
     assert result["margin"] == 0.005
@@ -212,6 +214,20 @@ def test_runs_of_other_code_or_data_are_not_mixed(tiny: Task, tmp_path: Path) ->
     other = [dataclasses.replace(found, data="other", loss=0.0) for found in record.runs]
     assert figures(other + older + record.runs) == result
     assert "factored" in markdown(result)
+
+
+def test_bars_can_fail_and_pass() -> None:
+    def task(equivalent: bool, mean: float, size: float) -> dict[str, object]:
+        row = {
+            "at_own_best": {"equivalent": equivalent},
+            "at_reference_best": {"mean": mean},
+            "bytes_per_parameter": size,
+        }
+        return {"workload": str(mean), "size": "small", "length": "short", "contenders": {"auto": row}}
+
+    good = [task(True, 0.001 * number, 4.3) for number in range(6)]
+    assert list(bars(good).values()) == [True] * 13
+    assert list(bars([*good[:5], task(False, 0.006, 4.5)]).values()) == [False, *[True] * 10, False, False]
 
 
 def test_a_diverged_run_is_kept_as_infinite(tmp_path: Path) -> None:
