@@ -1,1 +1,1 @@
-"""Whether SlimAdam trains like AdamW, each at its own best learning rate."""
+"""Ask whether SlimAdam trains like AdamW, each at its own best learning rate."""

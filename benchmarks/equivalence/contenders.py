@@ -169,19 +169,19 @@ CONTENDERS: dict[str, Contender] = {
     REFERENCE: Contender(_adamw),
     "auto": _slimadam(plan="auto"),
     "factored": _slimadam(plan="factored"),
-    "AdamW, perturbed": Contender(_adamw, perturbation=_PERTURBATION),
-    "AdamW, other order": Contender(_adamw, other_order=True),
+    "AdamW perturbed": Contender(_adamw, perturbation=_PERTURBATION),
+    "AdamW reordered": Contender(_adamw, other_order=True),
     "rules": _slimadam(plan="rules"),
     "averages": _slimadam(plan=AutoPlan(forms="mean")),
-    "auto, int8 momentum": _slimadam(plan="auto", momentum_dtype="int8"),
+    "auto int8": _slimadam(plan="auto", momentum_dtype="int8"),
     "Adam-mini": Contender(_adam_mini, "adam-mini"),
     "Adafactor (torch)": Contender(_adafactor, shift=8),
     "torchao AdamW8bit": Contender(_torchao, "torchao"),
     "Muon and AdamW": Contender(MuonWithAdamW),
 }
 ROUNDS = (
-    (REFERENCE, "auto", "factored", "AdamW, perturbed", "AdamW, other order"),
-    ("rules", "averages", "auto, int8 momentum"),
+    (REFERENCE, "auto", "factored", "AdamW perturbed", "AdamW reordered"),
+    ("rules", "averages", "auto int8"),
     ("Adam-mini", "Adafactor (torch)", "torchao AdamW8bit", "Muon and AdamW"),
 )
 """Contenders in the order of work: an early stop leaves complete rows of the first."""

@@ -152,7 +152,7 @@ class OutOfTimeError(Exception):
 
 @dataclass
 class Protocol:
-    """What is run: seeds, and until when.
+    """Seeds of the runs, and the time at which they end.
 
     Attributes:
         selection: Number of seeds on which each one's best rate is chosen.

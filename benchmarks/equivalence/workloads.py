@@ -1,4 +1,4 @@
-"""What is trained, in three sizes and two lengths each."""
+"""Data and models that are trained, in three sizes and two lengths each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from benchmarks.mix.domains import prose
-from benchmarks.workloads.congruential import Congruential
-from benchmarks.workloads.fine_tuning import FineTuning
-from benchmarks.workloads.flights import PACKAGE as FLIGHTS_PACKAGE
-from benchmarks.workloads.flights import Flights
 from benchmarks.workloads.language import Bytes, LlamaBytes, byte_gpt, byte_llama, byte_lstm
+from benchmarks.workloads.tasks.congruential import Congruential
+from benchmarks.workloads.tasks.fine_tuning import FineTuning
+from benchmarks.workloads.tasks.flights import PACKAGE as FLIGHTS_PACKAGE
+from benchmarks.workloads.tasks.flights import Flights
 from benchmarks.workloads.training import Workload, held_out_loss, training_rate
 from benchmarks.workloads.vocabulary import Words
 from slimadam.demo.training import DemoSettings

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.workloads.congruential import Congruential
-from benchmarks.workloads.fine_tuning import FineTuning
+from benchmarks.workloads.tasks.congruential import Congruential
+from benchmarks.workloads.tasks.fine_tuning import FineTuning
 from benchmarks.workloads.training import Batch, held_out_loss
 from slimadam.demo.training import DemoSettings
 
@@ -71,7 +71,7 @@ def test_noisy_digits_are_digits_at_random_places() -> None:
 
 
 def test_flights_have_rare_values_and_several_classes() -> None:
-    from benchmarks.workloads.flights import Flights
+    from benchmarks.workloads.tasks.flights import Flights
 
     workload = Flights(4, 8)
     try:
