@@ -174,7 +174,7 @@ WORKLOADS: dict[str, Kind] = {
     "LSTM": Kind(_lstm, 2000, 8),
     "ViT": Kind(_vit, 800, 3, heads=4, seeds=20, packages=_VISION),
     "convnet": Kind(_convnet, 1000, 9, seeds=40, packages=_VISION),
-    "congruential": Kind(_congruential, 1600, 5, seeds=20, weight_decay=0.1, heads=4),
+    "congruential": Kind(_congruential, 1600, 7, seeds=20, weight_decay=0.1, heads=4),
     "fine-tuning": Kind(_fine_tuning, 600, 4, heads=4),
     "flights": Kind(_flights, 3000, 4, packages=(FLIGHTS_PACKAGE,)),
 }

@@ -248,3 +248,38 @@ def test_the_version_of_a_task_depends_on_its_settings(tiny: Task, monkeypatch: 
     monkeypatch.setitem(workloads.WORKLOADS, "changed", changed)
     assert Task("tiny").version == tiny.version != Task("changed").version
     assert Task("tiny", length="long").version != tiny.version
+
+
+@pytest.mark.parametrize("name", list(workloads.WORKLOADS))
+def test_workloads_grow_with_their_size(name: str) -> None:
+    if workloads.WORKLOADS[name].missing() or name == "fine-tuning":  # which would train its first half
+        pytest.skip("its data or models are not here")
+    counts = [
+        sum(parameter.numel() for parameter in Task(name, size).workload.new_model(0).parameters())
+        for size in workloads.SIZES
+    ]
+    assert 20_000 < counts[0] < counts[1] < counts[2] < 5_000_000
+
+
+def test_peers_that_cannot_run_are_told_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = dataclasses.replace(contenders.CONTENDERS["Adam-mini"], package="no-such-distribution")
+    monkeypatch.setitem(contenders.CONTENDERS, "Adam-mini", absent)
+    assert contenders.known(["AdamW", "Adam-mini"]) == ["AdamW"]
+    monkeypatch.setitem(workloads.WORKLOADS, "absent", Kind(lambda size: Tiny(), 1, 0, packages=("no-such-data",)))
+    assert workloads.present(["byte GPT", "absent"]) == ["byte GPT"]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
+    assert all("is not installed; pip install no-such-" in line for line in printed)
+
+
+def test_muon_takes_the_matrices_of_hidden_layers_only() -> None:
+    task = Task("byte GPT")
+    model = task.workload.new_model(0)
+    optimizer = contenders.CONTENDERS["Muon and AdamW"].make(model, task)
+    assert isinstance(optimizer, contenders.MuonWithAdamW)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    muon, adamw = ({names[parameter] for parameter in group["params"]} for group in optimizer.param_groups)
+    assert "blocks.0.mlp.up.weight" in muon
+    assert {"token_embedding.weight", "position_embedding.weight", "lm_head.weight", "final_norm.weight"} <= adamw
+    with pytest.raises(contenders.UnsuitableError):
+        contenders.MuonWithAdamW(nn.Conv2d(1, 2, 3), task)
