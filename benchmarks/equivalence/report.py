@@ -207,11 +207,15 @@ def _draw_task(panel: Axes, task: dict[str, Any]) -> None:
     for number, (name, row) in enumerate(task["contenders"].items()):
         if not row["curve"]:
             continue
-        rates = np.array([float(lr) for lr in row["curve"]])
+        grid = np.array([float(lr) for lr in row["curve"]])
         losses = np.array(list(row["curve"].values()))
         mean, spread = losses.mean(1), losses.std(1, ddof=min(1, losses.shape[1] - 1))
-        panel.plot(rates, mean, marker="o", markersize=3, color=f"C{number % 10}", label=name)
-        panel.fill_between(rates, mean - spread, mean + spread, color=f"C{number % 10}", alpha=0.15, linewidth=0)
+        panel.plot(grid, mean, marker="o", markersize=3, color=f"C{number % 10}", label=name)
+        panel.fill_between(grid, mean - spread, mean + spread, color=f"C{number % 10}", alpha=0.15, linewidth=0)
+    rates = sorted({float(lr) for row in task["contenders"].values() for lr in row["curve"]})
+    shown = rates[:: max(1, len(rates) // 4)]
     panel.set_xscale("log")
+    panel.set_xticks(shown, [f"{rate:.2g}" for rate in shown])
+    panel.minorticks_off()
     panel.set_xlabel("peak learning rate")
     panel.set_title(f"{task['workload']}, {task['size']}, {task['steps']} steps: held-out loss")
