@@ -156,7 +156,7 @@ def _vit(size: int) -> Workload:
 def _convnet(size: int) -> Workload:
     from benchmarks.workloads.vision import NoisyDigits, resnet
 
-    return NoisyDigits(partial(resnet, (16, 32, 48)[size]))
+    return NoisyDigits(partial(resnet, (16, 32, 48)[size]), pixels=8, noise=0.8)
 
 
 def _congruential(size: int) -> Workload:
@@ -173,7 +173,7 @@ WORKLOADS: dict[str, Kind] = {
     "Llama": Kind(_llama, 600, 4, max_norm=1.0, heads=4, packages=("transformers",)),
     "LSTM": Kind(_lstm, 2000, 8),
     "ViT": Kind(_vit, 800, 3, heads=4, seeds=20, packages=_VISION),
-    "convnet": Kind(_convnet, 1000, 9, seeds=40, packages=_VISION),
+    "convnet": Kind(_convnet, 1000, 8, seeds=40, packages=_VISION),
     "congruential": Kind(_congruential, 1600, 7, seeds=20, weight_decay=0.1, heads=4),
     "fine-tuning": Kind(_fine_tuning, 600, 4, heads=4),
     "flights": Kind(_flights, 3000, 4, packages=(FLIGHTS_PACKAGE,)),
