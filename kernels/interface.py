@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,20 @@ class Entry(NamedTuple):
     seed: int = 0
     exp_avg_scale: Tensor | None = None
     precomputed: bool = False
+
+
+class Gradients(list[Tensor]):
+    """Gradients of a step, whose addresses several of its parts ask for."""
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        """The address of each."""
+        return list(map(Tensor.data_ptr, self))
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the address of each tensor."""
+    return tensors.addresses if isinstance(tensors, Gradients) else list(map(Tensor.data_ptr, tensors))
 
 
 def number(value: Scalar) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..interface import Dims, Entry, Hyperparameters
+from ..interface import Dims, Entry, Hyperparameters, addresses_of
 from ..layout import layout, overlap
 from .build import library as library
 
@@ -84,7 +84,7 @@ class Table:
         factor = 1.0 if hyper.clip_factor is None else float(hyper.clip_factor)
         if factor == 0:  # an infinite norm: sums of squares may be infinite where no gradient is
             grads, factor = [grad * 0 for grad in grads], 1.0
-        self._rows[:, _GRAD] = list(map(Tensor.data_ptr, grads))
+        self._rows[:, _GRAD] = addresses_of(grads)
         if hyper.stochastic_round:
             self._rows[:, _SEED] = seeds
         numbers = struct.pack(  # struct Hyper in the source

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import Dims, Entry, Hyperparameters, second_moment_dtype
+from ..interface import Dims, Entry, Hyperparameters, Scalar, addresses_of, second_moment_dtype
 from ..layout import memory_order
 from . import kernels, slabs
 from .slabs import ceil, is_in_rows, updates, work
@@ -106,6 +108,10 @@ _KERNELS: dict[Kind, Any] = {
 _Argument = int | Tensor | None
 _Arguments = dict[str, _Argument]
 """What kernels take besides tables, by name."""
+_Kinds = tuple[Any, ...]
+"""What Triton compiles anew for, of each argument."""
+_Compiled = dict[_Kinds, tuple[Callable[..., None], list[Any]]]
+"""Launches that have been made, by the number of their kernel, each with the constants that it takes at the end."""
 
 
 class _Key(NamedTuple):
@@ -132,7 +138,9 @@ class TritonStep:
     """
 
     def __init__(self, entries: Sequence[Entry], hyper: Hyperparameters) -> None:
-        self._flags, self._grads = _flags(hyper), _addresses([entry.grad for entry in entries])
+        self._flags, self._grads = _flags(hyper), addresses_of([entry.grad for entry in entries])
+        self._offsets = _offsets(self._grads)
+        self._compiled: _Compiled = {}
         self._device = device = entries[0].param.device
         self._step_dtype = _DTYPES[entries[0].step.dtype]
         self._scratch: list[Tensor] = []
@@ -175,10 +183,9 @@ class TritonStep:
             grads: The gradients of the entries, which are where they were otherwise.
             hyper: Hyperparameters.
         """
-        addresses = _addresses(grads)
+        addresses = addresses_of(grads)
         moved = addresses != self._grads
-        aligned = not moved or not any((new - old) % 16 for new, old in zip(addresses, self._grads, strict=True))
-        if not aligned or _flags(hyper) != self._flags:
+        if (moved and _offsets(addresses) != self._offsets) or _flags(hyper) != self._flags:
             return None
         with _on(self._device):
             if _captures(self._device):
@@ -209,7 +216,7 @@ class TritonStep:
 
     def _write(self, grads: list[int]) -> None:
         self._grads = grads
-        self._rows[:, kernels.GRAD.value] = torch.tensor(grads, device="cpu")
+        self._rows.select(1, kernels.GRAD.value).copy_(torch.frombuffer(array("q", grads), dtype=torch.int64))
 
     def _tensors(self) -> list[Tensor]:
         """Return everything on the device that its kernels work with and that is its own."""
@@ -225,13 +232,15 @@ class TritonStep:
             found_inf: Unless zero, nothing is done.
         """
         arguments = self._arguments(hyper, grad_scale, found_inf)
+        kinds = _kinds(arguments)
         betas = arguments["beta1"], arguments["beta2"]
         with _on(self._device):
             self._use_on_current_stream()
-            _advance_steps(self._steps, self._corrections, self._counters, *betas, found_inf, self._step_dtype)
+            counted = self._steps, self._corrections, self._counters
+            _advance_steps(*counted, *betas, found_inf, self._step_dtype, self._compiled, kinds)
             for launch in self._launches:
                 if not launch.key.precomputed:
-                    launch.run(self._table, arguments)
+                    launch.run(self._table, arguments, kinds)
 
     def run_given(self, hyper: Hyperparameters, grad_scale: Tensor | None = None) -> None:
         """Update the entries with precomputed second moments, once these are there, after :meth:`run`.
@@ -241,19 +250,26 @@ class TritonStep:
             grad_scale: As in :meth:`run`.
         """
         arguments = self._arguments(hyper, grad_scale, None)
+        kinds = _kinds(arguments)
         with _on(self._device):
             for launch in self._launches:
                 if launch.key.precomputed:
-                    launch.run(self._table, arguments)
+                    launch.run(self._table, arguments, kinds)
 
     def _arguments(self, hyper: Hyperparameters, grad_scale: Tensor | None, found_inf: Tensor | None) -> _Arguments:
         """Return what kernels take: of hyperparameters tensors on the device, and floats as the bits of a float64."""
-        arguments: _Arguments = {"grad_scale": grad_scale, "found_inf": found_inf}
-        for name in ("lr", "beta1", "beta2", "eps", "weight_decay"):
-            value = getattr(hyper, name)
-            on_device = isinstance(value, Tensor) and value.device == self._device
-            arguments[name] = value if on_device else _bits(float(value))
-        return arguments
+        return {
+            "grad_scale": grad_scale,
+            "found_inf": found_inf,
+            "lr": self._number(hyper.lr),
+            "beta1": self._number(hyper.beta1),
+            "beta2": self._number(hyper.beta2),
+            "eps": self._number(hyper.eps),
+            "weight_decay": self._number(hyper.weight_decay),
+        }
+
+    def _number(self, value: Scalar) -> _Argument:
+        return value if isinstance(value, Tensor) and value.device == self._device else _bits(float(value))
 
 
 def try_launch(device: torch.device) -> None:
@@ -263,27 +279,60 @@ def try_launch(device: torch.device) -> None:
     with _on(device):
         addresses = torch.tensor([step.data_ptr()], device=device)
         counters = torch.empty(1, dtype=torch.int32, device=device)
-        _advance_steps(addresses, corrections, counters, _bits(0.9), _bits(0.999), None, _DTYPES[step.dtype])
+        _advance_steps(addresses, corrections, counters, _bits(0.9), _bits(0.999), None, _DTYPES[step.dtype], {}, ())
     if step != 1:
         raise RuntimeError(f"a kernel that counts a step left it at {float(step)}")
 
 
 def _advance_steps(
-    addresses: Tensor,
-    corrections: Tensor,
-    counters: Tensor,
-    beta1: _Argument,
-    beta2: _Argument,
-    found_inf: Tensor | None,
-    dtype: Any,
+    addresses: Tensor, corrections: Tensor, counters: Tensor, beta1: _Argument, beta2: _Argument,
+    found_inf: Tensor | None, dtype: Any, compiled: _Compiled, kinds: _Kinds,
+) -> None:  # fmt: skip
+    count, counter_count = addresses.numel(), counters.numel()
+    options = {"STEP_DTYPE": dtype, "BLOCK": STEPS_AT_ONCE, **COMPILER_OPTIONS}
+    given = addresses, count, corrections, counters, counter_count, beta1, beta2, found_inf
+    programs = ceil(max(count, counter_count), STEPS_AT_ONCE)
+    _launch(kernels.advance_steps, programs, given, options, compiled, kinds)
+
+
+def _launch(
+    kernel: Any, programs: int, given: Sequence[Any], options: dict[str, Any], compiled: _Compiled, kinds: _Kinds
 ) -> None:
-    counts = len(addresses), len(counters)
-    kernels.advance_steps[(ceil(max(counts), STEPS_AT_ONCE),)](
-        addresses, counts[0], corrections, counters, counts[1], beta1, beta2, found_inf,
-        STEP_DTYPE=dtype, BLOCK=STEPS_AT_ONCE, **COMPILER_OPTIONS,
-    )  # fmt: skip
+    """Launch a kernel; a second time with arguments of the same kinds, without asking Triton for what it has compiled.
+
+    To find that, Triton takes longer than the launch itself.
+
+    Args:
+        kernel: The kernel.
+        programs: Number of programs.
+        given: What it is given.
+        options: Its compile-time arguments and compiler options.
+        compiled: The launches of this kernel with these options that were made so far, by kinds.
+        kinds: Kinds of the arguments.
+    """
+    made = compiled.get(kinds)
+    if made is not None:
+        launch, constants = made
+        launch(*given, *constants)
+        return
+    found = kernel[(programs,)](*given, **options)
+    if found is not None:  # the interpreter compiles nothing
+        # Triton 3.2 leaves constants out of the signature, and of the launch.
+        constants = [options[name] for name in list(found.src.signature)[len(given) :]]
+        compiled[kinds] = found[(programs, 1, 1)], constants
 
 
+def _kinds(arguments: _Arguments) -> _Kinds:
+    return tuple(map(_kind, arguments.values()))
+
+
+def _kind(argument: _Argument) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument if argument is None else -(1 << 31) <= argument < 1 << 31
+
+
+@lru_cache(maxsize=64)
 def _bits(value: float) -> int:
     """Return the bits of a float64; those of -0.0 for zero, as Triton compiles anew for an int of less than 32 bits."""
     bits: int = struct.unpack("<q", struct.pack("<d", value or -0.0))[0]
@@ -313,11 +362,12 @@ class _Launch:
         self._options |= {"num_warps": options["num_warps"], **COMPILER_OPTIONS}
         own = ("table", "programs", "counters")
         self._names = [name for name in self._kernel.arg_names if name not in options and name not in own]
+        self._compiled: _Compiled = {}
 
-    def run(self, table: Tensor, arguments: _Arguments) -> None:
+    def run(self, table: Tensor, arguments: _Arguments, kinds: _Kinds) -> None:
         counters = [self.counters if self.counter_count else None] if self.key.kind == "spread" else []
-        given = [arguments[name] for name in self._names]
-        self._kernel[(len(self.programs),)](table, self.programs, *counters, *given, **self._options)
+        given = table, self.programs, *counters, *[arguments[name] for name in self._names]
+        _launch(self._kernel, self.programs.size(0), given, self._options, self._compiled, kinds)
 
 
 def _flags(hyper: Hyperparameters) -> tuple[bool, bool, bool]:
@@ -325,8 +375,9 @@ def _flags(hyper: Hyperparameters) -> tuple[bool, bool, bool]:
     return hyper.amsgrad, hyper.maximize, hyper.stochastic_round
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
+def _offsets(addresses: list[int]) -> list[int]:
+    """Return how far addresses are from multiples of 16, on which tables rest."""
+    return [address & 15 for address in addresses]
 
 
 _kept_for_graphs: list[object] = []

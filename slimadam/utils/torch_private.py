@@ -68,6 +68,19 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return torch._debug_has_internal_overlap(tensor) == 1
 
 
+def layout_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Return a function that returns True only if each of as many tensors has the layout of its forerunner.
+
+    Layout: class, precision, device, sizes and strides. It compares in C++, as code that Dynamo has compiled does
+    before it runs. It may return False for equal layouts, as it does where operations are intercepted.
+
+    Args:
+        tensors: The forerunners, which are not kept alive.
+    """
+    guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    return cast(Callable[..., bool], guards.check)
+
+
 def intercepts_operations() -> bool:
     """Return whether this thread has entered a mode that intercepts tensor operations."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())

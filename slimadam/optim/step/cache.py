@@ -5,24 +5,24 @@ Checks of one parameter after the other cost more than the update of a small one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, ValuesView
 from itertools import chain, compress
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from slimadam.kernels.interface import Gradients, addresses_of
 from slimadam.kernels.layout import is_marked, is_zero_tensor
 from slimadam.state.rule import Rule
 from slimadam.state.second_moment import is_own
 from slimadam.utils.dtensor import is_dtensor, local
+from slimadam.utils.torch_private import layout_check
 
 _DTYPE, _GRAD, _LAYOUT = map(attrgetter, ("dtype", "grad", "layout"))
-_VALUES = methodcaller("values")
-
-
+_END = object()
 _OPTIONS = (
     "amsgrad", "foreach", "fused", "capturable", "differentiable", "momentum_dtype", "bf16_stochastic_round",
 )  # fmt: skip
@@ -50,18 +50,23 @@ class StepInputs:
         options: tuple[Any, ...],
         states: Sequence[Mapping[str, Any]],
     ) -> None:
-        self._params, self._rules, self._options, self._states = list(params), list(rules), options, list(states)
+        self._params, self._rules, self._options = list(params), list(rules), options
         self._have_gradient = [grad is not None for grad in grads]
-        self._moved = list(compress(params, self._have_gradient))
-        self._values = _values(states)
-        self._tensors = [*self._moved, *(tensor for state in states for tensor in own_tensors(state))]
+        self._entries = _entries(states)
+        self._values = [*chain.from_iterable(self._entries), _END]
+        moved = compress(params, self._have_gradient)
+        # A count of steps that several parameters share is there once.
+        self._tensors = tuple(dict.fromkeys([*moved, *(tensor for state in states for tensor in own_tensors(state))]))
         self._is_sharded = any(map(is_dtensor, self._tensors))
         present = [grad for grad in grads if grad is not None]
         self._grad_types = set(map(type, present))
         self._is_marked = any(map(is_marked, present))
         types = set(map(type, self._tensors)) | self._grad_types
         self.are_plain = types <= {Tensor, Parameter} and not self._is_marked
-        self._layouts = self._layouts_with(present)
+        self._addresses, self._have_memory = addresses_of(self._own()), list(map(bool, addresses_of(present)))
+        self._layouts = _layouts(self._own()), _layouts(present)
+        self._are_alike = layout_check(self._tensors) if self.are_plain else _never
+        self._are_grads_alike = layout_check(present) if self.are_plain else _never
 
     def gradients(
         self,
@@ -70,7 +75,7 @@ class StepInputs:
         options: tuple[Any, ...],
         grads: Sequence[Tensor | None] | None = None,
         states: Sequence[Mapping[str, Any]] | None = None,
-    ) -> list[Tensor] | None:
+    ) -> Gradients | None:
         """Return the gradients of the step to take, or None if any of the inputs has changed.
 
         Args:
@@ -82,25 +87,36 @@ class StepInputs:
         """
         if len(params) != len(self._params) or not all(map(is_, params, self._params)) or options != self._options:
             return None
-        found = list(map(_GRAD, params)) if grads is None else grads
+        found: Sequence[Any] = list(map(_GRAD, params)) if grads is None else grads
         if [grad is not None for grad in found] != self._have_gradient:
             return None
-        present: list[Any] = list(compress(found, self._have_gradient))
-        values = _values(self._states if states is None else states)
+        present = Gradients(compress(found, self._have_gradient))
+        values = chain(chain.from_iterable(self._entries if states is None else _entries(states)), (_END,))
         same = (
-            set(map(type, present)) == self._grad_types
-            and set(map(_LAYOUT, present)) <= {torch.strided}
-            and (any(map(Tensor.is_neg, present)) or any(map(is_zero_tensor, present))) == self._is_marked
-            and len(values) == len(self._values)
-            and all(map(is_, values, self._values))
+            all(map(is_, values, self._values))
             and all(map(is_, compress(rules, self._have_gradient), self._rules))
-            and self._layouts_with(present) == self._layouts
+            and self._same_layouts(present)
         )
         return present if same else None
 
-    def _layouts_with(self, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-        own = list(map(local, self._tensors)) if self._is_sharded else self._tensors
-        return _addresses(own), _layouts(own), _layouts(grads), list(map(bool, _addresses(grads)))
+    def _same_layouts(self, grads: Gradients) -> bool:
+        """Return whether own tensors and gradients lie as they did, the former at their addresses."""
+        own = self._own()
+        if not (self._are_alike(*own) and self._are_grads_alike(*grads)) and not (
+            set(map(type, grads)) == self._grad_types
+            and set(map(_LAYOUT, grads)) <= {torch.strided}
+            and (any(map(Tensor.is_neg, grads)) or any(map(is_zero_tensor, grads))) == self._is_marked
+            and (_layouts(own), _layouts(grads)) == self._layouts
+        ):
+            return False
+        return addresses_of(own) == self._addresses and list(map(bool, grads.addresses)) == self._have_memory
+
+    def _own(self) -> Sequence[Tensor]:
+        return tuple(map(local, self._tensors)) if self._is_sharded else self._tensors
+
+
+def _never(*_: Tensor) -> bool:
+    return False
 
 
 def own_tensors(state: Mapping[str, Any]) -> list[Tensor]:
@@ -108,12 +124,9 @@ def own_tensors(state: Mapping[str, Any]) -> list[Tensor]:
     return [value for key, value in state.items() if is_own(key) and isinstance(value, Tensor)]
 
 
-def _values(states: Iterable[Mapping[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(_VALUES, states)))
-
-
-def _addresses(tensors: Iterable[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
+def _entries(states: Iterable[Mapping[str, Any]]) -> list[ValuesView[Any]]:
+    """Return views of what is in each state, which change with it."""
+    return [state.values() for state in states]
 
 
 def _layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:

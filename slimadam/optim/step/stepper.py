@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -171,7 +172,7 @@ class Stepper:
         if not self._knows(states):
             self._known = None
             self._caches.clear()
-        found = []
+        found: list[list[Tensor] | None] = []
         for names, group in groups:
             cached = self._caches.get(id(group))
             rules = map(all_rules.get, names)
@@ -220,7 +221,7 @@ class Stepper:
             if any(grads is None for grads in recalled):
                 self._known = list(states), list(states.values())
             # Before the step: an interrupted one has changed them, too.
-            _tell_autograd([tensor for step in steps for tensor in step.written])
+            _tell_autograd(list(chain.from_iterable([step.written for step in steps])))
         exchange = self._exchange_of([part for step in steps for part, _, _ in step.shared])
         if exchange is not None:
             beta2s = [beta2 for step in steps for _, _, beta2 in step.shared]

@@ -83,3 +83,47 @@ def test_zeros_and_numbers_of_tensors_compile_nothing_anew() -> None:
         "print(json.dumps(sorted({(one.name, one.hash) for one in driver.launched})))"
     )
     assert [name for name, _ in variants] == ["advance_steps", "update_full"]
+
+
+LAUNCHES = """
+from slimadam.kernels.triton import kernels
+launches, asked = [], []
+driver.launcher_cls = lambda source, options: lambda *given: launches.append(
+    [source.fn.__name__, given[:3], [tuple(one.shape) if isinstance(one, torch.Tensor) else str(one) for one in given[9:]]])
+run = triton.runtime.JITFunction.run
+triton.runtime.JITFunction.run = lambda kernel, *given, **options: (asked.append(1), run(kernel, *given, **options))[1]
+step = TritonStep([entry(()), entry((1,)), entry((0,)), entry((1,), (0,))], Hyperparameters())
+
+def steps(*hypers, **scales):
+    found = []
+    for hyper in hypers:
+        launches.clear()
+        asked.clear()
+        step.run(hyper, **scales)
+        found.append([len(asked), list(launches)])
+    return found
+
+"""
+
+
+def test_launches_like_those_before_do_not_ask_for_the_kernel_again() -> None:
+    first, again, other = _on_driver(
+        LAUNCHES + "print(json.dumps(steps(Hyperparameters(), Hyperparameters(), Hyperparameters(lr=0.0, eps=1e-7))))"
+    )
+    assert first[0] == len(first[1]) == 8
+    assert again == [0, first[1]]
+    assert other[0] == 0
+    assert [(name, grid) for name, grid, _ in other[1]] == [(name, grid) for name, grid, _ in first[1]]
+    assert [len(given) for _, _, given in other[1]] == [len(given) for _, _, given in first[1]]
+
+
+def test_arguments_of_another_kind_ask_for_their_own_kernel() -> None:
+    """Numbers that become tensors, tensors that are not aligned, scales that come and go, floats of few bits."""
+    found = _on_driver(
+        LAUNCHES + "numbers = torch.ones(8)\n"
+        "kinds = [({'lr': 1e-3}, {}), ({'lr': numbers[0]}, {}), ({'lr': numbers[1]}, {}), ({'eps': 5e-324}, {}),\n"
+        "         ({}, {'grad_scale': numbers[0]}), ({}, {'grad_scale': numbers[1]}), ({}, {'found_inf': numbers[0]})]\n"
+        "asked_for = lambda: [steps(Hyperparameters(**hyper), **scales)[0][0] for hyper, scales in kinds]\n"
+        "print(json.dumps([asked_for(), asked_for()]))"
+    )
+    assert found == [[8] * 7, [0] * 7]
