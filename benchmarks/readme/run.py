@@ -15,6 +15,7 @@ from benchmarks.readme.markdown import origin, table
 from benchmarks.readme.mix import mix
 
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+HOST_TIMES = ("SlimAdam", "AdamW (fused)")
 SECTION = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -38,6 +39,25 @@ def throughput(result: dict[str, Any]) -> str:
             table(["", "time", "state", "of copy"], rows),
             *(["", "Not measured:", "", *left_out] if left_out else []),
         ]
+    )
+
+
+def host_time(result: dict[str, Any]) -> str:
+    """Return what a step on CUDA takes of the host, beside fused AdamW's."""
+    found = result["microseconds"]
+    rows = [
+        [
+            f"gradients {where}",
+            *(f"{found[f'{label}, gradients {where}']:.0f} us" for label in HOST_TIMES),
+            f"{ratio:.2f}",
+        ]
+        for where, ratio in result["ratios"].items()
+    ]
+    return (
+        "The host's part of a step on CUDA, over the 196 tensors of GPT-2, without the launches themselves, nor what "
+        f"torch does within its fused kernel's call; {found['launches']:.0f} launches of Triton; shortest steps, bar "
+        f"{result['bar']:g} {origin(result['machine'])}, `python -m benchmarks.host_time`:\n\n"
+        f"{table(['', *HOST_TIMES, 'ratio'], rows)}"
     )
 
 
@@ -367,6 +387,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "throughput_gpt2-narrow_cpu_float32": throughput_narrow,
     "throughput_gpt2-small_cpu_float32_busy1": throughput_busy,
     **{f"throughput_{model}_cpu_float32": throughput_of_model for model in ("mixtral-small", "resnet50", "vit-base")},
+    "host_time": host_time,
     "kernels": kernels,
     "launches": launches,
     "memory": memory,

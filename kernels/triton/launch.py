@@ -111,7 +111,7 @@ _Arguments = dict[str, _Argument]
 _Kinds = tuple[Any, ...]
 """What Triton compiles anew for, of each argument."""
 _Compiled = dict[_Kinds, tuple[Callable[..., None], list[Any]]]
-"""Launches that have been made, by the number of their kernel, each with the constants that it takes at the end."""
+"""Launches of a kernel that have been made, each with the constants that it takes at the end."""
 
 
 class _Key(NamedTuple):

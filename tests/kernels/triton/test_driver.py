@@ -88,8 +88,9 @@ def test_zeros_and_numbers_of_tensors_compile_nothing_anew() -> None:
 LAUNCHES = """
 from slimadam.kernels.triton import kernels
 launches, asked = [], []
+shown = lambda one: tuple(one.shape) if isinstance(one, torch.Tensor) else str(one)
 driver.launcher_cls = lambda source, options: lambda *given: launches.append(
-    [source.fn.__name__, given[:3], [tuple(one.shape) if isinstance(one, torch.Tensor) else str(one) for one in given[9:]]])
+    [source.fn.__name__, given[:3], [shown(one) for one in given[9:]]])
 run = triton.runtime.JITFunction.run
 triton.runtime.JITFunction.run = lambda kernel, *given, **options: (asked.append(1), run(kernel, *given, **options))[1]
 step = TritonStep([entry(()), entry((1,)), entry((0,)), entry((1,), (0,))], Hyperparameters())
@@ -122,7 +123,8 @@ def test_arguments_of_another_kind_ask_for_their_own_kernel() -> None:
     found = _on_driver(
         LAUNCHES + "numbers = torch.ones(8)\n"
         "kinds = [({'lr': 1e-3}, {}), ({'lr': numbers[0]}, {}), ({'lr': numbers[1]}, {}), ({'eps': 5e-324}, {}),\n"
-        "         ({}, {'grad_scale': numbers[0]}), ({}, {'grad_scale': numbers[1]}), ({}, {'found_inf': numbers[0]})]\n"
+        "         ({}, {'grad_scale': numbers[0]}), ({}, {'grad_scale': numbers[1]}),\n"
+        "         ({}, {'found_inf': numbers[0]})]\n"
         "asked_for = lambda: [steps(Hyperparameters(**hyper), **scales)[0][0] for hyper, scales in kinds]\n"
         "print(json.dumps([asked_for(), asked_for()]))"
     )
