@@ -55,8 +55,8 @@ def host_time(result: dict[str, Any]) -> str:
     ]
     return (
         "The host's part of a step on CUDA, over the 196 tensors of GPT-2, without the launches themselves, nor what "
-        f"torch does within its fused kernel's call; {found['launches']:.0f} launches of Triton; shortest steps, bar "
-        f"{result['bar']:g} {origin(result['machine'])}, `python -m benchmarks.host_time`:\n\n"
+        f"torch's fused kernel does beside raising versions; {found['launches']:.0f} launches of Triton; shortest "
+        f"steps, bar {result['bar']:g} {origin(result['machine'])}, `python -m benchmarks.host_time`:\n\n"
         f"{table(['', *HOST_TIMES, 'ratio'], rows)}"
     )
 

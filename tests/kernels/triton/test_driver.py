@@ -111,7 +111,7 @@ def test_launches_like_those_before_do_not_ask_for_the_kernel_again() -> None:
     first, again, other = _on_driver(
         LAUNCHES + "print(json.dumps(steps(Hyperparameters(), Hyperparameters(), Hyperparameters(lr=0.0, eps=1e-7))))"
     )
-    assert first[0] == len(first[1]) == 8
+    assert first[0] == len(first[1]) == 4
     assert again == [0, first[1]]
     assert other[0] == 0
     assert [(name, grid) for name, grid, _ in other[1]] == [(name, grid) for name, grid, _ in first[1]]
@@ -128,4 +128,4 @@ def test_arguments_of_another_kind_ask_for_their_own_kernel() -> None:
         "asked_for = lambda: [steps(Hyperparameters(**hyper), **scales)[0][0] for hyper, scales in kinds]\n"
         "print(json.dumps([asked_for(), asked_for()]))"
     )
-    assert found == [[8] * 7, [0] * 7]
+    assert found == [[4] * 7, [0] * 7]
