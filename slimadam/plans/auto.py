@@ -33,7 +33,7 @@ class AutoPlan:
         measurements: Number of times the SNR is measured in these steps, at equal distances, the last at their end.
         cutoff: SNR that a candidate must exceed.
         budget: Share of the measured second moments to save instead, at the least loss (elements over SNR).
-        forms: ``"best"``: averages and the factored form compete. ``"mean"``: averages only, as in the paper.
+        forms: As in :meth:`CompressionPlan.from_snr`; ``"mean"`` is the paper exactly.
         keep: Patterns of names or roles that stay in full.
         parts: The logical matrices in parameters, by pattern of their names, where their modules do not say, such as
             ``{"*.qkv.weight": Split({"query": 768, "key": 768, "value": 768})}``.
@@ -46,7 +46,7 @@ class AutoPlan:
     measurements: int = 2
     cutoff: float = 1.0
     budget: float | None = None
-    forms: Forms = "best"
+    forms: Forms = "factored"
     keep: tuple[str, ...] = ()
     parts: Mapping[str, Split] = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ from slimadam.layers.name_patterns import BIAS, NORM, canonical_name, owner_of, 
 from slimadam.measurement.history import SNRHistory
 from slimadam.state.rule import FACTORED, MAX_NDIM, Rule, Source
 
-Forms = Literal["mean", "best"]
+Forms = Literal["mean", "best", "factored"]
 
 _SMALLEST_SNR: Final = 1e-100
 """Nothing that loses more is chosen by budget."""
@@ -87,13 +87,13 @@ def check_choice(cutoff: float, forms: str, budget: float | None = None) -> None
 
     Args:
         cutoff: SNR that a candidate must exceed.
-        forms: ``"mean"`` or ``"best"``.
+        forms: ``"mean"``, ``"best"`` or ``"factored"``.
         budget: Share of second moments to save, if any.
     """
     if not _is_number(cutoff) or not 0 <= cutoff < math.inf:
         raise ValueError(f"cutoff={cutoff!r} must be a number >= 0")
     if forms not in get_args(Forms):
-        raise ValueError(f"forms={forms!r} must be 'mean' or 'best'")
+        raise ValueError(f"forms={forms!r} must be 'mean', 'best' or 'factored'")
     if budget is not None and not (_is_number(budget) and 0 <= budget <= 1):
         raise ValueError(f"budget={budget!r} must be a share in 0..1, or None")
 
@@ -197,6 +197,8 @@ def keep_full(rule: Rule, kept: str | None) -> Rule | None:
 def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     """Choose the measured candidate with the highest SNR, if it is strictly above the cutoff.
 
+    With ``forms="factored"`` the factored form is chosen wherever it is above the cutoff.
+
     Args:
         rule: A rule in full, with what was measured.
         cutoff: As in :meth:`CompressionPlan.from_snr`.
@@ -205,11 +207,16 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     options = _options(rule, forms)
     if not options:
         return replace(rule, reason=_why_without_options(rule), source=Source.MEASURED)
-    best = max(options, key=_rank)
+    highest = max(options, key=_rank)
+    preferred = [one for one in options if one.rule.form == FACTORED and one.snr > cutoff and forms == "factored"]
+    best = preferred[0] if preferred else highest
     label = best.rule.stored_as.describe()
     if best.snr > cutoff:
         has = "have" if best.rule.form == FACTORED else "has"
-        reason = f"{label} {has} the highest SNR, {best.snr:.3g}, above the cutoff {cutoff:g}"
+        what = "the highest SNR" if best == highest else "an SNR"
+        reason = f"{label} {has} {what}, {best.snr:.3g}, above the cutoff {cutoff:g}"
+        if best != highest:
+            reason += f"; they are preferred to {highest.rule.stored_as.describe()} ({highest.snr:.3g})"
         return replace(best.rule, reason=reason, source=Source.MEASURED)
     reason = f"the highest SNR, {best.snr:.3g} ({label}), is not above the cutoff {cutoff:g}"
     return replace(rule, reason=reason, source=Source.MEASURED)
@@ -219,7 +226,7 @@ def _options(rule: Rule, forms: Forms) -> list[_Option]:
     """Return the measured candidates that save anything."""
     found = []
     for candidate, snr in rule.snr.items():
-        if candidate != FACTORED or forms == "best":
+        if candidate != FACTORED or forms != "mean":
             option = rule.stored_by(candidate)
             found.append(_Option(snr, _elements(rule) - option.stored_elements(rule.shape or ()), option))
     return [option for option in found if option.saved > 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from slimadam.layers.name_patterns import MATRIX_ROLES, UNKNOWN, canonical_name, key_of, names_of, role_from_name
 from slimadam.layers.splits import Part, Piece, Split, pieces_of_target
 from slimadam.measurement.snr import average_snr
-from slimadam.plans.selection import choose_by_cutoff, keep_full
+from slimadam.plans.selection import Forms, choose_by_cutoff, keep_full
 from slimadam.state.rule import FACTORED, Rule, Source, full_rule
 from slimadam.utils.errors import PlanError
 
@@ -97,14 +97,21 @@ def _carried(names: Sequence[str], piece: Piece, kinds: Mapping[_Kind, Sequence[
     if all(rule.is_full for rule in found):
         return replace(measured, reason=f"{origin}, all in full")
     if cutoff is not None and any(rule.snr for rule in found):
-        any_factored = any(rule.form == FACTORED for rules in kinds.values() for rule in rules)
-        chosen = choose_by_cutoff(measured, cutoff, "best" if any_factored else "mean")
+        chosen = choose_by_cutoff(measured, cutoff, _forms_of(rule for rules in kinds.values() for rule in rules))
         return replace(chosen, reason=f"{origin}: {chosen.reason}", source=Source.CARRIED)
     ((form, dims), count), *_ = Counter((rule.form, rule.dims) for rule in found).most_common()
     common = replace(measured, form=form, dims=dims, snr={}, reason=f"{origin}: the rule of {count} of them")
     if common.stored_elements(piece.shape) >= math.prod(piece.shape):
         return replace(common, form="full", dims=(), reason=f"{origin}, whose rule saves nothing here")
     return common
+
+
+def _forms_of(rules: Iterable[Rule]) -> Forms:
+    """Return the forms that a plan was chosen among."""
+    factored = [rule.snr for rule in rules if rule.form == FACTORED]
+    if any(snr and max(snr.values()) > snr.get(FACTORED, math.inf) for snr in factored):
+        return "factored"
+    return "best" if factored else "mean"
 
 
 def _in_layout_of(piece: Piece, rule: Rule) -> Rule:

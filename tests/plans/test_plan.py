@@ -59,6 +59,18 @@ def test_best_lets_the_factored_form_compete() -> None:
     assert CompressionPlan.from_snr(_history(lower), forms="best")["h.0.q_proj.weight"].dims == (1,)
 
 
+@pytest.mark.parametrize(
+    ("factored", "cutoff", "form"), [(1.1, 1.0, "factored"), (1.0, 1.0, "mean"), (0.2, 1.0, "mean"), (0.2, 4.0, "full")]
+)
+def test_the_factored_form_is_preferred_above_the_cutoff(factored: float, cutoff: float, form: str) -> None:
+    snr = {(0,): 2.0, (1,): 3.0, (0, 1): 0.5, "factored": factored}
+    rule = CompressionPlan.from_snr(_history(snr), cutoff, forms="factored")["h.0.q_proj.weight"]
+    assert (rule.form, rule.dims) == (form, (1,) if form == "mean" else ())
+    assert ("preferred to averaging over dimension 1 (3)" in rule.reason) == (form == "factored")
+    only_average = CompressionPlan.from_snr(_history(snr), cutoff)["h.0.q_proj.weight"]
+    assert only_average.form == ("full" if form == "full" else "mean")
+
+
 def test_candidates_that_save_nothing_are_not_chosen() -> None:
     rule = CompressionPlan.from_snr(_history({(0,): math.inf, (1,): 2.0, (0, 1): 2.0}, (1, 6)))["h.0.q_proj.weight"]
     assert math.prod(rule.state_shapes((1, 6))[0]) == 1
