@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RULES = "SlimAdam (rules)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OTHERS = ", others"
+"""End of the names of items that a run can do without."""
 LARGEST_RATIO, LEAST_BANDWIDTH, MOST_LAUNCHES = 0.75, 0.90, 4
 LARGE = 1_000_000_000
 Result = dict[str, Any]
@@ -102,7 +104,7 @@ def _throughput(settings: Settings, deadline: float) -> Items:
 
     items = {f"{model}, {dtype}": measure(model, dtype, usual) for model, dtype in pairs}
     if others:
-        items |= {f"{model}, {dtype}, others": measure(model, dtype, others) for model, dtype in pairs}
+        items |= {f"{model}, {dtype}{OTHERS}": measure(model, dtype, others) for model, dtype in pairs}
     if compiled:
         items["gpt2-small, float32, compiled"] = measure("gpt2-small", "float32", compiled)
     return items

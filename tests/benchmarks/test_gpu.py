@@ -326,8 +326,10 @@ def test_what_fails_or_is_late_is_recorded_and_the_rest_kept(tmp_path: Path) -> 
         "checks: wrong: ValueError: broken on purpose",
         "checks: slow: speed: 0.900, bar <= 0.75",
     ]
+    items["gpt2-small, float32, others"] = _broken
     late = gpu.run_stage("checks", stage, QUICK, tmp_path, -1)
     assert len(gpu.failures({"checks": late})) == 3
+    assert "used up" in late["gpt2-small, float32, others"]["not_applicable"]
 
 
 def test_a_stage_in_its_own_process_is_read_back_and_ended_in_time(
