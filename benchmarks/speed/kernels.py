@@ -175,8 +175,8 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
         constants: dict[str, Any] = {**common, "LINES": settings.lines_of(size[param])}
         tile = constants["LINES"] * columns
         # Its number, its row of the table, and its data.
-        variant = Variant(getattr(kernels, f"update_{kind}"), precision, flags, constants, settings.num_warps, *wide,
-                          moved, tile, 3)  # fmt: skip
+        variant = Variant(getattr(kernels, f"update_{kind}"), precision, flags, constants,
+                          settings.warps_of(size[param]), *wide, moved, tile, 3)  # fmt: skip
         if kind in ("full", "spread"):
             constants |= {"PITCHED": flags == "pitched", "WIDE": False}
         if kind == "full":

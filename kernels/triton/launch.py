@@ -68,21 +68,27 @@ class Settings(NamedTuple):
         columns: Number of columns of a tile.
         num_warps: Number of warps of 32 threads that share a tile.
         narrow_lines: Number of rows of a tile of 2-byte parameters, which leave registers for more; None: ``lines``.
+        wide_warps: Number of warps for 8-byte parameters, which take more registers; None: ``num_warps``.
     """
 
     lines: int
     columns: int
     num_warps: int
     narrow_lines: int | None = None
+    wide_warps: int | None = None
 
     def lines_of(self, itemsize: int) -> int:
         """Return the number of rows of a tile of parameters of so many bytes."""
         return self.narrow_lines or self.lines if itemsize == 2 else self.lines
 
+    def warps_of(self, itemsize: int) -> int:
+        """Return the number of warps for parameters of so many bytes."""
+        return self.wide_warps or self.num_warps if itemsize == 8 else self.num_warps
+
 
 SETTINGS: dict[tuple[Kind, int], Settings] = {
     ("full", 256): Settings(8, 256, 8),
-    ("spread", 256): Settings(4, 256, 4, 8),
+    ("spread", 256): Settings(4, 256, 4, 8, 8),
     ("rows", 32): Settings(32, 32, 4, 64),
     ("rows", 256): Settings(8, 256, 8, 16),
     ("rows", 1024): Settings(2, 1024, 8, 4),
@@ -441,7 +447,7 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
         "ROUNDS": hyper.stochastic_round and entry.param.dtype == torch.bfloat16,
         "ALIGNED": unit if rows_aligned and all(tensor.data_ptr() % 16 == 0 for tensor in dense) else 0,
         "LINES": settings.lines_of(entry.param.itemsize),
-        "num_warps": settings.num_warps,
+        "num_warps": settings.warps_of(entry.param.itemsize),
     }
     if is_flat:
         options |= {"PITCHED": found.is_pitched, "WIDE": max(found.width, found.red) >= WIDE_FROM}
