@@ -64,7 +64,6 @@ def _report(record: Record, out: Path, docs: Path) -> bool:
     result = figures(record.runs)
     table = markdown(result)
     print(table)
-    (out / "equivalence.md").write_text(table, encoding="utf-8")
     print("written:", machine.write("equivalence", result, out))
     print("written:", draw(result, docs / "equivalence.png"))
     return machine.print_bars(result["bars"])

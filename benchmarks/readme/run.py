@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.equivalence.report import markdown as equivalence_tables
 from benchmarks.harness.comparison import SLOW
 from benchmarks.harness.machine import RESULTS
 from benchmarks.readme import calibration, scale, sharpness, warmup
@@ -40,6 +41,11 @@ def throughput(result: dict[str, Any]) -> str:
             *(["", "Not measured:", "", *left_out] if left_out else []),
         ]
     )
+
+
+def equivalence(result: dict[str, Any]) -> str:
+    """Return held-out losses of all optimizers against AdamW's, each at its own best rate."""
+    return f"Measured {origin(result['machine'])}.\n\n{equivalence_tables(result).strip()}"
 
 
 def host_time(result: dict[str, Any]) -> str:
@@ -387,6 +393,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "throughput_gpt2-narrow_cpu_float32": throughput_narrow,
     "throughput_gpt2-small_cpu_float32_busy1": throughput_busy,
     **{f"throughput_{model}_cpu_float32": throughput_of_model for model in ("mixtral-small", "resnet50", "vit-base")},
+    "equivalence": equivalence,
     "host_time": host_time,
     "kernels": kernels,
     "launches": launches,
