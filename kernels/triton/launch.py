@@ -197,8 +197,10 @@ class TritonStep:
             if _captures(self._device):
                 return self._captured(addresses)
             if moved:
+                self._grads = []  # an interruption must not leave old addresses in the table under new ones here
                 self._write(addresses)
                 self._table.copy_(_pinned(self._rows, self._device), non_blocking=True)
+                self._grads = addresses
         return self
 
     def _captured(self, grads: list[int]) -> TritonStep:
@@ -207,6 +209,7 @@ class TritonStep:
         captured.is_captured = True
         captured._rows = self._rows.clone()
         captured._write(grads)
+        captured._grads = grads
         captured._table = _on_device(captured._rows, self._device)
         _kept_for_graphs.append(captured)
         return captured
@@ -221,7 +224,6 @@ class TritonStep:
             tensor.record_stream(stream)
 
     def _write(self, grads: list[int]) -> None:
-        self._grads = grads
         self._rows.select(1, kernels.GRAD.value).copy_(torch.frombuffer(array("q", grads), dtype=torch.int64))
 
     def _tensors(self) -> list[Tensor]:

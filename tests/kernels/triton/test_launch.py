@@ -256,6 +256,25 @@ def test_moved_gradients_are_followed_and_other_flags_are_noticed() -> None:
     assert prepared.with_gradients([shifted, *grads[1:]], hyper) is None
 
 
+def test_a_step_after_an_interrupted_one_follows_gradients_that_had_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [_entry((40, 48), dims) for dims in ((), (1,), (0,), "factored")]
+    prepared = TritonStep(entries, HYPER)
+    moved = [entry._replace(grad=torch.randn_like(entry.grad)) for entry in entries]
+    expected = _expected(moved, steps=1)
+    grads = [entry.grad for entry in moved]
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_update, "_pinned", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepared.with_gradients(grads, HYPER)
+    assert prepared.with_gradients(grads, HYPER) is prepared
+    prepared.run(HYPER)
+    _assert_agree(moved, expected)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_infinite_gradients_leave_everything_alone_and_scaled_ones_are_divided() -> None:
     cases = [((7, 5), dims) for dims in ((), (1,), (0,), "factored")]
     entries = [_entry(*case) for case in cases]
