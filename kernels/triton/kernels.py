@@ -677,7 +677,7 @@ def update_spread(
 
     Args:
         programs: int32 ``[programs, PROGRAM]``, in order: tensor, stage, part of the stage, programs to wait for, first
-            slice, slices, first column, columns, slab.
+            slice, slices, first column, columns or 0 for all, slab.
         counters: int32, zeros: programs that have started, and for each slab those that have announced their stores.
             None if second moments are finished already, and there is nothing but updates.
         SUMS_ALIGNED: As ``ALIGNED``, of the gradient alone and its rows as sums read them.
@@ -697,7 +697,9 @@ def update_spread(
     first_column, columns = tl.multiple_of(tl.load(program + 6), 256), tl.load(program + 7)
     if IN_ROWS and ALIGNED != 0:
         columns = tl.multiple_of(columns, ALIGNED)
-    first_column, columns = first_column.to(tl.int64), columns.to(tl.int64)
+    # Zero stands for all, which may need 64 bits.
+    columns = tl.where(columns == 0, _field(row, WIDTH, ALIGNED if IN_ROWS else 0), columns.to(tl.int64))
+    first_column = first_column.to(tl.int64)
     done = None if counters is None else counters + 1 + tl.load(program + 8)
     beta1, beta2, eps = _number(beta1), _number(beta2), _number(eps)
     if stage == UPDATE:

@@ -65,7 +65,8 @@ class Slab(NamedTuple):
         summed = found.post if self.columns == found.width else self.columns
         sums = self.slices * ceil(found.red, SUM_LINES) * ceil(summed, SUM_COLUMNS)
         by_row = ceil(self.slices * found.red, FINISHED_AT_ONCE) if found.by_row else 0
-        finish = by_row + ceil(self.slices * self.columns, kernels.COLUMNS_FINISHED.value) if found.by_column else 0
+        by_column = ceil(self.slices * self.columns, kernels.COLUMNS_FINISHED.value)
+        finish = by_row + by_column if found.by_column else 0
         elements = self.slices * found.slice_count
         if in_rows:
             updates = ceil(elements // found.width * ceil(self.columns, 256), lines * TILES)
@@ -149,7 +150,8 @@ def _batches(found: Sequence[Slab], itemsize: int) -> Iterator[list[int]]:
 def _stages(slab: Slab, number: int, lines: int, in_rows: bool) -> list[Tensor]:
     """Return the programs of each stage, which wait for all of the stages before."""
     stages, awaited = [], 0
-    place = [slab.first_slice, slab.slices, slab.first_column, slab.columns, number]
+    columns = 0 if slab.columns == slab.tiling.width else slab.columns
+    place = [slab.first_slice, slab.slices, slab.first_column, columns, number]
     for stage, count in enumerate(slab.programs(lines, in_rows)):
         programs = torch.tensor([slab.tensor, stage, 0, awaited, *place], dtype=torch.int32, device="cpu")
         programs = programs.repeat(count, 1)

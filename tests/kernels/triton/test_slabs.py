@@ -61,6 +61,21 @@ def test_slabs_cover_every_element_once(slab_bytes: int, monkeypatch: pytest.Mon
             assert all(part.first_column % 256 == 0 for part in parts)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dims"), [((2**31,), ((0,),)), ((262144, 8192), ((0, 1),)), ((2, 2**31 + 128), ((1,),))]
+)
+def test_what_needs_64_bits_is_not_in_the_list(shape: tuple[int, ...], dims: tuple[Dims, ...]) -> None:
+    for precomputed in (False, True):
+        found = tiling(torch.empty(shape, device="meta"), dims, precomputed=precomputed)
+        assert found is not None
+        if precomputed:
+            programs = slabs.updates([(0, found)], 1 << 16, in_rows=True)
+        else:
+            programs, _ = slabs.work([(0, found)], 1 << 16, in_rows=True, itemsize=4)
+        assert programs.dtype == torch.int32
+        assert programs[:, 7].eq(0).all()
+
+
 def test_strips_stay_within_the_size_of_a_slab() -> None:
     found = tiling(torch.empty(8192, 2048, device="meta"), ((0,),))
     assert found is not None
