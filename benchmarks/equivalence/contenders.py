@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 import slimadam
 from benchmarks import ROOT
 from benchmarks.equivalence.workloads import Task
+from benchmarks.harness.contenders import missing
 from slimadam import AutoPlan, SlimAdam
 from slimadam.layers.roles import roles_of
 
@@ -56,13 +57,7 @@ class Contender:
 
     def missing(self) -> str | None:
         """Return why it cannot be built here, or None."""
-        if self.package == "slimadam":
-            return None
-        try:
-            metadata.version(self.package)
-        except metadata.PackageNotFoundError:
-            return f"{self.package} is not installed; pip install {self.package}"
-        return None
+        return None if self.package == "slimadam" else missing(self.package)
 
     def version(self) -> str:
         """Return the version of its code: a hash of the package's statements for ours, the package's for others."""

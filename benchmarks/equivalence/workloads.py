@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib import metadata
 from typing import Any
 
 import torch
 
+from benchmarks.harness.contenders import missing
 from benchmarks.mix.domains import prose
 from benchmarks.workloads.language import Bytes, LlamaBytes, byte_gpt, byte_llama, byte_lstm
 from benchmarks.workloads.tasks.congruential import Congruential
@@ -56,12 +56,7 @@ class Kind:
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""
-        for package in self.packages:
-            try:
-                metadata.version(package)
-            except metadata.PackageNotFoundError:
-                return f"{package} is not installed; pip install {package}"
-        return None
+        return next(filter(None, map(missing, self.packages)), None)
 
 
 @dataclass(frozen=True)

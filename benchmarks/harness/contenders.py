@@ -18,6 +18,19 @@ DEFAULT = "AdamW (default)"
 FUSED = "AdamW (fused)"
 
 
+def missing(package: str) -> str | None:
+    """Return that a distribution is not installed and how to get it, or None.
+
+    Args:
+        package: Its name.
+    """
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"{package} is not installed; pip install {package}"
+    return None
+
+
 @dataclass(frozen=True)
 class Contender:
     """An optimizer in the comparison.
@@ -38,13 +51,7 @@ class Contender:
 
     def missing(self) -> str | None:
         """Return why it cannot be built here, or None; ours is in the repository, installed or not."""
-        if self.settings is not None:
-            return None
-        try:
-            metadata.version(self.package)
-        except metadata.PackageNotFoundError:
-            return f"{self.package} is not installed; pip install {self.package}"
-        return None
+        return None if self.settings is not None else missing(self.package)
 
     def step_of(self, optimizer: Optimizer) -> Callable[[], Any]:
         """Return the call that is timed."""

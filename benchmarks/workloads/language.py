@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.workloads.training import Batch, in_batches
+from benchmarks.workloads.training import Batch, PredictsNext, in_batches
 from slimadam.demo.data import ByteData, load
 from slimadam.demo.model import VOCABULARY, ByteGPT
 from slimadam.demo.training import DemoSettings
@@ -53,7 +53,7 @@ def byte_lstm(settings: DemoSettings) -> nn.Module:
     return ByteLSTM(settings.width)
 
 
-class Bytes:
+class Bytes(PredictsNext):
     """The demo's data and batches with any model of bytes.
 
     Args:
@@ -92,15 +92,6 @@ class Bytes:
             seed: Seed of the windows' places.
         """
         return self._data.batches(steps, self._settings.batch_size, self._settings.context, seed)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the next byte in nats.
-
-        Args:
-            model: Language model.
-            batch: Inputs and targets.
-        """
-        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     def held_out(self) -> Iterator[Batch]:
         """Yield the demo's held-out windows."""

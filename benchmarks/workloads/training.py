@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
 
 from slimadam import CompressionPlan, SlimAdam, SNRHistory, SNRRecorder, Split, every
@@ -102,6 +103,35 @@ def in_batches(inputs: Tensor, targets: Tensor) -> Iterator[Batch]:
     for start in range(0, len(inputs), _HELD_OUT_BATCH):
         batch = slice(start, start + _HELD_OUT_BATCH)
         yield inputs[batch], targets[batch]
+
+
+def random_batches(inputs: Tensor, targets: Tensor, size: int, steps: int, seed: int) -> Iterator[Batch]:
+    """Yield batches of random examples.
+
+    Args:
+        inputs: Inputs.
+        targets: Targets, as many.
+        size: Examples of a batch.
+        steps: Number of batches.
+        seed: Seed of the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        chosen = torch.randint(len(targets), (size,), generator=generator)
+        yield inputs[chosen], targets[chosen]
+
+
+class PredictsNext:
+    """The loss of workloads whose model says what comes next at each place of a sequence."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of what comes next, in nats.
+
+        Args:
+            model: Language model.
+            batch: Inputs and targets.
+        """
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from benchmarks.workloads.training import Batch
+from benchmarks.workloads.training import Batch, random_batches
 
 CLASSES = 10
 _PIXELS, _LARGEST = 8, 16.0
@@ -86,11 +86,7 @@ class Digits:
             steps: Number of batches.
             seed: Seed of the choice.
         """
-        images, labels = self._data[0]
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            chosen = torch.randint(len(labels), (self.batch_size,), generator=generator)
-            yield images[chosen], labels[chosen]
+        return random_batches(*self._data[0], self.batch_size, steps, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the class in nats.

