@@ -1,4 +1,4 @@
-"""Count launches and bytes of a step in Triton, without a GPU: ``python -m benchmarks.launches [--out FILE]``.
+"""Count launches and bytes of a step in Triton, without a GPU: ``python -m benchmarks.launches [--out FOLDER]``.
 
 Nothing is run: tensors without memory are given to the code that lays out launches. A gradient counts twice where it
 is summed first and too large to be still in the cache when it is read again. Bars: at most 4 launches for every plan,
@@ -22,7 +22,7 @@ from slimadam.kernels.triton.slabs import SLAB_BYTES, is_in_rows, slabs
 from slimadam.kernels.triton.tiling import Tiling, tiling
 
 MODELS: dict[str, Callable[[], Shapes]] = {"GPT-2 124M": gpt2_small, "Llama-1B": llama_1b, "Llama-8B": llama_8b}
-PLANS = {"no plan": None, "rules": "rules", "factored": "factored"}
+PLANS = {"`plan=None`": None, "rules": "rules", "factored": "factored"}
 MOST_LAUNCHES, MOST_BYTES = 4, 20.0
 
 
@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model, shapes in MODELS.items()
         for label, plan in PLANS.items()
     ]
-    print(f"{'model':12s} {'plan':10s} launches  bytes/parameter")
+    print(f"{'model':12s} {'plan':11s} launches  bytes/parameter")
     for row in rows:
-        print(f"{row['model']:12s} {row['plan']:10s} {row['launches']:8d}  {row['bytes_per_parameter']:15.2f}")
+        print(f"{row['model']:12s} {row['plan']:11s} {row['launches']:8d}  {row['bytes_per_parameter']:15.2f}")
     (rules,) = [row for row in rows if (row["model"], row["plan"]) == ("Llama-1B", "rules")]
     print("written:", machine.write("launches", {"most_launches": MOST_LAUNCHES, "rows": rows}, options.out))
     too_many = [row for row in rows if row["launches"] > MOST_LAUNCHES]

@@ -60,9 +60,10 @@ def host_time(result: dict[str, Any]) -> str:
         for where, ratio in result["ratios"].items()
     ]
     return (
-        "The host's part of a step on CUDA, over the 196 tensors of GPT-2, without the launches themselves, nor what "
-        f"torch's fused kernel does beside raising versions; {found['launches']:.0f} launches of Triton; shortest "
-        f"steps, bar {result['bar']:g} {origin(result['machine'])}, `python -m benchmarks.host_time`:\n\n"
+        "The host's part of a step on CUDA with rules, over the 196 tensors of a GPT-2 that is 64 wide: "
+        f"{found['launches']:.0f} launches, one more than at full width, since rows shorter than 256 take their own. "
+        "Launches end where the GPU would begin; of torch's fused call only what raises versions is timed. Shortest of "
+        f"1,000 steps, bar {result['bar']:g} {origin(result['machine'])}, `python -m benchmarks.host_time`:\n\n"
         f"{table(['', *HOST_TIMES, 'ratio'], rows)}"
     )
 
@@ -211,7 +212,8 @@ def launches(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             "Launches and bytes of a float32 step, counted from its list of work by `python -m benchmarks.launches` "
-            f"{origin(result['machine'])}; a gradient counts twice where a slab is too large for the cache:",
+            f"{origin(result['machine'])}; a gradient counts twice where a slab is larger than 10 MB, as that of a "
+            "large factored matrix is, which has to be summed as a whole:",
             "",
             table(["model", "plan", "launches", "bytes a parameter"], rows),
         ]
@@ -222,13 +224,7 @@ def _plain_on_hopper(found: list[dict[str, Any]]) -> list[str]:
     """Return bytes a parameter and predicted shares of a kernel's variants on sm_90, in float32 and bfloat16."""
     moved, shares = [], []
     for precision in ("fp32", "bf16"):
-        plain = [
-            one
-            for one in found
-            if (one["architecture"], one["precision"]) == (90, precision)
-            and one["predicted_share"] is not None
-            and len(one["flags"].split()) == 2
-        ]
+        plain = [one for one in found if (one["architecture"], one["precision"]) == (90, precision) and one["is_plain"]]
         if plain:
             lowest, highest = (f"{choice(one['predicted_share'] for one in plain):.0%}" for choice in (min, max))
             moved.append(f"{plain[0]['bytes_per_parameter']:.0f}")

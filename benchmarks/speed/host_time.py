@@ -116,7 +116,7 @@ def _steps(build: Callable[[nn.Module], torch.optim.Optimizer], moving: bool) ->
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write ``host_time.json``; 1 if the bar is missed."""
     parser = machine.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=1000, help="timed steps of each optimizer (default: 1000)")
     options = parser.parse_args(arguments)
     found = measure(options.rounds)
     print(f"{len(gpt2_narrow())} tensors, {found['launches']:.0f} launches of SlimAdam")

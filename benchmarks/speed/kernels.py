@@ -1,4 +1,4 @@
-"""Compile the Triton kernels ahead, without a GPU: ``python -m benchmarks.kernels [--out FILE]``.
+"""Compile the Triton kernels ahead, without a GPU: ``python -m benchmarks.kernels [--out FOLDER]``.
 
 Every variant is compiled ahead for sm_80 and sm_90. Printed: registers a thread, bytes spilled to local memory, shared
 memory of a program, programs that a multiprocessor holds at a time, 128-bit loads and stores in its code, the bytes it
@@ -91,6 +91,7 @@ class Variant:
         bytes_per_parameter: Bytes that it must move; None for the kernels that only touch averages.
         elements: Parameters of a program, where the model predicts its bandwidth.
         waits: Loads of a program that have to end before others can begin, and the last ones.
+        is_plain: No flag is set, and tensors have the usual sizes.
     """
 
     kernel: Any
@@ -103,6 +104,7 @@ class Variant:
     bytes_per_parameter: float | None = None
     elements: int = 0
     waits: float = 0
+    is_plain: bool = False
 
     def is_ordered(self, ptx: str) -> bool:
         """Return whether warps wait for each other where one of them reads or announces what others store.
@@ -132,6 +134,7 @@ class Compiled:
     bytes_per_parameter: float | None
     elements: int
     waits: float
+    is_plain: bool
     programs_at_once: int
     predicted_share: float | None
     is_ordered: bool
@@ -176,7 +179,7 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
         tile = constants["LINES"] * columns
         # Its number, its row of the table, and its data.
         variant = Variant(getattr(kernels, f"update_{kind}"), precision, flags, constants,
-                          settings.warps_of(size[param]), *wide, moved, tile, 3)  # fmt: skip
+                          settings.warps_of(size[param]), *wide, moved, tile, 3, not flags)  # fmt: skip
         if kind in ("full", "spread"):
             constants |= {"PITCHED": flags == "pitched", "WIDE": False}
         if kind == "full":
@@ -196,6 +199,7 @@ def _rows(variant: Variant, columns: int) -> Iterator[Variant]:
             constants={**variant.constants, "COLUMNS": columns, "WHOLE": whole},
             elements=variant.elements if whole else 2 * variant.elements,
             waits=variant.waits if whole else variant.waits + 3,  # two passes over two tiles
+            is_plain=variant.is_plain and whole,
         )
 
 
@@ -218,6 +222,7 @@ def _spread(variant: Variant) -> Iterator[Variant]:
             elements=updated,
             # Each takes its turn first, and those that update wait for sums, then for one tile after the other.
             waits=4 * sums_of_one + 4 + TILES,
+            is_plain=variant.is_plain and in_rows,
         )
     yield replace(
         variant,
@@ -225,6 +230,7 @@ def _spread(variant: Variant) -> Iterator[Variant]:
         constants={**constants, "IN_ROWS": True, "counters": None},
         elements=TILES * variant.elements,
         waits=2 + TILES,
+        is_plain=False,
     )
 
 
@@ -258,6 +264,7 @@ def _compile_variant(variant: Variant, architecture: int) -> Compiled:
         bytes_per_parameter=variant.bytes_per_parameter,
         elements=variant.elements,
         waits=variant.waits,
+        is_plain=variant.is_plain,
         programs_at_once=at_once,
         predicted_share=predicted_share(variant, at_once, MEMORIES[architecture]) if variant.elements else None,
         is_ordered=ordered,

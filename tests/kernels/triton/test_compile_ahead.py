@@ -78,6 +78,9 @@ def _assert_every_variant_compiles(architecture: str, out: Path, paths: str) -> 
         transfer = variant["elements"] * variant["bytes_per_parameter"] / per_multiprocessor
         expected = _utilization(variant["programs_at_once"], transfer / (variant["waits"] * 0.8e-6))
         assert variant["predicted_share"] == pytest.approx(expected)
+    plain = [variant for variant in variants if variant["is_plain"] and variant["precision"] == "fp32"]
+    moved = {variant["kernel"]: variant["bytes_per_parameter"] for variant in plain}
+    assert moved == {"update_full": 28, "update_rows": 20, "update_spread": 20}
     return figures
 
 
