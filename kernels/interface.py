@@ -49,7 +49,8 @@ class Entry(NamedTuple):
         param: The parameter.
         grad: Its gradient, of the same shape.
         exp_avg: First moment, of the same shape; codes where ``exp_avg_scale`` is a tensor.
-        exp_avg_sq: Second moment: one tensor (full, or size 1 in the averaged dimensions) or two (factored).
+        exp_avg_sq: Second moment: one tensor (full, or size 1 in the averaged dimensions) or two (factored). In uint8
+            it holds codes of the full one, see :mod:`.float8`.
         max_exp_avg_sq: With amsgrad the running maxima, shaped as ``exp_avg_sq``; else empty.
         step: Steps taken, this one included, 0-dimensional.
         averaged_dims: For each tensor in ``exp_avg_sq`` the dimensions it is averaged over.

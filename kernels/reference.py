@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .float8 import decode, encode, is_coded
 from .interface import Dims, Entry, Hyperparameters, Scalar, second_moment_dtype
 
 
@@ -22,7 +23,8 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     ``exp_avg <- beta1 exp_avg + (1 - beta1) g``;
     ``exp_avg_sq <- beta2 exp_avg_sq + (1 - beta2) mean_K(g**2)``;
     ``p <- (1 - lr weight_decay) p - lr m_hat / (sqrt(v_hat) + eps)`` with the usual bias corrections.
-    A pair of second moments (row averages ``r``, column averages ``c``) stands for ``r c / mean(r)``.
+    A pair of second moments (row averages ``r``, column averages ``c``) stands for ``r c / mean(r)``. One in codes is
+    used as it is computed, and rounded at random where it is stored.
 
     Args:
         entries: The tensors, of any shapes; the step counts include this step.
@@ -46,8 +48,11 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         update_first_moment(exp_avg, grad, hyper.beta1)
         used = parts
         if not precomputed:
-            update_second_moment(parts, grad, dims, hyper.beta2)
-            used = update_maxima(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
+            if is_coded(parts[0]):
+                used = [_update_codes(parts[0], grad, entry.grad, step, hyper.beta2)]
+            else:
+                update_second_moment(parts, grad, dims, hyper.beta2)
+                used = update_maxima(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
 
         # update
         if hyper.keeps_tensors(step):
@@ -113,6 +118,22 @@ def update_second_moment(parts: Sequence[Tensor], grad: Tensor, averaged_dims: S
             part.mul_(beta2).add_(mean_square(wide, dims), alpha=cast(float, 1 - beta2))
         else:
             part.mul_(beta2).addcmul_(wide, wide, value=cast(float, 1 - beta2))
+
+
+def _update_codes(codes: Tensor, grad: Tensor, raw_grad: Tensor, step: Tensor, beta2: Scalar) -> Tensor:
+    """Update a second moment in codes; return it as it was before it was rounded.
+
+    Args:
+        codes: The codes, updated in place.
+        grad: The gradient.
+        raw_grad: The gradient as it lies in memory, which decides how codes are rounded.
+        step: Steps taken, this one included.
+        beta2: Decay of the second moment.
+    """
+    value = decode(codes).to(second_moment_dtype(grad.dtype))
+    update_second_moment([value], grad, ((),), beta2)
+    codes.copy_(encode(value, raw_grad, step))
+    return value
 
 
 def mean_square(grad: Tensor, dims: Dims) -> Tensor:
