@@ -43,6 +43,11 @@ def decode(codes: Tensor) -> Tensor:
     return torch.where(wide == 0, 0.0, torch.where(wide > LARGEST, torch.inf, value))
 
 
+def values_of(moment: Tensor) -> Tensor:
+    """Return a second moment itself, decoded where it is stored in codes."""
+    return decode(moment) if is_coded(moment) else moment
+
+
 def encode(value: Tensor, grad: Tensor, step: Tensor) -> Tensor:
     """Return the codes of a second moment, rounded at random.
 

@@ -10,8 +10,9 @@ from typing import cast
 
 import torch
 
+from .float8 import is_coded
 from .interface import Entry, Hyperparameters, second_moment_dtype
-from .reference import reconstruct, update_first_moment, update_maxima, update_second_moment
+from .reference import reconstruct, update_codes, update_first_moment, update_maxima, update_second_moment
 
 
 def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
@@ -44,7 +45,9 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
     stored = []
     for entry, grad in zip(entries, grads, strict=True):
         parts = entry.exp_avg_sq
-        if not entry.precomputed:
+        if is_coded(parts[0]):
+            parts = [update_codes(entry, grad, hyper.beta2)]
+        elif not entry.precomputed:
             update_second_moment(parts, grad, entry.averaged_dims, hyper.beta2)
         if entry.max_exp_avg_sq:
             parts = update_maxima(entry.max_exp_avg_sq, parts)

@@ -47,12 +47,11 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         # first and second moment
         update_first_moment(exp_avg, grad, hyper.beta1)
         used = parts
-        if not precomputed:
-            if is_coded(parts[0]):
-                used = [_update_codes(parts[0], grad, entry.grad, step, hyper.beta2)]
-            else:
-                update_second_moment(parts, grad, dims, hyper.beta2)
-                used = update_maxima(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
+        if is_coded(parts[0]):
+            used = [update_codes(entry, grad, hyper.beta2)]
+        elif not precomputed:
+            update_second_moment(parts, grad, dims, hyper.beta2)
+            used = update_maxima(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
 
         # update
         if hyper.keeps_tensors(step):
@@ -120,19 +119,18 @@ def update_second_moment(parts: Sequence[Tensor], grad: Tensor, averaged_dims: S
             part.mul_(beta2).addcmul_(wide, wide, value=cast(float, 1 - beta2))
 
 
-def _update_codes(codes: Tensor, grad: Tensor, raw_grad: Tensor, step: Tensor, beta2: Scalar) -> Tensor:
+def update_codes(entry: Entry, grad: Tensor, beta2: Scalar) -> Tensor:
     """Update a second moment in codes; return it as it was before it was rounded.
 
     Args:
-        codes: The codes, updated in place.
-        grad: The gradient.
-        raw_grad: The gradient as it lies in memory, which decides how codes are rounded.
-        step: Steps taken, this one included.
+        entry: The parameter's tensors; its gradient as it lies in memory decides how codes are rounded.
+        grad: The gradient, scaled.
         beta2: Decay of the second moment.
     """
+    (codes,) = entry.exp_avg_sq
     value = decode(codes).to(second_moment_dtype(grad.dtype))
     update_second_moment([value], grad, ((),), beta2)
-    codes.copy_(encode(value, raw_grad, step))
+    codes.copy_(encode(value, entry.grad, entry.step))
     return value
 
 

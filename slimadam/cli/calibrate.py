@@ -35,9 +35,9 @@ _REMEDY = (
 @click.option("--cutoff", type=FiniteRange(0), default=1.0, help="SNR that averaging must exceed to be chosen.")
 @click.option("--budget", type=FiniteRange(0, 1), help="Instead of a cutoff: save at least this share of second "
               "moments and lose the least SNR.")  # fmt: skip
-@click.option("--forms", type=click.Choice(get_args(Forms)), default="factored",
-              help="mean: averages only, as in the paper. best: row and column averages compete too. factored: they "
-              "win wherever their SNR is above the cutoff.")  # fmt: skip
+@click.option("--forms", type=click.Choice(get_args(Forms)), default="closest",
+              help="mean: averages only, as in the paper. best: row and column averages compete too. closest: "
+              "these where their SNR is above three times the cutoff, else one byte for each element.")  # fmt: skip
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Names or roles to keep in full; may be repeated.")
 @click.option("--every", "interval", type=click.IntRange(1), help="Measure at step 1 and every so many steps. "
               "Default: every 100, after step 1000 every 1000.")  # fmt: skip

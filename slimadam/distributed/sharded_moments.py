@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slimadam.distributed.sharded_rules import LocalRule
-from slimadam.kernels.interface import Dims, Entry, second_moment_dtype
+from slimadam.kernels.interface import Dims, Entry
 from slimadam.state.second_moment import reduced_shape
 from slimadam.utils.dtensor import groups_of, laid_out_as, local
 
@@ -103,7 +103,9 @@ def zeros(rule: LocalRule, param: DTensor, dims: Dims) -> DTensor:
     """
     from torch.distributed.tensor import Replicate
 
-    held = torch.zeros(rule.stored_shape(dims), dtype=second_moment_dtype(param.dtype), device=local(param).device)
+    held = torch.zeros(
+        rule.stored_shape(dims), dtype=rule.rule.stored_as.dtype(param.dtype), device=local(param).device
+    )
     summed = rule.summed_over(dims)
     placements = [
         Replicate() if placement is None or index in summed else placement

@@ -136,7 +136,7 @@ def _local_part(name: str, rule: Rule, part: Part, param: DTensor, placements: t
             cut = first
             start, end = (min(max(bound - begin, 0), rows) for bound in (part.start, part.start + part.size))
             missed = min(max(begin - part.start, 0), part.size)
-    if cut is not None and rule.is_full:
+    if cut is not None and not any(rule.averaged_dims(len(view))):
         raise RuntimeError(
             _cannot_follow(name, part, "it keeps a full second moment, and shards end elsewhere than it")
         )

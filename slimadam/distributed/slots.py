@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from slimadam.distributed.sharded_moments import SharedPart, shared_part, zeros
 from slimadam.distributed.sharded_rules import LocalRule, local_rules, warn_of_old_torch
-from slimadam.kernels.interface import second_moment_dtype
 from slimadam.kernels.reference import scale_grad
 from slimadam.state import second_moment
 from slimadam.state.first_moment import momentum_in
@@ -78,6 +77,11 @@ class ParamSlot:
         return second_moment.state_shapes(self.rules, self.shape)
 
     @property
+    def stored(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and precision of each second moment that this rank stores."""
+        return list(zip(self.stored_shapes, second_moment.dtypes_of(self.rules, self.param.dtype), strict=True))
+
+    @property
     def is_shared(self) -> bool:
         """True if some of its second moments are averages over several ranks."""
         return False
@@ -89,22 +93,39 @@ class ParamSlot:
             PlanError: ``amsgrad`` is on and a second moment is factored.
             RuntimeError: Says why shards do not allow it, and what to use instead.
         """
+        reason = self._why_not_in_codes()
+        if reason is not None:
+            raise PlanError(f"{self.name!r}: {reason}; give the parameter form 'mean', 'factored' or 'full'")
         if self.group["amsgrad"] and any(rule.form == FACTORED for rule in self.rules):
             raise PlanError(
                 f"{self.name!r}: amsgrad=True has no factored form, since the maximum of a product is not the "
                 "product of maxima; set amsgrad=False or give the parameter form 'mean' or 'full'"
             )
 
+    def _why_not_in_codes(self) -> str | None:
+        """Return why second moments in codes do not go with the parameter or its options; None where they do."""
+        if not any(rule.stored_as.is_coded for rule in self.rules):
+            return None
+        if self.param.is_complex():
+            return "form='float8' is for real numbers, the parameter is complex"
+        option = next((name for name in ("amsgrad", "differentiable") if self.group[name]), None)
+        return None if option is None else f"{option}=True has no form='float8'"
+
     def rules_that_shards_allow(self) -> list[Rule]:
-        """Return the rules, or one full rule where the parts cannot be followed through the shards."""
-        return list(self.rules)
+        """Return the rules, or one full rule where shards, options or the precision do not allow them."""
+        reason = self._why_not_in_codes()
+        return list(self.rules) if reason is None else self._in_full(reason)
+
+    def _in_full(self, reason: str) -> list[Rule]:
+        logger.warning("plan='auto' keeps the second moment of %s in full: %s", self.name, reason)
+        return [Rule(shape=self.shape, reason=reason)]
 
     def zero_moments(self) -> list[Tensor]:
         """Return second moments of zero."""
-        dtype, device = second_moment_dtype(self.param.dtype), self.param.device
-        if self.rules[0].part is None and self.rules[0].is_full:
-            return [torch.zeros_like(self.param, dtype=dtype, memory_format=torch.preserve_format)]
-        return [torch.zeros(shape, dtype=dtype, device=device) for shape in self.stored_shapes]
+        stored = self.stored
+        if self.rules[0].part is None and not any(self.rules[0].averaged_dims(self.param.dim())):
+            return [torch.zeros_like(self.param, dtype=stored[0][1], memory_format=torch.preserve_format)]
+        return [torch.zeros(shape, dtype=dtype, device=self.param.device) for shape, dtype in stored]
 
     def moments_from_gradient(self, clip_factor: Tensor | None) -> list[Tensor]:
         """Return second moments that start at the squared gradient (GI-Adam, arXiv 2406.09405).
@@ -124,8 +145,11 @@ class ParamSlot:
         Args:
             moments: Of the global shapes that the rules keep; full tensors the same on every rank.
         """
-        dtype, device = second_moment_dtype(self.param.dtype), self.param.device
-        return [full_tensor(moment).to(device=device, dtype=dtype, copy=True) for moment in moments]
+        dtypes, device = second_moment.dtypes_of(self.rules, self.param.dtype), self.param.device
+        return [
+            full_tensor(moment).to(device=device, dtype=dtype, copy=True)
+            for moment, dtype in zip(moments, dtypes, strict=True)
+        ]
 
     def wrap(self, held: Tensor) -> Tensor:
         """Return a tensor of the parameter's shape and layout from this rank's shard of it."""
@@ -192,9 +216,8 @@ class ShardedSlot(ParamSlot):
         try:
             local_rules(self.name, self.rules, self.param)
         except RuntimeError as error:
-            logger.warning("plan='auto' keeps the second moment of %s in full: %s", self.name, error)
-            return [Rule(shape=self.shape, reason=str(error))]
-        return list(self.rules)
+            return self._in_full(str(error))
+        return super().rules_that_shards_allow()
 
     @override
     def zero_moments(self) -> list[Tensor]:

@@ -101,14 +101,14 @@ class Monitor:
         Args:
             name: Its name.
             param: The parameter, for its shape and precision.
-            rules: How its second moment, or that of each part, is stored; full ones are not tracked.
+            rules: How its second moment, or that of each part, is stored; values for each element are not tracked.
             second_moment: Left aside unless it is of the parameter's shape. Collective for a DTensor.
         """
         self._next = 0
         samples = []
         for rule in rules:
             self.drop(key := key_of(name, rule.part))
-            if rule.is_full:
+            if rule.is_full or rule.stored_as.is_coded:
                 continue
             index = place(rule, tuple(param.shape) if rule.part is None else rule.part.shape)
             found: Sample | str

@@ -39,7 +39,7 @@ class MemoryReport(Mapping[str, float]):
             state; zero on a CPU.
         adamw_exp_avg_sq: Second moments of ``torch.optim.AdamW`` for the same parameters.
         adamw_total: All of AdamW's state.
-        second_moments_saved: Share of AdamW's second-moment elements done without, in 0..1.
+        second_moments_saved: Share of AdamW's second-moment elements done without, in 0..1; four codes count as one.
         bytes_per_parameter: ``total`` over the number of parameter elements.
     """
 
@@ -92,25 +92,25 @@ def memory_report(
         states: Those that have a state; frozen ones without are left out.
         monitor: Keeps samples beside the state.
     """
-    moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = kept = 0
+    moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = 0
+    kept = 0.0
     samples: list[str] = []
     updated: dict[Backend, list[Entry]] = defaultdict(list)
     for slot in slots:
         if not (slot.param.requires_grad or slot.param in states):
             continue
         samples += [key_of(slot.name, rule.part) for rule in slot.rules]
-        stored = sum(map(math.prod, slot.stored_shapes))
         moments += momentum_of(slot.param, slot.group).nbytes(slot.param)
         own = slot.own
-        size = second_moment_dtype(own.dtype).itemsize
-        seconds += stored * size
-        maxima += stored * size if slot.group["amsgrad"] else 0
+        held = sum(math.prod(shape) * dtype.itemsize for shape, dtype in slot.stored)
+        seconds += held
+        maxima += held if slot.group["amsgrad"] else 0
         steps += step_dtype().itemsize
         native = own.numel() * own.dtype.itemsize
         adamw_seconds += native
         adamw_total += native * (3 if slot.group["amsgrad"] else 2)
         elements += own.numel()
-        kept += stored
+        kept += held / second_moment_dtype(own.dtype).itemsize
         for backend, entry in planned(slot):
             updated[backend].append(entry)
     total = moments + seconds + maxima + steps

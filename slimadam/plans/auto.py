@@ -46,7 +46,7 @@ class AutoPlan:
     measurements: int = 2
     cutoff: float = 1.0
     budget: float | None = None
-    forms: Forms = "factored"
+    forms: Forms = "closest"
     keep: tuple[str, ...] = ()
     parts: Mapping[str, Split] = field(default_factory=dict)
 

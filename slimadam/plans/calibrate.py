@@ -27,7 +27,7 @@ def calibrate(
     weight_decay: float = 1e-2,
     cutoff: float = 1.0,
     budget: float | None = None,
-    forms: Forms = "factored",
+    forms: Forms = "closest",
     keep: Iterable[str] = (),
     parts: Mapping[str, Split] | None = None,
     schedule: Schedule = paper_schedule,

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 
 from slimadam.layers.name_patterns import BIAS, NORM, canonical_name, owner_of, role_from_name
 from slimadam.measurement.history import SNRHistory
-from slimadam.state.rule import FACTORED, MAX_NDIM, Rule, Source
+from slimadam.state.rule import FACTORED, FLOAT8, MAX_NDIM, Rule, Source
 
-Forms = Literal["mean", "best", "factored"]
+Forms = Literal["mean", "best", "closest"]
 
+_FACTORED_MARGIN: Final = 3.0
+"""Factor of the cutoff for row and column averages where one byte for each element is the alternative."""
 _SMALLEST_SNR: Final = 1e-100
 """Nothing that loses more is chosen by budget."""
 _LARGEST_FRONTIER: Final = 4096
@@ -70,7 +72,8 @@ def expectation(rules: Iterable[Rule]) -> Expectation | None:
     """Return what to expect of the rules of all parameters; None where a compressed one has no SNR or no shape."""
     lost, elements = 0.0, 0
     for rule in rules:
-        snr = math.inf if rule.is_full else rule.snr.get(rule.stored_as.candidate)
+        form = rule.stored_as
+        snr = rule.snr.get(form.candidate) if form.known_snr is None else form.known_snr
         if rule.shape is None or snr is None:
             return None
         elements += _elements(rule)
@@ -87,13 +90,13 @@ def check_choice(cutoff: float, forms: str, budget: float | None = None) -> None
 
     Args:
         cutoff: SNR that a candidate must exceed.
-        forms: ``"mean"``, ``"best"`` or ``"factored"``.
+        forms: ``"mean"``, ``"best"`` or ``"closest"``.
         budget: Share of second moments to save, if any.
     """
     if not _is_number(cutoff) or not 0 <= cutoff < math.inf:
         raise ValueError(f"cutoff={cutoff!r} must be a number >= 0")
     if forms not in get_args(Forms):
-        raise ValueError(f"forms={forms!r} must be 'mean', 'best' or 'factored'")
+        raise ValueError(f"forms={forms!r} must be 'mean', 'best' or 'closest'")
     if budget is not None and not (_is_number(budget) and 0 <= budget <= 1):
         raise ValueError(f"budget={budget!r} must be a share in 0..1, or None")
 
@@ -197,7 +200,8 @@ def keep_full(rule: Rule, kept: str | None) -> Rule | None:
 def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     """Choose the measured candidate with the highest SNR, if it is strictly above the cutoff.
 
-    With ``forms="factored"`` the factored form is chosen wherever it is above the cutoff.
+    With ``forms="closest"`` the factored form is chosen where its SNR is above three times the cutoff, and elsewhere
+    one byte for each element.
 
     Args:
         rule: A rule in full, with what was measured.
@@ -207,19 +211,30 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     options = _options(rule, forms)
     if not options:
         return replace(rule, reason=_why_without_options(rule), source=Source.MEASURED)
-    highest = max(options, key=_rank)
-    preferred = [one for one in options if one.rule.form == FACTORED and one.snr > cutoff and forms == "factored"]
-    best = preferred[0] if preferred else highest
+    if forms == "closest":
+        return _choose_closest(rule, _FACTORED_MARGIN * cutoff, options)
+    best = max(options, key=_rank)
     label = best.rule.stored_as.describe()
     if best.snr > cutoff:
         has = "have" if best.rule.form == FACTORED else "has"
-        what = "the highest SNR" if best == highest else "an SNR"
-        reason = f"{label} {has} {what}, {best.snr:.3g}, above the cutoff {cutoff:g}"
-        if best != highest:
-            reason += f"; they are preferred to {highest.rule.stored_as.describe()} ({highest.snr:.3g})"
+        reason = f"{label} {has} the highest SNR, {best.snr:.3g}, above the cutoff {cutoff:g}"
         return replace(best.rule, reason=reason, source=Source.MEASURED)
     reason = f"the highest SNR, {best.snr:.3g} ({label}), is not above the cutoff {cutoff:g}"
     return replace(rule, reason=reason, source=Source.MEASURED)
+
+
+def _choose_closest(rule: Rule, cutoff: float, options: Sequence[_Option]) -> Rule:
+    """Choose row and column averages, or one byte for each element where their SNR is not above the cutoff."""
+    factored = next((one for one in options if one.rule.form == FACTORED), None)
+    if factored is None:
+        why = "save nothing"
+    elif factored.snr > cutoff:
+        reason = f"row and column averages have an SNR of {factored.snr:.3g}, above {cutoff:g}"
+        return replace(factored.rule, reason=reason, source=Source.MEASURED)
+    else:
+        why = f"have an SNR of {factored.snr:.3g}, not above {cutoff:g}"
+    reason = f"one byte for each element: row and column averages {why}"
+    return replace(rule, form=FLOAT8, reason=reason, source=Source.MEASURED)
 
 
 def _options(rule: Rule, forms: Forms) -> list[_Option]:

@@ -14,7 +14,7 @@ from slimadam.layers.name_patterns import MATRIX_ROLES, UNKNOWN, canonical_name,
 from slimadam.layers.splits import Part, Piece, Split, pieces_of_target
 from slimadam.measurement.snr import average_snr
 from slimadam.plans.selection import Forms, choose_by_cutoff, keep_full
-from slimadam.state.rule import FACTORED, Rule, Source, full_rule
+from slimadam.state.rule import FACTORED, FLOAT8, Rule, Source, full_rule
 from slimadam.utils.errors import PlanError
 
 _Kind = tuple[str, int]
@@ -108,9 +108,12 @@ def _carried(names: Sequence[str], piece: Piece, kinds: Mapping[_Kind, Sequence[
 
 def _forms_of(rules: Iterable[Rule]) -> Forms:
     """Return the forms that a plan was chosen among."""
+    rules = list(rules)
+    if any(rule.form == FLOAT8 for rule in rules):
+        return "closest"
     factored = [rule.snr for rule in rules if rule.form == FACTORED]
     if any(snr and max(snr.values()) > snr.get(FACTORED, math.inf) for snr in factored):
-        return "factored"
+        return "closest"
     return "best" if factored else "mean"
 
 

@@ -17,6 +17,7 @@ LEGEND: Mapping[str, str] = {
     "dim0": "mean over dim 0 (fan_out of a Linear)",
     "other": "mean over other dims",
     "factored": "factored: row and column averages",
+    "float8": "float8: each element in one byte",
 }
 """The kinds of decision, which are also the names of the colours in ``style.css``, in words."""
 

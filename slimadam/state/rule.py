@@ -15,6 +15,7 @@ from slimadam.kernels.interface import Dims as Dims
 from slimadam.layers.roles import BIAS, NORM, ParameterRole, recommended_dims
 from slimadam.layers.splits import Part, Piece, check_parts, owner_of
 from slimadam.state.second_moment import FACTORED as FACTORED
+from slimadam.state.second_moment import FLOAT8 as FLOAT8
 from slimadam.state.second_moment import FORMS, Form, reduced_shape
 from slimadam.state.second_moment import Candidate as Candidate
 from slimadam.state.second_moment import FormName as FormName
@@ -75,8 +76,8 @@ class Rule:
 
     Attributes:
         dims: Dimensions that share one value (``()`` unless ``form`` is ``"mean"``).
-        form: ``"full"`` (as AdamW), ``"mean"`` (averaged over ``dims``) or ``"factored"`` (row and column
-            averages, whose product stands in for the matrix).
+        form: ``"full"`` (as AdamW), ``"mean"`` (averaged over ``dims``), ``"factored"`` (row and column
+            averages, whose product stands in for the matrix) or ``"float8"`` (each element in one byte).
         shape: Shape of the parameter, or of the part; None in rules that fit any shape.
         snr: The averaged SNR of each candidate that was measured.
         reason: Why, in words for people.
@@ -132,8 +133,9 @@ class Rule:
         return self.stored_as.shapes(shape)
 
     def stored_elements(self, shape: tuple[int, ...]) -> int:
-        """Count the second-moment elements kept for a parameter of the given shape."""
-        return sum(math.prod(kept) for kept in self.state_shapes(shape))
+        """Count the second-moment elements kept for a parameter of the given shape; four codes count as one."""
+        elements = sum(math.prod(kept) for kept in self.state_shapes(shape))
+        return math.ceil(elements / 4) if self.stored_as.is_coded else elements
 
     @property
     def owner_shape(self) -> tuple[int, ...] | None:
@@ -258,7 +260,7 @@ def check_rule(name: str, rule: Rule) -> None:
         PlanError: A dimension is out of range, or the form needs another shape.
     """
     if rule.form not in FORMS:
-        raise PlanError(f"{name!r}: form={shown(rule.form)} must be 'full', 'mean' or 'factored'")
+        raise PlanError(f"{name!r}: form={shown(rule.form)} must be 'full', 'mean', 'factored' or 'float8'")
     if bool(rule.dims) != (rule.form == "mean"):
         raise PlanError(f"{name!r}: form={rule.form!r} with dims={rule.dims}; only form='mean' has dims, and needs one")
     if any(not isinstance(dim, int) or isinstance(dim, bool) or not 0 <= dim < MAX_NDIM for dim in rule.dims):

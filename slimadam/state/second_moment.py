@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from slimadam.kernels.interface import Dims
+from slimadam.kernels import float8
+from slimadam.kernels.interface import Dims, second_moment_dtype
 from slimadam.kernels.reference import initial_second_moment, reconstruct
 from slimadam.state.first_moment import FIRST_MOMENTS
 
@@ -20,10 +23,11 @@ if TYPE_CHECKING:
     from slimadam.state.rule import Rule
 
 SECOND_MOMENTS: Final = ("exp_avg_sq", "max_exp_avg_sq")
-FormName = Literal["full", "mean", "factored"]
+FormName = Literal["full", "mean", "factored", "float8"]
 Candidate = tuple[int, ...] | Literal["factored"]
 """Dimensions to average over, or ``"factored"`` for row and column averages."""
 FACTORED: Final = "factored"
+FLOAT8: Final = "float8"
 
 
 def reduced_shape(shape: Sequence[int], dims: Iterable[int]) -> tuple[int, ...]:
@@ -43,10 +47,14 @@ class Form(ABC):
     Attributes:
         name: Its name in plans.
         suffixes: For each stored tensor the end of its key in the state.
+        is_coded: True if the tensors hold codes of one byte.
+        known_snr: SNR of what is stored for the true second moment, where it need not be measured.
     """
 
     name: ClassVar[FormName]
     suffixes: ClassVar[tuple[str, ...]] = ("",)
+    is_coded: ClassVar[bool] = False
+    known_snr: ClassVar[float | None] = None
 
     @property
     @abstractmethod
@@ -79,6 +87,10 @@ class Form(ABC):
         """Return the shapes of the stored tensors of a tensor of the given shape: size 1 where they are averaged."""
         return tuple(reduced_shape(shape, dims) for dims in self.averaged_dims(len(shape)))
 
+    def dtype(self, param_dtype: torch.dtype) -> torch.dtype:
+        """Return the precision of the stored tensors of a parameter in a precision."""
+        return torch.uint8 if self.is_coded else second_moment_dtype(param_dtype)
+
     def compress(self, full: Tensor) -> list[Tensor]:
         """Return the stored tensors of a full second moment; complex ones average real and imaginary parts apart."""
         dims_of_each = self.averaged_dims(full.dim())
@@ -107,6 +119,7 @@ class Full(Form):
     """One value for each element, as in AdamW."""
 
     name = "full"
+    known_snr = math.inf
 
     @classmethod
     @override
@@ -125,6 +138,48 @@ class Full(Form):
     @override
     def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
         return ((),)
+
+
+@dataclass(frozen=True)
+class Float8(Form):
+    """One value for each element in one byte, see :mod:`slimadam.kernels.float8`."""
+
+    name = FLOAT8
+    suffixes = ("_codes",)
+    is_coded = True
+    # A step changes a moment by about its share 1 - beta2, and rounds it to a neighbour some 0.4 of it away: a variance
+    # of 0.4 (1 - beta2) a step, of which the average over steps keeps 1 / (1 - beta2**2), so 0.2 at any beta2 near 1.
+    known_snr = 5.0
+
+    @classmethod
+    @override
+    def of(cls, dims: Dims, batch_dims: int) -> Form:
+        return cls()
+
+    @property
+    @override
+    def candidate(self) -> Candidate:
+        return ()
+
+    @override
+    def describe(self) -> str:
+        return "one byte for each element"
+
+    @override
+    def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
+        return ((),)
+
+    @override
+    def compress(self, full: Tensor) -> list[Tensor]:
+        return [float8.encode(full, full, torch.zeros(()))]
+
+    @override
+    def expand(self, stored: Sequence[Tensor], ndim: int) -> Tensor:
+        return float8.decode(stored[0])
+
+    @override
+    def start_from(self, grad: Tensor) -> list[Tensor]:
+        return self.compress(initial_second_moment(grad, ()))
 
 
 @dataclass(frozen=True)
@@ -200,7 +255,7 @@ class Factored(Form):
         return None if len(shape) > 1 else f"form='factored' needs two dimensions, the shape is {shape}; use 'full'"
 
 
-FORMS: Final[Mapping[str, type[Form]]] = {form.name: form for form in (Full, Mean, Factored)}
+FORMS: Final[Mapping[str, type[Form]]] = {form.name: form for form in (Full, Mean, Factored, Float8)}
 _SUFFIXES: Final = "|".join(suffix for form in FORMS.values() for suffix in form.suffixes if suffix)
 
 
@@ -339,6 +394,29 @@ def by_rule(rules: Sequence[Rule], moments: Sequence[Tensor]) -> list[Sequence[T
     return found
 
 
+def dtypes_of(rules: Sequence[Rule], param_dtype: torch.dtype) -> list[torch.dtype]:
+    """Return the precision of each tensor that a second moment is stored in.
+
+    Args:
+        rules: The parameter's rule, or one for each of its parts.
+        param_dtype: Precision of the parameter.
+    """
+    return [rule.stored_as.dtype(param_dtype) for rule in rules for _ in rule.stored_as.suffixes]
+
+
+def fits(moments: Sequence[Tensor], rules: Sequence[Rule], shape: tuple[int, ...]) -> bool:
+    """Return whether tensors have the shapes that rules store, and are codes where these are.
+
+    Args:
+        moments: The tensors of a second moment.
+        rules: The parameter's rule, or one for each of its parts.
+        shape: The shape of the parameter.
+    """
+    wanted = [rule.stored_as.is_coded for rule in rules for _ in rule.stored_as.suffixes]
+    shapes = tuple(tuple(moment.shape) for moment in moments)
+    return shapes == state_shapes(rules, shape) and list(map(float8.is_coded, moments)) == wanted
+
+
 def state_shapes(rules: Sequence[Rule], shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of all tensors that a second moment is stored in.
 
@@ -367,7 +445,8 @@ def expand(moments: Sequence[Tensor], rules: Sequence[Rule], shape: tuple[int, .
         rules: The parameter's rule, or one for each of its parts.
         shape: The shape of the parameter.
     """
-    full_moment = torch.empty(shape, dtype=moments[0].dtype, device=moments[0].device)
+    wide = (torch.float32 if float8.is_coded(moment) else moment.dtype for moment in moments)
+    full_moment = torch.empty(shape, dtype=reduce(torch.promote_types, wide), device=moments[0].device)
     for rule, stored in zip(rules, by_rule(rules, moments), strict=True):
         rule.take(full_moment).copy_(rule.stored_as.expand(stored, len(shape)))
     return full_moment

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from slimadam.distributed.slots import ParamSlot, slot_of
+from slimadam.kernels.float8 import is_coded
 from slimadam.kernels.interface import second_moment_dtype
 from slimadam.layers.splits import key_of
 from slimadam.measurement.monitor import Monitor
@@ -227,7 +228,7 @@ def _loaded_state(slot: ParamSlot, saved: Mapping[str, Any]) -> dict[str, Any]:
     for kind in SECOND_MOMENTS:
         moments = second_moment.saved_moments(saved, slot.rules, kind)
         if moments:
-            if second_moment.state_shapes(slot.rules, slot.shape) != _shapes(moments):
+            if not second_moment.fits(moments, slot.rules, slot.shape):
                 # In the wider precision before it is averaged, and never in inverted strides of a transposed view.
                 full = full_tensor(moments[0]).to(slot.own.device, second_moment_dtype(slot.param.dtype)).contiguous()
                 moments = second_moment.average(full, slot.rules)
@@ -248,7 +249,8 @@ def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
 
 def _check_second_moment(slot: ParamSlot, saved: Sequence[Tensor]) -> None:
     shapes, wanted = _shapes(saved), second_moment.state_shapes(slot.rules, slot.shape)
-    if shapes not in (wanted, (slot.shape,)):
+    is_full = shapes == (slot.shape,) and not is_coded(saved[0])
+    if not is_full and not second_moment.fits(saved, slot.rules, slot.shape):
         described = ", ".join(f"{rule.form}, dims={rule.dims}" for rule in slot.rules)
         raise PlanError(
             f"{slot.name!r}: the state dict holds a second moment of shape {' and '.join(map(str, shapes))}, this "
@@ -321,7 +323,7 @@ def _check_tensor_entry(name: str, key: str, value: Any, param: Tensor) -> None:
         if tensor.is_meta and not param.is_meta:
             raise ValueError(f"{name!r}: the state dict's {key} has no values (device='meta'); pass it as it was saved")
         codes = key in ("exp_avg_codes", "exp_avg_scale") or (key == "exp_avg" and tensor.dtype == torch.int8)
-        if not codes and tensor.is_complex() != param.is_complex():
+        if not codes and not is_coded(tensor) and tensor.is_complex() != param.is_complex():
             raise ValueError(f"{name!r}: the state dict's {key} is {tensor.dtype}, the parameter {param.dtype}")
     if not isinstance(value, Tensor) and key not in SECOND_MOMENTS:
         raise ValueError(f"{name!r}: the state dict's {key} holds {type(value).__name__}, not a dense tensor")

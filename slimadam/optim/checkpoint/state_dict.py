@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimadam.distributed.slots import ParamSlot
+from slimadam.kernels.float8 import is_coded
 from slimadam.optim.checkpoint.loading import FORMAT_VERSION, KEY
 from slimadam.optim.registry import Registry
 from slimadam.optim.step.options import NOT_IN_ADAMW
@@ -90,6 +91,6 @@ def _full_state(slot: ParamSlot, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _expanded(slot: ParamSlot, moments: Sequence[Tensor]) -> Tensor:
-    if len(moments) == 1 and moments[0].shape == slot.param.shape:
+    if len(moments) == 1 and moments[0].shape == slot.param.shape and not is_coded(moments[0]):
         return moments[0].clone()
     return second_moment.expand([full_tensor(moment) for moment in moments], slot.rules, slot.shape)

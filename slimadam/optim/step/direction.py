@@ -12,6 +12,7 @@ from torch import Tensor
 from slimadam.distributed.all_reduce import BucketedAllReduce
 from slimadam.distributed.sharded_moments import SharedPart
 from slimadam.distributed.slots import ParamSlot
+from slimadam.kernels.float8 import values_of
 from slimadam.kernels.interface import Dims, Entry, Hyperparameters, Scalar, second_moment_dtype
 from slimadam.kernels.reference import mean_square, reconstruct, scale_grad, update_first_moment
 from slimadam.optim.step.stepper import hyperparameters
@@ -67,7 +68,7 @@ def update_without_decay(entry: Entry, hyper: Hyperparameters) -> Tensor:
     dim = block_dim(target.shape)
     for rows in row_blocks(target.shape):
         if averaged is None:
-            part, maximum = ([moment[rows] for moment in moments] for moments in (parts, maxima))
+            part, maximum = ([values_of(moment[rows]) for moment in moments] for moments in (parts, maxima))
             second = _second_moment_after(part, maximum, grad[rows], ((),), hyper)
         else:
             second = averaged if averaged.shape[dim] == 1 else averaged[rows]

@@ -101,7 +101,7 @@ def _check_second_moment(slot: ParamSlot, moments: Sequence[Tensor]) -> None:
         raise RuntimeError(f"{name!r}: its state lacks one of {second_moment.keys_of(rules)}; {_ANEW}; {_ZERO}")
     kept = tuple(tuple(part.shape) for part in moments)
     wanted = second_moment.state_shapes(rules, slot.shape)
-    if kept != wanted:
+    if not second_moment.fits(moments, rules, slot.shape):
         raise RuntimeError(
             f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
             f"{slot.shape} keeps {wanted}; exchange a parameter for one of another size by "
