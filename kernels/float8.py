@@ -5,7 +5,8 @@ from ``2**-88`` (its root is far below any ``eps``) to ``1.5 * 2**38``. 0 is zer
 
 An exponential average moves by less than such a step, so rounding to nearest would stop it. It is rounded up or down at
 random, so that the expectation is the value: random bits are added below the last one that is kept. They come from the
-gradient and the step count alone, so that every implementation and every way to shard a tensor gets the same ones.
+step count and the upper half of the gradient's bits alone, so that every implementation and every way to shard a tensor
+gets the same ones, and a gradient that differs in its last bits, too.
 Values below the smallest number are rounded up to it, those above the largest down.
 """
 
@@ -23,7 +24,7 @@ LARGEST = 254
 NOT_FINITE = 255
 
 _INFINITE_BITS = 0x7F800000
-_WORD = 0xFFFFFFFF
+_WORD, _UPPER_HALF = 0xFFFFFFFF, 0xFFFF0000
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
@@ -68,7 +69,7 @@ def encode(value: Tensor, grad: Tensor, step: Tensor) -> Tensor:
 def _random_bits(grad: Tensor, step: Tensor) -> Tensor:
     """Return 22 random bits for each element, as int64."""
     number = step.to(device=grad.device, dtype=torch.int64) * _GOLDEN & _WORD
-    mixed = (grad.to(torch.float32).view(torch.int32).to(torch.int64) & _WORD) ^ number
+    mixed = (grad.to(torch.float32).view(torch.int32).to(torch.int64) & _UPPER_HALF) ^ number
     mixed = (mixed ^ mixed >> 16) * _FIRST & _WORD
     mixed = (mixed ^ mixed >> 15) * _SECOND & _WORD
     return (mixed ^ mixed >> 16) >> (32 - DROPPED)

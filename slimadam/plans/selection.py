@@ -27,7 +27,11 @@ from slimadam.state.rule import FACTORED, FLOAT8, MAX_NDIM, Rule, Source
 Forms = Literal["mean", "best", "closest"]
 
 _FACTORED_MARGIN: Final = 3.0
-"""Factor of the cutoff for row and column averages where one byte for each element is the alternative."""
+"""Factor of the cutoff for row and column averages where one byte for each element is the alternative.
+
+Embeddings do with the cutoff itself: below it their averages cost word GPT 0.1% of its loss where those of its head,
+at an SNR of 1.8, cost 0.5%.
+"""
 _SMALLEST_SNR: Final = 1e-100
 """Nothing that loses more is chosen by budget."""
 _LARGEST_FRONTIER: Final = 4096
@@ -200,8 +204,8 @@ def keep_full(rule: Rule, kept: str | None) -> Rule | None:
 def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     """Choose the measured candidate with the highest SNR, if it is strictly above the cutoff.
 
-    With ``forms="closest"`` the factored form is chosen where its SNR is above three times the cutoff, and elsewhere
-    one byte for each element.
+    With ``forms="closest"`` the factored form is chosen where its SNR is above three times the cutoff (of embeddings,
+    the cutoff), and elsewhere one byte for each element.
 
     Args:
         rule: A rule in full, with what was measured.
@@ -212,7 +216,8 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     if not options:
         return replace(rule, reason=_why_without_options(rule), source=Source.MEASURED)
     if forms == "closest":
-        return _choose_closest(rule, _FACTORED_MARGIN * cutoff, options)
+        margin = 1.0 if "embedding" in rule.role else _FACTORED_MARGIN
+        return _choose_closest(rule, margin * cutoff, options)
     best = max(options, key=_rank)
     label = best.rule.stored_as.describe()
     if best.snr > cutoff:

@@ -58,15 +58,18 @@ SHAPES: list[tuple[tuple[int, ...], Any]] = [
     ((4, 3, 5), (1, 2)),
     ((4, 3, 5), "factored"),
     ((4, 3, 5), "stacked"),
+    ((7, 5), "float8"),
     ((), ()),
 ]
 
-FEW_SHAPES = [SHAPES[index] for index in (2, 3, 4, 6, 8, 10, 14)]
+FEW_SHAPES = [SHAPES[index] for index in (2, 3, 4, 6, 8, 10, 14, 15)]
 
 
 def rule_of(dims: Any) -> Rule:
     if dims == "stacked":
         return Rule(form="factored", batch_dims=1)
+    if dims == "float8":
+        return Rule(form="float8")
     return Rule(form="factored") if dims == "factored" else Rule(dims, "mean" if dims else "full")
 
 
@@ -195,7 +198,9 @@ def run_options() -> dict[tuple[str, str], Any]:
         if mesh.get_coordinate() is not None:
             for option, given in OPTIONS.items():
                 all_reduce.add_squares = all_reduce.write_norms if option.startswith("by norms") else add_squares
-                shapes = [one for one in SHAPES if not given.get("amsgrad") or one[1] not in ("factored", "stacked")]
+                shapes = [
+                    one for one in SHAPES if not given.get("amsgrad") or one[1] not in ("factored", "stacked", "float8")
+                ]
                 found[name, option] = difference(kinds, mesh, given, shapes)
         torch.distributed.barrier()
     return found

@@ -27,7 +27,8 @@ PARTS = CompressionPlan(
         "0.weight[value]": Rule(form="factored", shape=(4, 5), part=Part("value", (7, 5), (7, 5), 0, 3, 4)),
     }
 )
-PLANS: dict[str, Any] = {"none": None, "mean": MEAN, "factored": "factored"}
+CODES = CompressionPlan({"0.weight": Rule(form="float8"), "2.weight": Rule(form="float8")})
+PLANS: dict[str, Any] = {"none": None, "mean": MEAN, "factored": "factored", "float8": CODES}
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 Make = Callable[..., Optimizer]
 

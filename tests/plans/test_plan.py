@@ -60,15 +60,24 @@ def test_best_lets_the_factored_form_compete() -> None:
 
 
 @pytest.mark.parametrize(
-    ("factored", "cutoff", "form"), [(1.1, 1.0, "factored"), (1.0, 1.0, "mean"), (0.2, 1.0, "mean"), (0.2, 4.0, "full")]
+    ("name", "factored", "cutoff", "form"),
+    [
+        ("h.0.q_proj.weight", 3.1, 1.0, "factored"),
+        ("h.0.q_proj.weight", 3.0, 1.0, "float8"),
+        ("h.0.q_proj.weight", 3.1, 1.1, "float8"),
+        ("h.0.q_proj.weight", 0.2, 0.0, "factored"),
+        ("token_embedding.weight", 1.1, 1.0, "factored"),
+        ("token_embedding.weight", 1.0, 1.0, "float8"),
+    ],
 )
-def test_the_factored_form_is_preferred_above_the_cutoff(factored: float, cutoff: float, form: str) -> None:
-    snr = {(0,): 2.0, (1,): 3.0, (0, 1): 0.5, "factored": factored}
-    rule = CompressionPlan.from_snr(_history(snr), cutoff, forms="factored")["h.0.q_proj.weight"]
-    assert (rule.form, rule.dims) == (form, (1,) if form == "mean" else ())
-    assert ("preferred to averaging over dimension 1 (3)" in rule.reason) == (form == "factored")
-    only_average = CompressionPlan.from_snr(_history(snr), cutoff)["h.0.q_proj.weight"]
-    assert only_average.form == ("full" if form == "full" else "mean")
+def test_elements_take_a_byte_each_where_row_and_column_averages_are_too_coarse(
+    name: str, factored: float, cutoff: float, form: str
+) -> None:
+    snr = {(0,): 9.0, (1,): 8.0, (0, 1): 0.5, "factored": factored}
+    rule = CompressionPlan.from_snr(_history(snr, name=name), cutoff, forms="closest")[name]
+    assert (rule.form, rule.dims) == (form, ())
+    assert f"an SNR of {factored:.3g}" in rule.reason
+    assert rule.stored_elements((8, 6)) == (14 if form == "factored" else 12)
 
 
 def test_candidates_that_save_nothing_are_not_chosen() -> None:

@@ -253,8 +253,9 @@ def _check_second_moment(slot: ParamSlot, saved: Sequence[Tensor]) -> None:
     if not is_full and not second_moment.fits(saved, slot.rules, slot.shape):
         described = ", ".join(f"{rule.form}, dims={rule.dims}" for rule in slot.rules)
         raise PlanError(
-            f"{slot.name!r}: the state dict holds a second moment of shape {' and '.join(map(str, shapes))}, this "
-            f"optimizer's plan ({described}) keeps {' and '.join(map(str, wanted))}; "
+            f"{slot.name!r}: the state dict holds a second moment of shape {' and '.join(map(str, shapes))}"
+            f"{' in codes' if is_coded(saved[0]) else ''}, this optimizer's plan ({described}) keeps "
+            f"{' and '.join(map(str, wanted))}; "
             "convert it with slimadam.convert_state_dict(state_dict, optimizer.plan), or build the optimizer with the "
             "plan it was saved under, slimadam.CompressionPlan.from_dict(state_dict['slimadam']['plan']) or, with a "
             "distributed checkpoint, the one saved beside it (optimizer.plan.save)"
