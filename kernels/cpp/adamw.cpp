@@ -1,4 +1,4 @@
-// One step of AdamW with second moments in full, averaged or factored, over a table of CPU tensors.
+// One step of AdamW with second moments in full (also in 8 bits), averaged or factored, over a table of CPU tensors.
 //
 // The definition is kernels/reference.py, in the same order of operations: arithmetic in float32 (float64 for
 // float64 parameters), each value rounded once, when it is written. update.py builds the table, build.py compiles
@@ -39,6 +39,11 @@ constexpr int64_t kRowBlock = 64;         // rows of a column summed before thei
 constexpr int64_t kSerial = 1 << 14;      // fewer elements than this are not worth waking threads
 constexpr int64_t kPatience = 50000;       // how often a thread looks for another's work before it yields
 
+constexpr int32_t kFloat8Offset = 77;      // what is added to a code to get the upper bits of a float
+constexpr int32_t kFloat8Dropped = 22;     // and how many lower ones there are
+constexpr int32_t kFloat8Largest = 254;    // the largest code of a finite number
+constexpr int32_t kFloat8NotFinite = 255;
+
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16, kInt8 };
 
 struct Entry {  // one row of the table
@@ -56,6 +61,7 @@ struct Entry {  // one row of the table
   uint64_t seed;
   int64_t precomputed;  // second moments have been updated, and of factored ones the rows are relative to their mean
   int64_t counts;    // the step count goes up first; of a parameter in parts, with one of them
+  int64_t coded;     // exp_avg_sq holds float8: it is full and not precomputed, and there are no maxima
 };
 
 struct Hyper {
@@ -70,6 +76,9 @@ struct bfloat16 {
 };
 struct float16 {
   uint16_t bits;
+};
+struct float8 {  // kernels/float8.py
+  uint8_t code;
 };
 
 inline uint32_t bits_of(float value) {
@@ -91,6 +100,11 @@ inline float load(float16 value) {
   const uint32_t magnitude = value.bits & 0x7fffu, sign = (value.bits & 0x8000u) << 16;
   const uint32_t finite = bits_of(from_bits(magnitude << 13) * 0x1p112f);
   return from_bits((magnitude >= 0x7c00u ? magnitude << 13 | 0x7f800000u : finite) | sign);
+}
+inline float load(float8 value) {
+  const int32_t code = value.code;
+  const int32_t finite = (code + kFloat8Offset) << kFloat8Dropped;
+  return from_bits(static_cast<uint32_t>(code == 0 ? 0 : code > kFloat8Largest ? 0x7f800000 : finite));
 }
 
 inline void store(float& target, double value) { target = static_cast<float>(value); }
@@ -127,6 +141,18 @@ inline void store_stochastically(bfloat16& target, float value, uint32_t low_key
   store(nearest, value);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   target.bits = static_cast<uint16_t>(finite ? (bits + (noise >> 16)) >> 16 : nearest.bits);
+}
+
+// The same for a number that is not negative; the random bits depend on the gradient in memory and the step's key.
+inline void store_stochastically(float8& target, float value, float grad, uint32_t key) {
+  uint32_t noise = bits_of(grad) ^ key;
+  noise = (noise ^ noise >> 16) * 0x7feb352du;
+  noise = (noise ^ noise >> 15) * 0x846ca68bu;
+  noise = (noise ^ noise >> 16) >> (32 - kFloat8Dropped);
+  const int32_t upper = static_cast<int32_t>((bits_of(value) + noise) >> kFloat8Dropped);
+  const int32_t finite = std::min(kFloat8Largest, std::max(1, upper - kFloat8Offset));
+  const int32_t positive = value > 0 ? finite : 0;
+  target.code = static_cast<uint8_t>(value <= std::numeric_limits<float>::max() ? positive : kFloat8NotFinite);
 }
 
 template <class P>
@@ -229,6 +255,20 @@ struct Full {
   }
 };
 
+template <class P>
+struct FullCodes {
+  using A = Arithmetic<P>;
+  Numbers<A> x;
+  float8* second;
+  const P* raw_grad;
+  uint32_t key;
+  A operator()(A exp_avg, A grad, int64_t k) const {
+    const A moment = static_cast<A>(load(second[k])) * x.beta2 + x.second_weight * grad * grad;
+    store_stochastically(second[k], static_cast<float>(moment), static_cast<float>(load(raw_grad[k])), key);
+    return x.negative_step_size * exp_avg / (std::sqrt(moment) / x.root + x.eps);
+  }
+};
+
 template <class A>
 struct FullPrecomputed {
   Numbers<A> x;
@@ -268,8 +308,9 @@ class Update {
  public:
   Update(const Entry& entry, const Hyper& hyper)
       : entry_(entry),
-        x_(hyper, entry.step_dtype == kFloat64 ? *static_cast<const double*>(entry.step)
-                                               : static_cast<double>(*static_cast<const float*>(entry.step))),
+        step_(entry.step_dtype == kFloat64 ? *static_cast<const double*>(entry.step)
+                                           : static_cast<double>(*static_cast<const float*>(entry.step))),
+        x_(hyper, step_),
         rounds_(hyper.stochastic_round && std::is_same_v<P, bfloat16>),
         param_(static_cast<P*>(entry.param)),
         grad_(static_cast<const P*>(entry.grad)),
@@ -288,7 +329,11 @@ class Update {
     for (int64_t from = first; from < last; from = stop) {
       stop = pitch_ == width_ ? last : std::min(last, (from / width_ + 1) * width_);
       over(from, stop, [&](int64_t start, int64_t end, Moment* exp_avg) {
-        if (entry_.precomputed) {
+        if (entry_.coded) {
+          float8* codes = static_cast<float8*>(entry_.exp_avg_sq) + start;
+          const uint32_t key = static_cast<uint32_t>(static_cast<int64_t>(step_)) * 0x9e3779b9u;
+          run(start, end, exp_avg, FullCodes<P>{x_, codes, grad_ + at(start), key});
+        } else if (entry_.precomputed) {
           run(start, end, exp_avg, FullPrecomputed<A>{x_, second_ + start});
         } else if (largest_) {
           run(start, end, exp_avg, FullMaximum<A>{x_, second_ + start, largest_ + start});
@@ -564,6 +609,7 @@ class Update {
   }
 
   const Entry& entry_;
+  const double step_;
   const Numbers<A> x_;
   const bool rounds_;
   P* const param_;

@@ -2,7 +2,7 @@
 
 The arithmetic is in ``adamw.cpp``, and a table of addresses and sizes is its input. Each tensor is read from memory
 once (averages over rows) or a second time out of the cache (averages over columns): 20 bytes per float32 parameter,
-AdamW 28. The plain reference beside it is ``reference_update``.
+AdamW 28 and 22 with a second moment in codes. The plain reference beside it is ``reference_update``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..float8 import is_coded
 from ..interface import Dims, Entry, Hyperparameters, addresses_of
 from ..layout import layout, overlap
 from .build import library as library
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}
-_GRAD, _SEED = 1, 15
-"""Columns of the table that each step fills in."""
+_GRAD, _SEED, _CODED = 1, 15, 18
+"""Columns of the table: two that each step fills in, and whether the second moment is in codes."""
 
 
 def supports(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dims]) -> bool:
@@ -83,7 +84,8 @@ class Table:
         assert compiled is not None
         factor = 1.0 if hyper.clip_factor is None else float(hyper.clip_factor)
         if factor == 0:  # an infinite norm: sums of squares may be infinite where no gradient is
-            grads, factor = [grad * 0 for grad in grads], 1.0
+            coded = self._rows[:, _CODED]  # rounded by the gradients as they are
+            grads = [grad if raw else grad * 0 for grad, raw in zip(grads, coded, strict=True)]
         self._rows[:, _GRAD] = addresses_of(grads)
         if hyper.stochastic_round:
             self._rows[:, _SEED] = seeds
@@ -128,6 +130,7 @@ def _row(entry: Entry, aside: list[tuple[Tensor, Tensor]], counts: bool) -> tupl
         0,
         precomputed,
         counts,
+        is_coded(parts[0]),
     )
 
 
