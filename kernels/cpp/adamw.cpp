@@ -143,9 +143,10 @@ inline void store_stochastically(bfloat16& target, float value, uint32_t low_key
   target.bits = static_cast<uint16_t>(finite ? (bits + (noise >> 16)) >> 16 : nearest.bits);
 }
 
-// The same for a number that is not negative; the random bits depend on the gradient in memory and the step's key.
+// The same for a number that is not negative; the random bits depend on the upper half of the gradient as it lies in
+// memory, and on the step's key.
 inline void store_stochastically(float8& target, float value, float grad, uint32_t key) {
-  uint32_t noise = bits_of(grad) ^ key;
+  uint32_t noise = (bits_of(grad) & 0xffff0000u) ^ key;
   noise = (noise ^ noise >> 16) * 0x7feb352du;
   noise = (noise ^ noise >> 15) * 0x846ca68bu;
   noise = (noise ^ noise >> 16) >> (32 - kFloat8Dropped);

@@ -238,7 +238,7 @@ class _Compiled(Backend):
     def supports(self, entry: Entry) -> bool:
         if not entry.step.is_cpu or entry.grad.dtype != entry.param.dtype:
             return False
-        return _dtypes_fit(entry, reads_float8=True) and _same_layout(entry, has_gaps(entry.param))
+        return _dtypes_fit(entry) and _same_layout(entry, has_gaps(entry.param))
 
 
 class _Triton(Backend):
@@ -356,19 +356,10 @@ def _divisor(grad_scale: Tensor | None, clip_factor: Tensor | None) -> Tensor | 
     return clip_factor.reciprocal() if grad_scale is None else grad_scale / clip_factor
 
 
-def _dtypes_fit(entry: Entry, reads_float8: bool = False) -> bool:
-    """Return whether state and gradient can go with the parameter, whose precision may have changed.
-
-    Args:
-        entry: The tensors.
-        reads_float8: Whether the implementation reads and writes second moments in codes.
-    """
-    dtype, second = entry.param.dtype, second_moment_dtype(entry.param.dtype)
-    if any(map(is_marked, (entry.param, entry.grad, entry.exp_avg))):
-        return False
-    if not (reads_float8 and _updates_float8(entry)) and any(
-        moment.dtype != second for moment in (*entry.exp_avg_sq, *entry.max_exp_avg_sq)
-    ):
+def _dtypes_fit(entry: Entry) -> bool:
+    """Return whether state and gradient can go with the parameter, whose precision may have changed."""
+    dtype = entry.param.dtype
+    if any(map(is_marked, (entry.param, entry.grad, entry.exp_avg))) or not _second_moment_fits(entry):
         return False
     if entry.exp_avg_scale is None and entry.exp_avg.dtype not in (dtype, torch.float32, torch.bfloat16):
         return False
@@ -377,10 +368,12 @@ def _dtypes_fit(entry: Entry, reads_float8: bool = False) -> bool:
     return entry.step.numel() == 1 and entry.step.dtype in (torch.float32, torch.float64)
 
 
-def _updates_float8(entry: Entry) -> bool:
-    """Return whether the second moment is in codes, which are only updated where each belongs to one element."""
-    alone = len(entry.exp_avg_sq) == 1 and not any(entry.averaged_dims) and not entry.max_exp_avg_sq
-    return alone and is_coded(entry.exp_avg_sq[0]) and not entry.precomputed
+def _second_moment_fits(entry: Entry) -> bool:
+    """Return whether the second moment is in the precision of steps, or in codes, one for each element."""
+    if is_coded(entry.exp_avg_sq[0]):
+        return not (any(entry.averaged_dims) or entry.max_exp_avg_sq or entry.precomputed)
+    wanted = second_moment_dtype(entry.param.dtype)
+    return all(moment.dtype == wanted for moment in (*entry.exp_avg_sq, *entry.max_exp_avg_sq))
 
 
 def _are_codes(codes: Tensor, scales: Tensor) -> bool:
