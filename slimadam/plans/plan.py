@@ -20,7 +20,8 @@ from slimadam.layers.name_patterns import canonical_name, key_of, owner_of
 from slimadam.layers.names import is_position
 from slimadam.layers.splits import Part, Piece, Split, check_parts, pieces_of_target
 from slimadam.measurement.history import MAX_NAME_LENGTH, MAX_SIZE, SNRHistory
-from slimadam.plans.selection import Expectation, Forms, choose, expectation
+from slimadam.plans.expectation import Expectation, expectation
+from slimadam.plans.selection import Forms, choose
 from slimadam.plans.transfer import rules_for_model
 from slimadam.state.rule import (
     FACTORED,

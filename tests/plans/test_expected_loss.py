@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from slimadam import CompressionPlan, Rule
-from slimadam.plans.selection import OBSERVED, Expectation, expectation
+from slimadam.plans.expectation import OBSERVED, Expectation, expectation
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "calibration_gap.json"
 PREDICTOR = "1/(1 + SNR), at 0.1 lr"
