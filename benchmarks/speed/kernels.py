@@ -150,6 +150,12 @@ def variants() -> Iterator[Variant]:
         yield from _updates("fp32", flags)
     yield from _updates("bf16", "ROUNDS")
     yield from _updates("bf16, int8 momentum", "ROUNDS")
+    for precision in PRECISIONS:
+        yield _coded(precision, "")
+    for flags in ("MAXIMIZE", "unaligned", "pitched", "grad_scale and found_inf"):
+        yield _coded("fp32", flags)
+    yield _coded("bf16", "ROUNDS")
+    yield _coded("bf16, int8 momentum", "ROUNDS")
     yield Variant(kernels.advance_steps, "fp32", "", {"STEP_DTYPE": tl.float32, "BLOCK": STEPS_AT_ONCE}, 4)
 
 
@@ -183,12 +189,27 @@ def _updates(precision: str, flags: str) -> Iterator[Variant]:
         if kind in ("full", "spread"):
             constants |= {"PITCHED": flags == "pitched", "WIDE": False}
         if kind == "full":
+            constants["SECOND_DTYPE"] = constants["COMPUTE"]
             second = 8 * (2 if flags == "AMSGRAD" else 1)
             yield replace(variant, flags=f"full {flags}".strip(), bytes_per_parameter=moved + second)
         elif kind == "rows":
             yield from _rows(variant, columns)
         else:
             yield from _spread(variant)
+
+
+def _coded(precision: str, flags: str) -> Variant:
+    """Return the kernel for a second moment in codes."""
+    full = next(variant for variant in _updates(precision, flags) if variant.kernel is kernels.update_full)
+    moved = full.bytes_per_parameter
+    assert moved is not None
+    return replace(
+        full,
+        flags=full.flags.replace("full", "full, codes", 1),
+        constants={**full.constants, "SECOND_DTYPE": tl.uint8},
+        bytes_per_parameter=moved - 8 + 2,
+        is_plain=False,
+    )
 
 
 def _rows(variant: Variant, columns: int) -> Iterator[Variant]:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..float8 import DROPPED, LARGEST, NOT_FINITE, OFFSET
+
 # Columns of a table: one row of int64 for each tensor.
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
@@ -51,6 +53,11 @@ PROGRAM = tl.constexpr(9)
 
 _MOMENTUM_BLOCK = tl.constexpr(256)
 _MOMENTUM_CODES = tl.constexpr(127.0)
+# Codes of second moments.
+_OFFSET = tl.constexpr(OFFSET)
+_DROPPED = tl.constexpr(DROPPED)
+_LARGEST = tl.constexpr(LARGEST)
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
 
 
 @triton.jit
@@ -147,13 +154,20 @@ def _pointers(
 @triton.jit
 def _second_moments(
     row, MOMENTS: tl.constexpr, MAXIMA: tl.constexpr, index, mask,
-    COMPUTE: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Load second moments and, with ``AMSGRAD``, their maxima; return the addresses of both and both."""
-    moments = _pointer(row, MOMENTS, COMPUTE, ALIGNED) + index
-    maxima = _pointer(row, MAXIMA, COMPUTE, ALIGNED) + index if AMSGRAD else moments
+    moments = _pointer(row, MOMENTS, DTYPE, ALIGNED) + index
+    maxima = _pointer(row, MAXIMA, DTYPE, ALIGNED) + index if AMSGRAD else moments
     second = _load(moments, mask, "")
     return moments, maxima, second, _load(maxima, mask, "") if AMSGRAD else second
+
+
+@triton.jit
+def _average(second, mean_square, beta2):
+    """Return a second moment after a step."""
+    COMPUTE: tl.constexpr = mean_square.dtype
+    return second * beta2.to(COMPUTE) + mean_square * (1 - beta2).to(COMPUTE)
 
 
 @triton.jit
@@ -164,8 +178,7 @@ def _next_second_moment(
 
     ``SHARED``: several warps have loaded the same second moment and go on to divide by it, while one of them stores it.
     """
-    COMPUTE: tl.constexpr = mean_square.dtype
-    second = second * beta2.to(COMPUTE) + mean_square * (1 - beta2).to(COMPUTE)
+    second = _average(second, mean_square, beta2)
     if SHARED:
         tl.debug_barrier()  # else a late warp loads what is stored here already, and lets it decay twice
     tl.store(moments, second, mask=mask)
@@ -201,18 +214,24 @@ def _stepped(param, exp_avg, denominator, decay, step_size):
 
 
 @triton.jit
+def _step_noise(row, STEP_DTYPE: tl.constexpr):
+    """Return a number that sets the random bits of a step apart from those of others."""
+    step = tl.load(_pointer(row, STEP, STEP_DTYPE, False)).to(tl.int64)
+    return step.to(tl.uint32) * 0x9E3779B9
+
+
+@triton.jit
 def _noise(row, STEP_DTYPE: tl.constexpr, ROUNDS: tl.constexpr):
     """Return a number that sets a tensor's random bits in this step apart from others."""
     if ROUNDS:
-        step = tl.load(_pointer(row, STEP, STEP_DTYPE, False)).to(tl.int64)
-        return _field(row, SEED).to(tl.uint32) + step.to(tl.uint32) * 0x9E3779B9
+        return _field(row, SEED).to(tl.uint32) + _step_noise(row, STEP_DTYPE)
     else:
         return 0
 
 
 @triton.jit
 def _random_bits(index, noise):
-    """Return 32 well-mixed bits for an element's index."""
+    """Return 32 well-mixed bits for an element's index, or for another number of its own."""
     mixed = index.to(tl.uint32) ^ noise
     mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
     mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
@@ -230,6 +249,32 @@ def _as_stored(value, index, noise, PARAM_DTYPE: tl.constexpr, ROUNDS: tl.conste
         return value
     else:
         return value.to(tl.float32).to(PARAM_DTYPE)
+
+
+@triton.jit
+def _decoded_second(codes):
+    """Return the second moments that codes stand for, in float32."""
+    value = ((codes.to(tl.uint32) + _OFFSET) << _DROPPED).to(tl.float32, bitcast=True)
+    return tl.where(codes == 0, 0.0, tl.where(codes == _NOT_FINITE, float("inf"), value))
+
+
+@triton.jit
+def _encoded_second(second, raw_grad, noise):
+    """Return codes of second moments, rounded at random: the gradient in memory and the step decide which way."""
+    value = second.to(tl.float32)
+    random = _random_bits(raw_grad.to(tl.float32).to(tl.uint32, bitcast=True), noise)
+    bits = value.to(tl.uint32, bitcast=True) + (random >> (32 - _DROPPED))
+    code = tl.minimum(tl.maximum((bits >> _DROPPED).to(tl.int32) - _OFFSET, 1), _LARGEST)
+    code = tl.where(value == 0, 0, tl.where(value < float("inf"), code, _NOT_FINITE))
+    return code.to(tl.uint8)
+
+
+@triton.jit
+def _next_codes(moments, codes, mask, raw_grad, mean_square, beta2, noise):
+    """Update codes that ``_second_moments`` has loaded; return the second moment as it was before it was rounded."""
+    second = _average(_decoded_second(codes).to(mean_square.dtype), mean_square, beta2)
+    tl.store(moments, _encoded_second(second, raw_grad, noise), mask=mask)
+    return second
 
 
 @triton.jit
@@ -356,7 +401,7 @@ def _positions(start, width, LINES: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _full_tile(
     row, start, count, decay, step_size, root, beta1, beta2, eps, grad_scale,
-    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr, STEP_DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr,
     ROUNDS: tl.constexpr, PITCHED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
     MASKED: tl.constexpr,
@@ -371,12 +416,18 @@ def _full_tile(
         offsets = (first + line) * _field(row, PITCH) + column
     grads, moments, scales, params = _pointers(row, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, ALIGNED)
     noise = _noise(row, STEP_DTYPE, ROUNDS)
+    code_noise = _step_noise(row, STEP_DTYPE) if SECOND_DTYPE == tl.uint8 else 0
     loaded = _load(grads + offsets, mask, "")
-    seconds, maxima, second, largest = _second_moments(row, ROWS_SQ, ROWS_MAX, flat, mask, COMPUTE, AMSGRAD, ALIGNED)
+    seconds, maxima, second, largest = _second_moments(
+        row, ROWS_SQ, ROWS_MAX, flat, mask, SECOND_DTYPE, AMSGRAD, ALIGNED
+    )
     exp_avg, scale, param = _state(moments, scales, params, offsets, mask, blocks, block_mask, "")
 
     grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
-    second = _next_second_moment(seconds, maxima, second, largest, mask, grad * grad, beta2, AMSGRAD, False)
+    if SECOND_DTYPE == tl.uint8:
+        second = _next_codes(seconds, second, mask, loaded, grad * grad, beta2, code_noise)
+    else:
+        second = _next_second_moment(seconds, maxima, second, largest, mask, grad * grad, beta2, AMSGRAD, False)
     denominator = _denominator_of(second, root, eps)
     _update_tile(grad, denominator, exp_avg, scale, param, moments, scales, params, offsets, mask, blocks, block_mask,
                  decay, step_size, beta1, noise, ROUNDS, "")  # fmt: skip
@@ -385,7 +436,7 @@ def _full_tile(
 @triton.jit(do_not_specialize=["lr", "beta1", "beta2", "eps", "weight_decay"])
 def update_full(
     table, programs, lr, beta1, beta2, eps, weight_decay, grad_scale, found_inf,
-    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr, SECOND_DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr, STEP_DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr,
     ROUNDS: tl.constexpr, PITCHED: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
@@ -396,7 +447,8 @@ def update_full(
         lr, beta1, beta2, eps, weight_decay: Hyperparameters, as bits or pointers.
         grad_scale, found_inf: None or pointers: what gradients are divided by, and not zero to skip the step.
         PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, STEP_DTYPE: Precisions of what the table points to.
-        COMPUTE: Precision of the arithmetic and of second moments.
+        SECOND_DTYPE: That of second moments: ``COMPUTE``, or uint8 for codes, which have no ``AMSGRAD``.
+        COMPUTE: Precision of the arithmetic.
         AMSGRAD, MAXIMIZE, ROUNDS: Flags of the step; ``ROUNDS`` for stochastic rounding.
         PITCHED: There are gaps between rows.
         ALIGNED: Elements that lengths of rows are multiples of, as all addresses are of 16 bytes; or 0.
@@ -412,11 +464,11 @@ def update_full(
     beta1, beta2, eps = _number(beta1), _number(beta2), _number(eps)
     if start + LINES * 256 <= count:
         _full_tile(row, start, count, decay, step_size, root, beta1, beta2, eps, grad_scale,
-                   PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
+                   PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, SECOND_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
                    ROUNDS, PITCHED, ALIGNED, WIDE, LINES, False)  # fmt: skip
     else:
         _full_tile(row, start, count, decay, step_size, root, beta1, beta2, eps, grad_scale,
-                   PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
+                   PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, SECOND_DTYPE, COMPUTE, STEP_DTYPE, AMSGRAD, MAXIMIZE,
                    ROUNDS, PITCHED, ALIGNED, WIDE, LINES, True)  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..float8 import is_coded
 from ..interface import Dims, Entry, Hyperparameters, Scalar, addresses_of, second_moment_dtype
 from ..layout import memory_order
 from . import kernels, slabs
@@ -26,8 +27,9 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
 }
-DTYPES = frozenset(_DTYPES) - {torch.int8}
+DTYPES = frozenset(_DTYPES) - {torch.int8, torch.uint8}
 """Precisions of parameters and gradients."""
 
 
@@ -57,7 +59,11 @@ def same_layout(entry: Entry) -> bool:
 
 
 def _tiling(entry: Entry) -> Tiling | None:
-    return tiling(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None, entry.precomputed)
+    """Return the tiling of a parameter, or None if no kernel updates these tensors."""
+    found = tiling(entry.param, entry.averaged_dims, entry.exp_avg_scale is not None, entry.precomputed)
+    if not is_coded(entry.exp_avg_sq[0]):
+        return found
+    return found if found is not None and found.kind == "full" and not entry.max_exp_avg_sq else None
 
 
 class Settings(NamedTuple):
@@ -453,6 +459,8 @@ def _key(entry: Entry, found: Tiling, hyper: Hyperparameters) -> _Key:
     }
     if is_flat:
         options |= {"PITCHED": found.is_pitched, "WIDE": max(found.width, found.red) >= WIDE_FROM}
+    if kind == "full":
+        options["SECOND_DTYPE"] = _DTYPES[entry.exp_avg_sq[0].dtype]
     if kind == "rows":
         options |= {"WHOLE": found.red <= columns, "COLUMNS": settings.columns}
     if kind == "spread":

@@ -81,6 +81,9 @@ def _assert_every_variant_compiles(architecture: str, out: Path, paths: str) -> 
     plain = [variant for variant in variants if variant["is_plain"] and variant["precision"] == "fp32"]
     moved = {variant["kernel"]: variant["bytes_per_parameter"] for variant in plain}
     assert moved == {"update_full": 28, "update_rows": 20, "update_spread": 20}
+    coded = [variant for variant in variants if variant["flags"] == "full, codes"]
+    moved = {variant["precision"]: variant["bytes_per_parameter"] for variant in coded}
+    assert (moved["fp32"], moved["bf16"]) == (22, 12)
     return figures
 
 
