@@ -260,9 +260,9 @@ def _decoded_second(codes):
 
 @triton.jit
 def _encoded_second(second, raw_grad, noise):
-    """Return codes of second moments, rounded at random: the gradient in memory and the step decide which way."""
+    """Return codes of second moments, rounded at random: the gradient's upper half and the step decide which way."""
     value = second.to(tl.float32)
-    random = _random_bits(raw_grad.to(tl.float32).to(tl.uint32, bitcast=True), noise)
+    random = _random_bits(raw_grad.to(tl.float32).to(tl.uint32, bitcast=True) >> 16 << 16, noise)
     bits = value.to(tl.uint32, bitcast=True) + (random >> (32 - _DROPPED))
     code = tl.minimum(tl.maximum((bits >> _DROPPED).to(tl.int32) - _OFFSET, 1), _LARGEST)
     code = tl.where(value == 0, 0, tl.where(value < float("inf"), code, _NOT_FINITE))

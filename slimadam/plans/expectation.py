@@ -1,8 +1,8 @@
 """The outcome to expect of a plan, as the committed experiments found it.
 
 A second moment that is replaced by something of signal-to-noise ratio ``SNR`` loses the share ``1 / (1 + SNR)`` of its
-mean square, ``var / (mean**2 + var)``. Averaged over a model's elements that share orders plans by how far training with
-them strays from AdamW; in which direction depends on the task (``python -m benchmarks.calibration gap``).
+mean square, ``var / (mean**2 + var)``. Averaged over a model's elements that share orders plans by how far training
+with them strays from AdamW; in which direction depends on the task (``python -m benchmarks.calibration gap``).
 """
 
 from __future__ import annotations
