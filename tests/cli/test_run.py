@@ -85,7 +85,7 @@ def test_rules_go_by_the_role_of_each_layer() -> None:
 
 
 def test_one_plan_covers_two_optimizers_in_whatever_order() -> None:
-    calibrated = CliRunner().invoke(cli, ["calibrate", "--every", "1", "--cutoff", "0", GAN, "0"])
+    calibrated = CliRunner().invoke(cli, ["calibrate", "--every", "1", "--cutoff", "0", "--forms", "best", GAN, "0"])
     assert calibrated.exit_code == 0, calibrated.stderr
     plan = CompressionPlan.load("plan.json")
     kept, full = plan.second_moments
