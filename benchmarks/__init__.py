@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "training/demo.py",
     "distributed.__main__": "distributed/run.py",
     "equivalence.__main__": "equivalence/run.py",
+    "expectation": "equivalence/expectation.py",
     "gpu.__main__": "gpu/run.py",
     "host_time": "speed/host_time.py",
     "interop": "correctness/interop.py",

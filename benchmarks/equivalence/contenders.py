@@ -193,14 +193,20 @@ def _hash_of_package() -> str:
 
 
 def _statements(file: Path) -> bytes:
-    """Return a file's statements without docstrings and comments, which change no run; C++ as it stands."""
+    """Return a file's statements without docstrings, comments and log lines, which change no run; C++ as it stands."""
     if file.suffix != ".py":
         return file.read_bytes()
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             del node.body[0]
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [one for one in body if not _is_log_line(one)]  # type: ignore[attr-defined]
     return ast.dump(tree).encode()
+
+
+def _is_log_line(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("logger.")
 
 
 def known(names: Iterable[str]) -> list[str]:

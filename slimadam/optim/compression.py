@@ -72,10 +72,11 @@ def compress(
         _compress(slot, states.get(slot.param, {}))
     after = memory_report(registry.slots(groups), states)
     logger.info(
-        "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %s -> %s",
+        "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %s -> %s; %s",
         100 * after.second_moments_saved,
         format_bytes(before.total),
         format_bytes(after.total),
+        plan.expectation or "what to expect of the loss is not known",
     )
 
 

@@ -238,7 +238,7 @@ def test_a_diverged_run_is_kept_as_infinite(tmp_path: Path) -> None:
 def test_versions_ignore_prose_and_see_code(tmp_path: Path) -> None:
     one, other, prose = (tmp_path / name for name in ("one.py", "other.py", "prose.py"))
     one.write_text('def f():\n    """Say."""\n    return 1\n')
-    prose.write_text('# why\ndef f():\n    """Say more."""\n    return 1\n')
+    prose.write_text('# why\ndef f():\n    """Say more."""\n    logger.info("done")\n    return 1\n')
     other.write_text('def f():\n    """Say."""\n    return 2\n')
     assert contenders._statements(one) == contenders._statements(prose) != contenders._statements(other)
 
