@@ -10,6 +10,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 
 COMMANDS = {
+    "ablation": "equivalence/ablation.py",
     "architecture": "readme/architecture.py",
     "calibration.__main__": "calibration/run.py",
     "checkpoint_kills": "distributed/checkpoint_kills.py",

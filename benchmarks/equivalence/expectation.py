@@ -2,7 +2,8 @@
 
 For each workload that ``python -m benchmarks.equivalence`` has judged, a short run at AdamW's best rate decides plans
 as ``plan="auto"`` does, which say what share of the second moments' mean square they lose. The mean differences to
-AdamW's held-out loss at that rate are fitted by a line through zero. Its error is that on workloads left out of the fit.
+AdamW's held-out loss at that rate are fitted by a line through zero; its error is that on workloads left out of the
+fit.
 """
 
 from __future__ import annotations
