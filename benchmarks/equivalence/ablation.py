@@ -20,6 +20,7 @@ from benchmarks.equivalence.runs import Losses, Record, of_task
 from benchmarks.equivalence.workloads import WORKLOADS, Task
 from benchmarks.harness import machine
 from benchmarks.harness.stopwatch import tensor_bytes
+from benchmarks.readme.markdown import table
 from benchmarks.workloads.training import held_out_loss, train, training_rate
 from slimadam import AutoPlan, SlimAdam
 
@@ -72,6 +73,22 @@ def _of_workload(name: str, out: Path, seeds: int) -> dict[str, Any] | None:
         found[label] = row = differences(task, lr, settings, reference)
         print(f"{name}: {label}: {row['mean']:+.2%}, {row['bytes_per_parameter']:.2f} bytes", flush=True)
     return {"workload": name, "lr": lr, "steps": task.steps, "variants": found}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return a table of mean differences and bytes of state, a row for each workload.
+
+    Args:
+        result: What ``ablation.json`` holds.
+    """
+    rows = [
+        [
+            row["workload"],
+            *(f"{one['mean']:+.2%} ({one['bytes_per_parameter']:.2f})" for one in row["variants"].values()),
+        ]
+        for row in result["workloads"]
+    ]
+    return table(["workload", *VARIANTS], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

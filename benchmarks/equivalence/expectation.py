@@ -22,6 +22,7 @@ from benchmarks.equivalence.report import figures
 from benchmarks.equivalence.runs import SELECTION_SEEDS, Record
 from benchmarks.equivalence.workloads import Task, present
 from benchmarks.harness import machine
+from benchmarks.readme.markdown import table
 from benchmarks.workloads.training import train, training_rate
 from slimadam import AutoPlan, SlimAdam
 
@@ -111,6 +112,30 @@ def _points(out: Path) -> list[Point]:
                 )
                 found.append(point)
     return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the line, its errors, and a table of its points.
+
+    Args:
+        result: What ``expectation.json`` holds.
+    """
+    rows = [
+        [
+            point["workload"],
+            point["contender"],
+            f"{point['share']:.1%}",
+            f"{result['slope'] * point['share']:+.2%}",
+            f"{point['difference']:+.2%}",
+        ]
+        for point in result["points"]
+    ]
+    return (
+        f"The line rises by {result['slope']:.2%} of the loss from nothing lost to all lost. On workloads left out of "
+        f"the fit it is wrong by {result['error_left_out']:.2%} of the loss on average; expecting no difference is "
+        f"wrong by {result['error_of_expecting_nothing']:.2%}.\n\n"
+        f"{table(['workload', 'plan', 'mean square lost', 'expected', 'seen'], rows)}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.equivalence.ablation import markdown as ablation_table
+from benchmarks.equivalence.expectation import markdown as expectation_table
 from benchmarks.equivalence.report import markdown as equivalence_tables
 from benchmarks.harness.comparison import SLOW
 from benchmarks.harness.machine import RESULTS
@@ -46,6 +48,20 @@ def throughput(result: dict[str, Any]) -> str:
 def equivalence(result: dict[str, Any]) -> str:
     """Return held-out losses of all optimizers against AdamW's, each at its own best rate."""
     return f"Measured {origin(result['machine'])}.\n\n{equivalence_tables(result).strip()}"
+
+
+def ablation(result: dict[str, Any]) -> str:
+    """Return what each form costs by itself."""
+    return (
+        f"Mean differences to AdamW's held-out loss at its best rate, {result['seeds']} seeds each, in brackets bytes "
+        f"of state for each parameter {origin(result['machine'])}, `python -m benchmarks.ablation`:\n\n"
+        f"{ablation_table(result)}"
+    )
+
+
+def expectation(result: dict[str, Any]) -> str:
+    """Return the line that ``plan.expectation`` follows, and its errors."""
+    return f"`python -m benchmarks.expectation` {origin(result['machine'])}: {expectation_table(result)}"
 
 
 def host_time(result: dict[str, Any]) -> str:
@@ -389,7 +405,9 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "throughput_gpt2-narrow_cpu_float32": throughput_narrow,
     "throughput_gpt2-small_cpu_float32_busy1": throughput_busy,
     **{f"throughput_{model}_cpu_float32": throughput_of_model for model in ("mixtral-small", "resnet50", "vit-base")},
+    "ablation": ablation,
     "equivalence": equivalence,
+    "expectation": expectation,
     "host_time": host_time,
     "kernels": kernels,
     "launches": launches,
