@@ -32,6 +32,11 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         grads = [new.to(grad.dtype) for new, grad in zip(scaled, grads, strict=True)]  # scalars have become wider
     grads = list(torch._foreach_neg(grads)) if hyper.maximize else grads
 
+    coded = [
+        update_codes(entry, grad, hyper.beta2) if is_coded(entry.exp_avg_sq[0]) else None
+        for entry, grad in zip(entries, grads, strict=True)
+    ]
+
     # weight decay
     if isinstance(hyper.weight_decay, torch.Tensor) or hyper.weight_decay != 0:
         torch._foreach_mul_(params, 1 - hyper.lr * hyper.weight_decay)
@@ -43,11 +48,9 @@ def foreach_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         for exp_avg, grad in zip(exp_avgs, grads, strict=True):
             update_first_moment(exp_avg, grad, hyper.beta1)
     stored = []
-    for entry, grad in zip(entries, grads, strict=True):
-        parts = entry.exp_avg_sq
-        if is_coded(parts[0]):
-            parts = [update_codes(entry, grad, hyper.beta2)]
-        elif not entry.precomputed:
+    for entry, grad, after in zip(entries, grads, coded, strict=True):
+        parts = entry.exp_avg_sq if after is None else [after]
+        if after is None and not entry.precomputed:
             update_second_moment(parts, grad, entry.averaged_dims, hyper.beta2)
         if entry.max_exp_avg_sq:
             parts = update_maxima(entry.max_exp_avg_sq, parts)

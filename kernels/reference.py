@@ -39,6 +39,7 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
             parts, maxima = [[torch.view_as_real(part) for part in moments] for moments in (parts, maxima)]
         rounds = hyper.stochastic_round and param.dtype == torch.bfloat16
         target = param.float() if rounds else param
+        coded = update_codes(entry, grad, hyper.beta2) if is_coded(parts[0]) else None
 
         # weight decay
         if isinstance(hyper.weight_decay, Tensor) or hyper.weight_decay != 0:
@@ -47,8 +48,8 @@ def reference_update(entries: Sequence[Entry], hyper: Hyperparameters) -> None:
         # first and second moment
         update_first_moment(exp_avg, grad, hyper.beta1)
         used = parts
-        if is_coded(parts[0]):
-            used = [update_codes(entry, grad, hyper.beta2)]
+        if coded is not None:
+            used = [coded]
         elif not precomputed:
             update_second_moment(parts, grad, dims, hyper.beta2)
             used = update_maxima(maxima, parts, hyper.differentiable) if hyper.amsgrad else parts
@@ -123,14 +124,14 @@ def update_codes(entry: Entry, grad: Tensor, beta2: Scalar) -> Tensor:
     """Update a second moment in codes; return it as it was before it was rounded.
 
     Args:
-        entry: The parameter's tensors; its gradient as it lies in memory decides how codes are rounded.
+        entry: The parameter's tensors before the step.
         grad: The gradient, scaled.
         beta2: Decay of the second moment.
     """
     (codes,) = entry.exp_avg_sq
     value = decode(codes).to(second_moment_dtype(grad.dtype))
     update_second_moment([value], grad, ((),), beta2)
-    codes.copy_(encode(value, entry.grad, entry.step))
+    codes.copy_(encode(value, entry.param, entry.step))
     return value
 
 

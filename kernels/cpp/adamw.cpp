@@ -39,7 +39,7 @@ constexpr int64_t kRowBlock = 64;         // rows of a column summed before thei
 constexpr int64_t kSerial = 1 << 14;      // fewer elements than this are not worth waking threads
 constexpr int64_t kPatience = 50000;       // how often a thread looks for another's work before it yields
 
-constexpr int32_t kFloat8Offset = 77;      // what is added to a code to get the upper bits of a float
+constexpr int32_t kFloat8Offset = 125;     // what is added to a code to get the upper bits of a float
 constexpr int32_t kFloat8Dropped = 22;     // and how many lower ones there are
 constexpr int32_t kFloat8Largest = 254;    // the largest code of a finite number
 constexpr int32_t kFloat8NotFinite = 255;
@@ -143,10 +143,10 @@ inline void store_stochastically(bfloat16& target, float value, uint32_t low_key
   target.bits = static_cast<uint16_t>(finite ? (bits + (noise >> 16)) >> 16 : nearest.bits);
 }
 
-// The same for a number that is not negative; the random bits depend on the upper half of the gradient as it lies in
-// memory, and on the step's key.
-inline void store_stochastically(float8& target, float value, float grad, uint32_t key) {
-  uint32_t noise = (bits_of(grad) & 0xffff0000u) ^ key;
+// The same for a number that is not negative; the random bits depend on the upper half of the parameter and on the
+// step's key.
+inline void store_stochastically(float8& target, float value, float param, uint32_t key) {
+  uint32_t noise = (bits_of(param) & 0xffff0000u) ^ key;
   noise = (noise ^ noise >> 16) * 0x7feb352du;
   noise = (noise ^ noise >> 15) * 0x846ca68bu;
   noise = (noise ^ noise >> 16) >> (32 - kFloat8Dropped);
@@ -261,11 +261,10 @@ struct FullCodes {
   using A = Arithmetic<P>;
   Numbers<A> x;
   float8* second;
-  const P* raw_grad;
   uint32_t key;
-  A operator()(A exp_avg, A grad, int64_t k) const {
+  A operator()(A exp_avg, A grad, int64_t k, P param) const {
     const A moment = static_cast<A>(load(second[k])) * x.beta2 + x.second_weight * grad * grad;
-    store_stochastically(second[k], static_cast<float>(moment), static_cast<float>(load(raw_grad[k])), key);
+    store_stochastically(second[k], static_cast<float>(moment), static_cast<float>(load(param)), key);
     return x.negative_step_size * exp_avg / (std::sqrt(moment) / x.root + x.eps);
   }
 };
@@ -333,7 +332,7 @@ class Update {
         if (entry_.coded) {
           float8* codes = static_cast<float8*>(entry_.exp_avg_sq) + start;
           const uint32_t key = static_cast<uint32_t>(static_cast<int64_t>(step_)) * 0x9e3779b9u;
-          run(start, end, exp_avg, FullCodes<P>{x_, codes, grad_ + at(start), key});
+          run(start, end, exp_avg, FullCodes<P>{x_, codes, key});
         } else if (entry_.precomputed) {
           run(start, end, exp_avg, FullPrecomputed<A>{x_, second_ + start});
         } else if (largest_) {
@@ -505,7 +504,15 @@ class Update {
       const A g = x.gradient_factor * load(grad[k]);
       const A before = load(exp_avg[k]);
       store(exp_avg[k], (x.lerp_from_gradient != 0 ? g : before) + x.lerp_weight * (g - before));
-      const A value = load(param[k]) * x.decay + step(static_cast<A>(load(exp_avg[k])), g, k);
+      const A moved = [&] {
+        const A first_moment = static_cast<A>(load(exp_avg[k]));
+        if constexpr (std::is_same_v<Step, FullCodes<P>>) {
+          return step(first_moment, g, k, param[k]);
+        } else {
+          return step(first_moment, g, k);
+        }
+      }();
+      const A value = load(param[k]) * x.decay + moved;
       if constexpr (kRounds) {
         store_stochastically(param[k], value, low_key, high_key, index + static_cast<uint32_t>(k));
       } else {

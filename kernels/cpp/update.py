@@ -20,8 +20,8 @@ from ..layout import layout, overlap
 from .build import library as library
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}
-_GRAD, _SEED, _CODED = 1, 15, 18
-"""Columns of the table: two that each step fills in, and whether the second moment is in codes."""
+_GRAD, _SEED = 1, 15
+"""Columns of the table that each step fills in."""
 
 
 def supports(param: Tensor, exp_avg_dtype: torch.dtype, averaged_dims: Sequence[Dims]) -> bool:
@@ -84,8 +84,7 @@ class Table:
         assert compiled is not None
         factor = 1.0 if hyper.clip_factor is None else float(hyper.clip_factor)
         if factor == 0:  # an infinite norm: sums of squares may be infinite where no gradient is
-            coded = self._rows[:, _CODED]  # rounded by the gradients as they are
-            grads = [grad if raw else grad * 0 for grad, raw in zip(grads, coded, strict=True)]
+            grads, factor = [grad * 0 for grad in grads], 1.0
         self._rows[:, _GRAD] = addresses_of(grads)
         if hyper.stochastic_round:
             self._rows[:, _SEED] = seeds

@@ -259,10 +259,10 @@ def _decoded_second(codes):
 
 
 @triton.jit
-def _encoded_second(second, raw_grad, noise):
-    """Return codes of second moments, rounded at random: the gradient's upper half and the step decide which way."""
+def _encoded_second(second, param, noise):
+    """Return codes of second moments, rounded at random: parameter and step decide which way."""
     value = second.to(tl.float32)
-    random = _random_bits(raw_grad.to(tl.float32).to(tl.uint32, bitcast=True) >> 16 << 16, noise)
+    random = _random_bits(param.to(tl.float32).to(tl.uint32, bitcast=True) >> 16 << 16, noise)
     bits = value.to(tl.uint32, bitcast=True) + (random >> (32 - _DROPPED))
     code = tl.minimum(tl.maximum((bits >> _DROPPED).to(tl.int32) - _OFFSET, 1), _LARGEST)
     code = tl.where(value == 0, 0, tl.where(value < float("inf"), code, _NOT_FINITE))
@@ -270,10 +270,10 @@ def _encoded_second(second, raw_grad, noise):
 
 
 @triton.jit
-def _next_codes(moments, codes, mask, raw_grad, mean_square, beta2, noise):
+def _next_codes(moments, codes, mask, param, mean_square, beta2, noise):
     """Update codes that ``_second_moments`` has loaded; return the second moment as it was before it was rounded."""
     second = _average(_decoded_second(codes).to(mean_square.dtype), mean_square, beta2)
-    tl.store(moments, _encoded_second(second, raw_grad, noise), mask=mask)
+    tl.store(moments, _encoded_second(second, param, noise), mask=mask)
     return second
 
 
@@ -425,7 +425,7 @@ def _full_tile(
 
     grad = _gradient(loaded, grad_scale, MAXIMIZE, COMPUTE)
     if SECOND_DTYPE == tl.uint8:
-        second = _next_codes(seconds, second, mask, loaded, grad * grad, beta2, code_noise)
+        second = _next_codes(seconds, second, mask, param, grad * grad, beta2, code_noise)
     else:
         second = _next_second_moment(seconds, maxima, second, largest, mask, grad * grad, beta2, AMSGRAD, False)
     denominator = _denominator_of(second, root, eps)

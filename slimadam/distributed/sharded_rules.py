@@ -138,7 +138,7 @@ def _local_part(name: str, rule: Rule, part: Part, param: DTensor, placements: t
             missed = min(max(begin - part.start, 0), part.size)
     if cut is not None and not any(rule.averaged_dims(len(view))):
         raise RuntimeError(
-            _cannot_follow(name, part, "it keeps a full second moment, and shards end elsewhere than it")
+            _cannot_follow(name, part, "it keeps a second moment for each element, and shards end elsewhere than it")
         )
     here = Part(part.label, tuple(shape), tuple(view), part.dim, start, end - start)
     own = replace(rule, part=here, shape=here.shape)

@@ -90,8 +90,16 @@ class ParamSlot:
         """Check that the rules can be followed with the group's options and through the parameter's shards.
 
         Raises:
-            PlanError: ``amsgrad`` is on and a second moment is factored.
+            PlanError: As in :meth:`check_options`.
             RuntimeError: Says why shards do not allow it, and what to use instead.
+        """
+        self.check_options()
+
+    def check_options(self) -> None:
+        """Check that the rules can be followed with the group's options, which may have changed.
+
+        Raises:
+            PlanError: Names the option.
         """
         reason = self._why_not_in_codes()
         if reason is not None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from slimadam.distributed.slots import ParamSlot
-from slimadam.kernels.interface import Entry, second_moment_dtype
+from slimadam.kernels.float8 import CODES
+from slimadam.kernels.interface import Entry
 from slimadam.layers.splits import key_of
 from slimadam.optim.step.dispatch import Backend
 from slimadam.optim.step.tasks import planned
@@ -110,7 +111,7 @@ def memory_report(
         adamw_seconds += native
         adamw_total += native * (3 if slot.group["amsgrad"] else 2)
         elements += own.numel()
-        kept += held / second_moment_dtype(own.dtype).itemsize
+        kept += sum(math.prod(shape) / (4 if dtype is CODES else 1) for shape, dtype in slot.stored)
         for backend, entry in planned(slot):
             updated[backend].append(entry)
     total = moments + seconds + maxima + steps

@@ -21,11 +21,10 @@ from slimadam.state.rule import FACTORED, FLOAT8, MAX_NDIM, Rule, Source
 
 Forms = Literal["mean", "best", "closest"]
 
-_FACTORED_MARGIN: Final = 3.0
-"""Factor of the cutoff for row and column averages where one byte for each element is the alternative.
+_MARGIN: Final = 3.0
+"""Factor of the cutoff for averages where one byte for each element is the alternative.
 
-Embeddings do with the cutoff itself: below it their averages cost word GPT 0.1% of its loss where those of its head,
-at an SNR of 1.8, cost 0.5%.
+Row and column averages of embeddings do with the cutoff itself (``python -m benchmarks.ablation``).
 """
 _SMALLEST_SNR: Final = 1e-100
 """Nothing that loses more is chosen by budget."""
@@ -167,8 +166,7 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     if not options:
         return replace(rule, reason=_why_without_options(rule), source=Source.MEASURED)
     if forms == "closest":
-        margin = 1.0 if "embedding" in rule.role else _FACTORED_MARGIN
-        return _choose_closest(rule, margin * cutoff, options)
+        return _choose_closest(rule, cutoff, options)
     best = max(options, key=_rank)
     label = best.rule.stored_as.describe()
     if best.snr > cutoff:
@@ -180,16 +178,16 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
 
 
 def _choose_closest(rule: Rule, cutoff: float, options: Sequence[_Option]) -> Rule:
-    """Choose row and column averages, or one byte for each element where their SNR is not above the cutoff."""
-    factored = next((one for one in options if one.rule.form == FACTORED), None)
-    if factored is None:
-        why = "save nothing"
-    elif factored.snr > cutoff:
-        reason = f"row and column averages have an SNR of {factored.snr:.3g}, above {cutoff:g}"
-        return replace(factored.rule, reason=reason, source=Source.MEASURED)
-    else:
-        why = f"have an SNR of {factored.snr:.3g}, not above {cutoff:g}"
-    reason = f"one byte for each element: row and column averages {why}"
+    """Choose row and column averages, else another average, else one byte for each element."""
+    margin = 1.0 if "embedding" in rule.role else _MARGIN
+    factored = [one for one in options if one.rule.form == FACTORED and one.snr > margin * cutoff]
+    fine = factored or [one for one in options if one.snr > _MARGIN * cutoff]
+    best = max(fine or options, key=_rank)
+    needed = cutoff * (margin if best.rule.form == FACTORED else _MARGIN)
+    label = f"{best.rule.stored_as.describe()}, SNR {best.snr:.3g}"
+    if fine:
+        return replace(best.rule, reason=f"{label}: above {needed:g}", source=Source.MEASURED)
+    reason = f"one byte for each element; {label}: not above {needed:g}"
     return replace(rule, form=FLOAT8, reason=reason, source=Source.MEASURED)
 
 

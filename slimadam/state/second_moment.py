@@ -257,6 +257,7 @@ class Factored(Form):
 
 FORMS: Final[Mapping[str, type[Form]]] = {form.name: form for form in (Full, Mean, Factored, Float8)}
 _SUFFIXES: Final = "|".join(suffix for form in FORMS.values() for suffix in form.suffixes if suffix)
+_CODED_SUFFIXES: Final = "|".join(suffix for form in FORMS.values() if form.is_coded for suffix in form.suffixes)
 
 
 def step_dtype() -> torch.dtype:
@@ -377,6 +378,11 @@ def is_key_of(key: object, kind: str) -> bool:
         kind: One of :data:`SECOND_MOMENTS`.
     """
     return isinstance(key, str) and re.fullmatch(rf"{kind}({_SUFFIXES})?(\[.*\])?", key) is not None
+
+
+def is_key_of_codes(key: str) -> bool:
+    """Return whether an entry of a state holds a second moment in codes."""
+    return re.fullmatch(rf"({'|'.join(SECOND_MOMENTS)})({_CODED_SUFFIXES})(\[.*\])?", key) is not None
 
 
 def by_rule(rules: Sequence[Rule], moments: Sequence[Tensor]) -> list[Sequence[Tensor]]:

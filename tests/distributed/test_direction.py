@@ -81,7 +81,7 @@ def _slimadam(name: str) -> dict[Any, Any]:
     steps = [[grad.float() for grad in step] for step in steps]
     for option, given in OPTIONS.items():
         if option == "amsgrad":
-            rules = {key: rule for key, rule in plan.items() if rule.form != "factored"}
+            rules = {key: rule for key, rule in plan.items() if rule.form not in ("factored", "float8")}
             own = CompressionPlan({key: rules.get(key, plan["p0"]) for key in tensors})
         else:
             own = plan

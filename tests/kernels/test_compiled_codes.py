@@ -117,7 +117,7 @@ def _check(entry: Entry, hyper: Hyperparameters, lay: Callable[[Tensor], Tensor]
     found, exact = _laid(_clone(entry), lay), _laid(_in_numbers(entry), lay)
     compiled_update([found], hyper)
     compiled_update([exact], hyper)
-    _assert_same(found.exp_avg_sq[0], encode(exact.exp_avg_sq[0], entry.grad, entry.step))
+    _assert_same(found.exp_avg_sq[0], encode(exact.exp_avg_sq[0], entry.param, entry.step))
     _assert_same(found.param, exact.param)
     _assert_same(found.exp_avg, exact.exp_avg)
     if found.exp_avg_scale is not None and exact.exp_avg_scale is not None:

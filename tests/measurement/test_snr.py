@@ -315,7 +315,7 @@ def _assert_same_choice(plan: CompressionPlan, expected: CompressionPlan) -> Non
     assert "measured" in plan["from_the_start"].reason
 
 
-@pytest.mark.parametrize("forms", ["mean", "best", "factored"])
+@pytest.mark.parametrize("forms", ["mean", "best", "closest"])
 def test_recorder_leaves_non_finite_measurements_out(forms: Any) -> None:
     named = {name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES_OF_A_MODEL.items()}
     optimizer = torch.optim.AdamW(named.items())
@@ -334,7 +334,7 @@ def test_auto_leaves_non_finite_measurements_out() -> None:
     optimizer = SlimAdam(named.items(), plan=AutoPlan(calibration_steps=6, measurements=3, cutoff=0.1))
     _train(optimizer, named, 6)
     expected = _finite_measurements(6, (2, 4, 6))
-    _assert_same_choice(optimizer.plan, CompressionPlan.from_snr(expected, 0.1, forms="factored"))
+    _assert_same_choice(optimizer.plan, CompressionPlan.from_snr(expected, 0.1, forms="closest"))
     assert optimizer.state[named["from_the_start"]]["exp_avg_sq"].shape == (5, 9)
     _train(optimizer, named, 3)
     assert named["clean"].isfinite().all()

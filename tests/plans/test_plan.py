@@ -73,11 +73,27 @@ def test_best_lets_the_factored_form_compete() -> None:
 def test_elements_take_a_byte_each_where_row_and_column_averages_are_too_coarse(
     name: str, factored: float, cutoff: float, form: str
 ) -> None:
-    snr = {(0,): 9.0, (1,): 8.0, (0, 1): 0.5, "factored": factored}
+    snr = {(0,): 0.1, (1,): 0.15, (0, 1): 0.05, "factored": factored}
     rule = CompressionPlan.from_snr(_history(snr, name=name), cutoff, forms="closest")[name]
     assert (rule.form, rule.dims) == (form, ())
-    assert f"an SNR of {factored:.3g}" in rule.reason
+    assert f"row and column averages, SNR {factored:.3g}" in rule.reason
     assert rule.stored_elements((8, 6)) == (14 if form == "factored" else 12)
+
+
+@pytest.mark.parametrize(
+    ("snr", "shape", "dims"),
+    [
+        ({(0,): 1.0, (1,): 50.0, (0, 1): 0.5, "factored": 50.0}, (1, 64), (1,)),  # factoring saves nothing
+        ({(0,): 50.0, (1,): 2.0}, (8, 6), (0,)),  # it was not measured
+        ({(0,): 3.1, (1,): 2.0, (0, 1): 0.5, "factored": 2.9}, (8, 6), (0,)),
+        ({(0,): 3.0, (1,): 2.0, (0, 1): 0.5, "factored": 2.9}, (8, 6), ()),
+    ],
+)
+def test_other_averages_stand_in_where_they_are_fine_enough(
+    snr: dict[Any, float], shape: tuple[int, ...], dims: tuple[int, ...]
+) -> None:
+    rule = CompressionPlan.from_snr(_history(snr, shape), forms="closest")["h.0.q_proj.weight"]
+    assert (rule.form, rule.dims) == ("mean" if dims else "float8", dims)
 
 
 def test_candidates_that_save_nothing_are_not_chosen() -> None:

@@ -323,6 +323,8 @@ def _check_tensor_entry(name: str, key: str, value: Any, param: Tensor) -> None:
             raise ValueError(f"{name!r}: the state dict's {key} holds {type(tensor).__name__}, not a dense tensor")
         if tensor.is_meta and not param.is_meta:
             raise ValueError(f"{name!r}: the state dict's {key} has no values (device='meta'); pass it as it was saved")
+        if second_moment.is_key_of_codes(key) and not is_coded(tensor):
+            raise ValueError(f"{name!r}: the state dict's {key} is {tensor.dtype}, its codes must be torch.uint8")
         codes = key in ("exp_avg_codes", "exp_avg_scale") or (key == "exp_avg" and tensor.dtype == torch.int8)
         if not codes and not is_coded(tensor) and tensor.is_complex() != param.is_complex():
             raise ValueError(f"{name!r}: the state dict's {key} is {tensor.dtype}, the parameter {param.dtype}")

@@ -68,7 +68,9 @@ def update_without_decay(entry: Entry, hyper: Hyperparameters) -> Tensor:
     dim = block_dim(target.shape)
     for rows in row_blocks(target.shape):
         if averaged is None:
-            part, maximum = ([values_of(moment[rows]) for moment in moments] for moments in (parts, maxima))
+            part, maximum = (
+                [values_of(moment[rows]).to(target.dtype) for moment in moments] for moments in (parts, maxima)
+            )
             second = _second_moment_after(part, maximum, grad[rows], ((),), hyper)
         else:
             second = averaged if averaged.shape[dim] == 1 else averaged[rows]

@@ -82,6 +82,7 @@ def check_state(slot: ParamSlot, grad: Tensor, state: Mapping[str, Any]) -> None
         RuntimeError: Names the parameter and the entry.
     """
     name, rules = slot.name, slot.rules
+    slot.check_options()
     if not torch.compiler.is_compiling():
         _check_memory(name, slot.own, grad, state)
     _check_second_moment(slot, second_moment.moments_of(state, rules))
@@ -103,7 +104,8 @@ def _check_second_moment(slot: ParamSlot, moments: Sequence[Tensor]) -> None:
     wanted = second_moment.state_shapes(rules, slot.shape)
     if not second_moment.fits(moments, rules, slot.shape):
         raise RuntimeError(
-            f"{name!r}: its second moment has shape {' and '.join(map(str, kept))}, the rule for a parameter of shape "
+            f"{name!r}: its second moment has shape {' and '.join(map(str, kept))} and is "
+            f"{' and '.join(str(part.dtype) for part in moments)}, the rule for a parameter of shape "
             f"{slot.shape} keeps {wanted}; exchange a parameter for one of another size by "
             f"optimizer.replace_param(old, new, keep=..., added=...), which carries its state over; {_ZERO}"
         )
