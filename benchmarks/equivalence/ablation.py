@@ -6,8 +6,11 @@ AdamW's runs of the same seeds in ``equivalence.jsonl``.
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,14 @@ VARIANTS: Mapping[str, AutoPlan] = {
     "these, head in full": AutoPlan(cutoff=_AVERAGED, keep=_HEAD),
     "these, embeddings in full": AutoPlan(cutoff=_AVERAGED, keep=_EMBEDDINGS),
     "one byte for each element": AutoPlan(cutoff=_CODED),
+    "averages of the paper": AutoPlan(forms="mean"),
     "as measured": AutoPlan(),
 }
 _DEFAULT_WORKLOADS = ("byte GPT", "word GPT", "LSTM", "flights")
 
 
 def differences(task: Task, lr: float, settings: AutoPlan, reference: Mapping[int, float]) -> dict[str, Any]:
-    """Return relative differences to the reference's held-out losses, and bytes of state for each parameter.
+    """Return differences to the reference's held-out losses, bytes of state, and the share of mean square lost.
 
     Args:
         task: Workload, size and length.
@@ -45,7 +49,10 @@ def differences(task: Task, lr: float, settings: AutoPlan, reference: Mapping[in
         settings: What changes its form after the first steps.
         reference: The reference's losses by seed.
     """
-    workload, found, size = task.workload, [], 0.0
+    workload = task.workload
+    found: list[float] = []
+    shares: list[float] = []
+    size = 0.0
 
     def make(model: nn.Module) -> SlimAdam:
         return SlimAdam(model, betas=workload.betas, weight_decay=task.weight_decay, plan=settings)
@@ -53,12 +60,21 @@ def differences(task: Task, lr: float, settings: AutoPlan, reference: Mapping[in
     for seed, loss in reference.items():
         rate = training_rate(lr, task.steps)
         model, optimizer = train(workload, make, rate, task.steps, seed, max_norm=task.kind.max_norm)
+        assert isinstance(optimizer, SlimAdam)
         found.append(held_out_loss(workload, model) / loss - 1)
+        expected = optimizer.plan.expectation
+        shares.append(0.0 if expected is None else expected.averaged_away)
         size = tensor_bytes(optimizer.state) / sum(parameter.numel() for parameter in model.parameters())
-    return {"differences": found, "mean": statistics.fmean(found), "bytes_per_parameter": size}
+    return {
+        "differences": found,
+        "mean": statistics.fmean(found),
+        "share": statistics.fmean(shares),
+        "bytes_per_parameter": size,
+    }
 
 
 def _of_workload(name: str, out: Path, seeds: int) -> dict[str, Any] | None:
+    torch.set_num_threads(1)
     task = Task(name)
     runs = of_task(Record(out / "equivalence.jsonl").runs, task, task.version)
     rows = figures(runs)["tasks"]
@@ -97,10 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=_DEFAULT_WORKLOADS, metavar="NAME",
                         help=f"of {', '.join(WORKLOADS)}")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="workloads at a time (default: 1)")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    found = [_of_workload(name, options.out, options.seeds) for name in options.workloads if not _is_missing(name)]
-    rows = [row for row in found if row is not None]
+    names = [name for name in options.workloads if not _is_missing(name)]
+    train_on = partial(_of_workload, out=options.out, seeds=options.seeds)
+    if options.jobs > 1:
+        with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            rows = [row for row in pool.map(train_on, names) if row is not None]
+    else:
+        rows = [row for row in map(train_on, names) if row is not None]
     if rows:
         print("written:", machine.write("ablation", {"seeds": options.seeds, "workloads": rows}, options.out))
     return 0 if rows else 1

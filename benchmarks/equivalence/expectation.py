@@ -1,33 +1,20 @@
-"""Fit what to expect of a plan to the protocol's runs: ``python -m benchmarks.expectation``.
+"""Fit what to expect of a plan: ``python -m benchmarks.expectation``.
 
-For each workload that ``python -m benchmarks.equivalence`` has judged, a short run at AdamW's best rate decides plans
-as ``plan="auto"`` does, which say what share of the second moments' mean square they lose. The mean differences to
-AdamW's held-out loss at that rate are fitted by a line through zero; its error is that on workloads left out of the
-fit.
+``python -m benchmarks.ablation`` has trained with several plans on each workload, and measured what share of the second
+moments' mean square each of them loses. The mean differences to AdamW's held-out loss are fitted by a line through
+zero; its error is that on workloads left out of the fit.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
-
-from benchmarks.equivalence.contenders import REFERENCE
-from benchmarks.equivalence.report import figures
-from benchmarks.equivalence.runs import SELECTION_SEEDS, Record
-from benchmarks.equivalence.workloads import Task, present
 from benchmarks.harness import machine
 from benchmarks.readme.markdown import table
-from benchmarks.workloads.training import train, training_rate
-from slimadam import AutoPlan, SlimAdam
-
-SETTINGS = {"auto": AutoPlan(), "averages": AutoPlan(forms="mean")}
-"""What the contenders measure and decide by."""
 
 
 class Point(NamedTuple):
@@ -35,13 +22,13 @@ class Point(NamedTuple):
 
     Attributes:
         workload: Name of the workload.
-        contender: Key of :data:`SETTINGS`.
+        plan: Label of the plan.
         share: The share, in 0..1.
-        difference: Mean difference to the reference's held-out loss, as a share of it.
+        difference: Mean difference to AdamW's held-out loss, as a share of it.
     """
 
     workload: str
-    contender: str
+    plan: str
     share: float
     difference: float
 
@@ -76,42 +63,17 @@ def fit(points: Sequence[Point]) -> dict[str, Any]:
     }
 
 
-def share_lost(task: Task, lr: float, settings: AutoPlan) -> float:
-    """Return the share of the second moments' mean square that the plan decided in a run loses.
+def points_of(ablation: dict[str, Any]) -> list[Point]:
+    """Return a point for each workload and plan.
 
     Args:
-        task: Workload, size and length.
-        lr: Peak learning rate.
-        settings: How to measure and decide.
+        ablation: What ``ablation.json`` holds.
     """
-
-    def make(model: nn.Module) -> SlimAdam:
-        return SlimAdam(model, betas=task.workload.betas, weight_decay=task.weight_decay, plan=settings)
-
-    rate, steps = training_rate(lr, task.steps), settings.calibration_steps
-    _, optimizer = train(task.workload, make, rate, steps, SELECTION_SEEDS, max_norm=task.kind.max_norm)
-    assert isinstance(optimizer, SlimAdam)
-    expected = optimizer.plan.expectation
-    assert expected is not None
-    return expected.averaged_away
-
-
-def _points(out: Path) -> list[Point]:
-    found = []
-    for row in figures(Record(out / "equivalence.jsonl").runs)["tasks"]:
-        task = Task(row["workload"], row["size"], row["length"])
-        if not present([task.name]):
-            continue
-        for contender, settings in SETTINGS.items():
-            judged = row["contenders"].get(contender, {}).get("at_reference_best")
-            if judged is not None:
-                lr = row["contenders"][REFERENCE]["best_rate"]
-                point = Point(task.name, contender, share_lost(task, lr, settings), judged["mean"])
-                print(
-                    f"{point.workload}: {contender} loses {point.share:.1%}, costs {point.difference:+.2%}", flush=True
-                )
-                found.append(point)
-    return found
+    return [
+        Point(row["workload"], label, found["share"], found["mean"])
+        for row in ablation["workloads"]
+        for label, found in row["variants"].items()
+    ]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -123,7 +85,7 @@ def markdown(result: dict[str, Any]) -> str:
     rows = [
         [
             point["workload"],
-            point["contender"],
+            point["plan"],
             f"{point['share']:.1%}",
             f"{result['slope'] * point['share']:+.2%}",
             f"{point['difference']:+.2%}",
@@ -139,18 +101,15 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, fit, print and write ``expectation.json``; 1 where fewer than two workloads are judged."""
+    """Fit, print and write ``expectation.json``; 1 where fewer than two workloads were trained on."""
     options = machine.parser(__doc__).parse_args(arguments)
-    torch.set_num_threads(1)
-    points = _points(options.out)
+    file = options.out / "ablation.json"
+    points = points_of(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
     if len({point.workload for point in points}) < 2:
-        print("fewer than two workloads are judged: run python -m benchmarks.equivalence first")
+        print(f"{file} holds fewer than two workloads: run python -m benchmarks.ablation first")
         return 1
     result = fit(points)
-    print(
-        f"{result['slope']:+.2%} of the loss where all is lost, deviation {result['deviation']:.2%}; left out: "
-        f"{result['error_left_out']:.2%}, expecting nothing: {result['error_of_expecting_nothing']:.2%}"
-    )
+    print(markdown(result))
     print("written:", machine.write("expectation", result, options.out))
     return 0
 

@@ -44,16 +44,17 @@ def test_workloads_are_left_out_as_a_whole() -> None:
 
 
 def test_shares_are_measured_and_fitted(judged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expectation, "SETTINGS", {"auto": AutoPlan(calibration_steps=4)})
+    monkeypatch.setattr(ablation, "VARIANTS", {"as measured": AutoPlan(calibration_steps=4)})
+    assert ablation.main(["--out", str(judged), "--workloads", "tiny", "tiny too", "--seeds", "2"]) == 0
     assert expectation.main(["--out", str(judged)]) == 0
     points = json.loads((judged / "expectation.json").read_text())["points"]
     assert [point["workload"] for point in points] == ["tiny", "tiny too"]
     assert all(0 < point["share"] < 1 for point in points)
 
 
-def test_without_judged_runs_nothing_is_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_runs_nothing_is_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert expectation.main(["--out", str(tmp_path)]) == 1
-    assert "run python -m benchmarks.equivalence first" in capsys.readouterr().out
+    assert "run python -m benchmarks.ablation first" in capsys.readouterr().out
 
 
 def test_forms_are_compared_with_adamws_runs(judged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
