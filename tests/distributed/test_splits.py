@@ -98,5 +98,5 @@ def test_what_shards_cannot_follow_is_refused(tmp_path: Path) -> None:
     for heads, whole in on_ranks(3, tmp_path, _refusals):
         assert heads.startswith("'p': its part 'query' cannot be followed through these shards: ")
         assert "cuts through its slices; shard it along another dimension" in heads
-        assert "'value' cannot be followed through these shards: it keeps a full second moment" in whole
+        assert "'value' cannot be followed through these shards: it keeps a second moment for each element" in whole
         assert "shard_placement_fn=lambda parameter: Shard(1)" in heads

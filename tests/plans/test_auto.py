@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -241,7 +242,8 @@ def test_a_compiled_step_decides_and_goes_on() -> None:
     for backend in (None, "aot_eager"):
         torch._dynamo.reset()
         model = _model()
-        optimizer = SlimAdam(model, lr=1e-2, plan=AUTO)
+        # Averages: codes are rounded the other way once a parameter's last bits have carried.
+        optimizer = SlimAdam(model, lr=1e-2, plan=dataclasses.replace(AUTO, forms="best"))
         step = torch.compile(optimizer.step, backend=backend) if backend else optimizer.step
         for seed in range(10):
             generator = torch.Generator().manual_seed(seed)
