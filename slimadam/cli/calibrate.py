@@ -32,9 +32,14 @@ _REMEDY = (
 
 @click.command("calibrate", context_settings=SCRIPT_SETTINGS)
 @click.option("--steps", type=click.IntRange(1), help="End the script after so many optimizer steps.")
-@click.option("--cutoff", type=FiniteRange(0), default=1.0, help="SNR that averaging must exceed to be chosen.")
+@click.option(
+    "--cutoff",
+    type=FiniteRange(0),
+    default=1.0,
+    help="SNR that averages must exceed; with --forms closest, three times it.",
+)
 @click.option("--budget", type=FiniteRange(0, 1), help="Instead of a cutoff: save at least this share of second "
-              "moments and lose the least SNR.")  # fmt: skip
+              "moments by averages, at the least loss.")  # fmt: skip
 @click.option("--forms", type=click.Choice(get_args(Forms)), default="closest",
               help="mean: averages only, as in the paper. best: row and column averages compete too. closest: "
               "these where their SNR is above three times the cutoff, else one byte for each element.")  # fmt: skip

@@ -13,6 +13,7 @@ from slimadam.distributed.slots import ParamSlot, slot_of
 from slimadam.layers.splits import key_of
 from slimadam.optim.memory import memory_report
 from slimadam.optim.registry import Registry
+from slimadam.plans.expectation import expectation
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state import second_moment
 from slimadam.state.rule import Source
@@ -76,7 +77,8 @@ def compress(
         100 * after.second_moments_saved,
         format_bytes(before.total),
         format_bytes(after.total),
-        plan.expectation or "what to expect of the loss is not known",
+        expectation(rule for slot in registry.slots(groups) for rule in slot.rules)
+        or "the loss to expect is not known",
     )
 
 

@@ -96,7 +96,7 @@ class SlimAdam(Optimizer):
             gradients are read once for it and never written, so ``param.grad`` stays unclipped. ``inf`` only
             measures. :attr:`grad_norm` is the norm before clipping. Where each parameter has an optimizer of its
             own (optimizer-in-backward, ``ZeroRedundancyOptimizer``), it is the norm of that optimizer's alone.
-        monitor: Keep watching a sample of each compressed parameter, at most 1% of what was saved, for
+        monitor: Keep watching a sample of each averaged parameter, at most 1% of what was saved, for
             :meth:`snr_check`. Steps under ``torch.compile`` and groups with ``capturable=True`` are not watched.
 
     Everything after ``amsgrad`` but ``model``, ``max_grad_norm`` and ``monitor`` may be set per parameter group.
@@ -606,7 +606,7 @@ class SlimAdam(Optimizer):
     # -- does it still hold? -----------------------------------------------------------------------------
 
     def snr_check(self) -> dict[str, Check]:
-        """Return the last SNR of a sample of each compressed parameter, to see whether averaging still holds.
+        """Return the last SNR of a sample of each averaged parameter, to see whether averaging still holds.
 
         A few slices of each keep being tracked in full. Every 200 steps (``1 / (1 - beta2)`` where that is longer)
         their SNR is taken, and where it has clearly fallen below the cutoff, one warning says so. Samples that start

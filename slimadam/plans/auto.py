@@ -31,8 +31,8 @@ class AutoPlan:
     Attributes:
         calibration_steps: Optimizer steps as AdamW, after which the second moments shrink.
         measurements: Number of times the SNR is measured in these steps, at equal distances, the last at their end.
-        cutoff: SNR that a candidate must exceed.
-        budget: Share of the measured second moments to save instead, at the least loss (elements over SNR).
+        cutoff: SNR that a candidate must exceed; with ``forms="closest"`` three times it, see there.
+        budget: Share of the measured second moments to save by averages instead, at the least loss (elements over SNR).
         forms: As in :meth:`CompressionPlan.from_snr`; ``"mean"`` is the paper exactly.
         keep: Patterns of names or roles that stay in full.
         parts: The logical matrices in parameters, by pattern of their names, where their modules do not say, such as

@@ -173,7 +173,7 @@ class CompressionPlan(Mapping[str, Rule]):
         forms: Forms = "mean",
         keep: Iterable[str] = (),
     ) -> CompressionPlan:
-        """Choose for each parameter the candidate with the highest averaged SNR strictly above the cutoff.
+        """Choose a form for each parameter, by default the average with the highest SNR strictly above the cutoff.
 
         With a budget instead: save at least that share of all second moments at the least loss (elements over SNR).
 
@@ -186,8 +186,8 @@ class CompressionPlan(Mapping[str, Rule]):
             budget: Share of all second moments to save, in 0..1; the cutoff is not used then.
             forms: ``"mean"``: only averages, as in the paper. ``"best"``: row and column averages compete too.
                 ``"closest"``: row and column averages where their SNR is above three times the cutoff (of embeddings,
-                the cutoff), elsewhere one byte for each element; of all three it trains closest to AdamW. With a
-                budget it is as ``"best"``.
+                the cutoff), else the best other average above three times the cutoff, else one byte for each element.
+                With a budget it is as ``"best"``.
             keep: Patterns (``fnmatch``) of names or roles that stay in full; a parameter's name keeps all its parts,
                 ``"*.c_attn.weight[key]"`` one of them. What is in brackets at the end is always a part's label.
 

@@ -155,7 +155,7 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     """Choose the measured candidate with the highest SNR, if it is strictly above the cutoff.
 
     With ``forms="closest"`` the factored form is chosen where its SNR is above three times the cutoff (of embeddings,
-    the cutoff), and elsewhere one byte for each element.
+    the cutoff), else the best other candidate above three times the cutoff, else one byte for each element.
 
     Args:
         rule: A rule in full, with what was measured.
@@ -180,15 +180,18 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
 def _choose_closest(rule: Rule, cutoff: float, options: Sequence[_Option]) -> Rule:
     """Choose row and column averages, else another average, else one byte for each element."""
     margin = 1.0 if "embedding" in rule.role else _MARGIN
-    factored = [one for one in options if one.rule.form == FACTORED and one.snr > margin * cutoff]
-    fine = factored or [one for one in options if one.snr > _MARGIN * cutoff]
-    best = max(fine or options, key=_rank)
-    needed = cutoff * (margin if best.rule.form == FACTORED else _MARGIN)
-    label = f"{best.rule.stored_as.describe()}, SNR {best.snr:.3g}"
-    if fine:
-        return replace(best.rule, reason=f"{label}: above {needed:g}", source=Source.MEASURED)
-    reason = f"one byte for each element; {label}: not above {needed:g}"
-    return replace(rule, form=FLOAT8, reason=reason, source=Source.MEASURED)
+    factored = [one for one in options if one.rule.form == FACTORED]
+    others = [one for one in options if one.rule.form != FACTORED]
+    tried = []
+    for some, factor in ((factored, margin), (others, _MARGIN)):
+        if some:
+            best = max(some, key=_rank)
+            label = f"{best.rule.stored_as.describe()}, SNR {best.snr:.3g}"
+            needed = f"above {factor * cutoff:g}" + (f" ({factor:g} x the cutoff {cutoff:g})" if factor != 1 else "")
+            if best.snr > factor * cutoff:
+                return replace(best.rule, reason=f"{label}: {needed}", source=Source.MEASURED)
+            tried.append(f"{label}: not {needed}")
+    return replace(rule, form=FLOAT8, reason="; ".join(["one byte for each element", *tried]), source=Source.MEASURED)
 
 
 def _options(rule: Rule, forms: Forms) -> list[_Option]:

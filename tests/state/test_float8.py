@@ -128,6 +128,25 @@ def test_the_stored_moment_follows_the_true_one_without_bias(beta2: float) -> No
     assert 0.2 < np.std(stored / true) < 0.6  # an SNR of about 5
 
 
+def test_updates_grow_while_gradients_fall_and_come_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    param = nn.Parameter(torch.randn(64, 64, generator=generator))
+    twin = nn.Parameter(param.detach().clone())
+    optimizer = _optimizer(param, lr=1e-3, weight_decay=0.0)
+    adamw = torch.optim.AdamW([twin], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    ratios = []
+    for step in range(500):
+        grad = torch.randn(64, 64, generator=generator) * (1.0 if step < 200 else 1e-2)
+        before = param.detach().clone(), twin.detach().clone()
+        _steps(param, optimizer, [grad])
+        _steps(twin, adamw, [grad])
+        moved, expected = (one.detach() - old for one, old in zip((param, twin), before, strict=True))
+        ratios.append((moved.norm() / expected.norm()).item())
+    assert 1.0 < np.mean(ratios[100:200]) < 1.1
+    assert 1.5 < max(ratios[200:]) < 2.5
+    assert 1.0 < np.mean(ratios[-50:]) < 1.1
+
+
 def test_equal_gradients_are_rounded_apart() -> None:
     """A whole matrix with gradients of one value does not drift together."""
     param = nn.Parameter(torch.randn(200, 200, generator=torch.Generator().manual_seed(0)))
