@@ -66,9 +66,9 @@ def encode(value: Tensor, param: Tensor, step: Tensor) -> Tensor:
     Returns:
         uint8, of the shape and strides of ``value``.
     """
-    dim = next((dim for dim, size in enumerate(value.shape) if size > 1), None)
-    if dim is None or value.numel() <= _AT_ONCE or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or value.numel() <= _AT_ONCE:
         return _encode(value, param, step)
+    dim = next(dim for dim, size in enumerate(value.shape) if size > 1)
     codes = torch.empty_like(value, dtype=CODES)
     rows = max(1, _AT_ONCE * value.shape[dim] // value.numel())
     blocks = (torch.split(tensor, rows, dim) for tensor in (codes, value, param))

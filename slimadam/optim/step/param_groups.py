@@ -82,8 +82,8 @@ def check_state(slot: ParamSlot, grad: Tensor, state: Mapping[str, Any]) -> None
         RuntimeError: Names the parameter and the entry.
     """
     name, rules = slot.name, slot.rules
-    slot.check_options()
     if not torch.compiler.is_compiling():
+        slot.check_options()
         _check_memory(name, slot.own, grad, state)
     _check_second_moment(slot, second_moment.moments_of(state, rules))
     if not any(key in state for key in STORED):
