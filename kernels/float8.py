@@ -10,8 +10,8 @@ step count and the upper half of the parameter's bits, so that every implementat
 scale its gradient gets the same ones, and a parameter that differs in its last bits, too.
 
 Rounding makes a moment of steady gradients noisy, an SNR of about 5. Each rounding multiplies a moment by a random
-factor, so where gradients fall by orders of magnitude within a few times ``1 / (1 - beta2)`` steps, it grows: after a
-fall to a hundredth at ``beta2 = 0.999``, updates are half as large again on average.
+factor, so that noise grows where gradients fall by orders of magnitude within a few times ``1 / (1 - beta2)`` steps:
+after a fall to a hundredth updates are up to about twice as large until the moment has caught up.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class ParamSlot:
         """
         reason = self._why_not_in_codes()
         if reason is not None:
-            raise PlanError(f"{self.name!r}: {reason}; give the parameter form 'mean', 'factored' or 'full'")
+            raise PlanError(f"{self.name!r}: {reason}; give the parameter form 'full', which goes with all options")
         if self.group["amsgrad"] and any(rule.form == FACTORED for rule in self.rules):
             raise PlanError(
                 f"{self.name!r}: amsgrad=True has no factored form, since the maximum of a product is not the "

@@ -114,12 +114,8 @@ class Form(ABC):
         return [initial_second_moment(grad, dims) for dims in self.averaged_dims(grad.dim())]
 
 
-@dataclass(frozen=True)
-class Full(Form):
-    """One value for each element, as in AdamW."""
-
-    name = "full"
-    known_snr = math.inf
+class _Elementwise(Form):
+    """One value for each element."""
 
     @classmethod
     @override
@@ -132,16 +128,24 @@ class Full(Form):
         return ()
 
     @override
-    def describe(self) -> str:
-        return "no averaging"
-
-    @override
     def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
         return ((),)
 
 
 @dataclass(frozen=True)
-class Float8(Form):
+class Full(_Elementwise):
+    """One value for each element, as in AdamW."""
+
+    name = "full"
+    known_snr = math.inf
+
+    @override
+    def describe(self) -> str:
+        return "no averaging"
+
+
+@dataclass(frozen=True)
+class Float8(_Elementwise):
     """One value for each element in one byte, see :mod:`slimadam.kernels.float8`."""
 
     name = FLOAT8
@@ -151,23 +155,9 @@ class Float8(Form):
     # of 0.4 (1 - beta2) a step, of which the average over steps keeps 1 / (1 - beta2**2), so 0.2 at any beta2 near 1.
     known_snr = 5.0
 
-    @classmethod
-    @override
-    def of(cls, dims: Dims, batch_dims: int) -> Form:
-        return cls()
-
-    @property
-    @override
-    def candidate(self) -> Candidate:
-        return ()
-
     @override
     def describe(self) -> str:
         return "one byte for each element"
-
-    @override
-    def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
-        return ((),)
 
     @override
     def compress(self, full: Tensor) -> list[Tensor]:

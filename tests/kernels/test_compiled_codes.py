@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,9 @@ from slimadam.kernels.interface import Entry, Hyperparameters, second_moment_dty
 from slimadam.kernels.layout import has_gaps
 from slimadam.kernels.reference import reference_update
 from slimadam.optim.step.dispatch import BACKENDS
+from tests.kernels.test_compiled import _clone
 
+# Without a compiler there is no compiled step to compare; lists of tensors are taken then, which other tests cover.
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 F32, F64, BF16, F16, INT8 = torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8
@@ -84,15 +85,6 @@ def _entry(
     return Entry(
         param.to(dtype), grad, exp_avg, [codes], (), torch.tensor(step, dtype=step_dtype), ((),), 12345, scale
     )  # fmt: skip
-
-
-def _clone(entry: Entry) -> Entry:
-    def copied(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.clone()
-        return [part.clone() for part in value] if isinstance(value, list) else value
-
-    return Entry(*map(copied, entry))
 
 
 def _laid(entry: Entry, lay: Callable[[Tensor], Tensor]) -> Entry:
