@@ -172,9 +172,17 @@ def reconstruct(parts: Sequence[Tensor], averaged_dims: Sequence[Dims], is_relat
     if len(parts) == 1:
         return parts[0]
     rows, columns = parts
-    if not is_relative:
-        rows = rows / rows.mean(averaged_dims[1], keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    return rows * columns
+    return (rows if is_relative else relative_rows(rows, averaged_dims[1])) * columns
+
+
+def relative_rows(rows: Tensor, dims: Dims) -> Tensor:
+    """Return row averages over their mean, ``r / mean(r)``; zero where all are zero.
+
+    Args:
+        rows: The row averages.
+        dims: The dimension along which the rows lie.
+    """
+    return rows / rows.mean(dims, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def _stochastic_round(value: Tensor, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ from typing_extensions import override
 from slimadam.distributed.sharded_moments import SharedPart, shared_part, zeros
 from slimadam.distributed.sharded_rules import LocalRule, local_rules, warn_of_old_torch
 from slimadam.kernels.reference import scale_grad
+from slimadam.layers.splits import key_of
 from slimadam.state import second_moment
 from slimadam.state.first_moment import momentum_in
 from slimadam.state.rule import FACTORED, Rule, Source
@@ -55,6 +56,16 @@ class ParamSlot:
     def shape(self) -> tuple[int, ...]:
         """The global shape."""
         return tuple(self.param.shape)
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of its parts, or its own, as in plans."""
+        return [key_of(self.name, rule.part) for rule in self.rules]
+
+    @property
+    def is_measured(self) -> bool:
+        """True while ``plan="auto"`` measures it, or a part of it."""
+        return any(rule.source == Source.MEASURING for rule in self.rules)
 
     @property
     def own(self) -> Tensor:
@@ -109,6 +120,14 @@ class ParamSlot:
                 f"{self.name!r}: amsgrad=True has no factored form, since the maximum of a product is not the "
                 "product of maxima; set amsgrad=False or give the parameter form 'mean' or 'full'"
             )
+
+    def why_not_stored(self) -> str | None:
+        """Return why second moments cannot be stored by the rules; None where they can."""
+        try:
+            self.check()
+        except (PlanError, RuntimeError) as error:
+            return str(error)
+        return None
 
     def _why_not_in_codes(self) -> str | None:
         """Return why second moments in codes do not go with the parameter or its options; None where they do."""
@@ -213,7 +232,7 @@ class ShardedSlot(ParamSlot):
     def check(self) -> None:
         super().check()
         warn_of_old_torch()
-        measures = self.rules[0].source == Source.MEASURING
+        measures = self.rules[0].source == Source.MEASURING and self.rules[0].is_full
         if measures or not all(rule.is_full for rule in self.rules):
             check_placement(self.name, self.param)
         if not measures:

@@ -135,8 +135,20 @@ class SNRHistory(Mapping[str, ParameterSNR]):
             second_moment: Second moment of the whole parameter; None to make it known without a measurement.
             all_names: Every name of the whole parameter, where known.
         """
-        assert rule.shape is not None
         values = {} if second_moment is None else measure(rule.take(full_tensor(second_moment)), rule.batch_dims)
+        self.add(step, key, rule, values, all_names)
+
+    def add(self, step: int, key: str, rule: Rule, values: Mapping[Candidate, float], all_names: Sequence[str]) -> None:
+        """Add one measurement of a parameter, or part; drop those of another shape under its key.
+
+        Args:
+            step: Optimizer step, from 1.
+            key: Name of the parameter or part.
+            rule: Its rule, in full.
+            values: SNR of each measured candidate.
+            all_names: Every name of the whole parameter, where known.
+        """
+        assert rule.shape is not None
         if key in self and self[key].shape != rule.shape:
             del self._parameters[key]
         self.record(step, key, rule.shape, values, rule.role, rule.part, rule.batch_dims, rule.fan_in, all_names)

@@ -15,7 +15,8 @@ from torch import Tensor
 from slimadam.kernels.interface import number
 from slimadam.kernels.reference import scale_grad
 from slimadam.layers.name_patterns import key_of
-from slimadam.measurement.sampling import PHASES, USUAL_MEASUREMENTS, Index, Sample, counts_of, next_look, thinning
+from slimadam.measurement.sampling import PHASES, USUAL_MEASUREMENTS, Sample, next_look, thinning
+from slimadam.measurement.slices import Index, counts_of, track
 from slimadam.state.rule import FACTORED, Dims, FormName, Rule
 from slimadam.utils.dtensor import full_tensor, is_dtensor, local_gradient
 from slimadam.utils.errors import shown
@@ -92,8 +93,7 @@ class Monitor:
 
     def memory_of(self, keys: Iterable[str]) -> int:
         """Return the bytes of the second moments tracked under some names, known before the first step."""
-        samples = [self._samples[key] for key in keys if key in self._samples]
-        return sum(math.prod(counts_of(sample.there)) * sample.dtype.itemsize for sample in samples)
+        return sum(self._samples[key].nbytes for key in keys if key in self._samples)
 
     def add(self, name: str, param: Tensor, rules: Sequence[Rule], second_moment: Tensor | None = None) -> None:
         """Track a parameter from now on, from its full second moment where that is known, else from zero.
@@ -192,10 +192,9 @@ class Monitor:
             if known and is_dtensor(param) == (sample.shard is not None):
                 looks.append(sample.look(local_gradient(name, param), self.steps - 1, beta2, self.interval))
         if looks:
-            moments, seen, kept = zip(*looks, strict=True)
+            moments, seen, kept = map(list, zip(*looks, strict=True))
             scaled = [scale_grad(grad, clip_factor) for grad in seen]
-            torch._foreach_mul_(moments, kept)
-            torch._foreach_addcmul_(moments, scaled, scaled, 1 - beta2 ** thinning(beta2))
+            track(moments, scaled, kept, 1 - beta2 ** thinning(beta2))
 
     def _warn_once(self) -> None:
         declined = [(key, sample) for key, sample in self._samples.items() if sample.declined]

@@ -7,21 +7,17 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from slimadam.kernels.interface import second_moment_dtype
+from slimadam.measurement.slices import Index, TrackedSlices, counts_of, shard_of, take
 from slimadam.measurement.snr import snr
 from slimadam.state import second_moment
 from slimadam.state.rule import FACTORED, Rule
-from slimadam.utils import torch_private
 from slimadam.utils.dtensor import full_tensor, is_dtensor
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
 
 MEASUREMENTS: Final = 3
 """Measurements in a row that a decline is judged by, and at least as many before them."""
@@ -32,9 +28,6 @@ PHASES: Final = 16
 _DEVIATIONS = 4
 _STILL_FILLING = 0.06
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-
-Index = tuple[slice, ...]
-"""Evenly spaced indices along each dimension of a parameter, or of its elements laid end to end."""
 
 
 def thinning(beta2: float) -> int:
@@ -76,80 +69,18 @@ def next_look(step: int, beta2: float, interval: int) -> int:
         step = look  # in the rest of a later interval
 
 
-def counts_of(index: Index) -> tuple[int, ...]:
-    """Return the number of indices along each dimension."""
-    return tuple((one.stop - one.start) // (one.step or 1) for one in index)
-
-
-def take(tensor: Tensor, index: Index) -> Tensor:
-    """Return the sampled elements; a view unless all dimensions are averaged and the tensor is not contiguous.
-
-    Args:
-        tensor: The parameter's, or a shard of it.
-        index: Position of the sample in it.
-    """
-    return (tensor if tensor.dim() == len(index) else tensor.reshape(-1))[index]
-
-
-def within(sampled: slice, first: int, count: int) -> tuple[slice, slice]:
-    """Return which of some evenly spaced indices lie in a span: relative to its beginning, and their numbers.
-
-    Args:
-        sampled: The indices.
-        first: First index of the span.
-        count: Length of the span.
-    """
-    start, stop, stride = sampled.start, min(sampled.stop, first + count), sampled.step
-    begin = max(0, -((start - first) // stride))
-    end = max(begin, -((start - stop) // stride))
-    at = start + begin * stride - first
-    return slice(at, at + (end - begin) * stride, stride), slice(begin, end)
-
-
-class _Shard(NamedTuple):
-    """A rank's shard of a DTensor: its first index and size along each dimension, and the mesh dimensions that cut."""
-
-    spans: Sequence[tuple[int, int]]
-    mesh: DeviceMesh
-    mesh_dims: Sequence[int]
-
-
-def _shard_of(param: DTensor, is_flat: bool) -> _Shard | None:
-    """Return this rank's shard, of elements laid end to end if flat; None where that is not one block."""
-    from torch.distributed.tensor import Shard
-
-    mesh = param.device_mesh
-    cuts = {
-        index: placement
-        for index, placement in enumerate(param.placements)
-        if not placement.is_replicate() and mesh.size(index) > 1
-    }
-    if any(type(cut) is not Shard or (is_flat and cut.dim > 0) for cut in cuts.values()):
-        return None
-    shape, offsets = torch_private.local_shape_and_offset(param)
-    row = param.shape[1:].numel() if is_flat else 1
-    spans = [(first * row, count * row) for first, count in zip(offsets, shape, strict=True)]
-    return _Shard(spans[:1] if is_flat else spans, mesh, tuple(cuts))
-
-
 @dataclass
-class Sample:
+class Sample(TrackedSlices):
     """The tracked second moments of one parameter, and what was measured of them.
 
-    Of a DTensor each rank tracks the elements in its ``shard``, and a measurement gathers them. ``unfilled`` is the
-    weight that the start at zero still has. ``window`` is the interval in which it last saw a gradient, ``arrived``
-    the share of that interval's looks that met one. ``usual`` are the first finite SNRs, but for those clearly below
-    them; ``recent`` are the last of these, until one comes back up; ``lowest`` is the lowest SNR that one came back
-    from.
+    A measurement of a DTensor gathers what each rank tracks. ``unfilled`` is the weight that the start at zero still
+    has. ``window`` is the interval in which it last saw a gradient, ``arrived`` the share of that interval's looks that
+    met one. ``usual`` are the first finite SNRs, but for those clearly below them; ``recent`` are the last of these,
+    until one comes back up; ``lowest`` is the lowest SNR that one came back from.
     """
 
-    rule: Rule
-    index: Index
-    dtype: torch.dtype
-    cutoff: float
-    shard: _Shard | None = None
+    cutoff: float = 1.0
     phase: int = PHASES // 2
-    moment: Tensor | None = None
     unfilled: float = 1.0
     window: int = -1
     arrived: float = 1.0
@@ -158,11 +89,6 @@ class Sample:
     usual: Sequence[float] = field(default_factory=list)
     recent: Sequence[float] = field(default_factory=list)
     lowest: float = math.inf
-
-    def __post_init__(self) -> None:
-        spans = [(0, one.stop) for one in self.index] if self.shard is None else self.shard.spans
-        pairs = [within(one, *span) for one, span in zip(self.index, spans, strict=True)]
-        self.here, self.there = tuple(here for here, _ in pairs), tuple(there for _, there in pairs)
 
     @classmethod
     def of(cls, param: Tensor, rule: Rule, index: Index, cutoff: float) -> Sample | None:
@@ -176,10 +102,10 @@ class Sample:
         """
         shard = None
         if is_dtensor(param):
-            shard = None if rule.part else _shard_of(param, is_flat=len(index) != param.dim())
+            shard = None if rule.part else shard_of(param, is_flat=len(index) != param.dim())
             if shard is None:
                 return None
-        return cls(rule, index, second_moment_dtype(param.dtype), cutoff, shard)
+        return cls(rule, index, second_moment_dtype(param.dtype), shard, cutoff=cutoff)
 
     def look(self, grad: Tensor, step: int, beta2: float, interval: int) -> tuple[Tensor, Tensor, float]:
         """Return the second moments, what they see of a gradient, and by how much they decay.
@@ -193,10 +119,7 @@ class Sample:
             beta2: Decay rate of second moments.
             interval: Steps between measurements.
         """
-        seen = take(self.rule.take(grad), self.here)
-        if self.moment is None:
-            self.moment = torch.zeros(counts_of(self.there), dtype=self.dtype, device=seen.device)
-        self.moment = self.moment.to(seen.device)
+        moment, seen = self.seen(grad)
         every, rest, window = thinning(beta2), max(0, interval - filling(beta2)), step // interval
         share, steps = every / (interval - rest), float(every)
         self.unfilled *= beta2**every
@@ -205,7 +128,7 @@ class Sample:
         else:
             steps += rest * self.arrived
             self.window, self.arrived = window, share
-        return self.moment, seen, beta2**steps
+        return moment, seen, beta2**steps
 
     def start(self, second_moment: Tensor) -> None:
         """Begin with the true second moment, and measure it."""
@@ -223,35 +146,15 @@ class Sample:
             averages = [full_tensor(one) for one in averages] if is_factored else averages
             self._record(self._snr(self.full_moment(), averages))
 
-    def full_moment(self) -> Tensor:
-        """Return the second moments of the full sample (collective)."""
-        assert self.moment is not None
-        if self.shard is None:
-            return self.moment
-        full = self.moment.new_zeros(counts_of(self.index))
-        full[self.there] = self.moment
-        for mesh_dim in self.shard.mesh_dims:
-            torch.distributed.all_reduce(full, group=self.shard.mesh.get_group(mesh_dim))
-        return full
-
     def _snr(self, moment: Tensor, averages: Sequence[Tensor]) -> float:
         """Compute the SNR of the sample, defined as :func:`slimadam.snr` of all of it (arXiv 2503.01843).
 
-        The factored form's row and column averages say what is expected of the sample; where leading dimensions count
-        matrices the result is the mean over these. Infinity where the sample is constant or no gradient has reached it.
+        The factored form's row and column averages say what is expected of the sample. Infinity where the sample is
+        constant or no gradient has reached it.
         """
-        moment = moment.cpu()  # small, and the host would wait for each of the numbers that follow
-        if self.rule.form != FACTORED:
-            return snr(moment, self.rule.dims if len(self.index) > 1 else 0)
-        row_dim = self.rule.batch_dims
-        rows, columns = (one.cpu().to(torch.float64) for one in averages)
-        relative = rows / rows.mean(row_dim, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        expected = relative[self.index[: row_dim + 1]] * columns[self.index[:row_dim]]
-        matrices = [math.prod(moment.shape[:row_dim]), -1]
-        pairs = zip((moment / expected).reshape(matrices), expected.reshape(matrices), strict=True)
-        found = [snr(ratio[product != 0], 0) for ratio, product in pairs]
-        telling = [value for value in found if value != math.inf]
-        return math.fsum(telling) / len(telling) if telling else math.inf
+        if self.rule.form == FACTORED:
+            return self.factored_snr(moment, averages)
+        return snr(moment.cpu(), self.rule.dims if len(self.index) > 1 else 0)
 
     def _record(self, value: float) -> None:
         """Add a measurement; one that is not finite tells nothing about a level."""

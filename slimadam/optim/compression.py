@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from slimadam.distributed.slots import ParamSlot, slot_of
+from slimadam.kernels.interface import number
+from slimadam.kernels.reference import scale_grad
 from slimadam.layers.splits import key_of
+from slimadam.measurement.grid import Grid
+from slimadam.measurement.slices import track
+from slimadam.measurement.snr import measure
 from slimadam.optim.memory import memory_report
 from slimadam.optim.registry import Registry
+from slimadam.plans.auto import Measurement
 from slimadam.plans.expectation import expectation
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state import second_moment
-from slimadam.state.rule import Source
+from slimadam.state.rule import Candidate, Rule, Source
 from slimadam.utils.dtensor import full_tensor
 from slimadam.utils.formatting import format_bytes
 
@@ -24,7 +32,10 @@ logger = logging.getLogger("slimadam")
 
 
 def decision(
-    registry: Registry, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Mapping[str, Any]]
+    registry: Registry,
+    groups: Sequence[dict[str, Any]],
+    states: Mapping[Tensor, Mapping[str, Any]],
+    clip_factor: Tensor | None = None,
 ) -> CompressionPlan | None:
     """Measure one step of ``plan="auto"``, and return the plan once it has decided.
 
@@ -32,16 +43,48 @@ def decision(
         registry: Names and rules.
         groups: The parameter groups.
         states: The optimizer's state.
+        clip_factor: Factor that the step multiplied gradients by.
     """
     assert registry.measuring is not None
-    moments = (
-        (key_of(slot.name, rule.part), rule, states[slot.param]["exp_avg_sq"], registry.resolver.all_names(slot.name))
-        for slot in registry.slots(groups)
-        if slot.rules[0].source == Source.MEASURING and "exp_avg_sq" in states.get(slot.param, {})
-        for rule in registry.measured[slot.name]
-    )
+    if registry.measuring.grids:
+        _see_gradients(registry.measuring.grids, list(registry.slots(groups)), clip_factor)
     factorable = not any(group["amsgrad"] for group in groups)
-    return registry.measuring.after_step(moments, registry.measuring.settings.forms if factorable else "mean")
+    forms = registry.measuring.settings.forms if factorable else "mean"
+    return registry.measuring.after_step(_measurements(registry, groups, states), forms)
+
+
+def _see_gradients(grids: Mapping[str, Grid], slots: Iterable[ParamSlot], clip_factor: Tensor | None) -> None:
+    """Update the grids with the gradients of a step: ``v <- beta2 v + (1 - beta2) g**2``."""
+    seen: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for slot in slots:
+        found = [grids[key] for key in slot.keys if key in grids] if slot.param.grad is not None else []
+        if found:
+            gradient = slot.gradient
+            seen[number(slot.group["betas"][1])] += [grid.seen(gradient) for grid in found]
+    for beta2, pairs in seen.items():
+        gradients = [scale_grad(gradient, clip_factor) for _, gradient in pairs]
+        track([moment for moment, _ in pairs], gradients, [beta2] * len(pairs), 1 - beta2)
+
+
+def _measurements(
+    registry: Registry, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, Mapping[str, Any]]
+) -> Iterator[Measurement]:
+    """Yield how to measure each parameter that has state, or each of its parts."""
+    assert registry.measuring is not None
+    for slot in registry.slots(groups):
+        state = states.get(slot.param, {})
+        names = registry.resolver.all_names(slot.name)
+        for rule in registry.measured.get(slot.name, ()):
+            key = key_of(slot.name, rule.part)
+            if key in registry.measuring.grids:
+                if second_moment.is_made(state):
+                    yield key, rule, partial(registry.measuring.grids[key].measured, state), names
+            elif slot.is_measured and "exp_avg_sq" in state:
+                yield key, rule, partial(_measured_in_full, rule, state["exp_avg_sq"]), names
+
+
+def _measured_in_full(rule: Rule, moment: Tensor) -> dict[Candidate, float]:
+    return measure(rule.take(full_tensor(moment)), rule.batch_dims)
 
 
 def compress(
@@ -58,25 +101,22 @@ def compress(
         groups: The parameter groups.
         states: The optimizer's state.
     """
-    before = memory_report(registry.slots(groups), states)
+    undecided = memory_report(registry.slots(groups), states)
     registry.measuring = None
     for slot in registry.slots(groups):
-        if slot.rules[0].source != Source.MEASURING:
+        if not slot.is_measured:
             continue
-        unmeasured = "no gradient while plan='auto' measured"
-        slot.rules = [
-            plan.get(key_of(slot.name, rule.part), replace(rule, reason=unmeasured, source=Source.OTHER))
-            for rule in registry.measured[slot.name]
-        ]
+        before = slot_of(slot.name, slot.param, slot.group, slot.rules)
+        slot.rules = _decided(before, registry.measured[slot.name], plan)
         slot.rules = registry.rules[slot.name] = slot.rules_that_shards_allow()
         registry.sample(slot.name, slot.param, states)
-        _compress(slot, states.get(slot.param, {}))
-    after = memory_report(registry.slots(groups), states)
+        _change_form(before, slot, states.get(slot.param, {}))
+    decided = memory_report(registry.slots(groups), states)
     logger.info(
         "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %s -> %s; %s",
-        100 * after.second_moments_saved,
-        format_bytes(before.total),
-        format_bytes(after.total),
+        100 * decided.second_moments_saved,
+        format_bytes(undecided.total),
+        format_bytes(decided.total),
         expectation(rule for slot in registry.slots(groups) for rule in slot.rules)
         or "the loss to expect is not known",
     )
@@ -103,37 +143,58 @@ def expand(
         else rule
         for rule in slot.rules
     ]
-    _expand(slot, slot_of(slot.name, slot.param, slot.group, after), states.get(slot.param, {}))
+    _change_form(slot, slot_of(slot.name, slot.param, slot.group, after), states.get(slot.param, {}))
     registry.rules[slot.name] = after
     if registry.monitor is not None:
         for key in keys:
             registry.monitor.drop(key)
 
 
-def _compress(slot: ParamSlot, state: MutableMapping[str, Any]) -> None:
-    """Replace full second moments in a parameter's state by what its rules keep of them."""
-    for kind in second_moment.SECOND_MOMENTS:
-        if kind in state:
-            averaged = second_moment.average(full_tensor(state.pop(kind)), slot.rules)
-            state.update(second_moment.by_key(slot.placed(averaged), slot.rules, kind))
+def _decided(before: ParamSlot, measured: Sequence[Rule], plan: CompressionPlan) -> list[Rule]:
+    """Return the decided rules of a parameter; what was not measured stays as it is stored.
+
+    Args:
+        before: The parameter with the rules that it was measured with.
+        measured: Its rules in full, one for each part that was measured.
+        plan: The decision.
+    """
+    unmeasured = "no gradient while plan='auto' measured"
+    stored = {rule.part: rule for rule in before.rules}
+    found = []
+    for rule in measured:
+        own = stored.get(rule.part, rule)
+        if own.source == Source.MEASURING:
+            own = plan.get(key_of(before.name, rule.part), replace(own, reason=unmeasured, source=Source.OTHER))
+        found.append(own)
+    return found
 
 
-def _expand(before: ParamSlot, after: ParamSlot, state: MutableMapping[str, Any]) -> None:
-    """Broadcast a parameter's averages where its rules have become full.
+def _change_form(before: ParamSlot, after: ParamSlot, state: MutableMapping[str, Any]) -> None:
+    """Store a parameter's second moments by other rules: for the whole of it, or for the same parts.
+
+    Args:
+        before: The parameter with the rules that they are stored by.
+        after: The parameter with the others.
+        state: Its state; written.
 
     Raises:
         RuntimeError: Shards end inside a part; nothing has changed then.
     """
     after.check()
+    parts = [rule.part for rule in before.rules]
     for kind in second_moment.SECOND_MOMENTS:
         stored = [full_tensor(moment) for moment in second_moment.moments_of(state, before.rules, kind)]
-        if stored:
-            full = second_moment.expand(stored, before.rules, before.shape)
-            kept = [
-                moments if rule == was else [rule.take(full)]
+        if not stored:
+            continue
+        if parts == [rule.part for rule in after.rules]:
+            changed = [
+                moment
                 for was, rule, moments in zip(
                     before.rules, after.rules, second_moment.by_rule(before.rules, stored), strict=True
                 )
+                for moment in second_moment.convert(moments, was.stored_as, rule.stored_as, was.shape or before.shape)
             ]
-            expanded = after.placed([moment for moments in kept for moment in moments])
-            second_moment.exchange(state, before.rules, after.rules, expanded, kind)
+        else:
+            full = second_moment.expand(stored, before.rules, before.shape)
+            changed = second_moment.average(full, after.rules)
+        second_moment.exchange(state, before.rules, after.rules, after.placed(changed), kind)

@@ -14,7 +14,6 @@ from torch import Tensor
 from slimadam.distributed.slots import ParamSlot
 from slimadam.kernels.float8 import CODES
 from slimadam.kernels.interface import Entry
-from slimadam.layers.splits import key_of
 from slimadam.optim.step.dispatch import Backend
 from slimadam.optim.step.tasks import planned
 from slimadam.state.first_moment import momentum_of
@@ -23,6 +22,7 @@ from slimadam.utils.formatting import format_bytes
 
 if TYPE_CHECKING:
     from slimadam.measurement.monitor import Monitor
+    from slimadam.plans.auto import Measuring
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class MemoryReport(Mapping[str, float]):
         max_exp_avg_sq: Their running maxima, with amsgrad.
         step: Step counts.
         total: All of it: what ``state`` holds.
-        monitor: Samples of full second moments that :meth:`SlimAdam.snr_check` needs; kept beside the state.
+        monitor: Samples of full second moments that :meth:`SlimAdam.snr_check`, or ``AutoPlan(start="slim")``, needs;
+            kept beside the state.
         workspace: Tables and partial sums that Triton's kernels keep on a GPU from their first step on, beside the
             state; zero on a CPU.
         adamw_exp_avg_sq: Second moments of ``torch.optim.AdamW`` for the same parameters.
@@ -84,14 +85,14 @@ class MemoryReport(Mapping[str, float]):
 
 
 def memory_report(
-    slots: Iterable[ParamSlot], states: Container[Tensor], monitor: Monitor | None = None
+    slots: Iterable[ParamSlot], states: Container[Tensor], tracker: Monitor | Measuring | None = None
 ) -> MemoryReport:
     """Count what the state of these parameters costs, of DTensors this rank's shards.
 
     Args:
         slots: The parameters.
         states: Those that have a state; frozen ones without are left out.
-        monitor: Keeps samples beside the state.
+        tracker: Keeps samples beside the state.
     """
     moments = seconds = maxima = steps = adamw_seconds = adamw_total = elements = 0
     kept = 0.0
@@ -100,7 +101,7 @@ def memory_report(
     for slot in slots:
         if not (slot.param.requires_grad or slot.param in states):
             continue
-        samples += [key_of(slot.name, rule.part) for rule in slot.rules]
+        samples += slot.keys
         moments += momentum_of(slot.param, slot.group).nbytes(slot.param)
         own = slot.own
         held = sum(math.prod(shape) * dtype.itemsize for shape, dtype in slot.stored)
@@ -121,7 +122,7 @@ def memory_report(
         max_exp_avg_sq=maxima,
         step=steps,
         total=total,
-        monitor=0 if monitor is None else monitor.memory_of(samples),
+        monitor=0 if tracker is None else tracker.memory_of(samples),
         workspace=sum(backend.workspace(entries) for backend, entries in updated.items()),
         adamw_exp_avg_sq=adamw_seconds,
         adamw_total=adamw_total + steps,

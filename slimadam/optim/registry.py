@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ from slimadam.state.rule import Rule, Source, resized_rule, rule_of_whole
 from slimadam.utils.dtensor import FLAT
 from slimadam.utils.errors import PlanError, did_you_mean, shown
 from slimadam.utils.torch_private import by_tensor, reference
+
+logger = logging.getLogger("slimadam")
 
 _Groups = Sequence[dict[str, Any]]
 
@@ -284,9 +288,32 @@ class Registry:
         rules = list(slot.rules)
         if rules[0].source == Source.MEASURING:
             self.measured[slot.name] = rules
-            rules = [rule_of_whole(rules, DECIDED_BEFORE if self.measuring is None else "")]
+            rules = self._rules_while_measuring(slot, rules)
         self.rules[slot.name] = rules
         self.sample(slot.name, slot.param, states)
+
+    def _rules_while_measuring(self, slot: ParamSlot, rules: Sequence[Rule]) -> list[Rule]:
+        """Return how a parameter is stored until ``plan="auto"`` has decided, or if it already has."""
+        if self.measuring is None and all(rule.is_full for rule in rules):
+            return [rule_of_whole(rules, DECIDED_BEFORE)]
+        if self.measuring is None:
+            return [replace(rule, reason=DECIDED_BEFORE, source=Source.OTHER) for rule in rules]
+        if self.measuring.settings.start == "full":
+            return [rule_of_whole(rules)]
+        starting = self.measuring.starting_rules(slot.name, slot.param, rules, self.resolver.all_names(slot.name))
+        reason = slot_of(slot.name, slot.param, slot.group, starting).why_not_stored()
+        if reason is None:
+            return starting
+        logger.warning("plan='auto', start='slim': %s starts in full: %s", slot.name, reason)
+        self._drop(key_of(slot.name, rule.part) for rule in rules)
+        return [rule_of_whole(rules)]
+
+    def _drop(self, keys: Iterable[str]) -> None:
+        """Forget what is tracked of parameters, or parts."""
+        for key in keys:
+            for tracker in (self.measuring, self.monitor):
+                if tracker is not None:
+                    tracker.drop(key)
 
     def sample(self, name: str, param: Tensor, states: Mapping[Tensor, Any]) -> None:
         """Begin a parameter's sample for ``snr_check()``, once its plan is decided.
@@ -380,9 +407,7 @@ class Registry:
         self.resolver.note(name, None)
         if name in self.rules:
             self._members.leave(name, param, self.rules[name])
-            for rule in self.rules.pop(name):
-                if self.monitor is not None:
-                    self.monitor.drop(key_of(name, rule.part))
+            self._drop(key_of(name, rule.part) for rule in self.rules.pop(name))
         self.measured.pop(name, None)
 
     def _rename(self, names: list[list[str]]) -> None:
@@ -402,7 +427,7 @@ class Registry:
         self.measured = {now: self.measured[name] for name, now in new.items() if name in self.measured}
         self.resolver.rename(new)
         if self.measuring is not None:
-            self.measuring.history.rename(keys)
+            self.measuring.rename(keys)
         if self.monitor is not None:
             self.monitor.rename(keys)
 

@@ -271,7 +271,7 @@ class SlimAdam(Optimizer):
         ``total`` includes neither the samples for :meth:`snr_check` nor what Triton's kernels keep on a GPU for
         themselves; these come on top, as ``monitor`` and ``workspace``.
         """
-        return memory_report(self._slots(), self.state, self._registry.monitor)
+        return memory_report(self._slots(), self.state, self._registry.measuring or self._registry.monitor)
 
     # -- the step ----------------------------------------------------------------------------------------
 
@@ -322,16 +322,16 @@ class SlimAdam(Optimizer):
             self._stepper.keep_only(param for group in self.param_groups for param in group["params"])
         if self._registry.measuring is not None:
             if not self._registry.measuring.counts_only(same_state=recalled is not None):
-                self._measure()
+                self._measure(factor)
         elif self._registry.monitor is not None and not torch.compiler.is_compiling():
             self._registry.monitor.after_step(groups, self._registry.rules, self.state, factor)
         return loss
 
     @torch_private.disable_dynamo
     @torch.no_grad()
-    def _measure(self) -> None:
+    def _measure(self, clip_factor: Tensor | None) -> None:
         """Take one measurement of ``plan="auto"``, and put its decision in force."""
-        plan = decision(self._registry, self.param_groups, self.state)
+        plan = decision(self._registry, self.param_groups, self.state, clip_factor)
         if plan is not None:
             compress(self._registry, plan, self.param_groups, self.state)
             self._stepper.forget()

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, get_args
 
 from torch import Tensor
 
-from slimadam.layers.splits import Part, Split, check_declared
+from slimadam.layers.splits import Part, Split, check_declared, key_of
+from slimadam.measurement.grid import Grid
 from slimadam.measurement.history import SNRHistory
 from slimadam.measurement.snr import check_count
 from slimadam.plans.plan import CompressionPlan
-from slimadam.plans.selection import Forms, check_choice, check_keep, idle_patterns
-from slimadam.state.rule import FACTORED, Rule, normalize_candidate
+from slimadam.plans.selection import Forms, check_choice, check_keep, idle_patterns, stays_full
+from slimadam.state.rule import FACTORED, FLOAT8, Candidate, Rule, Source, factored_rule, normalize_candidate
 from slimadam.utils.errors import shown
 
 logger = logging.getLogger("slimadam")
+
+Start = Literal["full", "slim"]
+_AVERAGED_WHILE_MEASURING: Final = "plan='auto' is still measuring: row and column averages until it has decided"
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class AutoPlan:
     """Settings of ``plan="auto"``.
 
     Attributes:
-        calibration_steps: Optimizer steps as AdamW, after which the second moments shrink.
+        calibration_steps: Optimizer steps that are measured, after which the plan is decided.
         measurements: Number of times the SNR is measured in these steps, at equal distances, the last at their end.
         cutoff: SNR that a candidate must exceed; with ``forms="closest"`` three times it, see there.
         budget: Share of the measured second moments to save by averages instead, at the least loss (elements over SNR).
@@ -37,6 +41,9 @@ class AutoPlan:
         keep: Patterns of names or roles that stay in full.
         parts: The logical matrices in parameters, by pattern of their names, where their modules do not say, such as
             ``{"*.qkv.weight": Split({"query": 768, "key": 768, "value": 768})}``.
+        start: Form of matrices while they are measured. ``"full"``: as AdamW. ``"slim"``: row and column averages,
+            and a grid of a few rows by a few columns in full, by which all forms are judged.
+        calibration_memory: Share of AdamW's second moments that grids and averages of a matrix may take together.
 
     Raises:
         ValueError: A setting is out of range.
@@ -49,6 +56,8 @@ class AutoPlan:
     forms: Forms = "closest"
     keep: tuple[str, ...] = ()
     parts: Mapping[str, Split] = field(default_factory=dict)
+    start: Start = "full"
+    calibration_memory: float = 0.05
 
     def __post_init__(self) -> None:
         for name in ("calibration_steps", "measurements"):
@@ -58,6 +67,11 @@ class AutoPlan:
             raise ValueError(f"keep={self.keep!r} must be a tuple of patterns, such as ('*norm*',)")
         check_keep(self.keep)
         check_declared(self.parts)
+        if self.start not in get_args(Start):
+            raise ValueError(f"start={self.start!r} must be 'full' or 'slim'")
+        share = self.calibration_memory
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+            raise ValueError(f"calibration_memory={share!r} must be a share of AdamW's second moments, above 0 up to 1")
 
     def measures(self, step: int) -> bool:
         """Return whether to measure after optimizer step ``step`` (from 1)."""
@@ -68,7 +82,7 @@ class AutoPlan:
         return number >= 1 and round(number * self.calibration_steps / count) == step
 
 
-Moment = tuple[str, Rule, Tensor, Sequence[str]]
+Measurement = tuple[str, Rule, Callable[[], Mapping[Candidate, float]], Sequence[str]]
 
 
 class Measuring:
@@ -78,13 +92,72 @@ class Measuring:
         settings: How to measure and decide.
         history: The measurements so far.
         steps: Optimizer steps done.
+        grids: With ``start="slim"`` the grid of each parameter, or part, that is stored as averages.
     """
 
     def __init__(self, settings: AutoPlan) -> None:
         self.settings = settings
         self.history = SNRHistory()
         self.steps = 0
+        self.grids: dict[str, Grid] = {}
         self._had_moments = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"grids": {}, **state})  # a pickle of an earlier release lacks them
+
+    def starting_rules(self, name: str, param: Tensor, rules: Sequence[Rule], names: Sequence[str]) -> list[Rule]:
+        """Return how a parameter, or each part, is stored with ``start="slim"`` while it is measured.
+
+        What cannot be measured on a grid has its form for good: one byte for each element, or with other ``forms`` and
+        with a budget all of it.
+
+        Args:
+            name: Its name.
+            param: The parameter.
+            rules: Its rules in full.
+            names: All of its names.
+        """
+        return [self._starting_rule(key_of(name, rule.part), param, rule, names) for rule in rules]
+
+    def _starting_rule(self, key: str, param: Tensor, rule: Rule, names: Sequence[str]) -> Rule:
+        piece = rule.piece
+        averaged = replace(factored_rule(piece), reason=_AVERAGED_WHILE_MEASURING, source=Source.MEASURING)
+        if averaged.is_full or stays_full(key, rule, self.settings.keep, names):
+            return rule
+        why = self.track(key, param, averaged)
+        if why is None:
+            return averaged
+        if self.settings.forms != "closest" or self.settings.budget is not None:
+            return replace(rule, reason=f"kept in full: {why}", source=Source.MEASURED)
+        return replace(rule, form=FLOAT8, reason=f"one byte for each element: {why}", source=Source.MEASURED)
+
+    def track(self, key: str, param: Tensor, rule: Rule) -> str | None:
+        """Begin a parameter's grid; return in words why it has none, or None.
+
+        Args:
+            key: Name of the parameter, or part.
+            param: The parameter.
+            rule: Stores its second moment, or the part's, as row and column averages.
+        """
+        self.grids.pop(key, None)
+        grid = Grid.of(param, rule, self.settings.calibration_memory)
+        if isinstance(grid, str):
+            return grid
+        self.grids[key] = grid
+        return None
+
+    def drop(self, key: str) -> None:
+        """Forget the grid of a parameter, or part."""
+        self.grids.pop(key, None)
+
+    def memory_of(self, keys: Iterable[str]) -> int:
+        """Return the bytes of the grids of some parameters, known before the first step."""
+        return sum(self.grids[key].nbytes for key in keys if key in self.grids)
+
+    def rename(self, keys: Mapping[str, str]) -> None:
+        """Give parameters other names at once; what has none is forgotten."""
+        self.history.rename(keys)
+        self.grids = {now: self.grids[before] for before, now in keys.items() if before in self.grids}
 
     def counts_only(self, same_state: bool) -> bool:
         """Count a step in which nothing is measured; return False, and count nothing, if something may be.
@@ -93,27 +166,28 @@ class Measuring:
             same_state: Whether the parameters have the very state of the last step.
         """
         step, settings = self.steps + 1, self.settings
-        may_measure = step >= settings.calibration_steps or settings.measures(step)
+        may_measure = bool(self.grids) or step >= settings.calibration_steps or settings.measures(step)
         if may_measure or not (same_state and self._had_moments):
             return False
         self.steps = step
         return True
 
     def __str__(self) -> str:
-        return f"auto, measures for {self.settings.calibration_steps} steps as AdamW, {self.steps} of them done"
+        stored = "with row and column averages" if self.settings.start == "slim" else "as AdamW"
+        return f"auto, measures for {self.settings.calibration_steps} steps {stored}, {self.steps} of them done"
 
-    def after_step(self, moments: Iterable[Moment], forms: Forms) -> CompressionPlan | None:
+    def after_step(self, measurements: Iterable[Measurement], forms: Forms) -> CompressionPlan | None:
         """Count a step that has moments, measure if it is time, and return the plan after the last.
 
         Where more steps were done before than these settings ask for, the first step here measures and decides.
 
         Args:
-            moments: For each parameter with a second moment, or each part of it: its key and rule, the parameter's
-                full second moment, and all names of the parameter.
+            measurements: For each parameter with a second moment, or each part of it: its key and rule, a function
+                that measures the SNR of each candidate, and all names of the parameter.
             forms: The forms to choose among, as in :class:`AutoPlan`.
         """
-        moments = iter(moments)
-        first = next(moments, None)
+        measurements = iter(measurements)
+        first = next(measurements, None)
         self._had_moments = first is not None
         if first is None:
             return None
@@ -121,8 +195,8 @@ class Measuring:
         choice = self.settings
         last = self.steps >= choice.calibration_steps
         if last or choice.measures(self.steps):
-            for key, rule, second_moment, names in itertools.chain([first], moments):
-                self.history.measure(self.steps, key, rule, second_moment, names)
+            for key, rule, found, names in itertools.chain([first], measurements):
+                self.history.add(self.steps, key, rule, found(), names)
         if not last:
             return None
         idle = idle_patterns(choice.keep, self.history)
@@ -151,7 +225,11 @@ class Measuring:
                 "values": values,
             }
             measured.append(own)
-        return {"steps": self.steps, "measured": measured}
+        data: dict[str, Any] = {"steps": self.steps, "measured": measured}
+        if self.settings.start != "full":
+            grids = {key: grid.to_dict() for key, grid in self.grids.items()}
+            data |= {"start": self.settings.start, "grids": grids}
+        return data
 
     @classmethod
     def from_dict(cls, settings: AutoPlan, data: Mapping[str, Any], plan: CompressionPlan) -> Measuring:
@@ -162,10 +240,10 @@ class Measuring:
             data: The data; anything else is a :class:`ValueError`.
             plan: Rules of the parameters, or parts of them, as they are now.
         """
-        measuring = cls(settings)
         if not isinstance(data, Mapping):
             raise ValueError(f"the state dict's record of plan='auto' is damaged (it is {shown(data)})")
         try:
+            measuring = cls(replace(settings, start=data.get("start", "full")))
             measuring.steps = data["steps"]
             check_count("steps", measuring.steps, 0)
             others = []

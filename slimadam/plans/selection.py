@@ -151,6 +151,20 @@ def keep_full(rule: Rule, kept: str | None) -> Rule | None:
     return None
 
 
+def stays_full(key: str, rule: Rule, keep: Iterable[str], names: Sequence[str]) -> bool:
+    """Return whether a parameter, or part, stays in full whatever is measured.
+
+    Args:
+        key: Its name.
+        rule: Its rule, in full.
+        keep: As in :meth:`CompressionPlan.from_snr`.
+        names: All names of the parameter.
+    """
+    known = SNRHistory()
+    known.add(0, key, rule, {}, names)
+    return keep_full(rule, next((pattern for pattern in keep if _matches(pattern, key, rule, known)), None)) is not None
+
+
 def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
     """Choose the measured candidate with the highest SNR, if it is strictly above the cutoff.
 

@@ -37,7 +37,7 @@ class Source(str, Enum):
     FACTORED = "factored"  # every matrix factored, and in full what that makes no smaller
     USER = "user"  # in full because a pattern of keep names the parameter
     EXPANDED = "expanded"  # in full since a call of expand()
-    MEASURING = "measuring"  # in full while plan="auto" measures
+    MEASURING = "measuring"  # in full, or with row and column averages, while plan="auto" measures
     ABSENT = "absent"  # in full: the plan has no entry for the parameter
     CARRIED = "carried"  # carried over from the layers of another model
     NO_COUNTERPART = "no_counterpart"  # in full: the plan that was carried over has no such layer
@@ -142,6 +142,13 @@ class Rule:
         """Shape of the whole parameter."""
         return self.shape if self.part is None else self.part.of
 
+    @property
+    def piece(self) -> Piece:
+        """The parameter, or part of one, that the rule is for."""
+        shape = self.shape or ()
+        fan_out = tuple(dim for dim in range(self.batch_dims, len(shape)) if self.fan_in and dim not in self.fan_in)
+        return Piece(shape, ParameterRole(self.role, self.fan_in, fan_out), self.part, self.batch_dims)
+
     def take(self, tensor: Tensor) -> Tensor:
         """Return the view of a tensor of the parameter's shape that the rule is for."""
         return tensor if self.part is None else self.part.take(tensor)
@@ -205,8 +212,7 @@ def resized_rule(rule: Rule, shape: tuple[int, ...]) -> Rule:
         rule: The rule for the present size.
         shape: The new size.
     """
-    fan_out = tuple(dim for dim in range(rule.batch_dims, len(shape)) if rule.fan_in and dim not in rule.fan_in)
-    piece = Piece(shape, ParameterRole(rule.role, rule.fan_in, fan_out), None, rule.batch_dims)
+    piece = replace(rule, shape=shape, part=None).piece
     if rule.source == Source.FACTORED:
         return factored_rule(piece)
     if not rule.is_full and 0 in shape:

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from slimadam.kernels import float8
 from slimadam.kernels.interface import Dims, second_moment_dtype
-from slimadam.kernels.reference import initial_second_moment, reconstruct
+from slimadam.kernels.reference import initial_second_moment, reconstruct, relative_rows
 from slimadam.state.first_moment import FIRST_MOMENTS
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ Candidate = tuple[int, ...] | Literal["factored"]
 """Dimensions to average over, or ``"factored"`` for row and column averages."""
 FACTORED: Final = "factored"
 FLOAT8: Final = "float8"
+_EXPANDED_AT_ONCE: Final = 1 << 18
+"""Elements of a second moment that are expanded at a time where its form changes."""
 
 
 def reduced_shape(shape: Sequence[int], dims: Iterable[int]) -> tuple[int, ...]:
@@ -108,6 +110,14 @@ class Form(ABC):
             real = reconstruct([torch.view_as_real(one) for one in stored], dims)
             return torch.view_as_complex(real.contiguous())
         return reconstruct(stored, dims)
+
+    def relative(self, stored: Sequence[Tensor]) -> list[Tensor]:
+        """Return stored tensors of which slices stand for slices of the second moment."""
+        return list(stored)
+
+    def expand_relative(self, slices: Sequence[Tensor]) -> Tensor:
+        """Return the second moment that slices of :meth:`relative` stand for, broadcastable to the full one."""
+        return self.expand(slices, slices[0].dim())
 
     def start_from(self, grad: Tensor) -> list[Tensor]:
         """Return the stored tensors of a gradient's square (GI-Adam, arXiv 2406.09405)."""
@@ -239,6 +249,16 @@ class Factored(Form):
     @override
     def averaged_dims(self, ndim: int) -> tuple[Dims, ...]:
         return tuple(range(self.batch_dims + 1, ndim)), (self.batch_dims,)
+
+    @override
+    def relative(self, stored: Sequence[Tensor]) -> list[Tensor]:
+        rows, columns = stored
+        return [relative_rows(rows, (self.batch_dims,)), columns]
+
+    @override
+    def expand_relative(self, slices: Sequence[Tensor]) -> Tensor:
+        rows, columns = slices
+        return rows * columns
 
     @override
     def misfit(self, shape: tuple[int, ...]) -> str | None:
@@ -446,3 +466,34 @@ def expand(moments: Sequence[Tensor], rules: Sequence[Rule], shape: tuple[int, .
     for rule, stored in zip(rules, by_rule(rules, moments), strict=True):
         rule.take(full_moment).copy_(rule.stored_as.expand(stored, len(shape)))
     return full_moment
+
+
+def convert(stored: Sequence[Tensor], before: Form, after: Form, shape: tuple[int, ...]) -> list[Tensor]:
+    """Return what another form stores of a second moment, expanded a few MB at a time.
+
+    Args:
+        stored: The tensors of the second moment.
+        before: The form that they have.
+        after: The other form.
+        shape: Shape of the parameter, or part.
+    """
+    if before == after:
+        return list(stored)
+    if stored[0].is_complex() or not shape or 0 in shape:
+        return after.compress(before.expand(stored, len(shape)).expand(shape))
+    stored = before.relative(stored)
+    dim = max(range(len(shape)), key=shape.__getitem__)
+    length = max(1, _EXPANDED_AT_ONCE * shape[dim] // math.prod(shape))
+    made: list[Tensor] = []
+    for start in range(0, shape[dim], length):
+        some = min(length, shape[dim] - start)
+        slices = [one if one.shape[dim] == 1 else one.narrow(dim, start, some) for one in stored]
+        expanded = before.expand_relative(slices).expand(*shape[:dim], some, *shape[dim + 1 :])
+        found = after.compress(expanded)
+        made = made or [one.new_zeros(kept) for one, kept in zip(found, after.shapes(shape), strict=True)]
+        for target, value in zip(made, found, strict=True):
+            if target.shape[dim] < shape[dim]:
+                target.add_(value, alpha=some / shape[dim])
+            else:
+                target.narrow(dim, start, some).copy_(value)
+    return made

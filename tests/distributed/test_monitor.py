@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam
-from slimadam.measurement.sampling import within
+from slimadam.measurement.slices import within
 from tests.distributed.test_step import MESHES, mesh_of, moments, sharded
 from tests.ranks import on_ranks
 from tests.versions import shards

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from slimadam import snr
 from slimadam.measurement.monitor import Monitor, place
-from slimadam.measurement.sampling import counts_of, filling, next_look, take, thinning
+from slimadam.measurement.sampling import filling, next_look, thinning
+from slimadam.measurement.slices import counts_of, take
 from slimadam.state import second_moment
 from slimadam.state.rule import Rule
 

@@ -133,6 +133,8 @@ def taken_over(state_dict: Mapping[str, Any], registry: Registry, present: Seque
     for saved_id, slot in slots.items():
         slot.check()
         _check_saved(slot, saved_state.get(saved_id, {}))
+    if measuring is not None and own:
+        _track(measuring, own, slots.values())
     monitor = None
     if registry.monitor is not None:
         monitor = Monitor(registry.monitor.cutoff)
@@ -171,6 +173,17 @@ def _phase(
         return rules, None
     measured = CompressionPlan.of_parameters(registry.measured)
     return rules, Measuring.from_dict(settings, own["measuring"], measured)
+
+
+def _track(measuring: Measuring, own: Mapping[str, Any], slots: Iterable[ParamSlot]) -> None:
+    """Go on with the grids of a checkpoint; those of DTensors begin anew."""
+    saved = own["measuring"].get("grids", {})
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"the state dict's record of plan='auto' is damaged (grids={shown(saved)})")
+    for slot in slots:
+        for rule, key in zip(slot.rules, slot.keys, strict=True):
+            if rule.source == Source.MEASURING and not rule.is_full and measuring.track(key, slot.param, rule) is None:
+                measuring.grids[key].load(key, saved.get(key, {}))
 
 
 def _merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,443 @@
+"""``AutoPlan(start="slim")``: little memory from the first step, decided by grids of a few rows by a few columns."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam, Split
+from slimadam.kernels.float8 import decode
+from slimadam.measurement.grid import SMALLEST_GRID, Grid
+from slimadam.measurement.snr import measure
+from slimadam.state.second_moment import by_key
+from tests.reference import second_moments
+
+STEPS = 6
+SLIM = AutoPlan(calibration_steps=STEPS, measurements=2, start="slim")
+BETA2 = 0.99
+
+
+class Network(nn.Module):
+    """Matrices that average well or badly, one of three parts, one too small for a grid, a convolution, vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(90, 60)
+        self.qkv = nn.Linear(60, 330, bias=False)
+        self.norm = nn.LayerNorm(64)
+        self.narrow = nn.Linear(64, 8)
+        self.image = nn.Conv2d(40, 48, 3)
+        self.head = nn.Linear(64, 70, bias=False)
+
+
+PARTS = {"qkv.weight": Split({"query": 110, "key": 110, "value": 110})}
+
+
+def network(dtype: torch.dtype = torch.float32) -> Network:
+    torch.manual_seed(0)
+    return Network().to(dtype)
+
+
+def scale(name: str, param: Tensor) -> Tensor:
+    """Return the standard deviations of a parameter's gradients: those of the head are of one size each."""
+    generator = torch.Generator().manual_seed(len(name))
+    if name == "head.weight":
+        return torch.rand(param.shape, generator=generator).pow(8)
+    rows = torch.rand(param.shape[0], *[1] * (param.dim() - 1), generator=generator) + 0.1
+    return rows * (torch.rand(param.shape[1:], generator=generator) + 0.1)
+
+
+def give_gradients(model: nn.Module, step: int, factor: float = 1.0) -> None:
+    for number, (name, param) in enumerate(model.named_parameters()):
+        generator = torch.Generator().manual_seed(1000 * step + number)
+        size = 1 + 0.3 * torch.rand(param.shape, generator=generator)
+        sign = torch.randint(0, 2, param.shape, generator=generator) * 2 - 1
+        param.grad = (sign * size * scale(name, param) * factor).to(param.dtype)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        give_gradients(model, step)
+        optimizer.step()
+
+
+def make(model: nn.Module, settings: AutoPlan | None = SLIM, **options: Any) -> SlimAdam:
+    if settings is not None:
+        settings = AutoPlan(**{**vars(settings), "parts": PARTS})
+    return SlimAdam(model, lr=1e-2, betas=(0.9, BETA2), plan=settings, **options)
+
+
+def held(optimizer: SlimAdam) -> int:
+    """Return the bytes of second moments and grids that are there, counted from the tensors themselves."""
+    moments = [moment for state in optimizer.state.values() for moment in second_moments(state)]
+    measuring = optimizer._registry.measuring
+    grids = [] if measuring is None else [grid.moment for grid in measuring.grids.values() if grid.moment is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*moments, *grids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("forms", ["closest", "best", "mean"])
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_no_step_needs_more_than_the_end_and_a_share_of_adamw(dtype: torch.dtype, forms: Any, share: float) -> None:
+    model = network(dtype)
+    settings = AutoPlan(**{**vars(SLIM), "forms": forms, "calibration_memory": share})
+    optimizer = make(model, settings)
+    promised = optimizer.memory()
+    seen = []
+    for step in range(STEPS + 2):
+        train(model, optimizer, range(step, step + 1))
+        seen.append(held(optimizer))
+        if step == 0:
+            assert seen[0] == promised.exp_avg_sq + promised.monitor
+    adamw = sum(param.numel() * param.element_size() for param in model.parameters())
+    assert max(seen) <= seen[-1] + share * adamw
+    assert seen[-1] == optimizer.memory().exp_avg_sq
+    assert max(seen) < 0.9 * adamw or forms != "closest"
+    assert optimizer._registry.measuring is None
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_steps_until_the_decision_are_those_of_row_and_column_averages(fused: bool | None) -> None:
+    ours, theirs = network(), network()
+    optimizer = make(ours, fused=fused)
+    forms = {key: rule.form for key, rule in optimizer.plan.items()}
+    assert forms["embedding.weight"] == forms["qkv.weight[key]"] == forms["image.weight"] == "factored"
+    assert forms["narrow.weight"] == "float8"
+    assert forms["norm.weight"] == forms["narrow.bias"] == "full"
+    fixed = SlimAdam(theirs, lr=1e-2, betas=(0.9, BETA2), plan=optimizer.plan, fused=fused)
+    train(ours, optimizer, range(STEPS))
+    train(theirs, fixed, range(STEPS))
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def full_moments(steps: int, factor: Callable[[int], float] = lambda step: 1.0) -> dict[str, Tensor]:
+    """Return AdamW's second moments in float64."""
+    model = network()
+    moments = {name: torch.zeros(param.shape, dtype=torch.float64) for name, param in model.named_parameters()}
+    for step in range(steps):
+        give_gradients(model, step)
+        for name, param in model.named_parameters():
+            assert param.grad is not None
+            moments[name].lerp_((param.grad.double() * factor(step)).square(), 1 - BETA2)
+    return moments
+
+
+def reference_snr(grid: Grid, full: Tensor) -> float:
+    """Return the SNR of the residual ``f = v mean(v) / (r c)`` in a grid, from its definition."""
+    rows = full.mean(tuple(range(1, full.dim())), keepdim=True)
+    columns = full.mean(0, keepdim=True)
+    residual = (full * full.mean() / (rows * columns))[grid.index]
+    return float(residual.mean() ** 2 / residual.var(correction=0))
+
+
+def test_grids_hold_adamws_moments_and_measure_by_the_definition() -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, range(STEPS - 1))
+    grids = optimizer._registry.measuring.grids  # type: ignore[union-attr]
+    assert set(grids) == {"embedding.weight", *(f"qkv.weight[{part}]" for part in ("query", "key", "value")),
+                          "image.weight", "head.weight"}  # fmt: skip
+    moments = full_moments(STEPS - 1)
+    for key, grid in grids.items():
+        full = grid.rule.take(moments[key.partition("[")[0]])
+        wanted = full[grid.index].float()
+        assert grid.moment is not None
+        torch.testing.assert_close(grid.moment, wanted, rtol=STEPS * 2e-7, atol=0)
+        state = by_key(grid.rule.stored_as.compress(full), [grid.rule])
+        found = grid.measured(state)["factored"]
+        assert found == pytest.approx(reference_snr(grid, full), rel=1e-4)
+        assert grid.measured(optimizer.state[dict(model.named_parameters())[key.partition("[")[0]]])[
+            "factored"
+        ] == pytest.approx(found, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(600, 500), (64, 48, 3, 3), (6, 90, 110)])
+def test_estimates_from_grids_are_close_to_the_whole(shape: tuple[int, ...]) -> None:
+    """Entries of known spread: the sampling error of a variance from n entries of kurtosis k is about sqrt(k / n)."""
+    torch.manual_seed(0)
+    batch_dims = 1 if len(shape) == 3 else 0
+    dims = range(batch_dims, len(shape))
+    factors = [torch.rand(*shape[:batch_dims], *(shape[d] if d == dim else 1 for d in dims)) + 0.5 for dim in dims]
+    noise = torch.rand(shape) + 0.5
+    full = math.prod(factors, start=noise)  # type: ignore[call-overload]
+    rule = Rule((), "factored", shape, batch_dims=batch_dims)
+    grid = Grid.of(torch.empty(shape), rule, 0.05)
+    assert isinstance(grid, Grid)
+    grid.moment = full[grid.index].clone()
+    found = grid.measured(by_key(rule.stored_as.compress(full), [rule]))
+    wanted = measure(full, batch_dims)
+    for candidate, value in found.items():
+        if candidate != "factored" and math.prod(shape[dim] for dim in candidate) < 30:
+            continue  # its mean over slices is that of a few slices that are nearly constant
+        assert value == pytest.approx(wanted[candidate], rel=0.3), candidate
+    assert {"factored", (batch_dims,)} <= set(found)
+
+
+def test_the_decision_is_that_of_the_measurements_and_converts_what_is_stored() -> None:
+    model = network()
+    optimizer = make(model, fused=False)
+    train(model, optimizer, range(STEPS - 1))
+    before = copy.deepcopy(optimizer)
+    give_gradients(model, STEPS - 1)
+    optimizer.step()
+    plan = optimizer.plan
+    assert plan["embedding.weight"].form == plan["qkv.weight[value]"].form == plan["image.weight"].form == "factored"
+    assert plan["head.weight"].form == "float8"
+    assert plan["head.weight"].snr["factored"] < 3 < plan["embedding.weight"].snr["factored"]
+    assert "too small to measure within calibration_memory=0.05" in plan["narrow.weight"].reason
+    assert plan["narrow.weight"].form == "float8"
+    # The head: its codes are those of the product of averages after the same step.
+    twins = zip(optimizer.param_groups[0]["params"], before.param_groups[0]["params"], strict=True)
+    state = before.state[next(twin for param, twin in twins if param is model.head.weight)]
+    grad = model.head.weight.grad
+    assert grad is not None
+    rows = state["exp_avg_sq_row"].lerp(grad.square().mean(1, keepdim=True), 1 - BETA2)
+    columns = state["exp_avg_sq_col"].lerp(grad.square().mean(0, keepdim=True), 1 - BETA2)
+    wanted = rows * columns / rows.mean()
+    found = decode(optimizer.state[model.head.weight]["exp_avg_sq_codes"])
+    assert found.shape == wanted.shape
+    ratio = found / wanted
+    assert ratio.min() > 1 / 1.51
+    assert ratio.max() < 1.51
+    assert ratio.mean() == pytest.approx(1, abs=4 * 0.25 / math.sqrt(ratio.numel()))
+    assert "exp_avg_sq_row" not in optimizer.state[model.head.weight]
+
+
+def test_averages_of_other_dimensions_are_those_of_the_product() -> None:
+    model = network()
+    optimizer = make(model, AutoPlan(**{**vars(SLIM), "forms": "mean", "cutoff": 1e-6}), fused=False)
+    twin_model = network()
+    twin = make(twin_model, AutoPlan(**{**vars(SLIM), "forms": "mean", "calibration_steps": 50}), fused=False)
+    train(model, optimizer, range(STEPS))
+    train(twin_model, twin, range(STEPS))
+    checked = 0
+    for (name, param), other in zip(model.named_parameters(), twin_model.parameters(), strict=True):
+        rule = optimizer.plan.get(name)
+        if rule is not None and rule.form == "mean":
+            row, column = (twin.state[other][f"exp_avg_sq{suffix}"] for suffix in ("_row", "_col"))
+            product = (row * column / row.mean()).double()
+            torch.testing.assert_close(
+                optimizer.state[param]["exp_avg_sq"], product.mean(rule.dims, keepdim=True).float(), rtol=1e-5, atol=0
+            )
+            checked += 1
+    assert checked == 3
+
+
+@pytest.mark.parametrize("copied", ["state dict", "file", "pickle", "deepcopy"])
+@pytest.mark.parametrize("stopped_at", [1, 3, 5, 6, 8])
+def test_resumes_bit_for_bit_in_every_phase(copied: str, stopped_at: int) -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, range(stopped_at))
+    if copied in ("pickle", "deepcopy"):
+        twin, again = copy.deepcopy((model, optimizer)) if copied == "deepcopy" else pickle.loads(
+            pickle.dumps((model, optimizer)))  # fmt: skip
+    else:
+        twin = copy.deepcopy(model)
+        again = make(twin)
+        saved: Any = optimizer.state_dict()
+        if copied == "file":
+            file = io.BytesIO()
+            torch.save(saved, file)
+            file.seek(0)
+            saved = torch.load(file, weights_only=True)
+        again.load_state_dict(saved)
+    train(model, optimizer, range(stopped_at, 10))
+    train(twin, again, range(stopped_at, 10))
+    assert again.plan == optimizer.plan
+    assert {key: rule.reason for key, rule in again.plan.items()} == {
+        key: rule.reason for key, rule in optimizer.plan.items()
+    }
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("momentum", ["int8", torch.bfloat16])
+def test_goes_with_other_first_moments(momentum: Any) -> None:
+    model, twin = network(), network()
+    optimizer = make(model, momentum_dtype=momentum)
+    other = make(twin)
+    train(model, optimizer, range(STEPS))
+    train(twin, other, range(STEPS))
+    assert optimizer.plan == other.plan
+
+
+def test_a_checkpoint_goes_on_as_it_began_whatever_the_optimizer_asks_for() -> None:
+    model = network()
+    slim = make(model)
+    train(model, slim, range(3))
+    twin = copy.deepcopy(model)
+    full = make(twin, AutoPlan(**{**vars(SLIM), "start": "full"}))
+    full.load_state_dict(slim.state_dict())
+    train(model, slim, range(3, 10))
+    train(twin, full, range(3, 10))
+    assert full.plan == slim.plan
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_adamw_is_averaged_and_measured() -> None:
+    model = network()
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, BETA2))
+    train(model, adamw, range(4))
+    optimizer = make(model)
+    optimizer.load_state_dict(adamw.state_dict())
+    moment = adamw.state[model.head.weight]["exp_avg_sq"]
+    torch.testing.assert_close(optimizer.state[model.head.weight]["exp_avg_sq_row"], moment.mean(1, keepdim=True))
+    train(model, optimizer, range(4, 4 + STEPS))
+    assert optimizer._registry.measuring is None
+    assert optimizer.plan["embedding.weight"].form == "factored"
+
+
+def test_grids_see_clipped_gradients() -> None:
+    model = network()
+    optimizer = make(model, max_grad_norm=0.5)
+    norms = []
+    for step in range(3):
+        give_gradients(model, step)
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        norms.append(float(optimizer.grad_norm))
+    moments = full_moments(3, lambda step: min(1.0, 0.5 / (norms[step] + 1e-6)))
+    grid = optimizer._registry.measuring.grids["embedding.weight"]  # type: ignore[union-attr]
+    assert grid.moment is not None
+    torch.testing.assert_close(grid.moment, moments["embedding.weight"][grid.index].float(), rtol=1e-5, atol=0)
+
+
+def test_what_is_kept_stays_in_full_and_idle_patterns_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    optimizer = make(model, AutoPlan(**{**vars(SLIM), "keep": ("head", "embed*", "nothing")}))
+    assert optimizer.plan["embedding.weight"].form == "full"
+    with caplog.at_level(logging.WARNING, "slimadam"):
+        train(model, optimizer, range(STEPS))
+    assert "'nothing'" in caplog.text
+    assert optimizer.plan["embedding.weight"].reason == "kept in full as asked (keep='embed*')"
+
+
+@pytest.mark.parametrize("options", [{"amsgrad": True}, {"differentiable": True}])
+def test_options_without_the_forms_start_in_full_and_say_so(
+    options: dict[str, bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    with caplog.at_level(logging.WARNING, "slimadam"):
+        optimizer = SlimAdam(model, betas=(0.9, BETA2), plan=SLIM, **options)  # type: ignore[arg-type]
+    assert f"{next(iter(options))}=True" in caplog.text
+    assert "narrow.weight starts in full" in caplog.text
+    if "amsgrad" in options:
+        train(model, optimizer, range(STEPS))
+        assert all(rule.form in ("full", "mean") for rule in optimizer.plan.values())
+
+
+def test_complex_parameters_are_measured_in_full() -> None:
+    param = nn.Parameter(torch.randn(60, 60, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)))
+    optimizer = SlimAdam([("weight", param)], plan=SLIM)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        param.grad = torch.randn(60, 60, dtype=torch.complex64, generator=generator)
+        optimizer.step()
+    assert optimizer._registry.measuring is None
+    assert optimizer.plan["weight"].form == "full"
+    assert "complex" in optimizer.plan["weight"].reason
+
+
+def test_a_parameter_without_gradients_stays_as_it_started() -> None:
+    model = network()
+    optimizer = make(model)
+    for step in range(STEPS):
+        give_gradients(model, step)
+        model.head.weight.grad = None
+        optimizer.step()
+    rule = optimizer.plan["head.weight"]
+    assert (rule.form, rule.reason) == ("factored", "no gradient while plan='auto' measured")
+    train(model, optimizer, range(STEPS, STEPS + 2))
+    assert "exp_avg_sq_row" in optimizer.state[model.head.weight]
+
+
+def test_parameters_that_come_or_go_are_tracked_or_forgotten() -> None:
+    model, more = network(), nn.Linear(90, 80, bias=False)
+    optimizer = make(model)
+    train(model, optimizer, range(2))
+    optimizer.add_param_group({"params": [("more.weight", more.weight)]})
+    grids = optimizer._registry.measuring.grids  # type: ignore[union-attr]
+    assert "more.weight" in grids
+    optimizer.param_groups[0]["params"] = [
+        param for param in optimizer.param_groups[0]["params"] if param is not model.head.weight
+    ]
+    generator = torch.Generator().manual_seed(0)
+    more.weight.grad = torch.randn(80, 90, generator=generator)
+    train(model, optimizer, range(2, STEPS))
+    assert "head.weight" not in grids
+    assert optimizer.plan["more.weight"].snr
+    assert "head.weight" not in optimizer.plan
+
+
+def test_memory_tells_the_grids_and_the_phase_is_told() -> None:
+    model = network()
+    optimizer = make(model)
+    grids = optimizer._registry.measuring.grids  # type: ignore[union-attr]
+    report = optimizer.memory()
+    assert report.monitor == sum(math.prod(_counts(grid)) * 4 for grid in grids.values())
+    assert all(math.prod(_counts(grid)) >= SMALLEST_GRID for grid in grids.values())
+    assert "with row and column averages" in repr(optimizer)
+    assert optimizer.snr_check() == {}
+
+
+def _counts(grid: Grid) -> tuple[int, ...]:
+    return tuple(len(range(one.start, one.stop, one.step)) for one in grid.index)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"start": "thin"}, "start='thin' must be 'full' or 'slim'"), ({"start": None}, "start=None"),
+     ({"calibration_memory": 0}, "calibration_memory=0 must be a share"),
+     ({"calibration_memory": 1.5}, "calibration_memory=1.5"), ({"calibration_memory": True}, "calibration_memory=True"),
+     ({"calibration_memory": math.nan}, "calibration_memory=nan")],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named.replace("(", r"\(")):
+        AutoPlan(**settings)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda own: own["measuring"].update(grids=7),
+        lambda own: own["measuring"].update(start="thin"),
+        lambda own: own["measuring"]["grids"].update({"head.weight": 3}),
+        lambda own: own["measuring"]["grids"]["head.weight"].update(moment=torch.zeros(3)),
+        lambda own: own["measuring"]["grids"]["head.weight"].update(moment="text"),
+    ],
+)
+def test_damaged_grids_are_refused_and_change_nothing(damage: Callable[[dict[str, Any]], None]) -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    damage(saved["slimadam"])
+    twin = copy.deepcopy(model)
+    other = make(twin)
+    train(twin, other, range(3, 4))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"head\.weight|plan='auto'"):
+        other.load_state_dict(saved)
+    torch.testing.assert_close(other.state_dict()["state"], before["state"], rtol=0, atol=0)
+
+
+def test_the_plan_is_saved_and_used_again() -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, range(STEPS))
+    plan = CompressionPlan.from_dict(optimizer.plan.to_dict())
+    assert plan == optimizer.plan
+    again = SlimAdam(network(), plan=plan)
+    assert again.memory().exp_avg_sq == optimizer.memory().exp_avg_sq
