@@ -170,6 +170,7 @@ CONTENDERS: dict[str, Contender] = {
     "AdamW reordered": Contender(_adamw, other_order=True),
     "rules": _slimadam(plan="rules"),
     "averages": _slimadam(plan=AutoPlan(forms="mean")),
+    "slim start": _slimadam(plan=AutoPlan(start="slim")),
     "auto int8": _slimadam(plan="auto", momentum_dtype="int8"),
     "Adam-mini": Contender(_adam_mini, "adam-mini"),
     "Adafactor (torch)": Contender(_adafactor, shift=8),
@@ -177,7 +178,7 @@ CONTENDERS: dict[str, Contender] = {
     "Muon and AdamW": Contender(MuonWithAdamW),
 }
 ROUNDS = (
-    (REFERENCE, "auto", "factored", "AdamW perturbed", "AdamW reordered"),
+    (REFERENCE, "auto", "slim start", "factored", "AdamW perturbed", "AdamW reordered"),
     ("rules", "averages", "auto int8"),
     ("Adam-mini", "Adafactor (torch)", "torchao AdamW8bit", "Muon and AdamW"),
 )

@@ -23,6 +23,8 @@ from slimadam.utils.errors import shown
 
 SMALLEST_GRID: Final = 64
 """Elements of a grid, at least."""
+LARGEST_GRID: Final = 1 << 13
+"""And at most: a ratio is then known to a few percent, and seeing each gradient costs little."""
 _NOT_THINNED: Final = 4
 """The largest size of a dimension that is not thinned."""
 _FEWEST: Final = 8
@@ -45,7 +47,7 @@ class Grid(TrackedSlices):
         assert rule.shape is not None
         dtype = second_moment_dtype(param.dtype)
         allowed = int(share * math.prod(rule.shape) * param.dtype.itemsize / dtype.itemsize)
-        index = _place(rule.shape, allowed - rule.stored_elements(rule.shape))
+        index = _place(rule.shape, min(LARGEST_GRID, allowed - rule.stored_elements(rule.shape)))
         if index is None:
             return f"too small to measure within calibration_memory={share:g}"
         shard = None

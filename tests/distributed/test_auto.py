@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +35,11 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 13))
 
 
-def _train(make: Any, forms: str) -> dict[str, Any]:
+def _wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 90), nn.Tanh(), nn.Linear(90, 80), nn.Tanh(), nn.Linear(80, 70, bias=False))
+
+
+def _train(make: Any, forms: str, start: str = "full") -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -48,7 +53,7 @@ def _train(make: Any, forms: str) -> dict[str, Any]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("slimadam").addHandler(handler)
-    settings = AutoPlan(calibration_steps=MEASURED, forms=forms, cutoff=0.01)  # type: ignore[arg-type]
+    settings = AutoPlan(MEASURED, forms=forms, cutoff=0.01, start=start)  # type: ignore[arg-type]
     optimizers = [SlimAdam(model, lr=1e-2, plan=settings) for model in (alone, together)]
     recorder = SNRRecorder(optimizers[1], together, every(1))
     generator = torch.Generator().manual_seed(5)
@@ -76,6 +81,10 @@ def _train_mlp() -> list[dict[str, Any]]:
     return [_train(_mlp, forms) for forms in ("mean", "best")]
 
 
+def _train_wide() -> list[dict[str, Any]]:
+    return [_train(_wide, forms, "slim") for forms in ("closest", "best")]
+
+
 def _train_attending() -> dict[str, Any]:
     return _train(Attending, "best")
 
@@ -95,6 +104,30 @@ def test_decides_and_trains_as_one_process(tmp_path: Path) -> None:
                 assert alone == together
                 assert found["saved"][0] == found["saved"][1] > 0.5
                 assert not found["warned"]
+
+
+def _ratios(plan: dict[str, Any]) -> dict[str, float]:
+    """Return the SNR by parameter and candidate."""
+    return {
+        f"{name} {found['candidate']}": float(found["value"])
+        for name, rule in plan.items()
+        for found in rule.get("snr", ())
+    }
+
+
+@shards
+def test_decides_from_grids_as_one_process(tmp_path: Path) -> None:
+    for ranks in (2, 3):
+        (tmp_path / str(ranks)).mkdir()
+        for of_rank in on_ranks(ranks, tmp_path / str(ranks), _train_wide):
+            for found in of_rank:
+                assert found["worst"] <= 2e-5
+                assert _storage(found["plans"][0]) == _storage(found["plans"][1])
+                assert found["saved"][0] == found["saved"][1] > 0.5
+                assert not found["warned"]
+                alone, together = map(_ratios, found["plans"])
+                assert alone == pytest.approx(together, rel=1e-2)
+                assert len(alone) > 6
 
 
 @shards
