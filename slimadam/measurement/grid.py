@@ -47,7 +47,7 @@ class Grid(TrackedSlices):
         assert rule.shape is not None
         dtype = second_moment_dtype(param.dtype)
         allowed = int(share * math.prod(rule.shape) * param.dtype.itemsize / dtype.itemsize)
-        index = _place(rule.shape, min(LARGEST_GRID, allowed - rule.stored_elements(rule.shape)))
+        index = place_grid(rule.shape, min(LARGEST_GRID, allowed - rule.stored_elements(rule.shape)))
         if index is None:
             return f"too small to measure within calibration_memory={share:g}"
         shard = None
@@ -103,10 +103,14 @@ class Grid(TrackedSlices):
         self.moment = moment.detach()[self.there].to(self.dtype, copy=True)
 
 
-def _place(shape: Sequence[int], elements: int) -> Index | None:
-    """Return a grid of at most so many elements, thinned alike in all dimensions; None where it would be too small.
+def place_grid(shape: Sequence[int], elements: int) -> Index | None:
+    """Return a grid, thinned alike in all dimensions; None where it would be smaller than 64 elements.
 
     Distances are odd, so that they do not keep step with heads and other blocks, whose sizes are even.
+
+    Args:
+        shape: Shape of the parameter, or part.
+        elements: How many the grid may have.
     """
     strides, counts = [1] * len(shape), list(shape)
     while math.prod(counts) > elements:

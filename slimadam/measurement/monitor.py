@@ -69,15 +69,20 @@ class Monitor:
     Args:
         cutoff: SNR below which averaging is in doubt: that of the plan.
         shortest_interval: Steps between measurements, at least.
+        warns: Whether a decline is warned of.
 
     Attributes:
         steps: Optimizer steps seen.
+        warns: Whether a decline is warned of.
     """
 
-    def __init__(self, cutoff: float = 1.0, shortest_interval: int = SHORTEST_INTERVAL) -> None:
+    warns = True  # also in pickles of earlier releases
+
+    def __init__(self, cutoff: float = 1.0, shortest_interval: int = SHORTEST_INTERVAL, warns: bool = True) -> None:
         if not isinstance(shortest_interval, int) or shortest_interval < 1:
             raise ValueError(f"shortest_interval={shortest_interval!r} must be an integer >= 1")
         self.cutoff = cutoff
+        self.warns = warns
         self.steps = 0
         self._next = 0
         self._shortest_interval = shortest_interval
@@ -148,8 +153,10 @@ class Monitor:
         all_rules: Mapping[str, Sequence[Rule]],
         states: Mapping[Tensor, Mapping[str, Any]],
         clip_factor: Tensor | None = None,
-    ) -> None:
+    ) -> bool:
         """Count an optimizer step; where it is time, look at its gradients, measure, and warn of declines once.
+
+        Return whether it has measured.
 
         Args:
             groups: The parameter groups, each with its parameters' names; capturable ones are passed over.
@@ -159,7 +166,7 @@ class Monitor:
         """
         self.steps += 1
         if self.steps < self._next:
-            return
+            return False
         step = self.steps - 1
         tracked = [(names, group, number(group["betas"][1])) for names, group in groups if not group["capturable"]]
         self._longest_memory = max([self._longest_memory, *(1 / (1 - beta2) for _, _, beta2 in tracked)])
@@ -168,11 +175,18 @@ class Monitor:
             self._next = min(self._next, next_look(self.steps, beta2, self.interval) + 1)
             if next_look(step, beta2, self.interval) == step:
                 self._look(self._sampled(names, group, all_rules), beta2, clip_factor)
-        if self.steps % self.interval == 0:
-            for names, group in groups:
-                for _, param, sample in self._sampled(names, group, all_rules):
-                    sample.measure(states.get(param, {}))
+        if self.steps % self.interval:
+            return False
+        for names, group in groups:
+            for _, param, sample in self._sampled(names, group, all_rules):
+                sample.measure(states.get(param, {}))
+        if self.warns:
             self._warn_once()
+        return True
+
+    def declined(self) -> dict[str, tuple[float, float]]:
+        """Return the usual and the latest SNR of each parameter, or part, whose averages clearly no longer hold."""
+        return {key: (sample.level, sample.latest) for key, sample in self._samples.items() if sample.declined}
 
     def _sampled(
         self, names: Sequence[str], group: Mapping[str, Any], all_rules: Mapping[str, Sequence[Rule]]

@@ -110,7 +110,7 @@ def compress(
         slot.rules = _decided(before, registry.measured[slot.name], plan)
         slot.rules = registry.rules[slot.name] = slot.rules_that_shards_allow()
         registry.sample(slot.name, slot.param, states)
-        _change_form(before, slot, states.get(slot.param, {}))
+        change_form(before, slot, states.get(slot.param, {}))
     decided = memory_report(registry.slots(groups), states)
     logger.info(
         "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %s -> %s; %s",
@@ -143,7 +143,7 @@ def expand(
         else rule
         for rule in slot.rules
     ]
-    _change_form(slot, slot_of(slot.name, slot.param, slot.group, after), states.get(slot.param, {}))
+    change_form(slot, slot_of(slot.name, slot.param, slot.group, after), states.get(slot.param, {}))
     registry.rules[slot.name] = after
     if registry.monitor is not None:
         for key in keys:
@@ -169,7 +169,7 @@ def _decided(before: ParamSlot, measured: Sequence[Rule], plan: CompressionPlan)
     return found
 
 
-def _change_form(before: ParamSlot, after: ParamSlot, state: MutableMapping[str, Any]) -> None:
+def change_form(before: ParamSlot, after: ParamSlot, state: MutableMapping[str, Any]) -> None:
     """Store a parameter's second moments by other rules: for the whole of it, or for the same parts.
 
     Args:

@@ -20,7 +20,7 @@ from slimadam.layers.splits import key_of
 from slimadam.measurement.monitor import Monitor
 from slimadam.optim.step.clipping import check_have_norm
 from slimadam.optim.step.options import check_group, normalize_group
-from slimadam.plans.auto import AutoPlan, Measuring
+from slimadam.plans.auto import AutoPlan, Measuring, Revising
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import DECIDED_BEFORE, PlanArgument, Resolver
 from slimadam.state.rule import Rule, Source, resized_rule, rule_of_whole
@@ -31,6 +31,7 @@ from slimadam.utils.torch_private import by_tensor, reference
 logger = logging.getLogger("slimadam")
 
 _Groups = Sequence[dict[str, Any]]
+_PICKLED = ("names", "rules", "measured", "measuring", "monitor", "revising")
 
 
 class _Replacement(NamedTuple):
@@ -186,6 +187,7 @@ class Registry:
         measured: With ``plan="auto"`` the parts that each parameter is measured as; it is stored as a whole until then.
         measuring: The measurement of ``plan="auto"`` until it has decided.
         monitor: The samples, or None.
+        revising: With ``AutoPlan(revise=True)`` what is remembered after the decision, else None.
         resolver: Finds names and rules of new parameters.
     """
 
@@ -195,7 +197,11 @@ class Registry:
         self.rules: dict[str, list[Rule]] = {}
         self.measured: dict[str, list[Rule]] = {}
         self.measuring = Measuring(self.resolver.plan) if isinstance(self.resolver.plan, AutoPlan) else None
-        self.monitor = Monitor(self.resolver.cutoff) if monitor else None
+        settings = self.resolver.plan
+        self.revising = Revising(settings) if isinstance(settings, AutoPlan) and settings.revise else None
+        if self.revising is not None and not monitor:
+            raise ValueError("monitor=False, but plan=AutoPlan(revise=True) needs its samples; use monitor=True")
+        self.monitor = Monitor(self.resolver.cutoff, warns=self.revising is None) if monitor else None
         self._members = _Members()
 
     @property
@@ -311,7 +317,7 @@ class Registry:
     def _drop(self, keys: Iterable[str]) -> None:
         """Forget what is tracked of parameters, or parts."""
         for key in keys:
-            for tracker in (self.measuring, self.monitor):
+            for tracker in (self.measuring, self.monitor, self.revising):
                 if tracker is not None:
                     tracker.drop(key)
 
@@ -336,15 +342,16 @@ class Registry:
 
     def to_pickle(self) -> dict[str, Any]:
         """Return the fields for a pickle of the optimizer."""
-        fields = {f"_{name}": getattr(self, name) for name in ("names", "rules", "measured", "measuring", "monitor")}
+        fields = {f"_{name}": getattr(self, name) for name in _PICKLED}
         return {**fields, "_plan": self.resolver.plan}
 
     @classmethod
     def from_pickle(cls, state: dict[str, Any]) -> Registry:
         """Take the fields out of an optimizer's pickle; :meth:`resume` once its groups are there."""
-        registry = cls(state.pop("_plan"), None, monitor=False)
-        for name in ("names", "rules", "measured", "measuring", "monitor"):
-            setattr(registry, name, state.pop(f"_{name}"))
+        registry = cls(None, None, monitor=False)
+        registry.resolver = Resolver(state.pop("_plan"), None)
+        for name in _PICKLED:
+            setattr(registry, name, state.pop(f"_{name}", None))  # one of an earlier release does not revise
         return registry
 
     # -- groups that were edited by hand -------------------------------------------------------------------
@@ -430,6 +437,8 @@ class Registry:
             self.measuring.rename(keys)
         if self.monitor is not None:
             self.monitor.rename(keys)
+        if self.revising is not None:
+            self.revising.rename(keys)
 
     def _complete_group(self, group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Fill in the options that a group put there by hand lacks; return its own plan, if it has one."""

@@ -30,6 +30,7 @@ from slimadam.optim.resizing import (
     reset_slices,
     resized_state,
 )
+from slimadam.optim.revision import revise
 from slimadam.optim.step.clipping import check_have_norm, clip_factor, norm_in_step
 from slimadam.optim.step.direction import Shared, averages_after_step, updates_without_decay, with_decay
 from slimadam.optim.step.dispatch import BackendName
@@ -324,7 +325,9 @@ class SlimAdam(Optimizer):
             if not self._registry.measuring.counts_only(same_state=recalled is not None):
                 self._measure(factor)
         elif self._registry.monitor is not None and not torch.compiler.is_compiling():
-            self._registry.monitor.after_step(groups, self._registry.rules, self.state, factor)
+            measured = self._registry.monitor.after_step(groups, self._registry.rules, self.state, factor)
+            if measured and self._registry.revising is not None:
+                self._revise()
         return loss
 
     @torch_private.disable_dynamo
@@ -334,6 +337,12 @@ class SlimAdam(Optimizer):
         plan = decision(self._registry, self.param_groups, self.state, clip_factor)
         if plan is not None:
             compress(self._registry, plan, self.param_groups, self.state)
+            self._stepper.forget()
+
+    @torch.no_grad()
+    def _revise(self) -> None:
+        """Let the decided plan follow what was measured."""
+        if revise(self._registry, self.param_groups, self.state):
             self._stepper.forget()
 
     def _recalled_gradients(self) -> list[list[Tensor]] | None:
@@ -578,6 +587,7 @@ class SlimAdam(Optimizer):
         state = taken.loaded_state()
         registry = self._registry
         registry.rules, registry.measuring, registry.monitor = taken.rules, taken.measuring, taken.monitor
+        registry.revising = taken.revising
         self._state_is_blank = False
         self.__setstate__({"state": state, "param_groups": taken.groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -44,6 +44,9 @@ class AutoPlan:
         start: Form of matrices while they are measured. ``"full"``: as AdamW. ``"slim"``: row and column averages,
             and a grid of a few rows by a few columns in full, by which all forms are judged.
         calibration_memory: Share of AdamW's second moments that grids and averages of a matrix may take together.
+        revise: Keep following the run: where averages clearly no longer hold, a parameter is expanded, to one byte for
+            each element (with other ``forms``: in full) as long as ``budget`` is kept; where those of one in bytes have
+            clearly come to hold, it is compressed. Needs the optimizer's ``monitor``.
 
     Raises:
         ValueError: A setting is out of range.
@@ -58,6 +61,7 @@ class AutoPlan:
     parts: Mapping[str, Split] = field(default_factory=dict)
     start: Start = "full"
     calibration_memory: float = 0.05
+    revise: bool = False
 
     def __post_init__(self) -> None:
         for name in ("calibration_steps", "measurements"):
@@ -69,6 +73,8 @@ class AutoPlan:
         check_declared(self.parts)
         if self.start not in get_args(Start):
             raise ValueError(f"start={self.start!r} must be 'full' or 'slim'")
+        if not isinstance(self.revise, bool):
+            raise ValueError(f"revise={self.revise!r} must be True or False")
         share = self.calibration_memory
         if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
             raise ValueError(f"calibration_memory={share!r} must be a share of AdamW's second moments, above 0 up to 1")
@@ -80,6 +86,46 @@ class AutoPlan:
         count = min(self.measurements, self.calibration_steps)
         number = round(step * count / self.calibration_steps)  # of the interval that the step may end
         return number >= 1 and round(number * self.calibration_steps / count) == step
+
+
+@dataclass
+class Revising:
+    """The phase after the decision with ``revise=True``.
+
+    Attributes:
+        settings: How the plan was decided.
+        high: For each parameter, or part, in bytes the latest measurements in a row that were clearly high.
+        refused: Parameters that the budget has kept from being expanded.
+    """
+
+    settings: AutoPlan
+    high: dict[str, int] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+
+    def drop(self, key: str) -> None:
+        """Forget a parameter, or part."""
+        self.high.pop(key, None)
+        self.refused.discard(key)
+
+    def rename(self, keys: Mapping[str, str]) -> None:
+        """Give parameters other names at once; what has none is forgotten."""
+        self.high = {now: self.high[before] for before, now in keys.items() if before in self.high}
+        self.refused = {now for before, now in keys.items() if before in self.refused}
+
+    def load(self, saved: Any) -> None:
+        """Go on from :attr:`high` of a checkpoint.
+
+        Args:
+            saved: What it holds.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        if not isinstance(saved, Mapping) or not all(isinstance(key, str) for key in saved):
+            raise ValueError(f"the state dict's record of a revised plan is damaged (high={shown(saved)})")
+        for key, count in saved.items():
+            check_count(f"high[{key!r}]", count, 0)
+        self.high = dict(saved)
 
 
 Measurement = tuple[str, Rule, Callable[[], Mapping[Candidate, float]], Sequence[str]]

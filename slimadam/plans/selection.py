@@ -193,7 +193,7 @@ def choose_by_cutoff(rule: Rule, cutoff: float, forms: Forms) -> Rule:
 
 def _choose_closest(rule: Rule, cutoff: float, options: Sequence[_Option]) -> Rule:
     """Choose row and column averages, else another average, else one byte for each element."""
-    margin = 1.0 if "embedding" in rule.role else _MARGIN
+    margin = margin_of(rule)
     factored = [one for one in options if one.rule.form == FACTORED]
     others = [one for one in options if one.rule.form != FACTORED]
     tried = []
@@ -206,6 +206,11 @@ def _choose_closest(rule: Rule, cutoff: float, options: Sequence[_Option]) -> Ru
                 return replace(best.rule, reason=f"{label}: {needed}", source=Source.MEASURED)
             tried.append(f"{label}: not {needed}")
     return replace(rule, form=FLOAT8, reason="; ".join(["one byte for each element", *tried]), source=Source.MEASURED)
+
+
+def margin_of(rule: Rule) -> float:
+    """Return by what factor the SNR of row and column averages must exceed the cutoff with ``forms="closest"``."""
+    return 1.0 if "embedding" in rule.role else _MARGIN
 
 
 def _options(rule: Rule, forms: Forms) -> list[_Option]:

@@ -163,7 +163,7 @@ class Float8(_Elementwise):
     is_coded = True
     # A step changes a moment by about its share 1 - beta2, and rounds it to a neighbour some 0.4 of it away: a variance
     # of 0.4 (1 - beta2) a step, of which the average over steps keeps 1 / (1 - beta2**2), so 0.2 at any beta2 near 1.
-    known_snr = 5.0
+    known_snr: ClassVar[float] = 5.0
 
     @override
     def describe(self) -> str:

@@ -19,7 +19,7 @@ from slimadam.measurement.monitor import Monitor
 from slimadam.optim.registry import Registry
 from slimadam.optim.step.dispatch import steps_on_device
 from slimadam.optim.step.options import check_group, normalize_group
-from slimadam.plans.auto import AutoPlan, Measuring
+from slimadam.plans.auto import AutoPlan, Measuring, Revising
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import DECIDED_BEFORE
 from slimadam.state import second_moment
@@ -48,6 +48,7 @@ class Taken(NamedTuple):
         rules: The rules in force afterwards.
         measuring: The measurement of ``plan="auto"`` that goes on.
         monitor: The samples.
+        revising: What the revision of a decided plan goes on from.
     """
 
     groups: list[dict[str, Any]]
@@ -56,6 +57,7 @@ class Taken(NamedTuple):
     rules: dict[str, list[Rule]]
     measuring: Measuring | None
     monitor: Monitor | None
+    revising: Revising | None
 
     def check_on_all_ranks(self) -> None:
         """Check that all ranks which share a parameter load the same. Collective.
@@ -137,13 +139,16 @@ def taken_over(state_dict: Mapping[str, Any], registry: Registry, present: Seque
         _track(measuring, own, slots.values())
     monitor = None
     if registry.monitor is not None:
-        monitor = Monitor(registry.monitor.cutoff)
+        monitor = Monitor(registry.monitor.cutoff, warns=registry.monitor.warns)
         if measuring is None:
             for slot in registry.slots(present):
                 monitor.add(slot.name, slot.param, rules[slot.name])
             if "monitor" in own:
                 monitor.load_state_dict(own["monitor"])
-    return Taken(groups, slots, saved_state, rules, measuring, monitor)
+    revising = None if registry.revising is None else Revising(registry.revising.settings)
+    if revising is not None:
+        revising.load(own.get("high", {}))
+    return Taken(groups, slots, saved_state, rules, measuring, monitor, revising)
 
 
 def _phase(

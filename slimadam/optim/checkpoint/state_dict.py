@@ -42,6 +42,8 @@ def add_plan(saved: dict[str, Any], registry: Registry) -> None:
         own["measuring"] = registry.measuring.to_dict()
     elif registry.monitor is not None:
         own["monitor"] = registry.monitor.state_dict()
+        if registry.revising is not None:
+            own["high"] = dict(registry.revising.high)
     saved[KEY] = own
 
 
