@@ -37,6 +37,7 @@ COMMANDS = {
     "scale": "distributed/scale.py",
     "sharpness.__main__": "sharpness/run.py",
     "sharpness_cost": "sharpness/cost.py",
+    "slim_start": "training/slim_start.py",
     "snr_overhead": "speed/snr_overhead.py",
     "supported": "correctness/supported.py",
     "throughput": "speed/throughput.py",
