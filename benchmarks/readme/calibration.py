@@ -86,15 +86,49 @@ def _warned(run: dict[str, Any]) -> str:
 
 
 def snr_overhead(result: dict[str, Any]) -> str:
-    """Return the cost of measuring in the default schedule."""
+    """Return the cost of measuring in the default schedule, and of grids with a slim start."""
     rows = [
-        [name, f"{found['step_ms']:.0f} ms", f"{found['measuring_ms']:.0f} ms", f"{found['overhead']:.2%}"]
+        [
+            name,
+            *(f"{found[f'{part}_ms']:.0f} ms" for part in ("step", "measuring")),
+            f"{found['overhead']:.2%}",
+            *(f"{found[f'{part}_ms']:.1f} ms" for part in ("seeing", "measuring_grids")),
+            f"{found['overhead_of_grids']:.2%}",
+        ]
         for name, found in result["models"].items()
     ]
+    header = ["model", "a training step", "measuring once", "of the time"]
     return (
         f'`plan="auto"` measures {result["measurements"]} times in {result["steps"]} steps; its part of the time of '
-        f"these steps, `python -m benchmarks.snr_overhead` {origin(result['machine'])}:\n\n"
-        f"{table(['model', 'a training step', 'measuring once', 'of the time'], rows)}"
+        f"these steps, and that of grids, `python -m benchmarks.snr_overhead` {origin(result['machine'])}:\n\n"
+        f"{table([*header, 'grids in a step', 'measuring grids once', 'of the time'], rows)}"
+    )
+
+
+def slim_start(result: dict[str, Any]) -> str:
+    """Return the peak of a slim start, its agreement with full measurements, and what revised plans did."""
+    rows = [
+        [
+            f"{run['workload']}, {run['size']}",
+            str(run["seed"]),
+            f"{run['parameters']:,}",
+            f"{run['peak']:.2%}",
+            f"{run['end']:.2%}",
+            f"{run['agreement']:.1%}",
+        ]
+        for run in result["workloads"]
+    ]
+    header = ["workload", "seed", "parameters", "most of any step", "at the end", "same form as measured in full"]
+    quiet = sum(not run["stationary"] for run in result["revision"])
+    changed = [change for run in result["revision"] for change in run["changed"]]
+    after = min((change["step"] for change in changed), default=0)
+    return (
+        f"Second moments and grids, as shares of AdamW's second moments, and the share of all elements whose form is "
+        f"the one that full measurements choose, `python -m benchmarks.slim_start` {origin(result['machine'])}:\n\n"
+        f"{table(header, rows)}\n\n"
+        f"With `revise=True` the demo's model over {result['revision_steps']} steps changed nothing on the same data "
+        f"with {quiet} of {len(result['revision'])} seeds; on other data from step {result['revision_steps'] // 2} on "
+        f"{len(changed)} parameters changed their form, the first in step {after}."
     )
 
 
@@ -202,6 +236,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "roles": roles,
     "monitoring": monitoring,
     "snr_overhead": snr_overhead,
+    "slim_start": slim_start,
     "calibration_gap": calibration_gap,
     "calibration_steps": calibration_steps,
     "calibration_findings": calibration_findings,
