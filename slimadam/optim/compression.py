@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -112,13 +112,14 @@ def compress(
         registry.sample(slot.name, slot.param, states)
         change_form(before, slot, states.get(slot.param, {}))
     decided = memory_report(registry.slots(groups), states)
+    rules = [rule for slot in registry.slots(groups) for rule in slot.rules]
     logger.info(
-        "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %s -> %s; %s",
+        "plan='auto' has decided: %.1f%% of second moments saved, optimizer state %s -> %s; forms: %s; %s",
         100 * decided.second_moments_saved,
         format_bytes(undecided.total),
         format_bytes(decided.total),
-        expectation(rule for slot in registry.slots(groups) for rule in slot.rules)
-        or "the loss to expect is not known",
+        ", ".join(f"{form} {count}" for form, count in Counter(rule.form for rule in rules).most_common()),
+        expectation(rules) or "the loss to expect is not known",
     )
 
 

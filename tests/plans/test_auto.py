@@ -139,6 +139,7 @@ def test_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         _train(model, SlimAdam(model, plan=AUTO), range(8))
     (record,) = caplog.records
     assert "of second moments saved" in record.message
+    assert "; forms: full 4, float8 1, mean 1; " in record.message
 
 
 def test_non_finite_gradients_do_not_poison_the_plan() -> None:
