@@ -16,6 +16,8 @@ after a fall to a hundredth updates are up to about twice as large until the mom
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ _INFINITE_BITS = 0x7F800000
 _WORD, _UPPER_HALF = 0xFFFFFFFF, 0xFFFF0000
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 _AT_ONCE = 1 << 16  # elements whose 64-bit integers are held at a time
+_DECODED_AT_ONCE = 1 << 20  # elements whose 32-bit integers and masks are
 
 
 def is_coded(moment: Tensor) -> bool:
@@ -41,11 +44,29 @@ def is_coded(moment: Tensor) -> bool:
 
 
 def decode(codes: Tensor) -> Tensor:
-    """Return the numbers that codes stand for, in float32.
+    """Return the numbers that codes stand for, in float32, decoded some rows at a time.
 
     Args:
         codes: uint8, any shape.
     """
+    if torch.compiler.is_compiling() or codes.numel() <= _DECODED_AT_ONCE:
+        return _decode(codes)
+    return decode_to(torch.empty_like(codes, dtype=torch.float32), codes)
+
+
+def decode_to(target: Tensor, codes: Tensor) -> Tensor:
+    """Write the numbers that codes stand for, some rows at a time, and return the tensor that holds them.
+
+    Args:
+        target: Any floating point, of the shape of ``codes``; written.
+        codes: uint8.
+    """
+    for part, own in _in_blocks(_DECODED_AT_ONCE, target, codes):
+        part.copy_(_decode(own))
+    return target
+
+
+def _decode(codes: Tensor) -> Tensor:
     value = codes.to(torch.int32).add_(OFFSET).bitwise_left_shift_(DROPPED).view(torch.float32)
     return value.masked_fill_(codes == 0, 0.0).masked_fill_(codes == NOT_FINITE, torch.inf)
 
@@ -68,13 +89,21 @@ def encode(value: Tensor, param: Tensor, step: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or value.numel() <= _AT_ONCE:
         return _encode(value, param, step)
-    dim = next(dim for dim, size in enumerate(value.shape) if size > 1)
     codes = torch.empty_like(value, dtype=CODES)
-    rows = max(1, _AT_ONCE * value.shape[dim] // value.numel())
-    blocks = (torch.split(tensor, rows, dim) for tensor in (codes, value, param))
-    for target, own, its_param in zip(*blocks, strict=True):
+    for target, own, its_param in _in_blocks(_AT_ONCE, codes, value, param):
         target.copy_(_encode(own, its_param, step))
     return codes
+
+
+def _in_blocks(elements: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield tensors of one shape some rows at a time, of about as many elements."""
+    shape, count = tensors[0].shape, tensors[0].numel()
+    if count <= elements:
+        yield tensors
+        return
+    dim = next(dim for dim, size in enumerate(shape) if size > 1)
+    rows = max(1, elements * shape[dim] // count)
+    yield from zip(*(torch.split(tensor, rows, dim) for tensor in tensors), strict=True)
 
 
 def _encode(value: Tensor, param: Tensor, step: Tensor) -> Tensor:

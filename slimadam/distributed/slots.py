@@ -166,15 +166,16 @@ class ParamSlot:
         grads = ((rule, scale_grad(rule.take(self.param.grad), clip_factor)) for rule in self.rules)
         return [moment for rule, grad in grads for moment in rule.stored_as.start_from(grad)]
 
-    def placed(self, moments: Sequence[Tensor]) -> list[Tensor]:
-        """Return copies of second moments as the state stores them. Collective for a DTensor.
+    def placed(self, moments: Sequence[Tensor], copy: bool = True) -> list[Tensor]:
+        """Return second moments as the state stores them. Collective for a DTensor.
 
         Args:
             moments: Of the global shapes that the rules keep; full tensors the same on every rank.
+            copy: Whether to return copies alone. False: it is the tensors themselves where they are what is stored.
         """
         dtypes, device = second_moment.dtypes_of(self.rules, self.param.dtype), self.param.device
         return [
-            full_tensor(moment).to(device=device, dtype=dtype, copy=True)
+            full_tensor(moment).to(device=device, dtype=dtype, copy=copy)
             for moment, dtype in zip(moments, dtypes, strict=True)
         ]
 
@@ -261,7 +262,7 @@ class ShardedSlot(ParamSlot):
         return moments
 
     @override
-    def placed(self, moments: Sequence[Tensor]) -> list[Tensor]:
+    def placed(self, moments: Sequence[Tensor], copy: bool = True) -> list[Tensor]:
         made = self.zero_moments()
         for target, values in zip(made, moments, strict=True):
             place(target, values)

@@ -196,6 +196,5 @@ def change_form(before: ParamSlot, after: ParamSlot, state: MutableMapping[str, 
                 for moment in second_moment.convert(moments, was.stored_as, rule.stored_as, was.shape or before.shape)
             ]
         else:
-            full = second_moment.expand(stored, before.rules, before.shape)
-            changed = second_moment.average(full, after.rules)
-        second_moment.exchange(state, before.rules, after.rules, after.placed(changed), kind)
+            changed = second_moment.converted(stored, before.rules, after.rules, before.shape)
+        second_moment.exchange(state, before.rules, after.rules, after.placed(changed, copy=False), kind)

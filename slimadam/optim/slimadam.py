@@ -584,7 +584,8 @@ class SlimAdam(Optimizer):
             on_any_rank(True, (slot.param for slot in self._slots()))
             raise
         taken.check_on_all_ranks()
-        state = taken.loaded_state()
+        self._stepper.forget()  # its caches hold moments
+        state = taken.loaded_state(self.state)
         registry = self._registry
         registry.rules, registry.measuring, registry.monitor = taken.rules, taken.measuring, taken.monitor
         registry.revising = taken.revising

@@ -119,6 +119,15 @@ class Form(ABC):
         """Return the second moment that slices of :meth:`relative` stand for, broadcastable to the full one."""
         return self.expand(slices, slices[0].dim())
 
+    def expand_to(self, target: Tensor, stored: Sequence[Tensor]) -> None:
+        """Write the second moment that stored tensors stand for, without another tensor of its size where that can be.
+
+        Args:
+            target: A tensor of the full one's shape; written.
+            stored: The tensors.
+        """
+        target.copy_(self.expand(stored, target.dim()))
+
     def start_from(self, grad: Tensor) -> list[Tensor]:
         """Return the stored tensors of a gradient's square (GI-Adam, arXiv 2406.09405)."""
         return [initial_second_moment(grad, dims) for dims in self.averaged_dims(grad.dim())]
@@ -176,6 +185,10 @@ class Float8(_Elementwise):
     @override
     def expand(self, stored: Sequence[Tensor], ndim: int) -> Tensor:
         return float8.decode(stored[0])
+
+    @override
+    def expand_to(self, target: Tensor, stored: Sequence[Tensor]) -> None:
+        float8.decode_to(target, stored[0])
 
     @override
     def start_from(self, grad: Tensor) -> list[Tensor]:
@@ -259,6 +272,13 @@ class Factored(Form):
     def expand_relative(self, slices: Sequence[Tensor]) -> Tensor:
         rows, columns = slices
         return rows * columns
+
+    def expand_to(self, target: Tensor, stored: Sequence[Tensor]) -> None:
+        if target.is_complex() or any(one.dtype != target.dtype for one in stored):
+            super().expand_to(target, stored)
+            return
+        rows, columns = self.relative(stored)
+        target.copy_(rows).mul_(columns)
 
     @override
     def misfit(self, shape: tuple[int, ...]) -> str | None:
@@ -443,13 +463,21 @@ def state_shapes(rules: Sequence[Rule], shape: tuple[int, ...]) -> tuple[tuple[i
     return tuple(kept for rule in rules for kept in rule.state_shapes(shape if rule.part is None else rule.part.shape))
 
 
-def average(full: Tensor, rules: Sequence[Rule]) -> list[Tensor]:
+def is_whole(rules: Sequence[Rule]) -> bool:
+    """Return whether a second moment is stored in full and as one tensor."""
+    return len(rules) == 1 and rules[0].is_full and rules[0].part is None
+
+
+def average(full: Tensor, rules: Sequence[Rule], keep: bool = True) -> list[Tensor]:
     """Average a full second moment to the tensors that the rules of a parameter store.
 
     Args:
         full: Second moment of the parameter's shape; complex ones average real and imaginary parts apart.
         rules: The parameter's rule, or one for each of its parts.
+        keep: Whether to return copies alone. False: it is ``full`` itself where all of it is stored.
     """
+    if not keep and is_whole(rules):
+        return [full]
     return [moment for rule in rules for moment in rule.stored_as.compress(rule.take(full))]
 
 
@@ -464,7 +492,7 @@ def expand(moments: Sequence[Tensor], rules: Sequence[Rule], shape: tuple[int, .
     wide = (torch.float32 if float8.is_coded(moment) else moment.dtype for moment in moments)
     full_moment = torch.empty(shape, dtype=reduce(torch.promote_types, wide), device=moments[0].device)
     for rule, stored in zip(rules, by_rule(rules, moments), strict=True):
-        rule.take(full_moment).copy_(rule.stored_as.expand(stored, len(shape)))
+        rule.stored_as.expand_to(rule.take(full_moment), stored)
     return full_moment
 
 
@@ -497,3 +525,19 @@ def convert(stored: Sequence[Tensor], before: Form, after: Form, shape: tuple[in
             else:
                 target.narrow(dim, start, some).copy_(value)
     return made
+
+
+def converted(
+    moments: Sequence[Tensor], before: Sequence[Rule], after: Sequence[Rule], shape: tuple[int, ...]
+) -> list[Tensor]:
+    """Return copies of a second moment as other rules store it.
+
+    Args:
+        moments: The stored tensors.
+        before: The rules that they are stored by: the parameter's, or one for each of its parts.
+        after: The other rules.
+        shape: The shape of the parameter.
+    """
+    if is_whole(before) and moments[0].is_contiguous():
+        return average(moments[0], after)
+    return average(expand(moments, before, shape), after, keep=False)

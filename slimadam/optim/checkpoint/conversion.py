@@ -97,8 +97,8 @@ def _with_rules(name: str, state: Mapping[str, Any], before: Sequence[Rule], rul
         if not moments:
             continue
         if not alike:
-            full = second_moment.expand(list(map(full_tensor, moments)), before, before[0].owner_shape or ())
-            moments = second_moment.average(full, rules)
+            shape = before[0].owner_shape or ()
+            moments = second_moment.converted(list(map(full_tensor, moments)), before, rules, shape)
             stored = stored_first_moment(state)
             if is_dtensor(stored):
                 moments = slot_of(name, stored, {}, rules).placed(moments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from copy import deepcopy
 from typing import Any, Final, NamedTuple
 
@@ -26,7 +26,7 @@ from slimadam.state import second_moment
 from slimadam.state.first_moment import FIRST_MOMENTS, STORED, momentum_in, momentum_of, with_own_keys
 from slimadam.state.rule import Rule, Source, fit_rules
 from slimadam.state.second_moment import SECOND_MOMENTS, is_key_of
-from slimadam.utils.dtensor import differing, full_tensor, on_any_rank
+from slimadam.utils.dtensor import differing, full_tensor, local, on_any_rank
 from slimadam.utils.errors import PlanError, shown
 
 KEY: Final = "slimadam"
@@ -89,18 +89,41 @@ class Taken(NamedTuple):
             rules = [(rule.form, rule.dims, rule.batch_dims, key_of(slot.name, rule.part)) for rule in slot.rules]
             yield slot.name, slot.param, repr((float(saved.get("step", 0)), tensors, rules))
 
-    def loaded_state(self) -> dict[Any, Any]:
-        """Return the state by parameter as the optimizer keeps it; tensors are copies."""
+    def loaded_state(self, held: MutableMapping[Any, Any]) -> dict[Any, Any]:
+        """Return the state by parameter as the optimizer keeps it; tensors are copies.
+
+        Where the state that is there has the same form, each parameter's gives way to its successor at once, so that
+        no more than one parameter's moments exist twice. The largest parameter comes first: what does not fit fails
+        there, before anything has changed, and whatever follows fits into the memory that was freed.
+
+        Args:
+            held: The optimizer's state until now; written.
+        """
         state: dict[Any, Any] = defaultdict(dict)
         with torch.inference_mode(False):  # else of no use once that mode has ended
             for saved_id, saved in self.state.items():
                 if saved and saved_id not in self.slots:
                     state[saved_id] = deepcopy(saved)
-            for saved_id, slot in self.slots.items():
-                loaded = _loaded_state(slot, self.state.get(saved_id, {}))
-                if loaded:
-                    state[slot.param] = loaded
+            loaded = {saved_id: _entries_of_users(self.state.get(saved_id, {})) for saved_id in self.slots}
+            gives_way = self._replaces(held)
+            for saved_id, slot in sorted(self.slots.items(), key=lambda one: -one[1].param.numel()):
+                loaded[saved_id].update(_loaded_moments(slot, self.state.get(saved_id, {})))
+                if gives_way and loaded[saved_id]:
+                    held[slot.param] = loaded[saved_id]
+        state.update((slot.param, loaded[saved_id]) for saved_id, slot in self.slots.items() if loaded[saved_id])
         return state
+
+    def _replaces(self, held: Mapping[Any, Any]) -> bool:
+        """Return whether a state has all that is loaded, in the same form, and in memory of its own."""
+        pairs = [
+            (slot, saved, held.get(slot.param, {}))
+            for saved_id, slot in self.slots.items()
+            if (saved := self.state.get(saved_id))
+        ]
+        if not all(_is_stored_alike(slot, saved, own) for slot, saved, own in pairs):
+            return False
+        saved_at = {address for _, saved, _ in pairs for address in _addresses(saved)}
+        return all(saved_at.isdisjoint(_addresses(own)) for _, _, own in pairs)
 
 
 def taken_over(state_dict: Mapping[str, Any], registry: Registry, present: Sequence[dict[str, Any]]) -> Taken:
@@ -213,7 +236,7 @@ def _merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapp
 
 
 def _check_saved(slot: ParamSlot, saved: Mapping[str, Any]) -> None:
-    """Check that :func:`_loaded_state` can take over a saved state; no other rank is asked."""
+    """Check that :func:`_loaded_moments` can take over a saved state; no other rank is asked."""
     if not any(map(second_moment.is_own, saved)):
         return
     name = slot.name
@@ -230,27 +253,65 @@ def _check_saved(slot: ParamSlot, saved: Mapping[str, Any]) -> None:
             _check_second_moment(slot, moments)
 
 
-def _loaded_state(slot: ParamSlot, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a parameter's saved state as its optimizer keeps it; every tensor is a copy. Collective for a DTensor.
+def _entries_of_users(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of what users have put into a parameter's state."""
+    return deepcopy({key: value for key, value in saved.items() if not second_moment.is_own(key)})
 
-    Full second moments are averaged by the rules. With ``variance_init="gradient"`` a state of no step is made anew
-    from the first step's gradient.
+
+def _is_taken(slot: ParamSlot, saved: Mapping[str, Any]) -> bool:
+    """Return whether a saved state has moments to go on from.
+
+    With ``variance_init="gradient"`` one of no step is made anew from the first step's gradient.
     """
-    loaded = deepcopy({key: value for key, value in saved.items() if not second_moment.is_own(key)})
     is_anew = slot.group["variance_init"] == "gradient" and second_moment.is_of_no_step(saved)
-    if is_anew or not second_moment.is_made(saved):
-        return loaded
+    return second_moment.is_made(saved) and not is_anew
+
+
+def _is_stored_alike(slot: ParamSlot, saved: Mapping[str, Any], held: Mapping[str, Any]) -> bool:
+    """Return whether a parameter's state is made of tensors such as a saved one will be loaded to."""
+    if not _is_taken(slot, saved) or not any(key in held for key in STORED):
+        return False
+    wanted, present = momentum_of(slot.param, slot.group), momentum_in(held)
+    if (wanted.key, wanted.dtype) != (present.key, present.dtype) or held[present.key].device != slot.param.device:
+        return False
+    for kind in SECOND_MOMENTS:
+        kept = [(tuple(local(one).shape), one.dtype) for one in second_moment.moments_of(held, slot.rules, kind)]
+        if kept != (slot.stored if second_moment.saved_moments(saved, slot.rules, kind) else []):
+            return False
+    return True
+
+
+def _addresses(state: Mapping[str, Any]) -> Iterator[int]:
+    """Yield where the memory of a state's tensors lies."""
+    for value in state.values():
+        several = (
+            value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+        )
+        yield from (
+            local(one).untyped_storage().data_ptr() for one in several if isinstance(one, Tensor) and one.numel()
+        )
+
+
+def _loaded_moments(slot: ParamSlot, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return steps and moments of a saved state as the optimizer keeps them, all copies. Collective for a DTensor.
+
+    Full second moments are averaged by the rules.
+    """
+    if not _is_taken(slot, saved):
+        return {}
     device = slot.param.device if steps_on_device(slot.param, slot.group) else torch.device("cpu")
-    loaded["step"] = torch.as_tensor(saved["step"], dtype=second_moment.step_dtype()).to(device, copy=True)
+    loaded = {"step": torch.as_tensor(saved["step"], dtype=second_moment.step_dtype()).to(device, copy=True)}
     loaded.update(momentum_of(slot.param, slot.group).load(slot.param, saved))
     for kind in SECOND_MOMENTS:
         moments = second_moment.saved_moments(saved, slot.rules, kind)
         if moments:
-            if not second_moment.fits(moments, slot.rules, slot.shape):
+            fits = second_moment.fits(moments, slot.rules, slot.shape)
+            if not fits:
                 # In the wider precision before it is averaged, and never in inverted strides of a transposed view.
                 full = full_tensor(moments[0]).to(slot.own.device, second_moment_dtype(slot.param.dtype)).contiguous()
                 moments = second_moment.average(full, slot.rules)
-            loaded.update(second_moment.by_key(slot.placed(moments), slot.rules, kind))
+                del full
+            loaded.update(second_moment.by_key(slot.placed(moments, copy=fits), slot.rules, kind))
     return loaded
 
 
