@@ -336,8 +336,8 @@ class SlimAdam(Optimizer):
         """Take one measurement of ``plan="auto"``, and put its decision in force."""
         plan = decision(self._registry, self.param_groups, self.state, clip_factor)
         if plan is not None:
+            self._stepper.forget()  # its caches hold the moments that are freed here
             compress(self._registry, plan, self.param_groups, self.state)
-            self._stepper.forget()
 
     @torch.no_grad()
     def _revise(self) -> None:
@@ -659,8 +659,8 @@ class SlimAdam(Optimizer):
         for slot in self._slots():
             keys = [key_of(slot.name, rule.part) for rule in slot.rules]
             if canonical_name(name) == slot.name or canonical_name(name) in keys:
-                expand(self._registry, slot, set(keys) & {canonical_name(name)} or set(keys), self.state)
                 self._stepper.forget()
+                expand(self._registry, slot, set(keys) & {canonical_name(name)} or set(keys), self.state)
                 return
         raise KeyError(f"{name!r} is not a parameter of this optimizer; {did_you_mean(name, self.plan)}".rstrip("; "))
 
