@@ -32,6 +32,7 @@ COMMANDS = {
     "monitoring": "training/monitoring.py",
     "parity": "correctness/parity.py",
     "parts": "training/parts.py",
+    "peak_memory": "peak/run.py",
     "readme.__main__": "readme/run.py",
     "roles": "correctness/roles.py",
     "scale": "distributed/scale.py",

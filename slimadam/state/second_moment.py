@@ -273,6 +273,7 @@ class Factored(Form):
         rows, columns = slices
         return rows * columns
 
+    @override
     def expand_to(self, target: Tensor, stored: Sequence[Tensor]) -> None:
         if target.is_complex() or any(one.dtype != target.dtype for one in stored):
             super().expand_to(target, stored)

@@ -1,0 +1,1 @@
+"""Peaks of memory, measured: of training, of a step, and of checkpoints."""
