@@ -13,6 +13,7 @@ from benchmarks.equivalence.expectation import markdown as expectation_table
 from benchmarks.equivalence.report import markdown as equivalence_tables
 from benchmarks.harness.comparison import SLOW
 from benchmarks.harness.machine import RESULTS
+from benchmarks.peak.run import markdown as peak_tables
 from benchmarks.readme import calibration, scale, sharpness, warmup
 from benchmarks.readme.markdown import origin, table
 from benchmarks.readme.mix import mix
@@ -193,6 +194,17 @@ def _bytes(row: dict[str, Any] | None) -> str:
         return "–"
     held, peak = row["held"], row["peak"]
     return f"{held:.2f}" if peak < 1.005 * held else f"{held:.2f} ({peak:.2f})"
+
+
+def peak_memory(result: dict[str, Any]) -> str:
+    """Return the peaks of trainings, and of what is done with checkpoints."""
+    return (
+        f'GPT-2 124M in float32 on a CPU, one sequence of {result["tokens"]} tokens a step, `plan="auto"` deciding at '
+        f"its second step {origin(result['machine'])}, `python -m benchmarks.peak_memory`: the peak of all tensors, "
+        "activations included, and of the process's pages beyond those from before there was a model, in bytes per "
+        "parameter; then what a step holds for a while beyond what was there and what is left, in MB:\n\n"
+        f"{peak_tables(result)}"
+    )
 
 
 def kernels(result: dict[str, Any]) -> str:
@@ -412,6 +424,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels": kernels,
     "launches": launches,
     "memory": memory,
+    "peak_memory": peak_memory,
     "parity": parity,
     "supported": supported,
     "interop": interop,
