@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.optim import AdamW
 
@@ -20,7 +22,11 @@ def steps_are_right(device: str) -> float:
     Raises:
         WrongStepError: An error is larger.
     """
-    plans = (("rules", {}), ("factored", {}), ("rules", {"momentum_dtype": "int8"}))
+    plans: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("rules", {}),
+        ("factored", {}),
+        ("rules", {"momentum_dtype": "int8"}),
+    )
     return max(exactness.run(skeleton(ODD_MODEL, device), plan, options=options).worst for plan, options in plans)
 
 

@@ -563,6 +563,10 @@ class SlimAdam(Optimizer):
         Tensors are copied. Options that the saved groups lack keep their present values. With DTensors among the
         parameters every rank must call; tensors of the state dict may lie otherwise, or be full on every rank.
 
+        Beside the state dict and the new state it takes the memory of one parameter's moments. Where this optimizer's
+        state has the form of the new one, its tensors are freed parameter by parameter, the largest first, once all has
+        been checked; an interruption then leaves moments of both. A state of another form stays until all is loaded.
+
         Args:
             state_dict: What ``state_dict()`` returned.
 
