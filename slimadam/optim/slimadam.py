@@ -342,8 +342,8 @@ class SlimAdam(Optimizer):
     @torch.no_grad()
     def _revise(self) -> None:
         """Let the decided plan follow what was measured."""
-        if revise(self._registry, self.param_groups, self.state):
-            self._stepper.forget()
+        self._stepper.forget()  # its caches hold moments that may be freed here
+        revise(self._registry, self.param_groups, self.state)
 
     def _recalled_gradients(self) -> list[list[Tensor]] | None:
         """Return the gradients of all groups, if nothing has changed since a step that was checked."""
