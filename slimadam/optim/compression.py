@@ -79,12 +79,17 @@ def _measurements(
             if key in registry.measuring.grids:
                 if second_moment.is_made(state):
                     yield key, rule, partial(registry.measuring.grids[key].measured, state), names
-            elif slot.is_measured and "exp_avg_sq" in state:
-                yield key, rule, partial(_measured_in_full, rule, state["exp_avg_sq"]), names
+                continue
+            in_full = (one for one in slot.rules if one.is_full and one.source == Source.MEASURING)
+            stored = [one for one in in_full if one.part in (None, rule.part)]
+            moments = second_moment.moments_of(state, stored) if stored else []
+            if moments:
+                yield key, rule, partial(_measured_in_full, rule, moments[0], stored[0].part is None), names
 
 
-def _measured_in_full(rule: Rule, moment: Tensor) -> dict[Candidate, float]:
-    return measure(rule.take(full_tensor(moment)), rule.batch_dims)
+def _measured_in_full(rule: Rule, moment: Tensor, is_whole: bool) -> dict[Candidate, float]:
+    full = full_tensor(moment)
+    return measure(rule.take(full) if is_whole else full, rule.batch_dims)
 
 
 def compress(

@@ -441,3 +441,26 @@ def test_the_plan_is_saved_and_used_again() -> None:
     assert plan == optimizer.plan
     again = SlimAdam(network(), plan=plan)
     assert again.memory().exp_avg_sq == optimizer.memory().exp_avg_sq
+
+
+class Fused(nn.Module):
+    """A fused weight and its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(60, 480)
+
+
+def fused_parts(**sizes: int) -> dict[str, Split]:
+    return {"qkv.*": Split(sizes or {"query": 160, "key": 160, "value": 160})}
+
+
+def test_parts_that_stay_in_full_say_why(caplog: pytest.LogCaptureFixture) -> None:
+    model = Fused()
+    settings = AutoPlan(**{**vars(SLIM), "parts": fused_parts(), "keep": ("qkv.weight[key]",)})
+    optimizer = SlimAdam(model, plan=settings)
+    with caplog.at_level(logging.WARNING, "slimadam"):
+        train(model, optimizer, range(STEPS))
+    assert "keep:" not in caplog.text
+    assert optimizer.plan["qkv.weight[key]"].reason == "kept in full as asked (keep='qkv.weight[key]')"
+    assert "fewer than two dimensions" in optimizer.plan["qkv.bias[query]"].reason
