@@ -77,7 +77,7 @@ def _measurements(
         for rule in registry.measured.get(slot.name, ()):
             key = key_of(slot.name, rule.part)
             if key in registry.measuring.grids:
-                if second_moment.is_made(state):
+                if second_moment.is_made(state) and registry.measuring.grids[key].moment is not None:
                     yield key, rule, partial(registry.measuring.grids[key].measured, state), names
                 continue
             in_full = (one for one in slot.rules if one.is_full and one.source == Source.MEASURING)

@@ -464,3 +464,19 @@ def test_parts_that_stay_in_full_say_why(caplog: pytest.LogCaptureFixture) -> No
     assert "keep:" not in caplog.text
     assert optimizer.plan["qkv.weight[key]"].reason == "kept in full as asked (keep='qkv.weight[key]')"
     assert "fewer than two dimensions" in optimizer.plan["qkv.bias[query]"].reason
+
+
+def test_a_loaded_parameter_without_gradients_is_not_expanded() -> None:
+    model = network()
+    slim = make(model)
+    train(model, slim, range(2))
+    saved = slim.state_dict()
+    del saved["slimadam"]  # as torch.distributed.checkpoint does
+    other = make(model)
+    other.load_state_dict(saved)
+    for step in range(STEPS):
+        give_gradients(model, step)
+        model.head.weight.grad = None
+        other.step()
+    assert other.plan["head.weight"].form == "factored"
+    assert other.plan["head.weight"].reason == "no gradient while plan='auto' measured"
