@@ -308,6 +308,8 @@ class Registry:
             return [rule_of_whole(rules)]
         starting = self.measuring.starting_rules(slot.name, slot.param, rules, self.resolver.all_names(slot.name))
         reason = slot_of(slot.name, slot.param, slot.group, starting).why_not_stored()
+        if slot.param.is_complex() and starting != list(rules):
+            reason = "grids measure real numbers, the parameter is complex"
         if reason is None:
             return starting
         logger.warning("plan='auto', start='slim': %s starts in full: %s", slot.name, reason)

@@ -338,16 +338,23 @@ def test_options_without_the_forms_start_in_full_and_say_so(
         assert all(rule.form in ("full", "mean") for rule in optimizer.plan.values())
 
 
-def test_complex_parameters_are_measured_in_full() -> None:
-    param = nn.Parameter(torch.randn(60, 60, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)))
-    optimizer = SlimAdam([("weight", param)], plan=SLIM)
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(step)
-        param.grad = torch.randn(60, 60, dtype=torch.complex64, generator=generator)
-        optimizer.step()
-    assert optimizer._registry.measuring is None
-    assert optimizer.plan["weight"].form == "full"
-    assert "complex" in optimizer.plan["weight"].reason
+@pytest.mark.parametrize("forms", ["closest", "best"])
+@pytest.mark.parametrize("size", [60, 200])
+def test_complex_parameters_are_measured_in_full(size: int, forms: Any, caplog: pytest.LogCaptureFixture) -> None:
+    plans = []
+    for start in ("full", "slim"):
+        param = nn.Parameter(torch.randn(size, size, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)))
+        settings = AutoPlan(**{**vars(SLIM), "start": start, "forms": forms})
+        optimizer = SlimAdam([("weight", param)], betas=(0.9, BETA2), plan=settings)
+        assert optimizer.plan["weight"].is_full
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(step)
+            param.grad = torch.randn(size, size, dtype=torch.complex64, generator=generator)
+            optimizer.step()
+        assert optimizer._registry.measuring is None
+        plans.append(optimizer.plan)
+    assert plans[0] == plans[1]
+    assert "weight starts in full: grids measure real numbers, the parameter is complex" in caplog.text
 
 
 def test_a_parameter_without_gradients_stays_as_it_started() -> None:
