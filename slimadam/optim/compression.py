@@ -47,20 +47,33 @@ def decision(
     """
     assert registry.measuring is not None
     if registry.measuring.grids:
-        _see_gradients(registry.measuring.grids, list(registry.slots(groups)), clip_factor)
+        _see_gradients(registry.measuring.grids, list(registry.slots(groups)), states, clip_factor)
     factorable = not any(group["amsgrad"] for group in groups)
     forms = registry.measuring.settings.forms if factorable else "mean"
     return registry.measuring.after_step(_measurements(registry, groups, states), forms)
 
 
-def _see_gradients(grids: Mapping[str, Grid], slots: Iterable[ParamSlot], clip_factor: Tensor | None) -> None:
-    """Update the grids with the gradients of a step: ``v <- beta2 v + (1 - beta2) g**2``."""
+def _see_gradients(
+    grids: Mapping[str, Grid],
+    slots: Iterable[ParamSlot],
+    states: Mapping[Tensor, Mapping[str, Any]],
+    clip_factor: Tensor | None,
+) -> None:
+    """Update the grids with the gradients of a step: ``v <- beta2 v + (1 - beta2) g**2``.
+
+    With ``variance_init="gradient"`` they start at the first squared gradient, as the state does.
+    """
     seen: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for slot in slots:
         found = [grids[key] for key in slot.keys if key in grids] if slot.param.grad is not None else []
         if found:
             gradient = slot.gradient
-            seen[number(slot.group["betas"][1])] += [grid.seen(gradient) for grid in found]
+            new = [grid for grid in found if grid.moment is None]
+            pairs = [grid.seen(gradient) for grid in found]
+            if new and slot.group["variance_init"] == "gradient" and number(states[slot.param]["step"]) == 1:
+                for moment, own in pairs:
+                    moment.copy_(scale_grad(own, clip_factor)).square_()
+            seen[number(slot.group["betas"][1])] += pairs
     for beta2, pairs in seen.items():
         gradients = [scale_grad(gradient, clip_factor) for _, gradient in pairs]
         track([moment for moment, _ in pairs], gradients, [beta2] * len(pairs), 1 - beta2)

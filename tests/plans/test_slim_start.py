@@ -487,3 +487,17 @@ def test_a_loaded_parameter_without_gradients_is_not_expanded() -> None:
         other.step()
     assert other.plan["head.weight"].form == "factored"
     assert other.plan["head.weight"].reason == "no gradient while plan='auto' measured"
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_grids_start_where_second_moments_do(max_grad_norm: float | None) -> None:
+    model, twin = network(), network()
+    optimizer = make(model, variance_init="gradient", max_grad_norm=max_grad_norm)
+    full = make(
+        twin, AutoPlan(**{**vars(SLIM), "start": "full"}), variance_init="gradient", max_grad_norm=max_grad_norm
+    )
+    train(model, optimizer, range(3))
+    train(twin, full, range(3))
+    grid = optimizer._registry.measuring.grids["head.weight"]  # type: ignore[union-attr]
+    wanted = full.state[twin.head.weight]["exp_avg_sq"][grid.index]
+    torch.testing.assert_close(grid.moment, wanted, rtol=1e-5, atol=0)
