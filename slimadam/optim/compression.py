@@ -50,7 +50,11 @@ def decision(
         _see_gradients(registry.measuring.grids, list(registry.slots(groups)), states, clip_factor)
     factorable = not any(group["amsgrad"] for group in groups)
     forms = registry.measuring.settings.forms if factorable else "mean"
-    return registry.measuring.after_step(_measurements(registry, groups, states), forms)
+    has_moments = any(
+        slot.name in registry.measured and second_moment.is_made(states.get(slot.param, {}))
+        for slot in registry.slots(groups)
+    )
+    return registry.measuring.after_step(_measurements(registry, groups, states) if has_moments else None, forms)
 
 
 def _see_gradients(

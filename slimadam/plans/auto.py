@@ -5,7 +5,6 @@ Source of the measurement and the rule: arXiv 2503.01843.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -222,29 +221,30 @@ class Measuring:
         stored = "with row and column averages" if self.settings.start == "slim" else "as AdamW"
         return f"auto, measures for {self.settings.calibration_steps} steps {stored}, {self.steps} of them done"
 
-    def after_step(self, measurements: Iterable[Measurement], forms: Forms) -> CompressionPlan | None:
+    def after_step(self, measurements: Iterable[Measurement] | None, forms: Forms) -> CompressionPlan | None:
         """Count a step that has moments, measure if it is time, and return the plan after the last.
 
         Where more steps were done before than these settings ask for, the first step here measures and decides.
 
         Args:
             measurements: For each parameter with a second moment, or each part of it: its key and rule, a function
-                that measures the SNR of each candidate, and all names of the parameter.
+                that measures the SNR of each candidate, and all names of the parameter. None where no parameter has
+                a second moment yet.
             forms: The forms to choose among, as in :class:`AutoPlan`.
         """
-        measurements = iter(measurements)
-        first = next(measurements, None)
-        self._had_moments = first is not None
-        if first is None:
+        self._had_moments = measurements is not None
+        if measurements is None:
             return None
         self.steps += 1
         choice = self.settings
         last = self.steps >= choice.calibration_steps
         if last or choice.measures(self.steps):
-            for key, rule, found, names in itertools.chain([first], measurements):
+            for key, rule, found, names in measurements:
                 self.history.add(self.steps, key, rule, found(), names)
         if not last:
             return None
+        if not self.history:  # nothing has a grid
+            return CompressionPlan({}, cutoff=choice.cutoff)
         idle = idle_patterns(choice.keep, self.history)
         for pattern in idle:
             logger.warning("plan='auto': keep: no parameter has the name or role %r", pattern)

@@ -501,3 +501,17 @@ def test_grids_start_where_second_moments_do(max_grad_norm: float | None) -> Non
     grid = optimizer._registry.measuring.grids["head.weight"]  # type: ignore[union-attr]
     wanted = full.state[twin.head.weight]["exp_avg_sq"][grid.index]
     torch.testing.assert_close(grid.moment, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("forms", ["closest", "best"])
+def test_decides_where_nothing_has_a_grid(forms: Any) -> None:
+    layer = nn.Linear(20, 10, bias=False)
+    optimizer = SlimAdam(layer, plan=AutoPlan(**{**vars(SLIM), "forms": forms}))
+    started = optimizer.plan["weight"].form
+    assert started == ("float8" if forms == "closest" else "full")
+    train(layer, optimizer, range(STEPS - 1))
+    assert f"{STEPS - 1} of them done" in repr(optimizer)
+    train(layer, optimizer, range(STEPS - 1, STEPS + 1))
+    assert optimizer._registry.measuring is None
+    assert optimizer.plan["weight"].form == started
+    optimizer.expand("weight")
