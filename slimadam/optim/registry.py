@@ -23,6 +23,7 @@ from slimadam.optim.step.options import check_group, normalize_group
 from slimadam.plans.auto import AutoPlan, Measuring, Revising
 from slimadam.plans.plan import CompressionPlan
 from slimadam.plans.resolver import DECIDED_BEFORE, PlanArgument, Resolver
+from slimadam.state import second_moment
 from slimadam.state.rule import Rule, Source, resized_rule, rule_of_whole
 from slimadam.utils.dtensor import FLAT
 from slimadam.utils.errors import PlanError, did_you_mean, shown
@@ -292,18 +293,29 @@ class Registry:
     def _admit(self, slot: ParamSlot, states: Mapping[Tensor, Any]) -> None:
         """Put a parameter's rules in force: those of its decision, or of ``plan="auto"`` while it measures."""
         rules = list(slot.rules)
-        if rules[0].source == Source.MEASURING:
+        if any(rule.source == Source.MEASURING for rule in rules):
+            rules = rules if self.measuring is None else list(map(_in_full, rules))
             self.measured[slot.name] = rules
-            rules = self._rules_while_measuring(slot, rules)
+            is_new = not second_moment.moments_of(states.get(slot.param, {}), rules)
+            rules = self._rules_while_measuring(slot, rules, is_new)
         self.rules[slot.name] = rules
         self.sample(slot.name, slot.param, states)
 
-    def _rules_while_measuring(self, slot: ParamSlot, rules: Sequence[Rule]) -> list[Rule]:
-        """Return how a parameter is stored until ``plan="auto"`` has decided, or if it already has."""
-        if self.measuring is None and all(rule.is_full for rule in rules):
+    def _rules_while_measuring(self, slot: ParamSlot, rules: Sequence[Rule], is_new: bool) -> list[Rule]:
+        """Return how a parameter is stored until ``plan="auto"`` has decided, or if it already has.
+
+        Args:
+            slot: The parameter.
+            rules: Its rules in full; those that it had where it comes back after the decision.
+            is_new: False if it has a second moment that is stored by these.
+        """
+        if self.measuring is None and is_new and all(rule.is_full for rule in rules):
             return [rule_of_whole(rules, DECIDED_BEFORE)]
         if self.measuring is None:
-            return [replace(rule, reason=DECIDED_BEFORE, source=Source.OTHER) for rule in rules]
+            return [
+                replace(rule, reason=DECIDED_BEFORE, source=Source.OTHER) if rule.source == Source.MEASURING else rule
+                for rule in rules
+            ]
         if self.measuring.settings.start == "full":
             return [rule_of_whole(rules)]
         starting = self.measuring.starting_rules(slot.name, slot.param, rules, self.resolver.all_names(slot.name))
@@ -487,6 +499,11 @@ class Registry:
                     "optimizer.add_param_group({'params': [(name, parameter)]})"
                 ) from error
         return found
+
+
+def _in_full(rule: Rule) -> Rule:
+    """Return the rule by which a parameter, or part, is measured that may be stored otherwise until the decision."""
+    return rule if rule.is_full else replace(rule, form="full", dims=(), source=Source.MEASURING)
 
 
 def _may_stand_for_another(rules: Sequence[Rule], param: Tensor) -> bool:

@@ -18,6 +18,7 @@ from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam, Split
 from slimadam.kernels.float8 import decode
 from slimadam.measurement.grid import SMALLEST_GRID, Grid
 from slimadam.measurement.snr import measure
+from slimadam.state.rule import Source
 from slimadam.state.second_moment import by_key
 from tests.reference import second_moments
 
@@ -515,3 +516,34 @@ def test_decides_where_nothing_has_a_grid(forms: Any) -> None:
     assert optimizer._registry.measuring is None
     assert optimizer.plan["weight"].form == started
     optimizer.expand("weight")
+
+
+@pytest.mark.parametrize("away", [1, STEPS])
+def test_parts_that_left_and_come_back_are_measured_or_as_they_were(away: int) -> None:
+    """The first part has no grid."""
+    model = Fused()
+    parts = fused_parts(query=20, key=230, value=230)
+    optimizer = SlimAdam(model, betas=(0.9, BETA2), plan=AutoPlan(**{**vars(SLIM), "parts": parts}))
+    started = {key: rule.form for key, rule in optimizer.plan.items()}
+    assert [started[f"qkv.weight[{part}]"] for part in parts["qkv.*"].sizes] == ["float8", "factored", "factored"]
+    train(model, optimizer, range(2))
+    params = list(optimizer.param_groups[0]["params"])
+    optimizer.param_groups[0]["params"] = [other := nn.Parameter(torch.ones(3, 3))]
+    other.grad = torch.ones(3, 3)
+    train(model, optimizer, range(2, 2 + away))
+    optimizer.param_groups[0]["params"] = [*params, other]
+    train(model, optimizer, range(2 + away, 2 * STEPS))
+    for part in ("key", "value"):
+        rule = optimizer.plan[f"qkv.weight[{part}]"]
+        assert rule.snr if away == 1 else rule.reason == "added after plan='auto' had decided"
+        assert rule.source != Source.MEASURING
+    assert optimizer.plan["qkv.weight[query]"].form == "float8"
+
+
+def test_the_plan_of_a_measurement_is_followed_by_another_optimizer() -> None:
+    parts = fused_parts(query=20, key=230, value=230)
+    measuring = SlimAdam(Fused(), plan=AutoPlan(**{**vars(SLIM), "parts": parts}))
+    other = SlimAdam(Fused(), plan=measuring.plan)
+    for part in ("query", "key", "value"):
+        assert other.plan[f"qkv.weight[{part}]"].form == measuring.plan[f"qkv.weight[{part}]"].form
+    assert not any(rule.source == Source.MEASURING for rule in other.plan.values())
