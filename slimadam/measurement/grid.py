@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimadam.kernels.interface import second_moment_dtype
-from slimadam.measurement.slices import Index, TrackedSlices, counts_of, shard_of
+from slimadam.measurement.slices import Index, TrackedSlices, counts_of, shard_of, take
 from slimadam.measurement.snr import measure
 from slimadam.state import second_moment
 from slimadam.state.rule import FACTORED, Candidate, Rule
@@ -77,6 +77,21 @@ class Grid(TrackedSlices):
                     found[candidate] = _of_all(ratio, seen, size)
         found[FACTORED] = self.factored_snr(moment, [full_tensor(one) for one in averages])
         return found
+
+    def forget(self, found: Tensor | None = None, dim: int = 0) -> None:
+        """Begin anew, or with zeros at some positions along a dimension of the parameter.
+
+        Args:
+            found: The positions; None: all.
+            dim: The dimension.
+        """
+        if found is None or self.moment is None:
+            self.moment = None
+            return
+        shape = self.rule.owner_shape
+        assert shape is not None
+        chosen = torch.zeros(shape, dtype=torch.bool).index_fill_(dim, found.cpu(), True)
+        self.moment.masked_fill_(take(self.rule.take(chosen), self.here).to(self.moment.device), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is tracked, for a checkpoint; nothing for a DTensor, of which each rank has its own."""

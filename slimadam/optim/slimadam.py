@@ -456,6 +456,7 @@ class SlimAdam(Optimizer):
         state = self.state.get(slot.param, {})
         if not second_moment.is_made(state):
             state = {}
+        found = None
         if index is not None:
             dim = checked_dim(dim, slot.param)
             found = positions(index, slot.param, dim, "index")
@@ -470,6 +471,8 @@ class SlimAdam(Optimizer):
                 del state[key]
         elif state:
             reset_all(state)
+        if self._registry.measuring is not None:
+            self._registry.measuring.forget(slot.keys, found, dim)
         self._registry.sample(slot.name, slot.param, self.state)
 
     @torch.no_grad()

@@ -191,6 +191,12 @@ class Measuring:
         self.grids[key] = grid
         return None
 
+    def forget(self, keys: Iterable[str], found: Tensor | None = None, dim: int = 0) -> None:
+        """Begin the grids of some parameters anew, or with zeros at some positions, as in :meth:`Grid.forget`."""
+        for key in keys:
+            if key in self.grids:
+                self.grids[key].forget(found, dim)
+
     def drop(self, key: str) -> None:
         """Forget the grid of a parameter, or part."""
         self.grids.pop(key, None)

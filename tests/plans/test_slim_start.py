@@ -547,3 +547,23 @@ def test_the_plan_of_a_measurement_is_followed_by_another_optimizer() -> None:
     for part in ("query", "key", "value"):
         assert other.plan[f"qkv.weight[{part}]"].form == measuring.plan[f"qkv.weight[{part}]"].form
     assert not any(rule.source == Source.MEASURING for rule in other.plan.values())
+
+
+@pytest.mark.parametrize("index", [None, [3, 4, 5, 50]])
+@pytest.mark.parametrize("variance_init", ["zeros", "gradient"])
+def test_grids_are_reset_with_the_state(index: list[int] | None, variance_init: str) -> None:
+    """Beside those of the same parameters measured in full, where rows of a grid are rows of the state."""
+    model, twin = network(), network()
+    optimizer = make(model, variance_init=variance_init)
+    full = make(twin, AutoPlan(**{**vars(SLIM), "start": "full"}), variance_init=variance_init)
+    for own, trained in ((model, optimizer), (twin, full)):
+        train(own, trained, range(2))
+        for name in ("head.weight", "qkv.weight"):
+            trained.reset_state(name, index)
+        train(own, trained, range(2, 4))
+    grids = optimizer._registry.measuring.grids  # type: ignore[union-attr]
+    for name, param in (("head.weight", twin.head.weight), ("qkv.weight", twin.qkv.weight)):
+        for key, grid in grids.items():
+            if key.startswith(name):
+                wanted = grid.rule.take(full.state[param]["exp_avg_sq"])[grid.index]
+                torch.testing.assert_close(grid.moment, wanted, rtol=1e-5, atol=0)
