@@ -328,6 +328,26 @@ class Registry:
         self._drop(key_of(slot.name, rule.part) for rule in rules)
         return [rule_of_whole(rules)]
 
+    def rules_of_successor(self, name: str, new: Tensor, group: dict[str, Any]) -> tuple[list[Rule], list[Rule]]:
+        """Return the rules of a parameter for one that takes its place, and those that it is measured by.
+
+        While ``start="slim"`` measures, what the size decides is decided anew, and grids begin anew.
+
+        Args:
+            name: The name of both.
+            new: The one that takes the place.
+            group: The group of both.
+
+        Raises:
+            RuntimeError: The rules cannot be followed in the new parameter's shape.
+        """
+        measured = rules_for_another(name, self.measured[name], new) if name in self.measured else []
+        starts_slim = self.measuring is not None and self.measuring.settings.start == "slim"
+        if measured and starts_slim:
+            self._drop(key_of(name, rule.part) for rule in self.rules[name])
+            return self._rules_while_measuring(slot_of(name, new, group, measured), measured, is_new=True), measured
+        return rules_for_another(name, self.rules[name], new), measured
+
     def _drop(self, keys: Iterable[str]) -> None:
         """Forget what is tracked of parameters, or parts."""
         for key in keys:

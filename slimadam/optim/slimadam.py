@@ -20,7 +20,7 @@ from slimadam.optim.checkpoint.loading import check_is_mapping, taken_over
 from slimadam.optim.checkpoint.state_dict import add_plan, as_adamw
 from slimadam.optim.compression import compress, decision, expand
 from slimadam.optim.memory import MemoryReport, memory_report
-from slimadam.optim.registry import Registry, rules_for_another
+from slimadam.optim.registry import Registry
 from slimadam.optim.resizing import (
     Index,
     check_replacement,
@@ -509,13 +509,18 @@ class SlimAdam(Optimizer):
         if any(one.param is new for one in self._slots()):
             raise ValueError(f"new, of shape {tuple(new.shape)}, is a parameter of this optimizer already")
         names = [one.name for one in self._slots() if one.param is held]  # several, if it is there repeatedly
-        rules = {name: rules_for_another(name, registry.rules[name], new) for name in names}
-        measured = {
-            name: rules_for_another(name, registry.measured[name], new) for name in names if name in registry.measured
-        }
-        successor = slot_of(slot.name, new, group, rules[slot.name])
-        successor.check()
-        state = resized_state(slot, successor, self.state.get(held, {}), kept, dim)
+        grids = {} if registry.measuring is None else dict(registry.measuring.grids)
+        try:
+            found = {name: registry.rules_of_successor(name, new, group) for name in names}
+            rules = {name: own for name, (own, _) in found.items()}
+            measured = {name: own for name, (_, own) in found.items() if own}
+            successor = slot_of(slot.name, new, group, rules[slot.name])
+            successor.check()
+            state = resized_state(slot, successor, self.state.get(held, {}), kept, dim)
+        except Exception:
+            if registry.measuring is not None:
+                registry.measuring.grids = grids
+            raise
         params = [new if param is held else param for param in group["params"]]
         if isinstance(group["params"], list):
             group["params"][:] = params

@@ -165,6 +165,7 @@ class Measuring:
         return [self._starting_rule(key_of(name, rule.part), param, rule, names) for rule in rules]
 
     def _starting_rule(self, key: str, param: Tensor, rule: Rule, names: Sequence[str]) -> Rule:
+        self.drop(key)
         piece = rule.piece
         averaged = replace(factored_rule(piece), reason=_AVERAGED_WHILE_MEASURING, source=Source.MEASURING)
         if averaged.is_full or stays_full(key, rule, self.settings.keep, names):

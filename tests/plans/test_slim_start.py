@@ -567,3 +567,56 @@ def test_grids_are_reset_with_the_state(index: list[int] | None, variance_init: 
             if key.startswith(name):
                 wanted = grid.rule.take(full.state[param]["exp_avg_sq"])[grid.index]
                 torch.testing.assert_close(grid.moment, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "form"),
+    [(70, "factored"), (67, "factored"), (300, "factored"), (10, "float8"), (1, "full")],
+)
+def test_a_parameter_that_is_replaced_while_measuring_is_measured_in_its_new_size(rows: int, form: str) -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, range(2))
+    kept = min(rows, 70)
+    held = model.head.weight
+    model.head.weight = nn.Parameter(torch.cat([held.detach()[:kept], torch.zeros(rows - kept, 64)]))
+    optimizer.replace_param(held, model.head.weight, keep=range(kept), added=rows - kept)
+    measuring = optimizer._registry.measuring
+    assert measuring is not None
+    assert optimizer.plan["head.weight"].form == form
+    assert ("head.weight" in measuring.grids) == (form == "factored")
+    train(model, optimizer, range(2, 3))
+    again = make(copy.deepcopy(model))
+    again.load_state_dict(optimizer.state_dict())
+    assert again.plan == optimizer.plan
+    train(model, optimizer, range(3, STEPS + 1))
+    assert optimizer._registry.measuring is None
+    assert bool(optimizer.plan["head.weight"].snr) == (form != "float8")
+
+
+def test_a_fused_weight_that_is_replaced_is_one_matrix_from_then_on() -> None:
+    model = Fused()
+    optimizer = SlimAdam(model, plan=AutoPlan(**{**vars(SLIM), "parts": fused_parts()}))
+    train(model, optimizer, range(2))
+    old, model.qkv.weight = model.qkv.weight, nn.Parameter(model.qkv.weight.detach()[:300])
+    optimizer.replace_param(old, model.qkv.weight, keep=range(300))
+    assert list(optimizer._registry.measuring.grids) == ["qkv.weight"]  # type: ignore[union-attr]
+    assert "exp_avg_sq_row" in optimizer.state[model.qkv.weight]
+    model.qkv.bias.grad = None
+    for _ in range(STEPS):
+        model.qkv.weight.grad = torch.ones(300, 60)
+        optimizer.step()
+    assert optimizer.plan["qkv.weight"].snr
+
+
+def test_a_replacement_that_fails_leaves_grids_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, range(2))
+    before = dict(optimizer._registry.measuring.grids)  # type: ignore[union-attr]
+    monkeypatch.setattr("slimadam.optim.slimadam.resized_state", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.replace_param("head.weight", nn.Parameter(torch.zeros(5, 64)), keep=range(5))
+    after = optimizer._registry.measuring.grids  # type: ignore[union-attr]
+    assert all(after[key] is grid for key, grid in before.items())
+    assert len(after) == len(before)
