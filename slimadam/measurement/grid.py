@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -78,6 +78,17 @@ class Grid(TrackedSlices):
         found[FACTORED] = self.factored_snr(moment, [full_tensor(one) for one in averages])
         return found
 
+    def begun(self, full: Tensor | None) -> Grid:
+        """Return this grid at its beginning.
+
+        Args:
+            full: The parameter's second moment, where it is known; its elements are copied.
+        """
+        found = None
+        if full is not None:
+            found = take(self.rule.take(full.detach()), self.index)[self.there].to(self.dtype, copy=True)
+        return replace(self, moment=found)
+
     def forget(self, found: Tensor | None = None, dim: int = 0) -> None:
         """Begin anew, or with zeros at some positions along a dimension of the parameter.
 
@@ -112,8 +123,8 @@ class Grid(TrackedSlices):
             return
         if not isinstance(moment, Tensor) or tuple(moment.shape) != counts_of(self.index):
             raise ValueError(
-                f"{key!r}: moment={shown(moment)} must be a tensor of shape {counts_of(self.index)}; load the state "
-                "dict with the calibration_memory that it was saved with"
+                f"{key!r}: moment={shown(moment)} must be a tensor of shape {counts_of(self.index)}; pass the state "
+                "dict as it was saved"
             )
         self.moment = moment.detach()[self.there].to(self.dtype, copy=True)
 

@@ -281,7 +281,8 @@ class Measuring:
         data: dict[str, Any] = {"steps": self.steps, "measured": measured}
         if self.settings.start != "full":
             grids = {key: grid.to_dict() for key, grid in self.grids.items()}
-            data |= {"start": self.settings.start, "grids": grids}
+            share = self.settings.calibration_memory
+            data |= {"start": self.settings.start, "calibration_memory": share, "grids": grids}
         return data
 
     @classmethod
@@ -296,7 +297,8 @@ class Measuring:
         if not isinstance(data, Mapping):
             raise ValueError(f"the state dict's record of plan='auto' is damaged (it is {shown(data)})")
         try:
-            measuring = cls(replace(settings, start=data.get("start", "full")))
+            share = data.get("calibration_memory", settings.calibration_memory)
+            measuring = cls(replace(settings, start=data.get("start", "full"), calibration_memory=share))
             measuring.steps = data["steps"]
             check_count("steps", measuring.steps, 0)
             others = []

@@ -421,6 +421,8 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], named: str)
     [
         lambda own: own["measuring"].update(grids=7),
         lambda own: own["measuring"].update(start="thin"),
+        lambda own: own["measuring"].update(calibration_memory=0),
+        lambda own: own["measuring"].update(calibration_memory="text"),
         lambda own: own["measuring"]["grids"].update({"head.weight": 3}),
         lambda own: own["measuring"]["grids"]["head.weight"].update(moment=torch.zeros(3)),
         lambda own: own["measuring"]["grids"]["head.weight"].update(moment="text"),
@@ -620,3 +622,52 @@ def test_a_replacement_that_fails_leaves_grids_as_they_were(monkeypatch: pytest.
     after = optimizer._registry.measuring.grids  # type: ignore[union-attr]
     assert all(after[key] is grid for key, grid in before.items())
     assert len(after) == len(before)
+
+
+def test_grids_begin_at_the_second_moments_of_adamw() -> None:
+    model, twin = network(), network()
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, BETA2))
+    train(model, adamw, range(9))
+    optimizer, full = make(model), make(twin, AutoPlan(**{**vars(SLIM), "start": "full"}))
+    train(model, optimizer, range(3))  # nothing of this is left
+    before = {key: grid.moment for key, grid in optimizer._registry.measuring.grids.items()}  # type: ignore[union-attr]
+    saved = adamw.state_dict()
+    damaged = copy.deepcopy(saved)
+    damaged["state"][0]["exp_avg"] = "text"
+    with pytest.raises(ValueError, match="exp_avg"):
+        optimizer.load_state_dict(damaged)
+    assert all(
+        grid.moment is before[key] for key, grid in optimizer._registry.measuring.grids.items()  # type: ignore[union-attr]
+    )
+    for own, trained in ((model, optimizer), (twin, full)):
+        trained.load_state_dict(saved)
+        train(own, trained, range(9, 11))
+    grids = optimizer._registry.measuring.grids  # type: ignore[union-attr]
+    params = dict(twin.named_parameters())
+    for key, grid in grids.items():
+        wanted = grid.rule.take(full.state[params[key.partition("[")[0]]]["exp_avg_sq"])[grid.index]
+        torch.testing.assert_close(grid.moment, wanted, rtol=1e-5, atol=0)
+
+
+def test_a_state_dict_is_loaded_in_inference_mode() -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, range(2))
+    other = make(model)
+    with torch.inference_mode():
+        other.load_state_dict(optimizer.state_dict())
+    train(model, other, range(2, STEPS))
+    assert other._registry.measuring is None
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_a_checkpoint_goes_on_with_its_calibration_memory(share: float) -> None:
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer, range(2))
+    other = make(model, AutoPlan(**{**vars(SLIM), "calibration_memory": share}))
+    other.load_state_dict(optimizer.state_dict())
+    ours, theirs = optimizer._registry.measuring, other._registry.measuring
+    assert ours is not None
+    assert theirs is not None
+    torch.testing.assert_close(theirs.to_dict()["grids"], ours.to_dict()["grids"], rtol=0, atol=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from slimadam.state import second_moment
 from slimadam.state.first_moment import FIRST_MOMENTS, STORED, momentum_in, momentum_of, with_own_keys
 from slimadam.state.rule import Rule, Source, fit_rules
 from slimadam.state.second_moment import SECOND_MOMENTS, is_key_of
-from slimadam.utils.dtensor import differing, full_tensor, local, on_any_rank
+from slimadam.utils.dtensor import differing, full_tensor, is_dtensor, local, on_any_rank
 from slimadam.utils.errors import PlanError, shown
 
 KEY: Final = "slimadam"
@@ -158,16 +158,19 @@ def taken_over(state_dict: Mapping[str, Any], registry: Registry, present: Seque
     for saved_id, slot in slots.items():
         slot.check()
         _check_saved(slot, saved_state.get(saved_id, {}))
-    if measuring is not None and own:
-        _track(measuring, own, slots.values())
     monitor = None
-    if registry.monitor is not None:
-        monitor = Monitor(registry.monitor.cutoff, warns=registry.monitor.warns)
-        if measuring is None:
-            for slot in registry.slots(present):
-                monitor.add(slot.name, slot.param, rules[slot.name])
-            if "monitor" in own:
-                monitor.load_state_dict(own["monitor"])
+    with torch.inference_mode(False):  # else what is tracked is of no use once that mode has ended
+        if measuring is not None and own:
+            _track(measuring, own, slots.values())
+        elif measuring is not None:
+            measuring = _tracked_anew(measuring, slots, saved_state)
+        if registry.monitor is not None:
+            monitor = Monitor(registry.monitor.cutoff, warns=registry.monitor.warns)
+            if measuring is None:
+                for slot in registry.slots(present):
+                    monitor.add(slot.name, slot.param, rules[slot.name])
+                if "monitor" in own:
+                    monitor.load_state_dict(own["monitor"])
     revising = None if registry.revising is None else Revising(registry.revising.settings)
     if revising is not None:
         revising.load(own.get("high", {}))
@@ -212,6 +215,20 @@ def _track(measuring: Measuring, own: Mapping[str, Any], slots: Iterable[ParamSl
         for rule, key in zip(slot.rules, slot.keys, strict=True):
             if rule.source == Source.MEASURING and not rule.is_full and measuring.track(key, slot.param, rule) is None:
                 measuring.grids[key].load(key, saved.get(key, {}))
+
+
+def _tracked_anew(measuring: Measuring, slots: Mapping[Any, ParamSlot], state: Mapping[Any, Any]) -> Measuring:
+    """Return a measurement whose grids begin at loaded second moments: where these are full, as AdamW's, at them."""
+    after = copy(measuring)
+    after.grids = dict(measuring.grids)
+    for saved_id, slot in slots.items():
+        saved = state.get(saved_id, {})
+        moments = second_moment.saved_moments(saved, slot.rules)
+        is_full = len(moments) == 1 and _shapes(moments) == (slot.shape,) and not is_coded(moments[0])
+        known = is_full and not is_dtensor(slot.param) and not second_moment.is_of_no_step(saved)
+        for key in filter(after.grids.__contains__, slot.keys):
+            after.grids[key] = after.grids[key].begun(moments[0] if known else None)
+    return after
 
 
 def _merged_groups(groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
