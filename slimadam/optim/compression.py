@@ -51,7 +51,7 @@ def decision(
     factorable = not any(group["amsgrad"] for group in groups)
     forms = registry.measuring.settings.forms if factorable else "mean"
     has_moments = any(
-        slot.name in registry.measured and second_moment.is_made(states.get(slot.param, {}))
+        (slot.name in registry.measured or slot.is_measured) and second_moment.is_made(states.get(slot.param, {}))
         for slot in registry.slots(groups)
     )
     return registry.measuring.after_step(_measurements(registry, groups, states) if has_moments else None, forms)
@@ -91,7 +91,7 @@ def _measurements(
     for slot in registry.slots(groups):
         state = states.get(slot.param, {})
         names = registry.resolver.all_names(slot.name)
-        for rule in registry.measured.get(slot.name, ()):
+        for rule in _measured_as(registry, slot):
             key = key_of(slot.name, rule.part)
             if key in registry.measuring.grids:
                 if second_moment.is_made(state) and registry.measuring.grids[key].moment is not None:
@@ -102,6 +102,19 @@ def _measurements(
             moments = second_moment.moments_of(state, stored) if stored else []
             if moments:
                 yield key, rule, partial(_measured_in_full, rule, moments[0], stored[0].part is None), names
+
+
+def _measured_as(registry: Registry, slot: ParamSlot) -> Sequence[Rule]:
+    """Return the rules in full of the parts that a parameter is measured as.
+
+    After a checkpoint of an optimizer that knew other parts, or measured what this one does not, the checkpoint's.
+    """
+    known = registry.measured.get(slot.name, ())
+    parts = {rule.part for rule in known}
+    measured = [rule for rule in slot.rules if rule.source == Source.MEASURING]
+    if all(rule.part in parts or (known and rule.is_full and rule.part is None) for rule in measured):
+        return known
+    return [replace(rule, form="full", dims=()) for rule in slot.rules]
 
 
 def _measured_in_full(rule: Rule, moment: Tensor, is_whole: bool) -> dict[Candidate, float]:
@@ -129,7 +142,7 @@ def compress(
         if not slot.is_measured:
             continue
         before = slot_of(slot.name, slot.param, slot.group, slot.rules)
-        slot.rules = _decided(before, registry.measured[slot.name], plan)
+        slot.rules = _decided(before, _measured_as(registry, slot), plan)
         slot.rules = registry.rules[slot.name] = slot.rules_that_shards_allow()
         registry.sample(slot.name, slot.param, states)
         change_form(before, slot, states.get(slot.param, {}))

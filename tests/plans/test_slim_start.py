@@ -637,7 +637,8 @@ def test_grids_begin_at_the_second_moments_of_adamw() -> None:
     with pytest.raises(ValueError, match="exp_avg"):
         optimizer.load_state_dict(damaged)
     assert all(
-        grid.moment is before[key] for key, grid in optimizer._registry.measuring.grids.items()  # type: ignore[union-attr]
+        grid.moment is before[key]
+        for key, grid in optimizer._registry.measuring.grids.items()  # type: ignore[union-attr]
     )
     for own, trained in ((model, optimizer), (twin, full)):
         trained.load_state_dict(saved)
@@ -671,3 +672,34 @@ def test_a_checkpoint_goes_on_with_its_calibration_memory(share: float) -> None:
     assert ours is not None
     assert theirs is not None
     torch.testing.assert_close(theirs.to_dict()["grids"], ours.to_dict()["grids"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("start", ["full", "slim"])
+@pytest.mark.parametrize(
+    ("saved_parts", "parts"),
+    [(fused_parts(), {}), ({}, fused_parts()), (fused_parts(), {"qkv.*": Split({"both": 320, "value": 160})})],
+)
+def test_a_checkpoint_of_other_parts_is_measured_and_decided(start: Any, saved_parts: Any, parts: Any) -> None:
+    model = nn.Sequential()
+    model.qkv = nn.Linear(100, 480)
+    optimizer = SlimAdam(model, plan=AutoPlan(**{**vars(SLIM), "start": start, "parts": saved_parts}))
+    train(model, optimizer, range(2))
+    other = SlimAdam(model, plan=AutoPlan(**{**vars(SLIM), "start": start, "parts": parts}))
+    other.load_state_dict(optimizer.state_dict())
+    train(model, other, range(2, STEPS + 1))
+    assert other._registry.measuring is None
+    assert all(rule.snr for key, rule in other.plan.items() if "weight" in key)
+    assert not any(rule.source == Source.MEASURING for rule in other.plan.values())
+
+
+@pytest.mark.parametrize("start", ["full", "slim"])
+def test_a_checkpoint_that_measured_what_this_optimizer_does_not(start: Any) -> None:
+    model = nn.Linear(200, 300)
+    weight, bias = model.named_parameters()
+    settings = AutoPlan(**{**vars(SLIM), "start": start})
+    optimizer = SlimAdam([{"params": [weight]}, {"params": [bias]}], plan=settings)
+    train(model, optimizer, range(2))
+    other = SlimAdam([{"params": [weight], "plan": None}, {"params": [bias]}], plan=settings)
+    other.load_state_dict(optimizer.state_dict())
+    train(model, other, range(2, STEPS + 1))
+    assert other.plan["weight"].snr
