@@ -89,6 +89,40 @@ def _train_attending() -> dict[str, Any]:
     return _train(Attending, "best")
 
 
+def _resume_wide() -> list[list[str]]:
+    """Return the forms decided without and with a checkpoint just before the decision."""
+    from torch.distributed.fsdp import fully_shard
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(nn.Sequential(nn.Linear(90, 80, bias=False), nn.Linear(80, 70, bias=False)))
+        for layer in (*models[-1].children(), models[-1]):
+            fully_shard(layer)
+    settings = AutoPlan(40, start="slim")
+    optimizers = [SlimAdam(model, lr=1e-3, betas=(0.9, 0.99), plan=settings) for model in models]
+
+    def train(which: int, steps: range) -> None:
+        for step in steps:
+            optimizers[which].zero_grad()
+            batch = torch.randn(16, 90, generator=torch.Generator().manual_seed(step))
+            models[which](batch).square().mean().backward()
+            optimizers[which].step()
+
+    train(0, range(39))
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    train(0, range(39, 40))
+    train(1, range(39, 79))
+    return [[rule.form for rule in optimizer.plan.values()] for optimizer in optimizers]
+
+
+@shards
+def test_a_checkpoint_of_shards_just_before_the_decision_measures_anew(tmp_path: Path) -> None:
+    for straight, resumed in on_ranks(2, tmp_path, _resume_wide):
+        assert straight == resumed == ["factored", "factored"]
+
+
 def _storage(plan: dict[str, Any]) -> dict[str, Any]:
     return {name: (rule.get("form"), rule.get("dims")) for name, rule in plan.items()}
 

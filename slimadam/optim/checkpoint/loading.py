@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy, deepcopy
@@ -15,6 +16,7 @@ from slimadam.distributed.slots import ParamSlot, slot_of
 from slimadam.kernels.float8 import is_coded
 from slimadam.kernels.interface import second_moment_dtype
 from slimadam.layers.splits import key_of
+from slimadam.measurement.history import SNRHistory
 from slimadam.measurement.monitor import Monitor
 from slimadam.optim.registry import Registry
 from slimadam.optim.step.dispatch import steps_on_device
@@ -28,6 +30,8 @@ from slimadam.state.rule import Rule, Source, fit_rules
 from slimadam.state.second_moment import SECOND_MOMENTS, is_key_of
 from slimadam.utils.dtensor import differing, full_tensor, is_dtensor, local, on_any_rank
 from slimadam.utils.errors import PlanError, shown
+
+logger = logging.getLogger("slimadam")
 
 KEY: Final = "slimadam"
 FORMAT_VERSION: Final = 3
@@ -161,7 +165,7 @@ def taken_over(state_dict: Mapping[str, Any], registry: Registry, present: Seque
     monitor = None
     with torch.inference_mode(False):  # else what is tracked is of no use once that mode has ended
         if measuring is not None and own:
-            _track(measuring, own, slots.values())
+            _track(measuring, own, slots, saved_state)
         elif measuring is not None:
             measuring = _tracked_anew(measuring, slots, saved_state)
         if registry.monitor is not None:
@@ -206,15 +210,28 @@ def _phase(
     return rules, Measuring.from_dict(settings, own["measuring"], measured)
 
 
-def _track(measuring: Measuring, own: Mapping[str, Any], slots: Iterable[ParamSlot]) -> None:
-    """Go on with the grids of a checkpoint; those of DTensors begin anew."""
+def _track(
+    measuring: Measuring, own: Mapping[str, Any], slots: Mapping[Any, ParamSlot], state: Mapping[Any, Any]
+) -> None:
+    """Go on with the grids of a checkpoint; those of DTensors begin anew, and with them the measurement."""
     saved = own["measuring"].get("grids", {})
     if not isinstance(saved, Mapping):
         raise ValueError(f"the state dict's record of plan='auto' is damaged (grids={shown(saved)})")
-    for slot in slots:
+    is_young = False
+    for saved_id, slot in slots.items():
         for rule, key in zip(slot.rules, slot.keys, strict=True):
             if rule.source == Source.MEASURING and not rule.is_full and measuring.track(key, slot.param, rule) is None:
-                measuring.grids[key].load(key, saved.get(key, {}))
+                grid = measuring.grids[key]
+                grid.load(key, saved.get(key, {}))
+                is_made = second_moment.is_made(state.get(saved_id, {}))
+                is_young = is_young or (grid.shard is not None and grid.moment is None and is_made)
+    if is_young and measuring.steps:
+        logger.warning(
+            "plan='auto' measures anew: the state dict of sharded parameters has no grids, by which %d steps before it "
+            "were measured",
+            measuring.steps,
+        )
+        measuring.steps, measuring.history = 0, SNRHistory()
 
 
 def _tracked_anew(measuring: Measuring, slots: Mapping[Any, ParamSlot], state: Mapping[Any, Any]) -> Measuring:
