@@ -86,11 +86,21 @@ class Seconds(NamedTuple):
     measuring_grids: float
 
     def overhead(self, schedule: AutoPlan, measurements: int) -> float:
-        """Return the share of the schedule's steps that measuring takes."""
+        """Return the share of the schedule's steps that measuring takes.
+
+        Args:
+            schedule: The schedule.
+            measurements: How often it measures.
+        """
         return measurements * self.measuring / (schedule.calibration_steps * self.step)
 
     def overhead_of_grids(self, schedule: AutoPlan, measurements: int) -> float:
-        """Return the share of the schedule's steps that grids take."""
+        """Return the share of the schedule's steps that grids take.
+
+        Args:
+            schedule: The schedule.
+            measurements: How often it measures.
+        """
         measured = measurements * self.measuring_grids / (schedule.calibration_steps * self.step)
         return measured + self.seeing / self.step
 

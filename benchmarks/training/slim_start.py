@@ -69,7 +69,12 @@ def train(task: Task, lr: float, settings: AutoPlan, seed: int) -> tuple[SlimAda
 
 
 def agreement(ours: CompressionPlan, full: CompressionPlan) -> float:
-    """Return the share of all elements whose form is the same in two plans for the same parameters."""
+    """Return the share of all elements whose form is the same in two plans.
+
+    Args:
+        ours: One plan.
+        full: The other, for the same parameters.
+    """
     elements = {key: math.prod(rule.shape or ()) for key, rule in full.items()}
     same = sum(count for key, count in elements.items() if ours[key].storage == full[key].storage)
     return same / sum(elements.values())

@@ -48,13 +48,18 @@ def decision(
     assert registry.measuring is not None
     if registry.measuring.grids:
         _see_gradients(registry.measuring.grids, list(registry.slots(groups)), states, clip_factor)
-    factorable = not any(group["amsgrad"] for group in groups)
-    forms = registry.measuring.settings.forms if factorable else "mean"
+    averaged_only = {
+        key_of(slot.name, rule.part)
+        for slot in registry.slots(groups)
+        if slot.group["amsgrad"]
+        for rule in _measured_as(registry, slot)
+    }
     has_moments = any(
         (slot.name in registry.measured or slot.is_measured) and second_moment.is_made(states.get(slot.param, {}))
         for slot in registry.slots(groups)
     )
-    return registry.measuring.after_step(_measurements(registry, groups, states) if has_moments else None, forms)
+    measurements = _measurements(registry, groups, states) if has_moments else None
+    return registry.measuring.after_step(measurements, averaged_only)
 
 
 def _see_gradients(
@@ -194,13 +199,18 @@ def _decided(before: ParamSlot, measured: Sequence[Rule], plan: CompressionPlan)
         measured: Its rules in full, one for each part that was measured.
         plan: The decision.
     """
-    unmeasured = "no gradient while plan='auto' measured"
     stored = {rule.part: rule for rule in before.rules}
     found = []
     for rule in measured:
         own = stored.get(rule.part, rule)
         if own.source == Source.MEASURING:
-            own = plan.get(key_of(before.name, rule.part), replace(own, reason=unmeasured, source=Source.OTHER))
+            chosen = plan.get(key_of(before.name, rule.part))
+            if chosen is None:
+                own = replace(own, reason="no gradient while plan='auto' measured", source=Source.OTHER)
+            elif chosen.is_full and not own.is_full and chosen.source == Source.MEASURED and not chosen.snr:
+                own = replace(own, reason=f"as it was measured: {chosen.reason}", source=Source.OTHER)
+            else:
+                own = chosen
         found.append(own)
     return found
 

@@ -6,7 +6,7 @@ Source of the measurement and the rule: arXiv 2503.01843.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, get_args
 
@@ -228,7 +228,9 @@ class Measuring:
         stored = "with row and column averages" if self.settings.start == "slim" else "as AdamW"
         return f"auto, measures for {self.settings.calibration_steps} steps {stored}, {self.steps} of them done"
 
-    def after_step(self, measurements: Iterable[Measurement] | None, forms: Forms) -> CompressionPlan | None:
+    def after_step(
+        self, measurements: Iterable[Measurement] | None, averaged_only: Container[str] = ()
+    ) -> CompressionPlan | None:
         """Count a step that has moments, measure if it is time, and return the plan after the last.
 
         Where more steps were done before than these settings ask for, the first step here measures and decides.
@@ -237,7 +239,7 @@ class Measuring:
             measurements: For each parameter with a second moment, or each part of it: its key and rule, a function
                 that measures the SNR of each candidate, and all names of the parameter. None where no parameter has
                 a second moment yet.
-            forms: The forms to choose among, as in :class:`AutoPlan`.
+            averaged_only: Names of parameters, or parts, whose group has ``amsgrad``: ``"mean"`` are their ``forms``.
         """
         self._had_moments = measurements is not None
         if measurements is None:
@@ -256,6 +258,15 @@ class Measuring:
         for pattern in idle:
             logger.warning("plan='auto': keep: no parameter has the name or role %r", pattern)
         keep = [pattern for pattern in choice.keep if pattern not in idle]
+        plan = self._decided(choice.forms, keep)
+        if not any(key in averaged_only for key in plan):
+            return plan
+        by_averages = self._decided("mean", keep)
+        rules = {key: by_averages[key] if key in averaged_only else rule for key, rule in plan.items()}
+        return CompressionPlan(rules, cutoff=plan.cutoff)
+
+    def _decided(self, forms: Forms, keep: Sequence[str]) -> CompressionPlan:
+        choice = self.settings
         try:
             return CompressionPlan.from_snr(self.history, choice.cutoff, budget=choice.budget, forms=forms, keep=keep)
         except ValueError as error:

@@ -703,3 +703,26 @@ def test_a_checkpoint_that_measured_what_this_optimizer_does_not(start: Any) -> 
     other.load_state_dict(optimizer.state_dict())
     train(model, other, range(2, STEPS + 1))
     assert other.plan["weight"].snr
+
+
+def test_amsgrad_in_one_group_leaves_the_others_their_forms() -> None:
+    model = network()
+    groups = [{"params": [(name, param)], "amsgrad": name == "head.weight"} for name, param in model.named_parameters()]
+    for settings in (SLIM, AutoPlan(**{**vars(SLIM), "start": "full"})):
+        optimizer = SlimAdam(groups, betas=(0.9, BETA2), plan=settings)
+        train(model, optimizer, range(STEPS))
+        assert optimizer.plan["embedding.weight"].form == optimizer.plan["image.weight"].form == "factored"
+        assert optimizer.plan["head.weight"].form in ("full", "mean")
+        assert set(optimizer.state[model.head.weight]) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+
+
+def test_what_was_never_finite_stays_as_it_was_measured() -> None:
+    model = network()
+    optimizer = make(model)
+    give_gradients(model, 0)
+    model.image.weight.grad.fill_(math.nan)  # type: ignore[union-attr]
+    optimizer.step()
+    train(model, optimizer, range(1, STEPS))
+    rule = optimizer.plan["image.weight"]
+    assert rule.form == "factored"
+    assert "as it was measured: nothing finite was measured" in rule.reason
