@@ -15,9 +15,9 @@ from torch import Tensor
 
 from slimadam.kernels.interface import second_moment_dtype
 from slimadam.measurement.slices import Index, TrackedSlices, counts_of, shard_of, take
-from slimadam.measurement.snr import measure
+from slimadam.measurement.snr import small_snr
 from slimadam.state import second_moment
-from slimadam.state.rule import FACTORED, Candidate, Rule
+from slimadam.state.rule import FACTORED, MAX_NDIM, Candidate, Rule, dimension_subsets
 from slimadam.utils.dtensor import full_tensor, is_dtensor
 from slimadam.utils.errors import shown
 
@@ -48,6 +48,8 @@ class Grid(TrackedSlices):
         dtype = second_moment_dtype(param.dtype)
         allowed = int(share * math.prod(rule.shape) * param.dtype.itemsize / dtype.itemsize)
         index = place_grid(rule.shape, min(LARGEST_GRID, allowed - rule.stored_elements(rule.shape)))
+        if len(rule.shape) > MAX_NDIM:
+            return f"not measured: more than {MAX_NDIM} dimensions"
         if index is None:
             return f"too small to measure within calibration_memory={share:g}"
         shard = None
@@ -69,12 +71,12 @@ class Grid(TrackedSlices):
             return {}
         assert self.rule.shape is not None
         moment, shape = self.full_moment().cpu(), self.rule.shape
+        entries = moment.double().numpy()
         found: dict[Candidate, float] = {}
-        for candidate, ratio in measure(moment, self.rule.batch_dims).items():
-            if candidate != FACTORED:
-                seen, size = (math.prod(sizes[dim] for dim in candidate) for sizes in (moment.shape, shape))
-                if seen == size or seen >= _FEWEST:
-                    found[candidate] = _of_all(ratio, seen, size)
+        for dims in dimension_subsets(len(shape)):
+            seen, size = (math.prod(sizes[dim] for dim in dims) for sizes in (moment.shape, shape))
+            if seen == size or seen >= _FEWEST:
+                found[dims] = _of_all(small_snr(entries, dims), seen, size)
         found[FACTORED] = self.factored_snr(moment, [full_tensor(one) for one in averages])
         return found
 

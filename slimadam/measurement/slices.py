@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from slimadam.measurement.snr import snr
+from slimadam.measurement.snr import small_snr
 from slimadam.state.rule import Rule
 from slimadam.utils import torch_private
 
@@ -146,15 +146,15 @@ class TrackedSlices:
             moment: The second moments of all slices.
             averages: Row and column averages of the whole parameter, or part.
         """
-        moment = moment.cpu()  # small, and the host would wait for each of the numbers that follow
         row_dim = self.rule.batch_dims
         rows, columns = (one.cpu().to(torch.float64) for one in averages)
         relative = rows / rows.mean(row_dim, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         at_columns = (*self.index[:row_dim], slice(None), *self.index[row_dim + 1 :])
         expected = relative[self.index[: row_dim + 1]] * columns[at_columns]
-        matrices = [math.prod(moment.shape[:row_dim]), -1]
-        pairs = zip((moment / expected).reshape(matrices), expected.reshape(matrices), strict=True)
-        found = [snr(ratio[product != 0], 0) for ratio, product in pairs]
+        seen, product = (one.double().expand(moment.shape).cpu().numpy() for one in (moment, expected))
+        matrices = (math.prod(moment.shape[:row_dim]), -1)
+        pairs = zip(seen.reshape(matrices), product.reshape(matrices), strict=True)
+        found = [small_snr(own[its != 0] / its[its != 0], (0,)) for own, its in pairs]
         telling = [value for value in found if value != math.inf]
         return math.fsum(telling) / len(telling) if telling else math.inf
 

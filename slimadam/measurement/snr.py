@@ -11,7 +11,9 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slimadam.state.rule import FACTORED, MAX_NDIM, Candidate, dimension_subsets, normalize_candidate
@@ -240,6 +242,22 @@ def _residual_sum(
     excess = (first * by_rows).sum(column_dims, keepdim=True) / number
     variance = (second * by_rows.square()).sum(column_dims, keepdim=True) / number - excess.square()
     return _sum_and_number(1 + excess, variance)
+
+
+def small_snr(v: NDArray[np.float64], dims: Sequence[int]) -> float:
+    """Compute the SNR of a few thousand entries, as :func:`snr` of more.
+
+    Args:
+        v: The entries, not negative.
+        dims: Dimensions to average over, not negative; each once.
+    """
+    largest = v.max(initial=0.0)
+    scaled = v / largest if 0 < largest < math.inf else v
+    axes = tuple(dims)
+    with np.errstate(invalid="ignore"):  # what is not finite makes the result NaN
+        signal, variance = scaled.mean(axes) ** 2, scaled.var(axes)
+        varies = ~(variance <= CONSTANT_RELATIVE_VARIANCE * signal)
+        return float((signal[varies] / variance[varies]).mean()) if varies.any() else math.inf
 
 
 def average_snr(measurements: Iterable[Mapping[Candidate, float]]) -> dict[Candidate, float]:

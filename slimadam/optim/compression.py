@@ -15,12 +15,11 @@ from slimadam.distributed.slots import ParamSlot, slot_of
 from slimadam.kernels.interface import number
 from slimadam.kernels.reference import scale_grad
 from slimadam.layers.splits import key_of
-from slimadam.measurement.grid import Grid
 from slimadam.measurement.slices import track
 from slimadam.measurement.snr import measure
 from slimadam.optim.memory import memory_report
 from slimadam.optim.registry import Registry
-from slimadam.plans.auto import Measurement
+from slimadam.plans.auto import Measurement, Measuring
 from slimadam.plans.expectation import expectation
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state import second_moment
@@ -47,7 +46,7 @@ def decision(
     """
     assert registry.measuring is not None
     if registry.measuring.grids:
-        _see_gradients(registry.measuring.grids, list(registry.slots(groups)), states, clip_factor)
+        _see_gradients(registry.measuring, registry.slots(groups), states, clip_factor)
     averaged_only = {
         key_of(slot.name, rule.part)
         for slot in registry.slots(groups)
@@ -63,29 +62,34 @@ def decision(
 
 
 def _see_gradients(
-    grids: Mapping[str, Grid],
+    measuring: Measuring,
     slots: Iterable[ParamSlot],
     states: Mapping[Tensor, Mapping[str, Any]],
     clip_factor: Tensor | None,
 ) -> None:
-    """Update the grids with the gradients of a step: ``v <- beta2 v + (1 - beta2) g**2``.
+    """Update grids with the gradients of a step: ``v <- beta2**n v + (1 - beta2**n) g**2``, in each ``n``-th step.
 
-    With ``variance_init="gradient"`` they start at the first squared gradient, as the state does.
+    With ``variance_init="gradient"`` they start at the first squared gradient that they see, as the state does.
     """
+    grids = measuring.grids
     seen: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for slot in slots:
-        found = [grids[key] for key in slot.keys if key in grids] if slot.param.grad is not None else []
+        beta2 = number(slot.group["betas"][1])
+        if not measuring.looks(measuring.steps + 1, beta2) or slot.param.grad is None:
+            continue
+        every = measuring.looks_every(beta2)
+        found = [grids[key] for key in slot.keys if key in grids]
         if found:
             gradient = slot.gradient
             new = [grid for grid in found if grid.moment is None]
             pairs = [grid.seen(gradient) for grid in found]
-            if new and slot.group["variance_init"] == "gradient" and number(states[slot.param]["step"]) == 1:
+            if new and slot.group["variance_init"] == "gradient" and number(states[slot.param]["step"]) <= every:
                 for moment, own in pairs:
                     moment.copy_(scale_grad(own, clip_factor)).square_()
-            seen[number(slot.group["betas"][1])] += pairs
-    for beta2, pairs in seen.items():
+            seen[beta2**every] += pairs
+    for kept, pairs in seen.items():
         gradients = [scale_grad(gradient, clip_factor) for _, gradient in pairs]
-        track([moment for moment, _ in pairs], gradients, [beta2] * len(pairs), 1 - beta2)
+        track([moment for moment, _ in pairs], gradients, [kept] * len(pairs), 1 - kept)
 
 
 def _measurements(
