@@ -30,7 +30,7 @@ from slimadam.state.rule import FACTORED, Candidate
 BAR = 0.01
 TOLERANCE = 1e-6
 GPT2_TOKENS = 64
-STEPS_SEEN = 5
+STEPS_SEEN = 2
 """Grids see the gradients of one step in as many."""
 
 
@@ -78,7 +78,7 @@ class Seconds(NamedTuple):
     Attributes:
         step: A training step.
         measuring: Measuring every second moment once.
-        seeing: What a step shows to grids, which see one step in five.
+        seeing: What a step shows to grids, which see one step in two.
         measuring_grids: Measuring every grid once.
     """
 

@@ -34,7 +34,13 @@ def take(tensor: Tensor, index: Index) -> Tensor:
         tensor: The parameter's, or a shard of it.
         index: Position of the sample in it.
     """
-    return (tensor if tensor.dim() == len(index) else tensor.reshape(-1))[index]
+    whole = tensor if tensor.dim() == len(index) else tensor.reshape(-1)
+    if 0 in whole.shape:
+        return whole[index]
+    steps = whole.stride()  # one call, where indexing makes a view for each dimension
+    offset = sum(one.start * step for one, step in zip(index, steps, strict=True))
+    strides = [one.step * step for one, step in zip(index, steps, strict=True)]
+    return whole.as_strided(counts_of(index), strides, whole.storage_offset() + offset)
 
 
 def within(sampled: slice, first: int, count: int) -> tuple[slice, slice]:

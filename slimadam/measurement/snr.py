@@ -255,7 +255,8 @@ def small_snr(v: NDArray[np.float64], dims: Sequence[int]) -> float:
     scaled = v / largest if 0 < largest < math.inf else v
     axes = tuple(dims)
     with np.errstate(invalid="ignore"):  # what is not finite makes the result NaN
-        signal, variance = scaled.mean(axes) ** 2, scaled.var(axes)
+        mean = scaled.mean(axes, keepdims=True)
+        signal, variance = mean.squeeze(axes) ** 2, np.square(scaled - mean).mean(axes)
         varies = ~(variance <= CONSTANT_RELATIVE_VARIANCE * signal)
         return float((signal[varies] / variance[varies]).mean()) if varies.any() else math.inf
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,12 +19,12 @@ from slimadam.measurement.slices import track
 from slimadam.measurement.snr import measure
 from slimadam.optim.memory import memory_report
 from slimadam.optim.registry import Registry
-from slimadam.plans.auto import Measurement, Measuring
+from slimadam.plans.auto import Measurement
 from slimadam.plans.expectation import expectation
 from slimadam.plans.plan import CompressionPlan
 from slimadam.state import second_moment
 from slimadam.state.rule import Candidate, Rule, Source
-from slimadam.utils.dtensor import full_tensor
+from slimadam.utils.dtensor import full_tensor, local_gradient
 from slimadam.utils.formatting import format_bytes
 
 logger = logging.getLogger("slimadam")
@@ -46,7 +46,7 @@ def decision(
     """
     assert registry.measuring is not None
     if registry.measuring.grids:
-        _see_gradients(registry.measuring, registry.slots(groups), states, clip_factor)
+        _see_gradients(registry, groups, states, clip_factor)
     averaged_only = {
         key_of(slot.name, rule.part)
         for slot in registry.slots(groups)
@@ -62,8 +62,8 @@ def decision(
 
 
 def _see_gradients(
-    measuring: Measuring,
-    slots: Iterable[ParamSlot],
+    registry: Registry,
+    groups: Sequence[dict[str, Any]],
     states: Mapping[Tensor, Mapping[str, Any]],
     clip_factor: Tensor | None,
 ) -> None:
@@ -71,25 +71,29 @@ def _see_gradients(
 
     With ``variance_init="gradient"`` they start at the first squared gradient that they see, as the state does.
     """
-    grids = measuring.grids
-    seen: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for slot in slots:
-        beta2 = number(slot.group["betas"][1])
-        if not measuring.looks(measuring.steps + 1, beta2) or slot.param.grad is None:
+    assert registry.measuring is not None
+    grids = registry.measuring.grids_by_name()
+    for names, group in zip(registry.names, groups, strict=True):
+        beta2 = number(group["betas"][1])
+        if not registry.measuring.looks(registry.measuring.steps + 1, beta2):
             continue
-        every = measuring.looks_every(beta2)
-        found = [grids[key] for key in slot.keys if key in grids]
-        if found:
-            gradient = slot.gradient
-            new = [grid for grid in found if grid.moment is None]
-            pairs = [grid.seen(gradient) for grid in found]
-            if new and slot.group["variance_init"] == "gradient" and number(states[slot.param]["step"]) <= every:
-                for moment, own in pairs:
-                    moment.copy_(scale_grad(own, clip_factor)).square_()
-            seen[beta2**every] += pairs
-    for kept, pairs in seen.items():
-        gradients = [scale_grad(gradient, clip_factor) for _, gradient in pairs]
-        track([moment for moment, _ in pairs], gradients, [kept] * len(pairs), 1 - kept)
+        every = registry.measuring.looks_every(beta2)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for name, param in zip(names, group["params"], strict=True):
+            if name not in grids or param.grad is None:
+                continue
+            gradient = local_gradient(name, param)
+            starts = group["variance_init"] == "gradient" and number(states[param]["step"]) <= every
+            for grid in grids[name]:
+                is_new = grid.moment is None
+                moment, own = grid.seen(gradient)
+                own = scale_grad(own, clip_factor)
+                if is_new and starts:
+                    moment.copy_(own).square_()
+                pairs.append((moment, own))
+        if pairs:
+            moments, gradients = map(list, zip(*pairs, strict=True))
+            track(moments, gradients, [beta2**every] * len(pairs), 1 - beta2**every)
 
 
 def _measurements(

@@ -726,3 +726,42 @@ def test_what_was_never_finite_stays_as_it_was_measured() -> None:
     rule = optimizer.plan["image.weight"]
     assert rule.form == "factored"
     assert "as it was measured: nothing finite was measured" in rule.reason
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # what torch itself imports to compile
+def test_a_compiled_step_sees_grids_and_decides() -> None:
+    runs = []
+    for backend in (None, "aot_eager"):
+        torch._dynamo.reset()
+        model = network()
+        optimizer = make(model, AutoPlan(**{**vars(SLIM), "forms": "best"}))
+        step = torch.compile(optimizer.step, backend=backend) if backend else optimizer.step
+        for seed in range(STEPS + 2):
+            give_gradients(model, seed)
+            step()
+        runs.append((model, optimizer))
+    (eager, expected), (compiled, found) = runs
+    assert found._registry.measuring is None
+    assert [rule.form for rule in found.plan.values()] == [rule.form for rule in expected.plan.values()]
+    for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_long_measurements_see_every_other_gradient() -> None:
+    settings = AutoPlan(calibration_steps=200, start="slim")
+    model = network()
+    optimizer = SlimAdam(model, betas=(0.9, 0.999), plan=settings)
+    moment = torch.zeros(model.head.weight.shape, dtype=torch.float64)
+    for step in range(1, 21):
+        give_gradients(model, step)
+        optimizer.step()
+        if step % 2 == 0:
+            assert model.head.weight.grad is not None
+            moment = 0.999**2 * moment + (1 - 0.999**2) * model.head.weight.grad.double().square()
+    measuring = optimizer._registry.measuring
+    assert measuring is not None
+    assert measuring.steps == 20
+    grid = measuring.grids["head.weight"]
+    assert grid.moment is not None
+    torch.testing.assert_close(grid.moment, moment[grid.index].float(), rtol=1e-5, atol=0)
+    assert [measuring.looks_every(beta2) for beta2 in (0.9, 0.95, 0.99, 0.999, 0.9999)] == [1, 1, 2, 2, 2]
