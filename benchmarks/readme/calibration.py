@@ -126,6 +126,7 @@ def slim_start(result: dict[str, Any]) -> str:
         f"Second moments and grids, as shares of AdamW's second moments, and the share of all elements whose form is "
         f"the one that full measurements choose, `python -m benchmarks.slim_start` {origin(result['machine'])}:\n\n"
         f"{table(header, rows)}\n\n"
+        "The end is above 5% where second moments in bytes are kept. "
         f"With `revise=True` the demo's model over {result['revision_steps']} steps changed nothing on the same data "
         f"with {quiet} of {len(result['revision'])} seeds; on other data from step {result['revision_steps'] // 2} on "
         f"{len(changed)} parameters changed their form, the first in step {after}."

@@ -358,6 +358,11 @@ class Measuring:
             raise ValueError(f"the state dict's record of plan='auto' is damaged (it is {shown(data)})")
         try:
             share = data.get("calibration_memory", settings.calibration_memory)
+            if settings.start == "slim" and "start" not in data:
+                logger.warning(
+                    "plan='auto', start='slim': the state dict was saved while all was measured in full, so AdamW's "
+                    "second moments are held until the decision"
+                )
             measuring = cls(replace(settings, start=data.get("start", "full"), calibration_memory=share))
             measuring.steps = data["steps"]
             check_count("steps", measuring.steps, 0)

@@ -287,6 +287,21 @@ def test_a_checkpoint_goes_on_as_it_began_whatever_the_optimizer_asks_for() -> N
         assert torch.equal(a, b)
 
 
+def test_a_checkpoint_of_a_full_start_holds_full_moments_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    full = make(model, AutoPlan(**{**vars(SLIM), "start": "full"}))
+    train(model, full, range(3))
+    twin = copy.deepcopy(model)
+    slim = make(twin)
+    slim.load_state_dict(full.state_dict())
+    assert "AdamW's second moments are held until the decision" in caplog.text
+    train(model, full, range(3, 10))
+    train(twin, slim, range(3, 10))
+    assert slim.plan == full.plan
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_checkpoint_of_adamw_is_averaged_and_measured() -> None:
     model = network()
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, BETA2))
