@@ -136,8 +136,7 @@ def _pickled(model: nn.Module, optimizer: SlimAdam) -> tuple[nn.Module, SlimAdam
 
 @pytest.mark.parametrize(
     ("way", "at"),
-    [(_saved_and_loaded, at) for at in (10, 1415, 1700, 2000)]
-    + [(_pickled, 1700), (lambda *both: copy.deepcopy(both), 2000)],
+    [(_saved_and_loaded, at) for at in (10, 1700)] + [(_pickled, 1700), (lambda *both: copy.deepcopy(both), 2000)],
 )
 def test_resumes_to_the_last_bit_in_every_phase(way: Callable[..., Any], at: int) -> None:
     model = network()
