@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -29,3 +30,18 @@ def needs_torch(version: tuple[int, int], reason: str) -> pytest.MarkDecorator:
 
 shards = needs_torch((2, 7), "FSDP2 does not run on a CPU, and DTensors may have no uneven or empty shards")
 gradient_dtype = needs_torch((2, 9), "a gradient has its parameter's precision")
+
+# What the CUDA allocator holds and what compiled kernels compute cannot be seen on a CPU, nor in Triton's interpreter.
+ON_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+    pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET runs kernels on the CPU instead"),
+]
+"""Marks of tests that need a GPU."""
+
+
+def on_cuda(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on a GPU alone."""
+    for mark in ON_CUDA:
+        test = mark(test)
+    return test

@@ -45,11 +45,11 @@ class Grid(TrackedSlices):
             share: Share of AdamW's second moment that the grid and the averages may take together.
         """
         assert rule.shape is not None
+        if len(rule.shape) > MAX_NDIM:
+            return f"not measured: more than {MAX_NDIM} dimensions"
         dtype = second_moment_dtype(param.dtype)
         allowed = int(share * math.prod(rule.shape) * param.dtype.itemsize / dtype.itemsize)
         index = place_grid(rule.shape, min(LARGEST_GRID, allowed - rule.stored_elements(rule.shape)))
-        if len(rule.shape) > MAX_NDIM:
-            return f"not measured: more than {MAX_NDIM} dimensions"
         if index is None:
             return f"too small to measure within calibration_memory={share:g}"
         shard = None

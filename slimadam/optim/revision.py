@@ -35,8 +35,8 @@ _CLEARLY: Final = 1.5
 
 def revise(
     registry: Registry, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, MutableMapping[str, Any]]
-) -> bool:
-    """Change the form of parameters whose SNR has clearly fallen or risen; return whether any has changed.
+) -> None:
+    """Change the form of parameters whose SNR has clearly fallen or risen.
 
     Averages whose sample has clearly declined (see :class:`~slimadam.measurement.monitor.Monitor`) become one byte for
     each element, or with ``forms`` other than ``"closest"`` full second moments. Of what is stored in bytes, three
@@ -51,7 +51,6 @@ def revise(
     assert monitor is not None
     assert revising is not None
     declined = monitor.declined()
-    changed = False
     for slot in list(registry.slots(groups)):
         if not any(rule.source == Source.MEASURED for rule in slot.rules):
             continue
@@ -71,8 +70,6 @@ def revise(
         change_form(slot, after, state)
         registry.rules[slot.name] = rules
         registry.sample(slot.name, slot.param, states)
-        changed = True
-    return changed
 
 
 def _expanded(revising: Revising, rule: Rule, before: float, now: float) -> Rule:

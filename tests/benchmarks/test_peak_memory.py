@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.harness.exactness import WrongStepError
 from benchmarks.peak import run, scenarios
 from benchmarks.peak.meters import Peak, ProcessBytes, TensorBytes
 from slimadam import SlimAdam
+from tests.versions import on_cuda
 
 ELEMENTS = 1 << 18
 BYTES = 4 * ELEMENTS
@@ -99,9 +99,7 @@ def test_an_optimizer_is_measured_in_a_process_of_its_own() -> None:
     assert peaks["step 3"].beyond < 1024
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
-@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET runs kernels on the CPU instead")
+@on_cuda
 @pytest.mark.parametrize("label", ["SlimAdam (auto)", "SlimAdam (factored)", "SlimAdam (rules)"])
 def test_on_cuda_a_step_holds_next_to_nothing_and_training_less_than_with_adamw(label: str) -> None:
     adamw, ours = (
@@ -112,9 +110,7 @@ def test_on_cuda_a_step_holds_next_to_nothing_and_training_less_than_with_adamw(
     assert ours["forward and backward 3"].peak < 0.9 * adamw["forward and backward 3"].peak
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
-@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET runs kernels on the CPU instead")
+@on_cuda
 @pytest.mark.parametrize("label", scenarios.with_checkpoints())
 def test_on_cuda_the_bar_is_met(label: str) -> None:
     found = scenarios.measure("checkpoints", label, "gpt2-small", "cuda")

@@ -120,7 +120,7 @@ def test_auto_starts_the_samples_at_the_true_second_moments() -> None:
     assert optimizer.memory().monitor > 0
 
 
-def _saved_and_loaded(optimizer: SlimAdam, model: nn.Module, plan: Any) -> tuple[nn.Module, SlimAdam]:
+def saved_and_loaded(optimizer: SlimAdam, model: nn.Module, plan: Any) -> tuple[nn.Module, SlimAdam]:
     buffer = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
     buffer.seek(0)
@@ -132,17 +132,17 @@ def _saved_and_loaded(optimizer: SlimAdam, model: nn.Module, plan: Any) -> tuple
     return again, resumed
 
 
-def _copied(optimizer: SlimAdam, model: nn.Module, plan: Any) -> tuple[nn.Module, SlimAdam]:
+def copied(optimizer: SlimAdam, model: nn.Module, plan: Any) -> tuple[nn.Module, SlimAdam]:
     again, resumed = copy.deepcopy((model, optimizer))
     return again, resumed
 
 
-def _pickled(optimizer: SlimAdam, model: nn.Module, plan: Any) -> tuple[nn.Module, SlimAdam]:
+def pickled(optimizer: SlimAdam, model: nn.Module, plan: Any) -> tuple[nn.Module, SlimAdam]:
     again, resumed = pickle.loads(pickle.dumps((model, optimizer)))
     return again, resumed
 
 
-@pytest.mark.parametrize("way", [_saved_and_loaded, _copied, _pickled])
+@pytest.mark.parametrize("way", [saved_and_loaded, copied, pickled])
 @pytest.mark.parametrize("plan", ["mean", "factored", "auto"])
 @pytest.mark.parametrize("at", [195, 215])
 def test_a_resumed_run_watches_on_to_the_last_bit(way: Callable[..., Any], plan: str, at: int) -> None:
@@ -211,7 +211,7 @@ def test_a_checkpoint_remembers_what_was_expanded(plan: str) -> None:
     optimizer = SlimAdam(model, plan=chosen, betas=BETAS)
     feed(model, optimizer, range(5), even)
     optimizer.expand("0.weight")
-    again, resumed = _saved_and_loaded(optimizer, model, chosen)
+    again, resumed = saved_and_loaded(optimizer, model, chosen)
     assert resumed.plan["0.weight"].form == "full"
     assert resumed.plan["1.weight"].form != "full"
     feed(model, optimizer, range(5, 9), even)

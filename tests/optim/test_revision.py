@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -18,18 +16,13 @@ from slimadam.kernels.float8 import encode
 from slimadam.measurement.snr import snr
 from slimadam.optim.revision import snr_of_codes
 from slimadam.state.second_moment import Float8
+from tests.measurement.test_snr_check import BETAS, copied, network, pickled, saved_and_loaded
 
-BETAS = (0.9, 0.9)
 DECIDED = 20
 CHANGE = 1020
 END = 2420
 REVISED = AutoPlan(calibration_steps=DECIDED, revise=True)
 Size = Callable[[Tensor], Tensor]
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(160, 120, bias=False), nn.Linear(120, 130, bias=False))
 
 
 def even(param: Tensor) -> Tensor:
@@ -117,26 +110,9 @@ def test_other_forms_go_back_to_full_moments(chosen: Any) -> None:
     assert "exp_avg_sq" in optimizer.state[model[0].weight]
 
 
-def _saved_and_loaded(model: nn.Module, optimizer: SlimAdam) -> tuple[nn.Module, SlimAdam]:
-    buffer = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
-    buffer.seek(0)
-    checkpoint = torch.load(buffer, weights_only=True)
-    again = network()
-    again.load_state_dict(checkpoint["model"])
-    resumed = SlimAdam(again, plan=REVISED, betas=BETAS)
-    resumed.load_state_dict(checkpoint["optimizer"])
-    return again, resumed
-
-
-def _pickled(model: nn.Module, optimizer: SlimAdam) -> tuple[nn.Module, SlimAdam]:
-    again: tuple[nn.Module, SlimAdam] = pickle.loads(pickle.dumps((model, optimizer)))
-    return again
-
-
 @pytest.mark.parametrize(
     ("way", "at"),
-    [(_saved_and_loaded, at) for at in (10, 1700)] + [(_pickled, 1700), (lambda *both: copy.deepcopy(both), 2000)],
+    [(saved_and_loaded, 10), (saved_and_loaded, 1700), (pickled, 1700), (copied, 2000)],
 )
 def test_resumes_to_the_last_bit_in_every_phase(way: Callable[..., Any], at: int) -> None:
     model = network()
@@ -147,7 +123,7 @@ def test_resumes_to_the_last_bit_in_every_phase(way: Callable[..., Any], at: int
         feed(trained, its_optimizer, range(max(steps.start, CHANGE), steps.stop), (uneven, even))
 
     run(model, optimizer, range(at))
-    again, resumed = way(model, optimizer)
+    again, resumed = way(optimizer, model, REVISED)
     run(model, optimizer, range(at, END))
     run(again, resumed, range(at, END))
     assert forms(optimizer) == ["float8", "factored"]

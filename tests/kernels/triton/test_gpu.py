@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-import torch
 
 from benchmarks.gpu.checks import CHECKS
+from tests.versions import ON_CUDA
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
-    pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET runs kernels on the CPU instead"),
-]
+pytestmark = ON_CUDA
 
 
 @pytest.mark.parametrize("name", CHECKS)

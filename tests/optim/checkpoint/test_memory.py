@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks.peak.meters import Peak, meter_of
 from slimadam import AutoPlan, CompressionPlan, Rule, SlimAdam, convert_state_dict
 from slimadam.optim.checkpoint import loading
+from tests.versions import ON_CUDA
 
 SHAPES = ((600, 1024), (2048, 1024), (600, 1024), (600, 1024), (600, 1024))
 MOMENTS = 8 * 2048 * 1024 + 4
@@ -33,11 +33,7 @@ on_each_device = pytest.mark.parametrize(
         "cpu",
         pytest.param(
             "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
-                pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="Triton's kernels run on the CPU instead"),
-            ],
+            marks=ON_CUDA,
         ),
     ],
 )
